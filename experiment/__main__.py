@@ -1,0 +1,42 @@
+"""`python -m experiment COMMAND ...`: work on data sets and on finished runs."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from experiment.errors import UserError
+
+COMMANDS = {"prepare": "download a TFDS data set and bring it into the form that training reads"}
+"""Each command, a module of `experiment.commands` with a `main(argv) -> int`, and its line of help."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; return its exit status: 0, or 2 for a user's mistake, told in one line on stderr."""
+    usage = "\n".join(
+        [
+            "usage: python -m experiment COMMAND ...",
+            "",
+            *(f"  {name:<10} {text}" for name, text in COMMANDS.items()),
+            "",
+            "`python -m experiment COMMAND --help` tells more.",
+        ]
+    )
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage)
+        return 0
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
+        status: int = importlib.import_module(f"experiment.commands.{name}").main(rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

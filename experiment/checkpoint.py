@@ -1,0 +1,195 @@
+"""Checkpoints: Orbax for the arrays, a manifest of SHA-256 sums so that no flipped bit is ever loaded.
+
+A checkpoint is a folder `checkpoints/STEP` with
+    state/         the engine-neutral tree {params, batch_stats, optimizer, step, ...}, written by Orbax
+    run.json       what the run itself needs: data position, history length and hash, best validation, ...
+    manifest.json  the size and SHA-256 of every other file; written last
+It is made as `checkpoints/STEP.incomplete` and renamed when all of it has reached the disk, so that a folder
+whose name is a number is complete. This file is the only one that knows Orbax, whose v1 interface still moves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiment.errors import UserError
+from experiment.rundir import write_json
+
+Tree = dict[str, Any]
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(Exception):
+    """A checkpoint is damaged; the message says how."""
+
+
+class Checkpoints:
+    """The checkpoints of a run in `directory`, of which the newest `keep` are kept.
+
+    Saving goes on in a background thread. The tree that is handed over must hold NumPy arrays of its own, which
+    nobody changes afterwards: then it is safe that the engine donates its state to the next step.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self.directory, self.keep = directory.absolute(), keep  # Orbax takes no relative path
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def steps(self) -> list[int]:
+        """The steps of complete checkpoints, ascending."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+
+    def save(self, step: int, tree: Tree, run: dict[str, Any]) -> None:
+        """Begin to save; waits for the save before it, and raises what that one raised (OSError on a full disk)."""
+        self.wait()
+        self._pending = self._executor.submit(self._write, step, tree, run)
+
+    def wait(self) -> None:
+        """Wait until the save under way has reached the disk; raises what it raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for the save under way, then end the background thread."""
+        try:
+            self.wait()
+        finally:
+            self._executor.shutdown()
+
+    def _write(self, step: int, tree: Tree, run: dict[str, Any]) -> None:
+        final = self.directory / str(step)
+        partial = self.directory / f"{step}.incomplete"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            _save_arrays(partial / "state", tree)
+            write_json(partial / "run.json", run)
+            write_json(partial / MANIFEST, {"files": _sums(partial)})
+            for path in [*partial.rglob("*"), partial]:
+                _fsync(path)
+            if final.exists():  # a damaged one that resume has stepped over
+                shutil.rmtree(final)
+            os.rename(partial, final)
+            _fsync(self.directory)
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise OSError(f"checkpoint {step} could not be written: {reason}") from error
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.directory / str(old))
+
+    def remove_incomplete(self) -> None:
+        """Delete what a killed process left half written."""
+        for path in self.directory.glob("*.incomplete*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def load_newest(self, report: Callable[[str], None]) -> tuple[int, Tree, dict[str, Any]] | None:
+        """(step, tree, run) of the newest checkpoint that is whole, or None if there is none at all.
+
+        Damaged ones are told to `report`, one line each. Raises UserError if there are some and all are damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return (step, *self.load(step))
+            except CheckpointError as error:
+                report(f"checkpoint {step} is damaged and is not used: {error}")
+        if steps:
+            raise UserError(f"--resume: every checkpoint in {self.directory} is damaged; start a fresh run")
+        return None
+
+    def load(self, step: int) -> tuple[Tree, dict[str, Any]]:
+        """(tree, run) of one checkpoint, its sums checked first. Raises CheckpointError if anything differs."""
+        folder = self.directory / str(step)
+        _verify(folder)
+        try:
+            return _load_arrays(folder / "state"), json.loads((folder / "run.json").read_text())
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"cannot be read: {error}") from error
+
+
+def differences(expected: Tree, found: Tree) -> list[str]:
+    """What differs between two trees of arrays in names, shapes and types, a line each."""
+    wanted, got = dict(_leaves(expected)), dict(_leaves(found))
+    lines = [f"{name} is missing" for name in wanted if name not in got]
+    lines += [f"{name} is surplus" for name in got if name not in wanted]
+    for name in wanted.keys() & got.keys():
+        old, new = wanted[name], got[name]
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            lines.append(f"{name} is {new.dtype}{list(new.shape)}, not {old.dtype}{list(old.shape)}")
+    return sorted(lines)
+
+
+def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, np.asarray(value)
+
+
+def _save_arrays(path: Path, tree: Tree) -> None:
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    # Trained weights hardly compress, and zstd would take its time from training.
+    context.array_options.saving.use_compression = False
+    with context:
+        ocp.save(path, tree)
+
+
+def _load_arrays(path: Path) -> Tree:
+    from orbax.checkpoint import v1 as ocp
+
+    return ocp.load(path)
+
+
+def _sums(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify(folder: Path) -> None:
+    try:
+        listed = json.loads((folder / MANIFEST).read_text())["files"]
+        files = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in listed.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {error}") from None
+    for name, wanted in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{name} is missing")
+        size = path.stat().st_size
+        if size != wanted["bytes"]:
+            raise CheckpointError(f"{name} has {size} bytes, not {wanted['bytes']}")
+        if _sha256(path) != wanted["sha256"]:
+            raise CheckpointError(f"{name} differs from its SHA-256")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

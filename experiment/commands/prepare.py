@@ -1,0 +1,82 @@
+"""`python -m experiment prepare NAME --data-dir DIR`: download a TFDS data set, once, as array_record files.
+
+Most of TFDS' builders need TensorFlow for this, and only for this. It is the extra `prepare`, best in a
+virtual environment of its own: training and reading never import it.
+"""
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from experiment.errors import UserError
+from experiment.tfds_source import (
+    check_known,
+    check_name,
+    data_root,
+    find_prepared,
+    one_line,
+    prepare_command,
+)
+
+ENVIRONMENT = ".venv-prepare"
+INSTALL = f"python -m venv {ENVIRONMENT} && {ENVIRONMENT}/bin/pip install -c constraints.txt -e '.[prepare]'"
+"""Makes the environment that prepares data; to be run where this project was cloned."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prepare one data set; return 0, also when there is nothing left to do.
+
+    TFDS writes into a directory of another name and renames it at the end, so that what an interruption
+    leaves is never taken for a data set; the next run starts afresh, but for finished downloads.
+
+    Raises:
+        UserError: an unknown name, TensorFlow is missing, or the download or the preparation failed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m experiment prepare",
+        description="Download a TFDS data set and write it as array_record files, which training reads.",
+        epilog=f"Needs TensorFlow, in an environment of its own: {INSTALL}",
+    )
+    parser.add_argument("name", metavar="NAME", help="a plain TFDS name: mnist, cifar10, ...")
+    parser.add_argument("--data-dir", metavar="DIR", help="where to put it (default: TFDS' own)")
+    options = parser.parse_args(argv)
+    name, data_dir = options.name, options.data_dir
+
+    if name in ("digits", "synthetic"):
+        print(f"{name} needs no preparation")
+        return 0
+    check_name(name)
+    builder = find_prepared(name, data_dir)
+    if builder is not None:
+        print(f"{name} {builder.version} is already prepared in {builder.data_dir}")
+        return 0
+    check_known(name)
+    if importlib.util.find_spec("tensorflow") is None:
+        command = prepare_command(name, data_dir).replace("python", f"{ENVIRONMENT}/bin/python", 1)
+        raise UserError(f"preparing {name} needs TensorFlow: run `{INSTALL} && {command}`")
+    builder = _prepare(name, data_dir)
+    sizes = ", ".join(f"{split} {info.num_examples}" for split, info in builder.info.splits.items())
+    print(f"{name} {builder.version} is prepared in {builder.data_dir}: {sizes}")
+    return 0
+
+
+def _prepare(name: str, data_dir: str | None) -> Any:
+    """Download and write; return the TFDS builder."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read at the import
+    import tensorflow_datasets as tfds
+
+    root = data_root(data_dir)
+    manual = root / "downloads" / "manual"
+    try:
+        builder = tfds.builder(name, data_dir=root, file_format="array_record")
+        if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS or manual.is_dir():
+            builder.download_and_prepare()
+            return builder
+    except Exception as error:  # a builder's code is its own: the network, the disk, a changed web page, ...
+        raise UserError(f"{name} could not be prepared: {type(error).__name__}: {one_line(error)}") from error
+    raise UserError(
+        f"{name} has to be downloaded by hand: put its files into {manual} and run this command again "
+        f"({one_line(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)})"
+    )

@@ -1,0 +1,69 @@
+"""The seam between the experiment and an engine: what an engine offers, and the one place that looks one up."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+Batch = Mapping[str, np.ndarray]
+
+ENGINES = {"jax": "jax_resnet.loop"}
+
+
+class Engine(Protocol):
+    """A network and the loop that trains it. `State` is the engine's own and opaque to everyone else."""
+
+    learning_rate: Callable[[int], float]
+
+    @property
+    def device(self) -> str:
+        """The device in words."""
+
+    @property
+    def device_count(self) -> int:
+        """How many devices share a batch; its size must be a multiple of it."""
+
+    def init(self) -> Any:
+        """The state before the first step, a function of the seed."""
+
+    def train(self, state: Any, batches: Iterable[Batch]) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """One step for each batch: yields (the state after it, {"loss", "logits", "label", "grad_norm", ...})."""
+
+    def evaluate(self, state: Any, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
+        """The logits [N, num_classes] of each batch, with the running statistics."""
+
+    def first_bad_step(self, state: Any) -> int | None:
+        """The first step (from 1) whose loss or gradient was not finite, or None."""
+
+    def to_tree(self, state: Any) -> dict[str, Any]:
+        """The state as {params, batch_stats, optimizer, step} of NumPy arrays under torchvision's names."""
+
+    def from_tree(self, tree: dict[str, Any]) -> Any:
+        """The inverse of `to_tree`."""
+
+
+def set_environment(framework: str, *, deterministic: bool) -> None:
+    """Set what JAX reads once, at its import; a value the user has set is left alone.
+
+    Orbax and Grain import JAX in every run. Where it is not the engine it is held to the CPU, else it would take
+    most of a GPU's memory.
+    """
+    if framework != "jax":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "threeway-resnet" / "jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    if deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+
+
+def load_engine(framework: str) -> Callable[..., Engine]:
+    """The class of the engine, imported when it is asked for and not before."""
+    engine: Callable[..., Engine] = importlib.import_module(ENGINES[framework]).Engine
+    return engine

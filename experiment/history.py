@@ -1,0 +1,59 @@
+"""metrics.jsonl: one JSON object a line, appended as training goes, cut back to a checkpoint on resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from experiment.errors import UserError
+
+
+class History:
+    """The lines of `path`, and the length and SHA-256 of what is written so far.
+
+    The lines hold nothing that depends on the clock, so that a resumed run writes the same bytes as one that was
+    never stopped.
+    """
+
+    def __init__(self, path: Path, *, length: int = 0, sha256: str | None = None) -> None:
+        """Open `path` for appending after its first `length` bytes; whatever follows them is cut off.
+
+        Raises UserError if those bytes are not the ones with the hash `sha256`.
+        """
+        kept = b""
+        if length:
+            kept = path.read_bytes()[:length] if path.exists() else b""
+            if hashlib.sha256(kept).hexdigest() != sha256:
+                raise UserError(f"{path}: its first {length} bytes were changed since the checkpoint; restore the file")
+        self._hash = hashlib.sha256(kept)
+        self.length = length
+        self._file = open(path, "ab")  # noqa: SIM115 - held for the whole run, closed by close()
+        self._file.truncate(length)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write one line. Not-a-number becomes null: JSON has no word for it."""
+        content = (json.dumps({k: _finite(v) for k, v in line.items()}) + "\n").encode()
+        self._file.write(content)
+        self._hash.update(content)
+        self.length += len(content)
+
+    def sync(self) -> dict[str, Any]:
+        """Bring every line to the disk; returns {"length", "sha256"} of the file for a checkpoint to keep."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {"length": self.length, "sha256": self._hash.hexdigest()}
+
+    def flush(self) -> None:
+        """Hand the lines to the operating system, so that a reader sees them."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not -float("inf") < value < float("inf") else value

@@ -1,0 +1,67 @@
+"""Loss, accuracy, top-5 and macro F1 from logits, accumulated batch by batch; the same for every engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+class Metrics:
+    """Running totals over examples. What it holds is a flat dict of small arrays, so that a checkpoint can carry it.
+
+    `f1` is the macro average over the classes that occur among the labels or the predictions, as scikit-learn's
+    `f1_score(average="macro")` has it.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.examples = 0
+        self.loss_sum = 0.0
+        self.top5 = 0
+        self.hits = np.zeros(num_classes, np.int64)  # true positives of each class
+        self.labels = np.zeros(num_classes, np.int64)
+        self.predictions = np.zeros(num_classes, np.int64)
+
+    def update(self, logits: np.ndarray, label: np.ndarray, loss: float | None = None) -> None:
+        """Add a batch: logits [N, classes], label [N]; `loss` is its mean cross-entropy if known already."""
+        n, num_classes = logits.shape
+        prediction = logits.argmax(1)
+        self.examples += n
+        self.loss_sum += (cross_entropy(logits, label) if loss is None else loss) * n
+        self.hits += np.bincount(label[prediction == label], minlength=num_classes)
+        self.labels += np.bincount(label, minlength=num_classes)
+        self.predictions += np.bincount(prediction, minlength=num_classes)
+        rank = (logits > logits[np.arange(n), label][:, None]).sum(1)
+        self.top5 += int((rank < 5).sum())
+
+    def compute(self) -> dict[str, float]:
+        """{"loss", "accuracy", "f1", "top5"}; empty if nothing was added."""
+        if not self.examples:
+            return {}
+        present = self.labels + self.predictions > 0
+        f1 = 2 * self.hits[present] / (self.labels + self.predictions)[present]
+        return {
+            "loss": self.loss_sum / self.examples,
+            "accuracy": float(self.hits.sum() / self.examples),
+            "f1": float(f1.mean()),
+            "top5": self.top5 / self.examples,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The totals as plain values; Python's JSON writes floats so that they read back to the same bits."""
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, totals: dict[str, Any]) -> Metrics:
+        """The inverse of `to_json`."""
+        metrics = cls(len(totals["hits"]))
+        for name, value in totals.items():
+            setattr(metrics, name, np.array(value, np.int64) if isinstance(value, list) else value)
+        return metrics
+
+
+def cross_entropy(logits: np.ndarray, label: np.ndarray) -> float:
+    """Mean of -log softmax(logits)[label] over a batch, in float64."""
+    z = logits.astype(np.float64)
+    z -= z.max(1, keepdims=True)
+    return float((np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), label]).mean())

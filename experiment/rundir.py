@@ -1,0 +1,105 @@
+"""The folder of a run: its lock, and small files that are written whole, then renamed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from experiment.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain", "tensorflow-datasets")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write `content` beside `path`, reach the disk, then take the place of `path`: never half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON at `path`, whole or not at all."""
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The JSON at `path`. Raises UserError if it is absent, unreadable or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; is this the folder of a run?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore the file, or start a fresh run") from None
+
+
+def check_fresh(run_dir: Path) -> None:
+    """Raise UserError if `run_dir` cannot hold a new run: it has something in it, or it is no folder."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--run-dir: {run_dir} is a file; name a folder that does not exist yet")
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise UserError(f"--run-dir: {run_dir} is in use; add --resume to continue it, or name another folder")
+
+
+def create(run_dir: Path | None, name: str) -> Path:
+    """Make the folder of a new run: `run_dir`, or a fresh one under runs/ with the time and `name` in its name."""
+    if run_dir is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return run_dir
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    for attempt in range(1000):
+        run_dir = Path("runs") / (stem if attempt == 0 else f"{stem}-{attempt}")
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:
+            continue
+    raise UserError(f"--run-dir: runs/{stem} exists a thousand times; name a folder with --run-dir")
+
+
+@contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold the folder for this process; the operating system lets go when the process ends, however it ends."""
+    import filelock
+
+    try:
+        with filelock.FileLock(run_dir / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(f"--run-dir: another process is training in {run_dir}; wait for it, or stop it") from None
+
+
+def session(step: int, device: str, argv: list[str]) -> dict[str, Any]:
+    """What a start or a resume runs on: for config.json, so that every number can be traced."""
+    return {
+        "step": step,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": argv,
+        "device": device,
+        "cpu_count": os.cpu_count(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree, with `-dirty` behind it if files differ; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

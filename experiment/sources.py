@@ -1,0 +1,190 @@
+"""Pictures by index: what a source is, the one transform of them all, and the data sets that need no files.
+
+A source hands out uint8 pictures of one fixed shape and knows nothing of splits by seed, shuffling or
+batches, which are in `experiment.data`. The data sets of TFDS are in `experiment.tfds_source`.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Batch = dict[str, npt.NDArray[Any]]
+"""`{"image": uint8 [N, H, W, C], "label": int32 [N]}`."""
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation a channel, on the scale 0..1."""
+
+# The training part at 32x32, by:
+#   python -c "from experiment.sources import digits; d = digits(None).train;
+#              x = d.read(range(len(d)))['image'] / 255; print(x.mean(), x.std())"
+DIGITS_STATISTICS: Statistics = ((0.3057,), (0.3235,))
+SYNTHETIC_STATISTICS: Statistics = ((0.5, 0.5, 0.5), (0.15, 0.15, 0.15))
+
+CACHE_BYTES = 2**29
+"""A split whose pictures fit into so many bytes is decoded only once."""
+
+
+class Source(Protocol):
+    """Pictures by index. `read` may be called from several threads at once."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: npt.NDArray[np.int64]) -> Batch:
+        """Return the examples at `indices` [N], in that order, as a new batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training and a test source, and what is known of both."""
+
+    train: Source
+    test: Source
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # height, width, channels
+    mean: tuple[float, ...]  # a channel, on the scale 0..1
+    std: tuple[float, ...]
+
+
+def fit_picture(picture: "Image", size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Bring a picture to `size` (height, width): the one transform of training, validation and test.
+
+    The largest centred part with the target's proportions is resized (bilinear, antialiased): the picture
+    covers the target, and its centre is kept. MNIST's 28x28 is padded with zeros to 32x32 instead, so that
+    its pixels stay as they are, whether 32x32 was asked for or is the default.
+
+    Returns:
+        uint8 [H, W, C]; C is 1 for a picture of mode `L` and 3 for `RGB`.
+    """
+    from PIL import Image, ImageOps
+
+    height, width = size
+    if picture.size == (28, 28) and size == (32, 32):
+        picture = ImageOps.expand(picture, border=2)
+    elif picture.size != (width, height):
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
+    pixels = np.asarray(picture)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+class ArraySource:
+    """Pictures that are already in memory."""
+
+    def __init__(self, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int32]) -> None:
+        self._images, self._labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, indices: npt.NDArray[np.int64]) -> Batch:
+        return {"image": self._images[indices], "label": self._labels[indices]}
+
+
+class CachedSource:
+    """Keeps each example of another source in memory from its first reading on.
+
+    A small picture comes ten times faster from memory than out of a TFDS file.
+    """
+
+    def __init__(self, source: Source, image_shape: tuple[int, int, int]) -> None:
+        self._source = source
+        # Zeros take no memory until they are written to, so that a small subset of a large set stays small.
+        self._images = np.zeros((len(source), *image_shape), np.uint8)
+        self._labels = np.zeros(len(source), np.int32)
+        self._present = np.zeros(len(source), np.bool_)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, indices: npt.NDArray[np.int64]) -> Batch:
+        missing = indices[~self._present[indices]]
+        if missing.size:
+            batch = self._source.read(missing)
+            self._images[missing] = batch["image"]
+            self._labels[missing] = batch["label"]
+            # Last, so that another thread that sees the mark finds the example behind it. Two threads may
+            # read the same example; both write the same bytes.
+            self._present[missing] = True
+        return {"image": self._images[indices], "label": self._labels[indices]}
+
+
+def cached(source: Source, image_shape: tuple[int, int, int]) -> Source:
+    """Return the source with a cache in front, or as it is when its pictures would not fit into one."""
+    fits = len(source) * int(np.prod(image_shape)) <= CACHE_BYTES
+    return CachedSource(source, image_shape) if fits else source
+
+
+def digits(image_size: tuple[int, int] | None) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits of 8x8, resized to 32x32 (or `image_size`), one channel.
+
+    A fifth, stratified by class and the same for every seed, is the test part.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    size = image_size or (32, 32)
+    pictures, labels = load_digits(return_X_y=True)
+    pixels = np.rint(pictures.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    images = np.stack([fit_picture(Image.fromarray(each), size) for each in pixels])
+    labels = labels.astype(np.int32)
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    return Dataset(
+        ArraySource(images[train], labels[train]),
+        ArraySource(images[test], labels[test]),
+        tuple("0123456789"),
+        (*size, 1),
+        *DIGITS_STATISTICS,
+    )
+
+
+class SyntheticSource:
+    """Coloured, noisy stripes, made on demand: example `i` is a function of `first + i` and the size alone.
+
+    Class c of 10 has stripes at an angle of 18 c degrees; phase, width, colour and noise are random. The
+    label is the index modulo 10, so that the classes are balanced.
+    """
+
+    def __init__(self, first: int, count: int, size: tuple[int, int]) -> None:
+        self._first, self._count, self._size = first, count, size
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, indices: npt.NDArray[np.int64]) -> Batch:
+        numbers = indices + self._first
+        return {
+            "image": np.stack([self._picture(int(number)) for number in numbers]),
+            "label": (numbers % 10).astype(np.int32),
+        }
+
+    def _picture(self, number: int) -> npt.NDArray[np.uint8]:
+        height, width = self._size
+        rng = np.random.default_rng(number)
+        angle = np.pi / 10 * (number % 10)
+        phase, cycles = rng.uniform(0, 2 * np.pi), rng.uniform(3, 5)
+        colour = rng.uniform(30, 60, size=3)
+        rows = np.sin(angle) * np.arange(height)[:, None] / height
+        columns = np.cos(angle) * np.arange(width)[None, :] / width
+        stripes = np.sin(2 * np.pi * cycles * (rows + columns) + phase)
+        noise = rng.integers(0, 64, size=(height, width, 3), dtype=np.uint8)
+        picture: npt.NDArray[np.uint8] = (96 + stripes[..., None] * colour).astype(np.uint8)
+        return picture + noise  # at most 96 + 60 + 63
+
+
+def synthetic(image_size: tuple[int, int] | None) -> Dataset:
+    """Made pictures for tests and timings: 2,048 to train on, 512 to test on, 10 classes, RGB, 32x32."""
+    size = image_size or (32, 32)
+    shape = (*size, 3)
+    return Dataset(
+        cached(SyntheticSource(0, 2048, size), shape),
+        cached(SyntheticSource(2048, 512, size), shape),
+        tuple(f"stripes at {18 * index} degrees" for index in range(10)),
+        shape,
+        *SYNTHETIC_STATISTICS,
+    )

@@ -1,0 +1,325 @@
+"""Drive an engine's loop: everything that is the same for every engine.
+
+Metrics, validation, checkpoints, resume, signals and the watch for numbers that are not finite are here, once. What
+a run writes is a function of its options and the step alone, never of the clock or of where it was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiment import weights
+from experiment.checkpoint import Checkpoints, differences
+from experiment.config import Config
+from experiment.console import Console
+from experiment.data import Data
+from experiment.engines import Engine
+from experiment.errors import UserError
+from experiment.history import History
+from experiment.metrics import Metrics
+
+EXIT_FAILED = 1
+
+
+class RunFailed(Exception):
+    """The run cannot go on; one line says why and what is safe. Exit status 1."""
+
+
+@dataclasses.dataclass
+class Start:
+    """Where a run begins: a state, and what the checkpoint it came from knows of the run."""
+
+    state: Any
+    step: int = 0
+    history: dict[str, Any] = dataclasses.field(default_factory=dict)
+    epoch_metrics: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
+    clock: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Clock:
+    """Seconds of all sessions of a run. Training counts neither compilation nor evaluation nor checkpoints."""
+
+    wall_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    train_seconds: float = 0.0
+    train_steps: int = 0
+
+
+def begin(engine: Engine) -> Start:
+    """The start of a fresh run."""
+    return Start(engine.init())
+
+
+def restore(engine: Engine, checkpoints: Checkpoints, console: Console) -> Start:
+    """The start of a resumed run: its newest checkpoint that is whole, or step 0 if there is none.
+
+    Raises UserError if the checkpoint is of another model, optimizer or number of classes.
+    """
+    found = checkpoints.load_newest(console.say)
+    start = begin(engine)
+    if found is None:
+        console.say("no checkpoint yet: starting at step 0")
+        return start
+    step, tree, run = found
+    lines = differences(engine.to_tree(start.state), tree)
+    if lines:
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise UserError(
+            f"--resume: checkpoint {step} in {checkpoints.directory} is of another model or optimizer: "
+            f"{'; '.join(lines[:3])}{more}; name the run it belongs to"
+        )
+    console.say(f"resuming at step {step}")
+    return Start(state=engine.from_tree(tree), step=step, **run)
+
+
+class Trainer:
+    """Trains from a start to the last step.
+
+    Args:
+        config: the run's options.
+        data: the splits.
+        engine: what computes.
+        run_dir: where everything is written.
+        checkpoints: where checkpoints are.
+        total_steps: the last step.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: Data,
+        engine: Engine,
+        run_dir: Path,
+        checkpoints: Checkpoints,
+        console: Console,
+        total_steps: int,
+    ) -> None:
+        self.config, self.data, self.engine = config, data, engine
+        self.run_dir, self.checkpoints, self.console = run_dir, checkpoints, console
+        self.total_steps = total_steps
+        self.steps_per_epoch = data.steps_per_epoch
+        self.checkpoint_every = config.checkpoint_every or self.steps_per_epoch
+        self.eval_every = config.eval_every or self.steps_per_epoch
+        self.stopped_by: signal.Signals | None = None
+
+    def fit(self, start: Start) -> dict[str, Any] | None:
+        """Train, then test; returns the summary, or None if a signal stopped the run before its last step.
+
+        Raises RunFailed if a loss or gradient is not finite, or the disk is full; UserError for damaged data.
+        """
+        self.clock = Clock(**start.clock)
+        self._begun = time.monotonic() - self.clock.wall_seconds
+        self.state, self.step, self.best = start.state, start.step, start.best
+        classes = self.data.num_classes
+        self.epoch_metrics = Metrics.from_json(start.epoch_metrics) if start.epoch_metrics else Metrics(classes)
+        self.history = History(self.run_dir / "metrics.jsonl", **start.history)
+        try:
+            with self._signals():
+                self._train(start.step)
+                if self.stopped_by is not None and self.step < self.total_steps:
+                    return None
+                return self._finish()
+        except OSError as error:
+            kept = ", ".join(map(str, self.checkpoints.steps())) or "none"
+            raise RunFailed(
+                f"cannot write in {self.run_dir}: {error}; checkpoints that are whole: {kept}; "
+                "make room, then continue with --resume"
+            ) from error
+        finally:
+            self.console.stop()
+            self.history.close()
+
+    def _train(self, start_step: int) -> None:
+        remaining = max(self.total_steps - start_step, 0)
+        if not remaining:
+            return
+        self.console.say(
+            f"compiling the training step of {self.config.model}: nothing moves meanwhile; "
+            "the next start finds it in the cache"
+            if self.config.framework == "jax"
+            else "taking the first step"
+        )
+        batches = itertools.islice(self.data.train_batches(start_step), remaining)
+        pending: list[tuple[int, dict[str, Any]]] = []
+        begun = time.monotonic()
+        first_seconds: float | None = None
+        rates: list[float] = []
+        for self.state, metrics in self.engine.train(self.state, batches):
+            self.step += 1
+            pending.append((self.step, metrics))
+            if first_seconds is None:
+                float(metrics["loss"])  # waits for the device
+                first_seconds = time.monotonic() - begun
+                self.console.say(f"first step after {first_seconds:.1f} s")
+                self.console.start(self.step, self.total_steps, self.config.batch_size)
+                begun = time.monotonic()
+                measured = 0
+            else:
+                measured += 1
+            last = self.step == self.total_steps
+            evaluate = self.step % self.eval_every == 0 or last
+            save = self.step % self.checkpoint_every == 0 or last
+            stop = self.stopped_by is not None
+            epoch_ends = self.step % self.steps_per_epoch == 0
+            if not (last or evaluate or save or stop or epoch_ends or self.step % self.config.log_every == 0):
+                continue
+            self._drain(pending)
+            if measured:
+                rates.append((time.monotonic() - begun) / measured)
+                self.clock.train_seconds += time.monotonic() - begun
+                self.clock.train_steps += measured
+            self._show(pending[-1][1])
+            pending.clear()
+            if evaluate:
+                self._validate()
+            if save or stop:
+                self._save()
+            if stop:
+                break
+            begun, measured = time.monotonic(), 0
+        if first_seconds is not None and rates:
+            self.clock.compile_seconds += max(first_seconds - statistics.median(rates), 0.0)
+        self.console.stop()
+
+    def _drain(self, pending: list[tuple[int, dict[str, Any]]]) -> None:
+        """Write the lines of the steps whose metrics are still on the device; stop the run if one is not finite."""
+        for step, metrics in pending:
+            logits, label, loss = np.asarray(metrics["logits"]), metrics["label"], float(metrics["loss"])
+            batch = Metrics(self.data.num_classes)
+            batch.update(logits, label, loss)
+            self.epoch_metrics.update(logits, label, loss)
+            line = self._line("train", "step", step)
+            norms = {name: float(metrics[name]) for name in ("grad_norm", "update_norm")}
+            self.history.append({**line, **batch.compute(), "lr": self.engine.learning_rate(step - 1), **norms})
+            if step % self.steps_per_epoch == 0:
+                self.history.append({**self._line("train", "epoch", step), **self.epoch_metrics.compute()})
+                self.epoch_metrics = Metrics(self.data.num_classes)
+        self.history.flush()
+        bad_step = self.engine.first_bad_step(self.state)
+        if bad_step is not None:
+            self.checkpoints.wait()
+            good = self.checkpoints.steps()
+            kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint before it"
+            raise RunFailed(
+                f"loss or gradient was not finite at step {bad_step}; {kept} in {self.checkpoints.directory}; "
+                "try a smaller --lr"
+            )
+
+    def _show(self, metrics: dict[str, Any]) -> None:
+        accuracy = float((np.asarray(metrics["logits"]).argmax(1) == metrics["label"]).mean())
+        epochs = -(-self.total_steps // self.steps_per_epoch)
+        epoch = f"{self._epoch(self.step)}/{epochs}"
+        speed = self.images_per_second
+        self.console.progress(self.step, self.total_steps, epoch, float(metrics["loss"]), accuracy, speed)
+
+    @property
+    def images_per_second(self) -> float:
+        """Training pictures a second, without compilation, evaluation and checkpoints."""
+        clock = self.clock
+        return clock.train_steps * self.config.batch_size / clock.train_seconds if clock.train_seconds else 0.0
+
+    def _clock_now(self) -> Clock:
+        return dataclasses.replace(self.clock, wall_seconds=time.monotonic() - self._begun)
+
+    def _evaluate(self, split: Any) -> dict[str, float]:
+        """The metrics of every example of a split, each exactly once."""
+        metrics = Metrics(self.data.num_classes)
+        for_engine, for_labels = itertools.tee(self.data.eval_batches(split, self.config.eval_batch_size))
+        for logits, batch in zip(self.engine.evaluate(self.state, for_engine), for_labels, strict=True):
+            metrics.update(logits, batch["label"])
+        return metrics.compute()
+
+    def _validate(self) -> None:
+        if not self.data.val_size:
+            return
+        result = self._evaluate("val")
+        self.history.append({**self._line("val", "epoch", self.step), **result})
+        self.console.say(f"step {self.step}: validation {_words(result)}")
+        if self.best is None or result["loss"] < self.best["loss"]:
+            self.best = {"step": self.step, **result}
+            self._write_weights("weights-best.safetensors", self.engine.to_tree(self.state))
+
+    def _save(self) -> None:
+        run = {
+            "history": self.history.sync(),
+            "epoch_metrics": self.epoch_metrics.to_json(),
+            "best": self.best,
+            "clock": dataclasses.asdict(self._clock_now()),
+        }
+        self.checkpoints.save(self.step, self.engine.to_tree(self.state), run)
+
+    def _finish(self) -> dict[str, Any]:
+        """Test the final weights and write them; these lines come after the last checkpoint's history."""
+        test = self._evaluate("test")
+        self.history.append({**self._line("test", "epoch", self.step), **test})
+        self.history.sync()
+        tree = self.engine.to_tree(self.state)
+        self._write_weights("weights.safetensors", tree)
+        self.checkpoints.wait()
+        parameters = sum(array.size for array in tree["params"].values())
+        return {
+            "framework": self.config.framework,
+            "model": self.config.model,
+            "dataset": self.config.dataset,
+            "optimizer": self.config.optimizer,
+            "seed": self.config.seed,
+            "parameters": parameters,
+            "trainable_parameters": parameters,
+            "steps": self.step,
+            "epochs": self.step / self.steps_per_epoch,
+            "test": test,
+            "best": self.best,
+            "images_per_second": self.images_per_second,
+            "compile_seconds": self.clock.compile_seconds,
+            "wall_seconds": self._clock_now().wall_seconds,
+        }
+
+    def _write_weights(self, name: str, tree: dict[str, Any]) -> None:
+        metadata = {"model": self.config.model, "dataset": self.config.dataset, "step": str(self.step)}
+        weights.save(self.run_dir / name, weights.from_tree(tree), metadata)
+
+    def _line(self, split: str, scope: str, step: int) -> dict[str, Any]:
+        return {"split": split, "scope": scope, "step": step, "epoch": self._epoch(step)}
+
+    def _epoch(self, step: int) -> int:
+        """The epoch, from 1, that step `step` belongs to."""
+        return -(-step // self.steps_per_epoch)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C ask for a checkpoint and a clean end; a second one ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.getsignal(number) for number in signals}
+
+        def ask_to_stop(number: int, frame: Any) -> None:
+            self.stopped_by = signal.Signals(number)
+            for other in signals:
+                signal.signal(other, before[other])
+
+        for number in signals:
+            signal.signal(number, ask_to_stop)
+        try:
+            yield
+        finally:
+            for number in signals:
+                signal.signal(number, before[number])
+
+
+def _words(result: dict[str, float]) -> str:
+    return f"loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f}, macro F1 {result['f1']:.4f}"

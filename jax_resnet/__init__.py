@@ -1,0 +1,69 @@
+"""ResNets in Flax, AdaBound for optax, and a jitted training step.
+
+    model = jax_resnet.resnet101(num_classes=10, rngs=nnx.Rngs(0))
+    tx = jax_resnet.adabound(1e-3)
+"""
+
+from jax_resnet.adabound import (
+    adabound,
+    adabound_bounds,
+    adaboundw,
+    amsbound,
+    scale_by_adabound,
+    scale_by_amsbound,
+)
+from jax_resnet.loop import Engine
+from jax_resnet.optimizers import make_optimizer
+from jax_resnet.resnet import (
+    CNN,
+    MODELS,
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    cnn,
+    load_state_dict,
+    parameter_count,
+    resnet18,
+    resnet20,
+    resnet32,
+    resnet34,
+    resnet44,
+    resnet50,
+    resnet56,
+    resnet101,
+    resnet110,
+    resnet152,
+    resnet_cifar,
+    state_dict,
+)
+
+__all__ = [
+    "CNN",
+    "MODELS",
+    "BasicBlock",
+    "Bottleneck",
+    "Engine",
+    "ResNet",
+    "adabound",
+    "adabound_bounds",
+    "adaboundw",
+    "amsbound",
+    "cnn",
+    "load_state_dict",
+    "make_optimizer",
+    "parameter_count",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet34",
+    "resnet44",
+    "resnet50",
+    "resnet56",
+    "resnet101",
+    "resnet110",
+    "resnet152",
+    "resnet_cifar",
+    "scale_by_adabound",
+    "scale_by_amsbound",
+    "state_dict",
+]

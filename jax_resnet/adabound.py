@@ -1,0 +1,335 @@
+"""AdaBound, AMSBound and AdaBoundW: Adam whose step sizes are clipped between bounds that close on SGD's.
+
+Implementation of "Adaptive Gradient Methods with Dynamic Bound of Learning Rate"
+(https://arxiv.org/abs/1902.09843) by Liangchen Luo, Yuanhao Xiong, Yan Liu and Xu Sun, ICLR 2019.
+The authors' code: https://github.com/Luolc/AdaBound
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+Scalar = float | jax.Array  # a hyperparameter: a Python number, or a scalar array, tracers among them
+
+_POSITIVE = (lambda x: 0 < x < math.inf, "positive and finite")
+_NON_NEGATIVE = (lambda x: 0 <= x < math.inf, "non-negative and finite")
+_DECAY = (lambda x: 0 <= x < 1, "in [0, 1)")
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "learning_rate": _NON_NEGATIVE,
+    "base_lr": (_POSITIVE[0], "positive and finite (it is learning_rate when not given)"),
+    "final_lr": _POSITIVE,
+    "ratio": _POSITIVE,
+    "gamma": _POSITIVE,  # the authors' code accepts 0, then divides by it
+    "b1": _DECAY,
+    "b2": _DECAY,
+    "momentum": _NON_NEGATIVE,
+    "eps": _NON_NEGATIVE,
+    "weight_decay": _NON_NEGATIVE,
+}
+
+
+class ScaleByAdaBoundState(NamedTuple):
+    """State of AdaBound.
+
+    Attributes:
+        count: number of updates made; shape (), int32.
+        mu: exponential average of the gradients; shapes of the parameters, at least float32.
+        nu: exponential average of the squared gradients; likewise. Neither is bias-corrected.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
+    mu: optax.Updates
+    nu: optax.Updates
+
+
+class ScaleByAmsBoundState(NamedTuple):
+    """State of AMSBound: AdaBound's, and `nu_max`, the element-wise maximum of every (raw) `nu` so far."""
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
+    mu: optax.Updates
+    nu: optax.Updates
+    nu_max: optax.Updates
+
+
+def check_hyperparameters(**values: Any) -> None:
+    """Raise a ValueError that names the first Python number out of its range.
+
+    Anything else passes: under `jax.jit` or `optax.inject_hyperparams` a hyperparameter is a tracer, whose
+    value is not known.
+    """
+    for name, value in values.items():
+        valid, requirement = _RANGES[name]
+        if isinstance(value, int | float) and not valid(value):
+            raise ValueError(f"{name} must be {requirement}, got {value}")
+
+
+def zero_moments(params: optax.Params) -> optax.Updates:
+    """Zeros in the shapes of `params`, at least float32: in bfloat16, 0.999 * nu rounds back to nu."""
+
+    def zeros(p: jax.Array) -> jax.Array:
+        return jnp.zeros_like(p, jnp.promote_types(jnp.result_type(p), jnp.float32))
+
+    return jax.tree.map(zeros, params)
+
+
+def update_moments(
+    grads: optax.Updates, mu: optax.Updates, nu: optax.Updates, b1: Scalar, b2: Scalar
+) -> tuple[optax.Updates, optax.Updates]:
+    """The next exponential averages of `grads` and of their squares, in the types of `mu` and `nu`."""
+    grads = optax.tree.cast_like(grads, mu)
+    return optax.tree.update_moment(grads, mu, b1, 1), optax.tree.update_moment(grads, nu, b2, 2)
+
+
+def one_minus_power(decay: Scalar, count: ArrayLike) -> jax.Array:
+    """1 - decay^count, the weight of an exponential average that began at zero.
+
+    By `expm1`, because 1 - 0.999 of float32 numbers is wrong from its fifth digit on.
+    """
+    t = jnp.asarray(count, jnp.result_type(float))
+    return -jnp.expm1(t * jnp.log1p(decay - 1.0))
+
+
+def adabound_bounds(
+    count: ArrayLike, ratio: Scalar = 100.0, gamma: Scalar = 1e-3
+) -> tuple[jax.Array, jax.Array]:
+    r"""The interval AdaBound clips its step sizes to, in units of the learning rate, at steps `count`.
+
+    $$ \text{lower}_t = r \left(1 - \frac{1}{\gamma t + 1}\right), \qquad
+       \text{upper}_t = r \left(1 + \frac{1}{\gamma t}\right) $$
+
+    Args:
+        count: the step t, counted from 1, of any shape.
+        ratio: r = `final_lr / base_lr`, to which both bounds converge.
+        gamma: how fast they do, per step: after 1 / gamma steps they are r / 2 and 2 r.
+
+    Returns:
+        `(lower, upper)`, floating-point, in the shape of `count`. Times the learning rate of step t they
+        bound the step size of every coordinate.
+    """
+    x = gamma * jnp.asarray(count, jnp.result_type(float))
+    # The lower bound as x / (x + 1): 1 - 1 / (x + 1) would cancel to 4 digits at the first float32 steps
+    return ratio * (x / (x + 1)), ratio * (1 + 1 / x)
+
+
+def _clipped_step(
+    ratio: Scalar, b1: Scalar, b2: Scalar, gamma: Scalar, eps: Scalar
+) -> Callable[[optax.Updates, optax.Updates, optax.Updates, jax.Array], optax.Updates]:
+    """The rule (grads, mu, nu, count) -> clip(c_t / (sqrt(nu) + eps), lower_t, upper_t) * mu."""
+    check_hyperparameters(ratio=ratio, b1=b1, b2=b2, gamma=gamma, eps=eps)
+
+    def step(grads: optax.Updates, mu: optax.Updates, nu: optax.Updates, count: jax.Array) -> optax.Updates:
+        correction = jnp.sqrt(one_minus_power(b2, count)) / one_minus_power(b1, count)
+        lower, upper = adabound_bounds(count, ratio, gamma)
+
+        def leaf(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+            # eps stands beside the *uncorrected* root, so this is not optax.scale_by_adam and a clip
+            size = correction.astype(v.dtype) / (jnp.sqrt(v) + eps)
+            return (jnp.clip(size, lower.astype(v.dtype), upper.astype(v.dtype)) * m).astype(g.dtype)
+
+        return jax.tree.map(leaf, grads, mu, nu)
+
+    return step
+
+
+def scale_by_adabound(
+    ratio: Scalar = 100.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    gamma: Scalar = 1e-3,
+    eps: Scalar = 1e-8,
+) -> optax.GradientTransformation:
+    """Rescale updates according to the AdaBound algorithm.
+
+    See :func:`adabound` for the equations.
+
+    Args:
+        ratio: `final_lr / base_lr`, the step size the bounds converge to, in units of the learning rate.
+        b1: decay rate, per step, of the exponential average of the gradients.
+        b2: decay rate, per step, of the exponential average of the squared gradients.
+        gamma: how fast the bounds converge, per step; see :func:`adabound_bounds`.
+        eps: added to the root of the second moment; in units of the gradient.
+
+    Returns:
+        The transformation. Its updates are not yet multiplied by the (negative) learning rate.
+
+    Raises:
+        ValueError: if an argument that is a Python number is out of its range.
+    """
+    step = _clipped_step(ratio, b1, b2, gamma, eps)
+
+    def init_fn(params: optax.Params) -> ScaleByAdaBoundState:
+        return ScaleByAdaBoundState(jnp.zeros([], jnp.int32), zero_moments(params), zero_moments(params))
+
+    def update_fn(
+        updates: optax.Updates, state: ScaleByAdaBoundState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByAdaBoundState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu, nu = update_moments(updates, state.mu, state.nu, b1, b2)
+        return step(updates, mu, nu, count), ScaleByAdaBoundState(count, mu, nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def scale_by_amsbound(
+    ratio: Scalar = 100.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    gamma: Scalar = 1e-3,
+    eps: Scalar = 1e-8,
+) -> optax.GradientTransformation:
+    """Rescale updates according to the AMSBound algorithm.
+
+    :func:`scale_by_adabound` with the running maximum of the second moment, before any bias correction, in
+    its place. Arguments, result and errors are the same.
+    """
+    step = _clipped_step(ratio, b1, b2, gamma, eps)
+
+    def init_fn(params: optax.Params) -> ScaleByAmsBoundState:
+        # Three calls: one buffer in two fields could not be donated
+        mu, nu, nu_max = zero_moments(params), zero_moments(params), zero_moments(params)
+        return ScaleByAmsBoundState(jnp.zeros([], jnp.int32), mu, nu, nu_max)
+
+    def update_fn(
+        updates: optax.Updates, state: ScaleByAmsBoundState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByAmsBoundState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu, nu = update_moments(updates, state.mu, state.nu, b1, b2)
+        nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
+        return step(updates, mu, nu_max, count), ScaleByAmsBoundState(count, mu, nu, nu_max)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _ratio(learning_rate: optax.ScalarOrSchedule, final_lr: Scalar, base_lr: Scalar | None) -> Scalar:
+    """final_lr / base_lr, where base_lr is the learning rate itself only if that is a Python number."""
+    check_hyperparameters(learning_rate=learning_rate, final_lr=final_lr)
+    if base_lr is None:
+        if not isinstance(learning_rate, int | float):
+            raise ValueError(f"base_lr is required: learning_rate is no Python number, but {learning_rate}")
+        base_lr = learning_rate
+    check_hyperparameters(base_lr=base_lr)
+    return final_lr / base_lr
+
+
+def adabound(
+    learning_rate: optax.ScalarOrSchedule,
+    final_lr: Scalar = 0.1,
+    *,
+    base_lr: Scalar | None = None,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    gamma: Scalar = 1e-3,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaBound: begins as Adam and ends as SGD with momentum and step size `final_lr`.
+
+    With $t$ from 1, learning rates $\alpha_t$, gradients $g_t$ and $r$ = `final_lr / base_lr`:
+
+    $$ \begin{aligned}
+      g_t &\leftarrow g_t + \lambda \theta_{t-1} \\
+      m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+      v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+      \eta_t &= \alpha_t \operatorname{clip}\left(
+        \frac{\sqrt{1 - \beta_2^t} \,/\, (1 - \beta_1^t)}{\sqrt{v_t} + \epsilon},\;
+        r \left(1 - \frac{1}{\gamma t + 1}\right),\; r \left(1 + \frac{1}{\gamma t}\right) \right) \\
+      \theta_t &= \theta_{t-1} - \eta_t m_t
+    \end{aligned} $$
+
+    **Does the schedule move the bounds?** Yes. The learning rate multiplies the clipped step size, bounds
+    and all, as in the authors' code, whose `final_lr * lr / base_lr` this is with `lr` factored out: a rate
+    cut by ten cuts the bounds by ten, and a warm-up from zero starts with both bounds at zero. `final_lr` is
+    the last step size where the schedule stands at `base_lr`, and `final_lr * lr / base_lr` anywhere else;
+    give the schedule's peak as `base_lr`. A schedule, or a rate injected at run time, says nothing of the
+    rate it started from, and to divide by the current one would hold the bounds still whatever the schedule
+    does. So `base_lr` is required with both.
+
+    Args:
+        learning_rate: Adam's step size: a number, a scalar array, or a schedule from update count (from 0).
+        final_lr: SGD's step size, which the bounds converge to when the learning rate is `base_lr`.
+        base_lr: the rate that `final_lr` goes with; `learning_rate` if that is a Python number.
+        b1: decay rate, per step, of the exponential average of the gradients.
+        b2: decay rate, per step, of the exponential average of the squared gradients.
+        gamma: how fast the bounds converge, per step; see :func:`adabound_bounds`.
+        eps: added to the root of the second moment; in units of the gradient.
+        weight_decay: the L2 penalty $\lambda$, added to the gradient of all parameters.
+
+    Returns:
+        The optimizer. `update` needs `params`.
+
+    Raises:
+        ValueError: if an argument that is a Python number is out of its range, or `base_lr` is missing.
+
+    References:
+        Luo et al, `Adaptive Gradient Methods with Dynamic Bound of Learning Rate
+        <https://arxiv.org/abs/1902.09843>`_, 2019
+    """
+    check_hyperparameters(weight_decay=weight_decay)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        scale_by_adabound(_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def amsbound(
+    learning_rate: optax.ScalarOrSchedule,
+    final_lr: Scalar = 0.1,
+    *,
+    base_lr: Scalar | None = None,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    gamma: Scalar = 1e-3,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AMSBound: :func:`adabound` with $\max_{s \le t} v_s$ in place of $v_t$.
+
+    The maximum is that of the raw moments, before bias correction. Arguments, result and errors are those
+    of :func:`adabound`.
+    """
+    check_hyperparameters(weight_decay=weight_decay)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        scale_by_amsbound(_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adaboundw(
+    learning_rate: optax.ScalarOrSchedule,
+    final_lr: Scalar = 0.1,
+    *,
+    base_lr: Scalar | None = None,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    gamma: Scalar = 1e-3,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaBoundW: :func:`adabound` with decoupled weight decay, scaled by the learning rate as in AdamW.
+
+    $$ \theta_t = \theta_{t-1} - \eta_t m_t - \alpha_t \lambda \theta_{t-1} $$
+
+    where the gradients in $m_t$ and $v_t$ hold no decay. The `AdaBoundW` of the authors' code subtracts
+    $\lambda \theta_{t-1}$ without $\alpha_t$, so that no schedule reaches it: to repeat its results under a
+    constant rate, divide its `weight_decay` by that rate. Arguments, result and errors are otherwise those
+    of :func:`adabound`.
+
+    References:
+        Loshchilov and Hutter, `Decoupled Weight Decay Regularization
+        <https://arxiv.org/abs/1711.05101>`_, 2019
+    """
+    check_hyperparameters(weight_decay=weight_decay)
+    return optax.chain(
+        scale_by_adabound(_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )

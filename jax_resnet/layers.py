@@ -1,0 +1,218 @@
+"""The layers of a ResNet in Flax NNX: NHWC arrays, explicit PyTorch padding, PyTorch's batch-norm convention.
+
+Every layer keeps its parameters in `promote_types(dtype, float32)` and computes in `dtype`. Attribute names are
+those of the PyTorch state dict (`weight`, `bias`, `running_mean`, `running_var`), so that the path of a variable
+in the module tree *is* its name there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+Pair = tuple[int, int]
+
+
+def draw(
+    rngs: nnx.Rngs, distribution: str, shape: tuple[int, ...], scale: float, dtype: DTypeLike
+) -> jax.Array:
+    """`scale` times random numbers: "normal" ones, or "uniform" ones in [-1, 1), from NumPy's generator.
+
+    It is seeded by the next key of `rngs` and draws in float32, so that the weights are the same on every back end
+    and in every precision; and nothing is compiled, where JAX's own generator would compile a program for each
+    shape, seconds for a ResNet-101. Works under jit, vmap and eval_shape.
+    """
+
+    def sample(key: jax.Array) -> np.ndarray:
+        generator = np.random.default_rng(np.asarray(key))
+        if distribution == "normal":
+            values = generator.standard_normal(shape, np.float32)
+        else:
+            values = 2 * generator.random(shape, np.float32) - 1
+        values *= np.float32(scale)
+        return values.astype(dtype, copy=False)
+
+    key = jax.random.key_data(rngs.params())
+    if isinstance(key, jax.core.Tracer):
+        return jax.pure_callback(sample, jax.ShapeDtypeStruct(shape, dtype), key, vmap_method="sequential")
+    return jnp.asarray(sample(key))
+
+
+def parameter_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The type in which parameters, batch statistics and logits are kept: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def use_matmul() -> bool:
+    """Whether convolutions are written as matrix products, the one place where the back ends differ.
+
+    XLA's own convolutions are several times slower than its matrix products on a CPU, forward and backward;
+    on a GPU they are cuDNN's.
+    """
+    return jax.default_backend() == "cpu"
+
+
+def im2col(x: jax.Array, kernel: Pair, stride: Pair, padding: Pair) -> jax.Array:
+    """Every receptive field of x [N, H, W, C] as a row: [N, OH, OW, KH * KW * C].
+
+    OH = (H + 2 * padding - KH) // stride + 1, OW likewise. Each of the KH * KW kernel positions contributes one
+    strided slice of the padded picture.
+    """
+    (kh, kw), (sh, sw), (ph, pw) = kernel, stride, padding
+    x = jnp.pad(x, ((0, 0), (ph, ph), (pw, pw), (0, 0)))
+    n, h, w, c = x.shape
+    oh, ow = (h - kh) // sh + 1, (w - kw) // sw + 1
+    slices = [
+        lax.slice(x, (0, i, j, 0), (n, i + (oh - 1) * sh + 1, j + (ow - 1) * sw + 1, c), (1, sh, sw, 1))
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    return slices[0] if len(slices) == 1 else jnp.concatenate(slices, axis=-1)
+
+
+def conv2d_matmul(x: jax.Array, weight: jax.Array, stride: Pair, padding: Pair) -> jax.Array:
+    """The convolution of `conv2d` as one matrix product: im2col(x) @ weight as [KH * KW * I, O]."""
+    kh, kw, i, o = weight.shape
+    columns = im2col(x, (kh, kw), stride, padding)
+    return columns @ weight.reshape(kh * kw * i, o)
+
+
+def conv2d(x: jax.Array, weight: jax.Array, stride: Pair, padding: Pair) -> jax.Array:
+    """Cross-correlation of x [N, H, W, I] with weight [KH, KW, I, O]: [N, OH, OW, O], as torch.nn.functional.conv2d."""
+    if use_matmul():
+        return conv2d_matmul(x, weight, stride, padding)
+    (ph, pw) = padding
+    return lax.conv_general_dilated(
+        x, weight, stride, ((ph, ph), (pw, pw)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def max_pool2d(x: jax.Array, kernel_size: int, stride: int, padding: int) -> jax.Array:
+    """Maximum over windows of x [N, H, W, C]; the padding never wins, and of equal values the first does."""
+    return lax.reduce_window(
+        x,
+        -jnp.inf,
+        lax.max,
+        (1, kernel_size, kernel_size, 1),
+        (1, stride, stride, 1),
+        ((0, 0), (padding, padding), (padding, padding), (0, 0)),
+    )
+
+
+class Conv2d(nnx.Module):
+    """2-d convolution. `weight` [KH, KW, I, O] from He's normal distribution (fan-out, as torchvision), `bias` 0.
+
+    He et al. 2015, arXiv 1502.01852, equation 14: std = sqrt(2 / (KH * KW * O)).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = False,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ) -> None:
+        param_dtype = parameter_dtype(dtype)
+        shape = (kernel_size, kernel_size, in_channels, out_channels)
+        std = math.sqrt(2.0 / (kernel_size * kernel_size * out_channels))
+        self.weight = nnx.Param(draw(rngs, "normal", shape, std, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(out_channels, param_dtype)) if bias else None
+        self.stride, self.padding, self.dtype = stride, padding, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [N, H, W, I] to [N, OH, OW, O]."""
+        weight = self.weight[...].astype(self.dtype)
+        y = conv2d(x.astype(self.dtype), weight, (self.stride, self.stride), (self.padding, self.padding))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over every axis but the last (Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 1).
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias. In training, mean and (biased) var are those of the batch,
+    and the running statistics move by PyTorch's rule, with the *unbiased* variance:
+    running = (1 - momentum) * running + momentum * batch. In evaluation the running statistics are used.
+    Statistics are computed in at least float32.
+    """
+
+    def __init__(
+        self, num_features: int, *, eps: float = 1e-5, momentum: float = 0.1, dtype: DTypeLike = jnp.float32
+    ) -> None:
+        param_dtype = parameter_dtype(dtype)
+        self.weight = nnx.Param(jnp.ones(num_features, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(num_features, param_dtype))
+        self.running_mean = nnx.BatchStat(jnp.zeros(num_features, param_dtype))
+        self.running_var = nnx.BatchStat(jnp.ones(num_features, param_dtype))
+        self.eps, self.momentum, self.dtype = eps, momentum, dtype
+        self.use_running_average = False  # set by model.train() and model.eval()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., C] to the same shape. Raises ValueError in training when a channel has a single value."""
+        x32 = x.astype(parameter_dtype(self.dtype))
+        if self.use_running_average:
+            mean, var = self.running_mean[...], self.running_var[...]
+        else:
+            n = x.size // x.shape[-1]
+            if n <= 1:
+                raise ValueError(f"batch norm needs more than 1 value per channel in training, got input {x.shape}")
+            axes = tuple(range(x.ndim - 1))
+            mean = x32.mean(axes)
+            var = jnp.square(x32 - mean).mean(axes)
+            self._update("running_mean", mean)
+            self._update("running_var", var * (n / (n - 1)))
+        scale = self.weight[...] * lax.rsqrt(var + self.eps)
+        return ((x32 - mean) * scale + self.bias[...]).astype(self.dtype)
+
+    def _update(self, name: str, batch: jax.Array) -> None:
+        running = getattr(self, name)
+        running[...] = (1 - self.momentum) * running[...] + self.momentum * lax.stop_gradient(batch)
+
+
+class Linear(nnx.Module):
+    """x @ weight + bias. `weight` [in, out] and `bias` [out] from PyTorch's uniform(+-1 / sqrt(in))."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+    ) -> None:
+        param_dtype = parameter_dtype(dtype)
+        bound = 1.0 / math.sqrt(in_features)
+        shape = (in_features, out_features)
+        self.weight = nnx.Param(draw(rngs, "uniform", shape, bound, param_dtype))
+        self.bias = nnx.Param(draw(rngs, "uniform", (out_features,), bound, param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [N, in] to [N, out]."""
+        return x.astype(self.dtype) @ self.weight[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
+
+
+class OptionA(nnx.Module):
+    """The shortcut without parameters of the CIFAR family (He et al. 2015, arXiv 1512.03385, section 3.3, option A).
+
+    Takes every `stride`-th row and column, and pads the channels with zeros, half in front and half behind.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
+        extra = out_channels - in_channels
+        self.pad, self.stride = (extra // 2, extra - extra // 2), stride
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [N, H, W, I] to [N, ceil(H / stride), ceil(W / stride), O]."""
+        x = x[:, :: self.stride, :: self.stride, :]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), self.pad))
+
+
+def global_average_pool(x: jax.Array) -> jax.Array:
+    """Mean over height and width: [N, H, W, C] to [N, C], summed in at least float32."""
+    return x.astype(parameter_dtype(x.dtype)).mean((1, 2)).astype(x.dtype)

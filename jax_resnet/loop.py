@@ -1,0 +1,200 @@
+"""The JAX engine: one jitted training step over plain dicts, and the loop that drives it.
+
+The loop is a generator that yields after each step. Logging, saving, early stopping and signals are the caller's,
+once for all engines. Batches lie sharded over the `data` axis of a mesh of all devices and the state is replicated,
+so that one device or eight is the same code and batch norm sees the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_resnet import resnet
+from jax_resnet.layers import parameter_dtype
+from jax_resnet.optimizers import make_optimizer, state_from_dict, state_to_dict
+
+Batch = Mapping[str, np.ndarray]
+State = dict[str, Any]  # {params, batch_stats, optimizer, step, bad_step}
+Metrics = dict[str, Any]
+Tree = dict[str, Any]
+
+
+class Engine:
+    """Trains and evaluates one network.
+
+    Args:
+        model: name in `resnet.MODELS`.
+        model_options: keyword arguments of its builder.
+        num_classes: number of logits.
+        image_shape: (height, width, channels) of the pictures.
+        mean, std: per channel, for pictures of type uint8, which become (x / 255 - mean) / std; pictures of a
+            floating type are taken as they are.
+        optimizer: name in `optimizers.OPTIMIZERS`.
+        optimizer_options: keyword arguments of `make_optimizer`.
+        learning_rate: the rate as a function of the step, which counts from 0.
+        precision: "float32", "bfloat16" (compute only) or "float64".
+        seed: seed of the initial weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        model_options: Mapping[str, Any],
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        optimizer: str,
+        optimizer_options: Mapping[str, Any],
+        learning_rate: Callable[[int], float],
+        precision: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        self.learning_rate = learning_rate
+        self._x64 = precision == "float64"
+        self._mean, self._std = np.asarray(mean), np.asarray(std)
+        self._make_optimizer = partial(make_optimizer, optimizer, **optimizer_options)
+        extra = {"image_size": image_shape[:2]} if model == "cnn" else {}
+        self._build = partial(
+            resnet.MODELS[model], num_classes, image_shape[2], **extra, **model_options, dtype=jnp.dtype(precision)
+        )
+        self._seed = seed
+        with self._precision():
+            self._dtype = parameter_dtype(precision)
+            abstract = resnet.split(nnx.eval_shape(lambda: self._build(rngs=nnx.Rngs(seed))))
+        self._graph = {"train": abstract.train, "eval": abstract.eval}
+        mesh = Mesh(np.array(jax.devices()), ("data",))
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._sharded = NamedSharding(mesh, PartitionSpec("data"))
+        self._train_step = jax.jit(self._step, donate_argnums=0, out_shardings=self._replicated)
+        self._eval_step = jax.jit(self._logits, out_shardings=self._replicated)
+
+    @property
+    def device(self) -> str:
+        """The devices in words."""
+        devices = jax.devices()
+        return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+
+    @property
+    def device_count(self) -> int:
+        """How many devices share a batch; its size must be a multiple of it."""
+        return jax.device_count()
+
+    def init(self) -> State:
+        """The state before the first step."""
+        with self._precision():
+            parts = resnet.split(self._build(rngs=nnx.Rngs(self._seed)))
+            state = {
+                "params": parts.params,
+                "batch_stats": parts.batch_stats,
+                "optimizer": self._make_optimizer(self.learning_rate(0)).init(parts.params),
+                "step": jnp.zeros((), jnp.int32),
+                "bad_step": jnp.full((), -1, jnp.int32),
+            }
+            return jax.device_put(state, self._replicated)
+
+    def train(self, state: State, batches: Iterable[Batch]) -> Iterator[tuple[State, Metrics]]:
+        """Take one step for each batch; yields the state after it and {"loss", "logits", "label", "grad_norm", ...}.
+
+        The metrics stay on the device until someone reads them, and the state that went in is gone (donated).
+        """
+        step = int(state["step"])
+        for batch in batches:
+            with self._precision():
+                lr = np.asarray(self.learning_rate(step), self._dtype)
+                state, metrics = self._train_step(state, self._place(batch), lr)
+            step += 1
+            yield state, {**metrics, "label": batch["label"]}
+
+    def evaluate(self, state: State, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
+        """The logits [N, num_classes] of each batch, with the running statistics.
+
+        Batches may differ in size; smaller ones are filled up to the size of the first, so that one program serves.
+        """
+        size = 0
+        for batch in batches:
+            n = len(batch["image"])
+            size = max(size, n + -n % self.device_count)
+            padding = ((0, size - n), (0, 0), (0, 0), (0, 0))
+            with self._precision():
+                image = self._place({"image": np.pad(batch["image"], padding)})["image"]
+                logits = self._eval_step(state["params"], state["batch_stats"], image)
+                yield np.asarray(logits)[:n]
+
+    def first_bad_step(self, state: State) -> int | None:
+        """The first step (from 1) whose loss or gradient was not finite, or None; waits for the device."""
+        bad_step = int(state["bad_step"])
+        return None if bad_step < 0 else bad_step
+
+    def to_tree(self, state: State) -> Tree:
+        """The engine-neutral tree {params, batch_stats, optimizer, step} of NumPy arrays of its own, PyTorch's layout."""
+        fields = state_to_dict(state["optimizer"])
+        tree = {"params": state["params"], "batch_stats": state["batch_stats"], "optimizer": fields}
+        return {**jax.tree.map(resnet.to_torch_layout, tree), "step": np.array(state["step"])}
+
+    def from_tree(self, tree: Tree) -> State:
+        """The inverse of `to_tree`; the tree must have the names and shapes of this engine's own."""
+        with self._precision():
+            native = jax.tree.map(resnet.from_torch_layout, {k: tree[k] for k in ("params", "batch_stats", "optimizer")})
+            template = jax.eval_shape(self._make_optimizer(self.learning_rate(0)).init, native["params"])
+            state = {
+                "params": jax.tree.map(jnp.array, native["params"]),
+                "batch_stats": jax.tree.map(jnp.array, native["batch_stats"]),
+                "optimizer": state_from_dict(template, native["optimizer"]),
+                "step": jnp.array(tree["step"], jnp.int32),
+                "bad_step": jnp.full((), -1, jnp.int32),
+            }
+            return jax.device_put(state, self._replicated)
+
+    def _precision(self) -> Any:
+        return jax.enable_x64(self._x64)
+
+    def _place(self, batch: Batch) -> dict[str, jax.Array]:
+        return jax.device_put(dict(batch), self._sharded)
+
+    def _normalize(self, image: jax.Array) -> jax.Array:
+        if image.dtype != jnp.uint8:
+            return image.astype(self._dtype)
+        mean, std = (jnp.asarray(a, self._dtype) for a in (self._mean, self._std))
+        return (image.astype(self._dtype) / 255 - mean) / std
+
+    def _logits(self, params: Mapping[str, jax.Array], stats: Mapping[str, jax.Array], image: jax.Array) -> jax.Array:
+        return resnet.apply(self._graph["eval"], params, stats, self._normalize(image))[0]
+
+    def _step(self, state: State, batch: Mapping[str, jax.Array], lr: jax.Array) -> tuple[State, Metrics]:
+        """One step of gradient descent, pure: forward, backward, update."""
+        image = self._normalize(batch["image"])
+
+        def loss_fn(params: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
+            logits, stats = resnet.apply(self._graph["train"], params, state["batch_stats"], image)
+            return cross_entropy(logits, batch["label"]), (logits, stats)
+
+        (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"])
+        updates, optimizer = self._make_optimizer(lr).update(grads, state["optimizer"], state["params"])
+        grad_norm = optax.global_norm(grads)
+        step = state["step"] + 1
+        bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+        new_state = {
+            "params": optax.apply_updates(state["params"], updates),
+            "batch_stats": batch_stats,
+            "optimizer": optimizer,
+            "step": step,
+            "bad_step": jnp.where(bad & (state["bad_step"] < 0), step, state["bad_step"]),
+        }
+        metrics = {"loss": loss, "logits": logits, "grad_norm": grad_norm, "update_norm": optax.global_norm(updates)}
+        return new_state, metrics
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """Mean over the batch of -log softmax(logits [N, C])[label [N]]."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()

@@ -1,0 +1,243 @@
+"""The optimizer table: every optimizer by its name, with PyTorch's meaning of each argument.
+
+Adam, AdamW and SGD are optax's own. AMSGrad is PyTorch's, which optax's is not: optax keeps the maximum of
+the bias-corrected second moment. AdaBound and its kin are in `adabound.py`.
+
+`state_to_dict` and `state_from_dict` turn optax's nested tuples into plain data and back, so that no type of
+optax's reaches a checkpoint.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_resnet.adabound import (
+    Scalar,
+    adabound,
+    adaboundw,
+    amsbound,
+    check_hyperparameters,
+    one_minus_power,
+    update_moments,
+    zero_moments,
+)
+
+OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "amsgrad", "adamw", "sgd")
+
+
+class ScaleByAmsgradState(NamedTuple):
+    """State of AMSGrad in PyTorch's form.
+
+    Attributes:
+        count: number of updates made; shape (), int32.
+        mu: exponential average of the gradients; shapes of the parameters, at least float32.
+        nu: exponential average of the squared gradients; likewise.
+        nu_max: element-wise maximum of every `nu` so far. None of the three is bias-corrected.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
+    mu: optax.Updates
+    nu: optax.Updates
+    nu_max: optax.Updates
+
+
+def scale_by_amsgrad(
+    b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8
+) -> optax.GradientTransformation:
+    r"""Rescale updates according to AMSGrad as `torch.optim.Adam(amsgrad=True)` has it.
+
+    With $t$ from 1 and $m_t$, $v_t$ as in Adam, the maximum is taken *before* bias correction:
+
+    $$ \hat v_t = \max(\hat v_{t-1}, v_t), \qquad
+       u_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{\hat v_t} / \sqrt{1 - \beta_2^t} + \epsilon} $$
+
+    Args:
+        b1: decay rate, per step, of the exponential average of the gradients.
+        b2: decay rate, per step, of the exponential average of the squared gradients.
+        eps: added to the corrected root of the second moment; in units of the gradient.
+
+    Returns:
+        The transformation. Its updates are not yet multiplied by the (negative) learning rate.
+
+    Raises:
+        ValueError: if an argument that is a Python number is out of its range.
+
+    References:
+        Reddi et al, `On the Convergence of Adam and Beyond <https://arxiv.org/abs/1904.09237>`_, 2018
+    """
+    check_hyperparameters(b1=b1, b2=b2, eps=eps)
+
+    def init_fn(params: optax.Params) -> ScaleByAmsgradState:
+        mu, nu, nu_max = zero_moments(params), zero_moments(params), zero_moments(params)
+        return ScaleByAmsgradState(jnp.zeros([], jnp.int32), mu, nu, nu_max)
+
+    def update_fn(
+        updates: optax.Updates, state: ScaleByAmsgradState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByAmsgradState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu, nu = update_moments(updates, state.mu, state.nu, b1, b2)
+        nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
+        correction1, correction2 = one_minus_power(b1, count), jnp.sqrt(one_minus_power(b2, count))
+
+        def leaf(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+            denominator = jnp.sqrt(v) / correction2.astype(v.dtype) + eps
+            return (m / correction1.astype(m.dtype) / denominator).astype(g.dtype)
+
+        return jax.tree.map(leaf, updates, mu, nu_max), ScaleByAmsgradState(count, mu, nu, nu_max)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def make_optimizer(
+    name: str,
+    learning_rate: Scalar,
+    *,
+    base_lr: Scalar | None = None,
+    final_lr: Scalar = 0.1,
+    gamma: Scalar = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    momentum: Scalar = 0.9,
+    weight_decay: Scalar | None = None,
+) -> optax.GradientTransformation:
+    """The optimizer of that name; arguments it has no use for are ignored.
+
+    The learning rate is usually an argument of the jitted training step, which builds the optimizer inside:
+    the structure of the state depends on `name` alone.
+
+    Args:
+        name: one of `OPTIMIZERS`.
+        learning_rate: a number or a scalar array, of this step; a schedule is evaluated by the caller.
+        base_lr: adabound, amsbound, adaboundw: the rate that `final_lr` goes with, usually the schedule's
+            peak. Required unless `learning_rate` is a Python number.
+        final_lr: the same three: SGD's step size, which the bounds converge to.
+        gamma: the same three: how fast the bounds converge, per step.
+        b1: all but sgd: decay rate, per step, of the exponential average of the gradients.
+        b2: all but sgd: the same of the squared gradients.
+        eps: all but sgd: added to the root of the second moment; in units of the gradient.
+        momentum: sgd: the factor, per step, of the sum of past gradients, as in `torch.optim.SGD`.
+        weight_decay: for the names that end in w, decoupled from the gradient and scaled by the learning
+            rate; for the others, L2: added to the gradient. Of all parameters, as in PyTorch. The default,
+            None, is PyTorch's: 0.01 for adamw, else 0.
+
+    Returns:
+        The optimizer. `update` needs `params`.
+
+    Raises:
+        ValueError: if the name is unknown, `base_lr` is missing, or an argument that is a Python number is
+            out of its range.
+    """
+    if weight_decay is None:
+        weight_decay = 0.01 if name == "adamw" else 0.0
+    check_hyperparameters(
+        learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, momentum=momentum, weight_decay=weight_decay
+    )
+    l2 = optax.add_decayed_weights(weight_decay)
+    adam = {"b1": b1, "b2": b2, "eps": eps}
+    bound: dict[str, Any] = {
+        **adam,
+        "final_lr": final_lr,
+        "base_lr": base_lr,
+        "gamma": gamma,
+        "weight_decay": weight_decay,
+    }
+    match name:
+        case "adam":
+            return optax.chain(l2, optax.adam(learning_rate, **adam))
+        case "adabound":
+            return adabound(learning_rate, **bound)
+        case "amsbound":
+            return amsbound(learning_rate, **bound)
+        case "adaboundw":
+            return adaboundw(learning_rate, **bound)
+        case "amsgrad":
+            return optax.chain(l2, scale_by_amsgrad(**adam), optax.scale_by_learning_rate(learning_rate))
+        case "adamw":
+            return optax.adamw(learning_rate, **adam, weight_decay=weight_decay)
+        case "sgd":
+            return optax.chain(l2, optax.sgd(learning_rate, momentum))
+    raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
+
+
+def _fields(opt_state: optax.OptState) -> Iterator[tuple[str, Any]]:
+    """The (name, value) pairs of every NamedTuple in nested tuples, in order."""
+    if hasattr(opt_state, "_fields"):
+        yield from zip(opt_state._fields, opt_state, strict=True)
+    else:
+        for inner in opt_state:
+            yield from _fields(inner)
+
+
+def state_to_dict(opt_state: optax.OptState) -> dict[str, Any]:
+    """The state of a chain of transformations as one flat dict, of only the fields this optimizer has.
+
+    Args:
+        opt_state: the state of an optimizer of `make_optimizer`, of flat parameters {name: array}.
+
+    Returns:
+        {"count": array, "mu": {name: array}, "nu": {name: array}, ...}; the arrays are not copied.
+
+    Raises:
+        ValueError: if two transformations of the chain have a field of the same name.
+    """
+    fields: dict[str, Any] = {}
+    for name, value in _fields(opt_state):
+        if name in fields:
+            raise ValueError(f"two transformations of the chain have a state named {name!r}")
+        fields[name] = value
+    return fields
+
+
+def _entries(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """{"mu": {"fc.weight": array}} as {"mu.fc.weight": array}."""
+    entries: dict[str, Any] = {}
+    for field, value in fields.items():
+        if isinstance(value, Mapping):
+            entries |= {f"{field}.{name}": array for name, array in value.items()}
+        else:
+            entries[field] = value
+    return entries
+
+
+def state_from_dict(template: optax.OptState, mapping: Mapping[str, Any]) -> optax.OptState:
+    """The inverse of `state_to_dict`.
+
+    Args:
+        template: the state of the optimizer that is to go on, as `tx.init(params)` or
+            `jax.eval_shape(tx.init, params)` gives it. Structure, shapes and types are taken from it.
+        mapping: what `state_to_dict` returned, of arrays of NumPy or JAX.
+
+    Returns:
+        A state like `template` that holds copies of the arrays of `mapping`.
+
+    Raises:
+        ValueError: if entries are missing, surplus or of another shape; it names them.
+    """
+    expected, given = _entries(state_to_dict(template)), _entries(mapping)
+    problems = [f"{name} is missing" for name in expected if name not in given]
+    problems += [f"{name} is surplus" for name in given if name not in expected]
+    problems += [
+        f"{name} has shape {jnp.shape(given[name])}, not {jnp.shape(like)}"
+        for name, like in expected.items()
+        if name in given and jnp.shape(given[name]) != jnp.shape(like)
+    ]
+    if problems:
+        raise ValueError(f"the optimizer state does not fit: {'; '.join(problems)}")
+
+    def fill(field: str, like: Any) -> Any:
+        # Copies: an alias of the caller's memory must not be donated to a training step
+        if isinstance(like, Mapping):
+            return {name: jnp.array(mapping[field][name], leaf.dtype) for name, leaf in like.items()}
+        return jnp.array(mapping[field], like.dtype)
+
+    def rebuild(state: optax.OptState) -> optax.OptState:
+        if hasattr(state, "_fields"):
+            return type(state)(*(fill(field, like) for field, like in zip(state._fields, state, strict=True)))
+        return tuple(rebuild(inner) for inner in state)
+
+    return rebuild(template)

@@ -1,0 +1,413 @@
+"""ResNets in Flax NNX: the ImageNet family, the CIFAR family, and a small CNN to show how the parts are used.
+
+He et al. 2015, "Deep Residual Learning for Image Recognition", arXiv 1512.03385. Inputs are [N, H, W, C] with
+H and W of 32 or more, outputs logits [N, num_classes] in at least float32. The same names stand in
+`numpy_ref/resnet.py` and `torch_oracle/resnet.py`; state dicts carry torchvision's names and layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jax_resnet.layers import BatchNorm, Conv2d, Linear, OptionA, global_average_pool, max_pool2d, parameter_dtype
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions and a shortcut (figure 5, left). [N, H, W, I] to [N, H / stride, W / stride, width]."""
+
+    expansion = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        *,
+        stride: int = 1,
+        shortcut: str = "projection",
+        stride_in_1x1: bool = False,
+        batch_norm: bool = True,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ) -> None:
+        conv = partial(Conv2d, bias=not batch_norm, rngs=rngs, dtype=dtype)
+        norm = partial(BatchNorm, dtype=dtype) if batch_norm else _no_norm
+        self.conv1 = conv(in_channels, width, 3, stride=stride, padding=1)
+        self.bn1 = norm(width)
+        self.conv2 = conv(width, width, 3, padding=1)
+        self.bn2 = norm(width)
+        self.downsample = _shortcut(shortcut, in_channels, width, stride, conv, norm)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.nn.relu(_apply(self.bn1, self.conv1(x)))
+        y = _apply(self.bn2, self.conv2(y))
+        return jax.nn.relu(y + _shortcut_of(self.downsample, x))
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut (figure 5, right). [N, H, W, I] to [.., 4 * width].
+
+    The stride sits on the 3x3 (v1.5, torchvision's) or, with `stride_in_1x1`, on the first 1x1 (the paper's).
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        *,
+        stride: int = 1,
+        shortcut: str = "projection",
+        stride_in_1x1: bool = False,
+        batch_norm: bool = True,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ) -> None:
+        conv = partial(Conv2d, bias=not batch_norm, rngs=rngs, dtype=dtype)
+        norm = partial(BatchNorm, dtype=dtype) if batch_norm else _no_norm
+        out_channels = width * self.expansion
+        stride1, stride2 = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.conv1 = conv(in_channels, width, 1, stride=stride1)
+        self.bn1 = norm(width)
+        self.conv2 = conv(width, width, 3, stride=stride2, padding=1)
+        self.bn2 = norm(width)
+        self.conv3 = conv(width, out_channels, 1)
+        self.bn3 = norm(out_channels)
+        self.downsample = _shortcut(shortcut, in_channels, out_channels, stride, conv, norm)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.nn.relu(_apply(self.bn1, self.conv1(x)))
+        y = jax.nn.relu(_apply(self.bn2, self.conv2(y)))
+        y = _apply(self.bn3, self.conv3(y))
+        return jax.nn.relu(y + _shortcut_of(self.downsample, x))
+
+
+def _no_norm(num_features: int) -> None:
+    return None
+
+
+def _apply(norm: BatchNorm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
+
+
+def _shortcut(
+    kind: str, in_channels: int, out_channels: int, stride: int, conv: Callable[..., Conv2d], norm: Callable[..., Any]
+) -> nnx.List | OptionA | None:
+    if stride == 1 and in_channels == out_channels:
+        return None
+    if kind == "option-A":
+        return OptionA(in_channels, out_channels, stride=stride)
+    layers = [conv(in_channels, out_channels, 1, stride=stride), norm(out_channels)]
+    return nnx.List([layer for layer in layers if layer is not None])
+
+
+def _shortcut_of(downsample: nnx.List | OptionA | None, x: jax.Array) -> jax.Array:
+    if downsample is None:
+        return x
+    for layer in downsample if isinstance(downsample, nnx.List) else [downsample]:
+        x = layer(x)
+    return x
+
+
+def run_block(block: nnx.Module, x: jax.Array) -> jax.Array:
+    """block(x), traced once for all blocks of the same kind and shapes: a third of ResNet-101's tracing time."""
+    graphdef, stats, rest = nnx.split(block, nnx.BatchStat, ...)
+    y, stats = _call_block(graphdef, stats, rest, x)
+    nnx.update(block, stats)
+    return y
+
+
+@partial(jax.jit, static_argnums=0)
+def _call_block(graphdef: Any, stats: nnx.State, rest: nnx.State, x: jax.Array) -> tuple[jax.Array, nnx.State]:
+    block = nnx.merge(graphdef, stats, rest)
+    y = block(x)
+    return y, nnx.state(block, nnx.BatchStat)
+
+
+Block = type[BasicBlock] | type[Bottleneck]
+
+
+class ResNet(nnx.Module):
+    """A stem, three or four stages of residual blocks, global average pooling and a linear layer (table 1).
+
+    Args:
+        block: BasicBlock or Bottleneck.
+        stage_sizes: how many blocks each stage has; stage s is width * 2**s wide, and all but the first halve
+            height and width.
+        num_classes: the number of logits.
+        in_channels: channels of the pictures.
+        width: channels of the stem and base width of the first stage.
+        stem: "imagenet", a 7x7 convolution and 3x3 max-pooling, both of stride 2; or "small", a 3x3 convolution
+            of stride 1.
+        shortcut: "projection" (1x1 convolution, option B) or "option-A", where shapes differ.
+        stride_in_1x1: the paper's place of a bottleneck's stride.
+        batch_norm: without it, every convolution has a bias.
+        rngs: source of the initial weights.
+        dtype: compute type; parameters, statistics and logits are promote_types(dtype, float32).
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        stage_sizes: Sequence[int],
+        num_classes: int,
+        in_channels: int = 3,
+        *,
+        width: int = 64,
+        stem: str = "imagenet",
+        shortcut: str = "projection",
+        stride_in_1x1: bool = False,
+        batch_norm: bool = True,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ) -> None:
+        if stem not in ("imagenet", "small"):
+            raise ValueError(f'stem must be "imagenet" or "small", not {stem!r}')
+        if not stage_sizes or min(stage_sizes) < 1:
+            raise ValueError(f"stage_sizes must be positive numbers of blocks, not {stage_sizes!r}")
+        kernel, stride, padding = (7, 2, 3) if stem == "imagenet" else (3, 1, 1)
+        self.conv1 = Conv2d(
+            in_channels, width, kernel, stride=stride, padding=padding, bias=not batch_norm, rngs=rngs, dtype=dtype
+        )
+        self.bn1 = BatchNorm(width, dtype=dtype) if batch_norm else None
+        self.stem, self.num_stages, self.dtype = stem, len(stage_sizes), dtype
+        channels = width
+        for stage, size in enumerate(stage_sizes):
+            blocks = []
+            for index in range(size):
+                stage_width = width * 2**stage
+                blocks.append(
+                    block(
+                        channels,
+                        stage_width,
+                        stride=2 if stage > 0 and index == 0 else 1,
+                        shortcut=shortcut,
+                        stride_in_1x1=stride_in_1x1,
+                        batch_norm=batch_norm,
+                        rngs=rngs,
+                        dtype=dtype,
+                    )
+                )
+                channels = stage_width * block.expansion
+            setattr(self, f"layer{stage + 1}", nnx.List(blocks))
+        self.fc = Linear(channels, num_classes, rngs=rngs, dtype=dtype)
+
+    def stages(self, x: jax.Array) -> dict[str, jax.Array]:
+        """The output of every stage, in order: stem, layer1, ..., pool, logits. jit prunes what is not used."""
+        out = {}
+        x = jax.nn.relu(_apply(self.bn1, self.conv1(x.astype(self.dtype))))
+        if self.stem == "imagenet":
+            x = max_pool2d(x, 3, 2, 1)
+        out["stem"] = x
+        for stage in range(1, self.num_stages + 1):
+            for block in getattr(self, f"layer{stage}"):
+                x = run_block(block, x)
+            out[f"layer{stage}"] = x
+        out["pool"] = global_average_pool(x)
+        out["logits"] = self.fc(out["pool"]).astype(parameter_dtype(self.dtype))
+        return out
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Pictures [N, H, W, C] to logits [N, num_classes]."""
+        return self.stages(x)["logits"]
+
+
+class CNN(nnx.Module):
+    """One 3x3 convolution, ReLU, one linear layer. Needs to know the size of its pictures."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        *,
+        image_size: tuple[int, int] = (32, 32),
+        width: int = 8,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ) -> None:
+        self.conv = Conv2d(in_channels, width, 3, padding=1, bias=True, rngs=rngs, dtype=dtype)
+        self.fc = Linear(width * image_size[0] * image_size[1], num_classes, rngs=rngs, dtype=dtype)
+        self.dtype = dtype
+
+    def stages(self, x: jax.Array) -> dict[str, jax.Array]:
+        """The output of every stage, in order: conv, logits."""
+        y = jax.nn.relu(self.conv(x.astype(self.dtype)))
+        # PyTorch flattens [N, C, H, W]; the linear layer's rows must mean the same here.
+        flat = y.transpose(0, 3, 1, 2).reshape(len(y), -1)
+        return {"conv": y, "logits": self.fc(flat).astype(parameter_dtype(self.dtype))}
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Pictures [N, H, W, C] to logits [N, num_classes]."""
+        return self.stages(x)["logits"]
+
+
+def resnet_imagenet(
+    block: Block,
+    family_sizes: Sequence[int],
+    num_classes: int,
+    in_channels: int = 3,
+    *,
+    width: int = 64,
+    stage_sizes: Sequence[int] | None = None,
+    small_images: bool = False,
+    stride_in_1x1: bool = False,
+    batch_norm: bool = True,
+    rngs: nnx.Rngs,
+    dtype: DTypeLike = jnp.float32,
+) -> ResNet:
+    """The ImageNet family (table 1). `stage_sizes` replaces the family's, `small_images` the stem."""
+    sizes = family_sizes if stage_sizes is None else stage_sizes
+    make = partial(ResNet, block, sizes, width=width, stem="small" if small_images else "imagenet")
+    return make(
+        num_classes, in_channels, stride_in_1x1=stride_in_1x1, batch_norm=batch_norm, rngs=rngs, dtype=dtype
+    )
+
+
+def resnet_cifar(
+    n: int,
+    num_classes: int,
+    in_channels: int = 3,
+    *,
+    width: int = 16,
+    batch_norm: bool = True,
+    rngs: nnx.Rngs,
+    dtype: DTypeLike = jnp.float32,
+) -> ResNet:
+    """The CIFAR family (section 4.2): three stages of `n` basic blocks, option-A shortcuts; 6n + 2 layers."""
+    make = partial(ResNet, BasicBlock, (n, n, n), stem="small", shortcut="option-A")
+    return make(num_classes, in_channels, width=width, batch_norm=batch_norm, rngs=rngs, dtype=dtype)
+
+
+cnn = CNN
+resnet18 = partial(resnet_imagenet, BasicBlock, (2, 2, 2, 2))
+resnet34 = partial(resnet_imagenet, BasicBlock, (3, 4, 6, 3))
+resnet50 = partial(resnet_imagenet, Bottleneck, (3, 4, 6, 3))
+resnet101 = partial(resnet_imagenet, Bottleneck, (3, 4, 23, 3))
+resnet152 = partial(resnet_imagenet, Bottleneck, (3, 8, 36, 3))
+resnet20 = partial(resnet_cifar, 3)
+resnet32 = partial(resnet_cifar, 5)
+resnet44 = partial(resnet_cifar, 7)
+resnet56 = partial(resnet_cifar, 9)
+resnet110 = partial(resnet_cifar, 18)
+
+MODELS: dict[str, Callable[..., Any]] = {
+    "resnet101": resnet101,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet152": resnet152,
+    "resnet20": resnet20,
+    "resnet32": resnet32,
+    "resnet44": resnet44,
+    "resnet56": resnet56,
+    "resnet110": resnet110,
+    "cnn": cnn,
+}
+
+
+
+class Parts(NamedTuple):
+    """A model taken apart into what never changes and plain dicts {torchvision name: array in this engine's layout}."""
+
+    train: nnx.GraphDef[Any]
+    eval: nnx.GraphDef[Any]
+    params: dict[str, jax.Array]
+    batch_stats: dict[str, jax.Array]
+
+
+def split(model: nnx.Module) -> Parts:
+    """Take a model apart, once, so that a jitted step handles plain dicts only."""
+    model.eval()
+    eval_graph = nnx.graphdef(model)
+    model.train()
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return Parts(graphdef, eval_graph, _flat(params), _flat(batch_stats))
+
+
+def apply(
+    graphdef: nnx.GraphDef[Any], params: Mapping[str, jax.Array], batch_stats: Mapping[str, jax.Array], x: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Pictures [N, H, W, C] to (logits [N, num_classes], the batch statistics after); pure."""
+    variables = [(_path(name), nnx.Param(value)) for name, value in params.items()]
+    variables += [(_path(name), nnx.BatchStat(value)) for name, value in batch_stats.items()]
+    # Without the copy, BatchNorm would write into variables of an outer trace.
+    model = nnx.merge(graphdef, nnx.from_flat_state(variables), copy=True)
+    return model(x), _flat(nnx.state(model, nnx.BatchStat))
+
+
+def _flat(state: nnx.State) -> dict[str, jax.Array]:
+    return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+
+
+def _path(name: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+
+
+def to_torch_layout(array: Any) -> np.ndarray:
+    """This engine's layout to PyTorch's, always a copy: kernels HWIO to OIHW, linear weights [in, out] to [out, in]."""
+    array = np.asarray(array)
+    axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim)
+    return np.array(array if axes is None else array.transpose(axes), order="C")
+
+
+def from_torch_layout(array: np.ndarray) -> np.ndarray:
+    """The inverse of `to_torch_layout`."""
+    axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim)
+    return np.array(array if axes is None else array.transpose(axes), order="C")
+
+
+def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Parameters and batch statistics under torchvision's names, in PyTorch's layout."""
+    return {name: to_torch_layout(variable[...]) for name, variable in _variables(model).items()}
+
+
+def load_state_dict(model: nnx.Module, mapping: Mapping[str, np.ndarray]) -> None:
+    """Set every parameter and batch statistic, in place; the inverse of `state_dict`.
+
+    `linear.*` is read as `fc.*`, and `num_batches_tracked` is passed over. Raises ValueError that lists every
+    missing, surplus and misshapen name, and then changes nothing.
+    """
+    variables = _variables(model)
+    arrays = {
+        name.replace("linear.", "fc.", 1) if name.startswith("linear.") else name: np.asarray(array)
+        for name, array in mapping.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    problems = [f"missing {name}" for name in variables if name not in arrays]
+    problems += [f"surplus {name}" for name in arrays if name not in variables]
+    for name in variables.keys() & arrays.keys():
+        wanted = to_torch_layout(np.empty(variables[name].shape)).shape
+        if arrays[name].shape != wanted:
+            problems.append(f"{name} has shape {list(arrays[name].shape)}, not {list(wanted)}")
+    if problems:
+        raise ValueError("the state dict does not fit: " + "; ".join(sorted(problems)))
+    for name, variable in variables.items():
+        variable[...] = jnp.asarray(from_torch_layout(arrays[name]), variable.dtype)
+
+
+def _variables(model: nnx.Module, kind: Any = (nnx.Param, nnx.BatchStat)) -> dict[str, nnx.Variable[Any]]:
+    flat = nnx.to_flat_state(nnx.state(model, kind))
+    return {".".join(map(str, path)): variable for path, variable in flat}
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of parameters; batch statistics are none."""
+
+    total: int
+    trainable: int
+    frozen: int
+
+
+def parameter_count(model: nnx.Module, frozen: Callable[[str], bool] = lambda name: False) -> ParameterCount:
+    """Count a model's parameters; those whose name makes `frozen` true are not trained."""
+    sizes = {name: variable.size for name, variable in _variables(model, nnx.Param).items()}
+    total, held = sum(sizes.values()), sum(size for name, size in sizes.items() if frozen(name))
+    return ParameterCount(total, total - held, held)

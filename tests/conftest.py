@@ -1,0 +1,63 @@
+"""What every test shares: where JAX runs, seeded property tests, the data and the device it may ask for.
+
+Environment:
+    THREEWAY_DATA_DIR   a TFDS data directory; without it the tests on real data are skipped.
+    THREEWAY_GPU=1      JAX takes the GPU instead of the CPU; tests marked gpu fail where JAX finds none.
+    JAX_PLATFORMS       as JAX reads it; left alone where it is set.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hypothesis
+import pytest
+
+if TYPE_CHECKING:
+    import jax
+
+ON_GPU = os.environ.get("THREEWAY_GPU") == "1"
+
+# Before any import of JAX, here and in subprocesses. One CPU device: what needs several starts a subprocess.
+os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if ON_GPU else "cpu")
+if ON_GPU:  # tests start training processes beside this one on the same GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+# Compilation makes the first example slow, and a failure must come again at the next run.
+hypothesis.settings.register_profile("threeway", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("threeway")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test marked gpu that takes its device from `accelerator` runs on the CPU too; others need the GPU."""
+    if ON_GPU:
+        return
+    needs_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU: set THREEWAY_GPU=1 where there is one")
+    for item in items:
+        if item.get_closest_marker("gpu") and "accelerator" not in getattr(item, "fixturenames", ()):
+            item.add_marker(needs_gpu)
+
+
+@pytest.fixture(scope="session")
+def accelerator() -> jax.Device:
+    """The device to compute on: JAX's first, which THREEWAY_GPU=1 promises to be a GPU."""
+    import jax
+
+    device = jax.devices()[0]
+    if ON_GPU and device.platform != "gpu":
+        pytest.fail(f"THREEWAY_GPU=1, but JAX finds no GPU: {device}")
+    return device
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The TFDS data directory named by THREEWAY_DATA_DIR."""
+    value = os.environ.get("THREEWAY_DATA_DIR")
+    if not value:
+        pytest.skip("real data: set THREEWAY_DATA_DIR to a TFDS data directory")
+    path = Path(value).resolve()
+    if not path.is_dir():
+        pytest.fail(f"THREEWAY_DATA_DIR is not a directory: {path}")
+    return path

@@ -1,0 +1,463 @@
+"""AdaBound, AMSBound and AdaBoundW: against the published algorithm, and as optax tests its own."""
+
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jax_resnet.adabound import (
+    adabound,
+    adabound_bounds,
+    adaboundw,
+    amsbound,
+    scale_by_adabound,
+    scale_by_amsbound,
+)
+
+OPTIMIZERS = [adabound, amsbound, adaboundw]
+TRANSFORMATIONS = [scale_by_adabound, scale_by_amsbound]
+
+FLOAT64 = 1e-12  # of a tensor's largest magnitude: 2,000 steps that each round a few times
+FLOAT32_STEP = 1e-6  # of each coordinate: one step's dozen roundings of 6e-8
+
+STEPS, WARMUP, PEAK, FINAL_LR = 2000, 100, 1e-3, 0.1
+SHAPES = {"conv1.weight": (6, 4), "fc.bias": (10,)}
+
+
+def published(params, grads, lrs, base_lr, *, amsbound, l2=0.0, decoupled=0.0, unscaled=0.0):
+    """Luo et al.'s code, line by line, for one tensor; `decoupled` and `unscaled`: two readings of AdaBoundW.
+
+    Returns the final tensors, and how many coordinates were at the lower bound, inside, at the upper bound.
+    """
+    p, m, v, v_max = params.copy(), np.zeros_like(params), np.zeros_like(params), np.zeros_like(params)
+    beta1, beta2, gamma, eps = 0.9, 0.999, 1e-3, 1e-8
+    hits = np.zeros(3, int)
+    for t, (g, lr) in enumerate(zip(grads, lrs, strict=True), start=1):
+        g = g + l2 * p
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g * g
+        v_max = np.maximum(v_max, v)
+        denom = np.sqrt(v_max if amsbound else v) + eps
+        step_size = lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+        final_lr = FINAL_LR * lr / base_lr
+        lower_bound = final_lr * (1 - 1 / (gamma * t + 1))
+        upper_bound = final_lr * (1 + 1 / (gamma * t))
+        eta = step_size / denom
+        if lr > 0:
+            hits += (
+                (eta < lower_bound).sum(),
+                ((lower_bound < eta) & (eta < upper_bound)).sum(),
+                (eta > upper_bound).sum(),
+            )
+        decay = lr * decoupled * p + unscaled * p
+        p = p - np.clip(eta, lower_bound, upper_bound) * m - decay
+    return {"params": p, "mu": m, "nu": v} | ({"nu_max": v_max} if amsbound else {}), hits
+
+
+def problem(seed=0):
+    """Parameters, and gradients over seven decades that fade, so that the maximum of nu matters."""
+    rng = np.random.default_rng(seed)
+    params, grads = {}, {}
+    fading = 0.05 + np.exp(-np.arange(STEPS) / 150)
+    for name, shape in SHAPES.items():
+        size = math.prod(shape)
+        scales = np.logspace(-5.5, 1.5, size).reshape(shape)
+        params[name] = rng.normal(size=shape)
+        noise = rng.normal(size=(STEPS, *shape)) + 0.5
+        grads[name] = scales * noise * fading.reshape(-1, *[1] * len(shape))
+    return params, grads
+
+
+def warmup_cosine():
+    """Linear from 0 to PEAK over WARMUP steps, then half a cosine to (nearly) 0."""
+    steps = np.arange(STEPS)
+    cosine = 0.5 * PEAK * (1 + np.cos(np.pi * (steps - WARMUP) / (STEPS - WARMUP)))
+    return np.where(steps < WARMUP, PEAK * steps / WARMUP, cosine)
+
+
+def run(tx, params, grads):
+    """The parameters and the state after all gradients, by one scan."""
+
+    def step(carry, g):
+        params, state = carry
+        updates, state = tx.update(g, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g)[0])(params, grads)
+
+
+def moments(state):
+    """The state of AdaBound or AMSBound among those of a chain."""
+    (found,) = [s for s in state if hasattr(s, "mu")]
+    return found
+
+
+def assert_agree(actual, expected, tolerance, what):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype, what
+    error = np.abs(actual - expected) / np.abs(expected).max()
+    worst = np.unravel_index(error.argmax(), error.shape)
+    assert error.max() <= tolerance, (
+        f"{what}{list(map(int, worst))} is off by {error.max():.1e} of the largest"
+    )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "weight_decay", "as_published"),
+    [
+        (adabound, 0.0, {}),
+        (adabound, 5e-4, {"l2": 5e-4}),
+        (amsbound, 0.0, {}),
+        (amsbound, 5e-4, {"l2": 5e-4}),
+        (adaboundw, 0.0, {}),
+        (adaboundw, 0.05, {"decoupled": 0.05}),
+    ],
+)
+def test_equals_the_published_algorithm(optimizer, weight_decay, as_published):
+    params, grads = problem()
+    lrs = warmup_cosine()
+    assert lrs[0] == 0
+    with jax.enable_x64(True):
+        schedule = jnp.asarray(lrs)
+        tx = optimizer(lambda count: schedule[count], FINAL_LR, base_lr=PEAK, weight_decay=weight_decay)
+        final, state = run(tx, params, grads)
+    state = moments(state)
+    assert state.count == STEPS
+    total = np.zeros(3, int)
+    for name in SHAPES:
+        expected, hits = published(
+            params[name], grads[name], lrs, PEAK, amsbound=optimizer is amsbound, **as_published
+        )
+        total += hits
+        assert_agree(final[name], expected.pop("params"), FLOAT64, name)
+        for moment, values in expected.items():
+            assert_agree(getattr(state, moment)[name], values, FLOAT64, f"{moment}.{name}")
+        if optimizer is amsbound:
+            assert (expected["nu_max"] > 1.5 * expected["nu"]).mean() > 0.5, "the maximum hardly mattered"
+    assert (total > 0.1 * total.sum()).all(), f"lower, inside, upper: {total}"
+
+
+def test_unscaled_decay_of_the_authors_adaboundw_is_ours_divided_by_a_constant_rate():
+    params, grads = problem()
+    with jax.enable_x64(True):
+        final, _ = run(adaboundw(PEAK, weight_decay=2e-4 / PEAK), params, grads)
+    for name in SHAPES:
+        lrs = np.full(STEPS, PEAK)
+        expected, _ = published(params[name], grads[name], lrs, PEAK, amsbound=False, unscaled=2e-4)
+        assert_agree(final[name], expected["params"], FLOAT64, name)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_first_float32_step_is_right_in_every_coordinate(optimizer):
+    _, grads = problem()
+    for name in SHAPES:
+        expected, _ = published(
+            np.zeros(SHAPES[name]), grads[name][:1], [PEAK], PEAK, amsbound=optimizer is amsbound
+        )
+        zero = jnp.zeros(SHAPES[name], jnp.float32)
+        tx = optimizer(PEAK)
+        step, _ = tx.update(jnp.float32(grads[name][0]), tx.init(zero), zero)
+        np.testing.assert_allclose(step, expected["params"], rtol=FLOAT32_STEP, err_msg=name)
+
+
+def test_bounds_in_figures():
+    lower, upper = adabound_bounds(np.array([1, 1000, 10**9]), ratio=100.0, gamma=1e-3)
+    np.testing.assert_allclose(lower, [100 / 1001, 50, 100], rtol=1e-5)
+    np.testing.assert_allclose(upper, [100_100, 200, 100], rtol=1e-5)
+
+
+@given(st.integers(1, 10**7), st.floats(1e-3, 1e4), st.floats(1e-5, 1e2))
+def test_bounds_enclose_the_ratio_and_close_on_it(count, ratio, gamma):
+    lower, upper = adabound_bounds(np.array([count, 2 * count]), ratio, gamma)
+    assert 0 < lower[0] <= lower[1] <= np.float32(ratio) <= upper[1] <= upper[0] < np.inf
+
+
+# --- the learning rate and the bounds -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", [1e-7, 1e3], ids=["upper", "lower"])
+def test_schedule_moves_the_bounds(gradient):
+    """A clipped coordinate moves by bound * mu, where the bound closes on final_lr * lr / base_lr."""
+    lrs = [0.0, 2e-3, 1e-3, 1e-4]
+    schedule = jnp.asarray(lrs)
+    tx = adabound(lambda count: schedule[count], final_lr=0.5, base_lr=2e-3, gamma=0.01)
+    params = jnp.zeros(())
+    state = tx.init(params)
+    for t, lr in enumerate(lrs, start=1):
+        updates, state = tx.update(jnp.asarray(gradient), state, params)
+        closing = 1 + 1 / (0.01 * t) if gradient < 1 else 1 - 1 / (0.01 * t + 1)
+        expected = -(0.5 * lr / 2e-3) * closing * moments(state).mu
+        np.testing.assert_allclose(updates, expected, rtol=1e-5, err_msg=f"step {t}")
+
+
+def test_base_lr_defaults_to_a_number_learning_rate():
+    params, grads = problem()
+    with jax.enable_x64(True):
+        implicit, _ = run(adabound(PEAK), params, grads)
+        explicit, _ = run(adabound(PEAK, base_lr=PEAK), params, grads)
+        other, _ = run(adabound(PEAK, base_lr=2 * PEAK), params, grads)
+    for name in SHAPES:
+        np.testing.assert_array_equal(implicit[name], explicit[name])
+        assert (implicit[name] != other[name]).any(), "base_lr makes no difference"
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("learning_rate", [optax.constant_schedule(1e-3), np.float32(1e-3), np.asarray(1e-3)])
+def test_learning_rate_that_is_no_python_number_requires_base_lr(optimizer, learning_rate):
+    with pytest.raises(ValueError, match="base_lr is required") as error:
+        optimizer(learning_rate)
+    assert "\n" not in str(error.value)
+    optimizer(learning_rate, base_lr=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_traced_and_injected_learning_rates_require_base_lr(optimizer):
+    params = {"w": jnp.ones(3)}
+    with pytest.raises(ValueError, match="base_lr is required"):
+        optimizer(jnp.asarray(1e-3))
+    with pytest.raises(ValueError, match="base_lr is required"):
+        jax.jit(lambda lr: optimizer(lr).init(params))(1e-3)
+    with pytest.raises(ValueError, match="base_lr is required"):
+        optax.inject_hyperparams(optimizer)(1e-3).init(params)
+
+
+# --- arguments ----------------------------------------------------------------------------------------------
+
+BAD = {
+    "learning_rate": [-1e-3, math.inf, math.nan],
+    "final_lr": [0.0, -0.1, math.nan],
+    "base_lr": [0.0, -1e-3],
+    "gamma": [0, -1e-3, math.nan],
+    "b1": [1.0, -0.1, math.nan],
+    "b2": [1, -0.1],
+    "eps": [-1e-8, math.nan],
+    "weight_decay": [-1e-4],
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
+)
+def test_bad_argument_is_named_in_one_line(optimizer, name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be .*, got {value}$"):
+        optimizer(**{"learning_rate": 1e-3, "base_lr": 1e-3, name: value})
+
+
+def test_zero_learning_rate_without_base_lr_is_refused():
+    with pytest.raises(ValueError, match=r"^base_lr must be .*learning_rate.* got 0"):
+        adabound(0.0)
+
+
+@pytest.mark.parametrize("scale_by", TRANSFORMATIONS)
+@pytest.mark.parametrize(
+    ("name", "value"), [("ratio", 0.0), ("gamma", 0.0), ("b1", 1.0), ("b2", -1), ("eps", -1.0)]
+)
+def test_bad_argument_of_a_transformation_is_named(scale_by, name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be .*, got {value}$"):
+        scale_by(**{name: value})
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_edges_of_the_ranges_work(optimizer):
+    tx = optimizer(1e-3, b1=0.0, b2=0.0, eps=0.0)
+    params = jnp.ones(2)
+    updates, _ = tx.update(jnp.array([0.0, 1.0]), tx.init(params), params)
+    assert updates[0] == 0
+    np.testing.assert_allclose(updates[1], -1e-3, rtol=FLOAT32_STEP)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_hyperparameter_may_be_traced(optimizer):
+    params = {"w": jnp.linspace(-1, 1, 5)}
+    values = {"learning_rate": 1e-3, "final_lr": 0.2, "base_lr": 2e-3, "b1": 0.8, "b2": 0.99, "gamma": 0.01}
+    values |= {"eps": 1e-6, "weight_decay": 0.1}
+
+    def step(values):
+        tx = optimizer(**values)
+        return tx.update(params, tx.init(params), params)[0]
+
+    np.testing.assert_allclose(jax.jit(step)(values)["w"], step(values)["w"], rtol=1e-5)
+
+
+# --- as optax tests its own ---------------------------------------------------------------------------------
+
+
+def parabola(dtype=jnp.float32):
+    target = jnp.array([1.0, -1.0, 1.0], dtype)
+    return jnp.array([-1.0, 10.0, 1.0], dtype), target, lambda x: jnp.sum((x - target) ** 2)
+
+
+def rosenbrock():
+    return jnp.zeros(2), jnp.ones(2), lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+
+
+def descend(tx, start, loss, steps):
+    def step(carry, _):
+        x, state = carry
+        updates, state = tx.update(jax.grad(loss)(x), state, x)
+        return (optax.apply_updates(x, updates), state), None
+
+    return jax.jit(lambda x: jax.lax.scan(step, (x, tx.init(x)), length=steps)[0][0])(start)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("target", [parabola, rosenbrock])
+def test_converges(optimizer, target):
+    start, minimum, loss = target()
+    end = descend(optimizer(1e-2, final_lr=1e-2), start, loss, 10_000)
+    np.testing.assert_allclose(end, minimum, atol=1e-2)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_second_call_does_not_recompile(optimizer):
+    start, _, loss = parabola()
+    traces = 0
+
+    @jax.jit
+    def step(x, state, lr):
+        nonlocal traces
+        traces += 1
+        tx = optimizer(lr, base_lr=1e-2)
+        updates, state = tx.update(jax.grad(loss)(x), state, x)
+        return optax.apply_updates(x, updates), state
+
+    x, state = start, optimizer(1e-2).init(start)
+    for lr in (1e-2, 5e-3, 0.0):
+        x, state = step(x, state, lr)
+    assert traces == 1
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_state_can_be_donated(optimizer):
+    tx = optimizer(1e-3)
+    params = {"w": jnp.ones(3)}
+    grads = {"w": jnp.ones(3)}
+    update = jax.jit(tx.update, donate_argnums=1)
+    _, state = update(grads, tx.init(params), params)
+    _, state = update(grads, state, params)
+    assert moments(state).count == 2
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_under_chain(optimizer):
+    params = {"w": jnp.linspace(-1, 1, 5)}
+    grads = {"w": jnp.linspace(-30, 20, 5)}
+    chained = optax.chain(optax.clip_by_global_norm(1.0), optimizer(1e-3), optax.scale(0.5))
+    updates, _ = chained.update(grads, chained.init(params), params)
+    alone = optimizer(1e-3)
+    clipped = {"w": grads["w"] / jnp.linalg.norm(grads["w"])}
+    expected, _ = alone.update(clipped, alone.init(params), params)
+    np.testing.assert_allclose(updates["w"], 0.5 * expected["w"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_under_inject_hyperparams(optimizer):
+    """An injected schedule gives what the schedule gives, and a rate set by hand moves step and bounds."""
+    params, grads = problem()
+    lrs = warmup_cosine()
+    with jax.enable_x64(True):
+        values = jnp.asarray(lrs)
+        kwargs = {"base_lr": PEAK, "weight_decay": 1e-3}
+        injected = optax.inject_hyperparams(optimizer)(lambda count: values[count], **kwargs)
+        final, state = run(injected, params, grads)
+        expected, _ = run(optimizer(lambda count: values[count], **kwargs), params, grads)
+        for name in SHAPES:
+            assert_agree(final[name], expected[name], FLOAT64, name)
+
+        by_hand = optax.inject_hyperparams(optimizer)(PEAK, base_lr=PEAK)
+        state = by_hand.init(params)
+        first = {name: g[0] for name, g in grads.items()}
+        full, _ = by_hand.update(first, state, params)
+        state.hyperparams["learning_rate"] = jnp.asarray(PEAK / 8)
+        eighth, _ = by_hand.update(first, state, params)
+        for name in SHAPES:
+            assert_agree(8 * eighth[name], full[name], FLOAT64, name)
+
+
+@pytest.mark.parametrize("partition", [optax.partition, optax.multi_transform])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_under_partition(optimizer, partition):
+    params = {"backbone": jnp.ones(3), "head": jnp.ones(2), "bias": jnp.ones(1)}
+    grads = jax.tree.map(lambda p: 0.1 * p, params)
+    labels = {"backbone": "frozen", "head": "bound", "bias": "sgd"}
+    tx = partition({"frozen": optax.set_to_zero(), "bound": optimizer(1e-3), "sgd": optax.sgd(1.0)}, labels)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    alone = optimizer(1e-3)
+    expected, _ = alone.update(grads["head"], alone.init(params["head"]), params["head"])
+    np.testing.assert_array_equal(updates["backbone"], 0)
+    np.testing.assert_allclose(updates["head"], expected, rtol=FLOAT32_STEP)
+    np.testing.assert_allclose(updates["bias"], -0.1, rtol=FLOAT32_STEP)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_scan_equals_a_loop(optimizer):
+    params, grads = problem()
+    grads = {name: g[:20] for name, g in grads.items()}
+    tx = optimizer(PEAK, weight_decay=1e-3)
+    with jax.enable_x64(True):
+        scanned, _ = run(tx, params, grads)
+        looped, state = params, tx.init(params)
+        for t in range(20):
+            updates, state = tx.update({name: g[t] for name, g in grads.items()}, state, looped)
+            looped = optax.apply_updates(looped, updates)
+    for name in SHAPES:
+        assert_agree(scanned[name], looped[name], FLOAT64, name)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_bfloat16_parameters(optimizer):
+    """Float32 moments, bfloat16 updates, one compilation, and a parabola's minimum to bfloat16's digits."""
+    start, minimum, loss = parabola(jnp.bfloat16)
+    tx = optimizer(1e-2)
+    traces = 0
+
+    @jax.jit
+    def update(x, state):
+        nonlocal traces
+        traces += 1
+        return tx.update(jax.grad(loss)(x), state, x)
+
+    state = tx.init(start)
+    for _ in range(3):
+        updates, state = update(start, state)
+        assert updates.dtype == jnp.bfloat16
+    assert traces == 1
+    dtypes = {name: value.dtype for name, value in moments(state)._asdict().items()}
+    assert dtypes.pop("count") == jnp.int32
+    assert set(dtypes.values()) == {jnp.dtype(jnp.float32)}, dtypes
+    gradient = np.float32(jax.grad(loss)(start))
+    np.testing.assert_allclose(moments(state).nu, (1 - 0.999**3) * gradient**2, rtol=1e-4)
+    end = descend(tx, start, loss, 2000)
+    np.testing.assert_allclose(np.float32(end), np.float32(minimum), atol=2e-2)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_strict_promotion_of_types_and_ranks(optimizer):
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        tx = optimizer(1e-3, weight_decay=1e-3)
+        updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_signature_is_the_documented_one(optimizer):
+    parameters = inspect.signature(optimizer).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert list(parameters)[:2] == ["learning_rate", "final_lr"]
+    assert parameters["final_lr"].default == 0.1
+    assert defaults == {
+        "base_lr": None,
+        "b1": 0.9,
+        "b2": 0.999,
+        "gamma": 1e-3,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+    }

@@ -1,0 +1,196 @@
+"""Train a ResNet with JAX.
+
+    python train.py                                             # ResNet-101 on handwritten digits, Adam
+    python train.py --optimizer adabound --seed 1
+    python train.py --dataset mnist --data-dir DIR --model resnet18 --epochs 1
+    python train.py --run-dir runs/mine --resume                # continue, bit for bit
+
+Everything the run writes is under --run-dir: config.json, metrics.jsonl, summary.json, weights and checkpoints.
+Exit status: 0 done; 1 the run failed, and what was saved is named; 2 a mistake in the flags; 128 + n a signal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiment import rundir
+from experiment.config import Config, parse, parse_image_size, resolve
+from experiment.engines import Engine, load_engine, set_environment
+from experiment.errors import UserError
+from experiment.schedules import make_schedule
+
+if TYPE_CHECKING:
+    from experiment.data import Data
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what we report in a line
+    try:
+        given = parse(argv)
+        stored = None
+        if given.get("resume") and given.get("run_dir"):
+            stored = rundir.read_json(Path(given["run_dir"]) / "config.json")
+        config = resolve(given, stored and stored["config"])
+        if config.run_dir is not None and not config.resume:
+            rundir.check_fresh(Path(config.run_dir))
+        return run(config, stored, given, list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], argv: list[str]) -> int:
+    """Train or resume by a checked config. Everything that can be refused is refused before the disk is touched."""
+    set_environment(config.framework, deterministic=config.deterministic)
+    from experiment import data as data_module
+    from experiment.checkpoint import Checkpoints
+    from experiment.console import Console
+    from experiment.training import EXIT_FAILED, RunFailed, Trainer, begin, restore
+
+    data = data_module.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        train_subset=config.train_subset,
+        val_fraction=config.val_fraction,
+        image_size=parse_image_size(config.image_size) if config.image_size else None,
+    )
+    resolved = resolve_lengths(config, data, stored, given)
+    engine = make_engine(config, data, resolved)
+    run_dir = rundir.create(
+        Path(config.run_dir) if config.run_dir else None, f"{config.model}-{config.dataset}-{config.optimizer}"
+    )
+    with rundir.lock(run_dir):
+        checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
+        console = Console(run_dir / "log.txt")
+        try:
+            if stored is None:
+                start = begin(engine)
+            else:
+                start = restore(engine, checkpoints, console)
+                checkpoints.remove_incomplete()
+            session = rundir.session(start.step, engine.device, argv)
+            sessions = [*(stored["sessions"] if stored else []), session]
+            config = dataclasses.replace(config, resume=False, run_dir=None)
+            record = {"config": dataclasses.asdict(config), "resolved": resolved, "sessions": sessions}
+            rundir.write_json(run_dir / "config.json", record)
+            describe(config, data, engine, resolved, run_dir, console)
+            trainer = Trainer(config, data, engine, run_dir, checkpoints, console, resolved["total_steps"])
+            summary = trainer.fit(start)
+            checkpoints.close()
+            if summary is None:
+                assert trainer.stopped_by is not None
+                console.say(
+                    f"stopped by {trainer.stopped_by.name} at step {trainer.step}; everything is saved: "
+                    f"continue with python train.py --resume --run-dir {run_dir}"
+                )
+                return 128 + trainer.stopped_by
+            rundir.write_json(run_dir / "summary.json", summary)
+            conclude(summary, run_dir, console)
+            return 0
+        except RunFailed as error:
+            console.say(f"the run failed: {error}")
+            return EXIT_FAILED
+        finally:
+            console.close()
+
+
+def resolve_lengths(
+    config: Config, data: Data, stored: dict[str, Any] | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    """What follows from the options and the data together; kept in config.json.
+
+    Raises UserError if a resumed run would change the length of its schedule without saying so.
+    """
+    total_steps = config.total_steps(data.steps_per_epoch)
+    length = config.schedule_steps or total_steps
+    if stored is not None and "schedule_steps" not in given:
+        old = stored["resolved"]["schedule_steps"]
+        if old != length and config.schedule == "cosine":
+            flag = "--steps" if "steps" in given else "--epochs"
+            raise UserError(
+                f"{flag}: would change the cosine schedule's length from {old} to {length} steps; "
+                f"add --schedule-steps {old} to keep it"
+            )
+        length = old
+    warmup = min(data.steps_per_epoch, length // 10) if config.warmup_steps is None else config.warmup_steps
+    return {
+        "total_steps": total_steps,
+        "steps_per_epoch": data.steps_per_epoch,
+        "schedule_steps": length,
+        "warmup_steps": warmup,
+        "optimizer_options": config.optimizer_options(),
+        "num_classes": data.num_classes,
+        "class_names": data.class_names,
+        "image_shape": data.image_shape,
+        "mean": data.mean,
+        "std": data.std,
+        "train_size": data.train_size,
+        "val_size": data.val_size,
+        "test_size": data.test_size,
+    }
+
+
+def make_engine(config: Config, data: Data, resolved: dict[str, Any]) -> Engine:
+    """The engine of a run. Raises UserError for a batch that the devices cannot share."""
+    engine = load_engine(config.framework)(
+        model=config.model,
+        model_options=config.model_options(),
+        num_classes=data.num_classes,
+        image_shape=data.image_shape,
+        mean=data.mean,
+        std=data.std,
+        optimizer=config.optimizer,
+        optimizer_options=resolved["optimizer_options"],
+        learning_rate=make_schedule(
+            config.schedule,
+            config.lr,
+            length=resolved["schedule_steps"],
+            milestones=config.milestones,
+            factor=config.decay_factor,
+            warmup_steps=resolved["warmup_steps"],
+        ),
+        precision=config.precision,
+        seed=config.seed,
+    )
+    if config.batch_size % engine.device_count:
+        raise UserError(f"--batch-size: {config.batch_size} is no multiple of the {engine.device_count} devices")
+    return engine
+
+
+def describe(config: Config, data: Data, engine: Engine, resolved: dict[str, Any], run_dir: Path, console: Any) -> None:
+    """Say what is going to be trained."""
+    height, width, channels = data.image_shape
+    console.say(
+        f"{config.model} on {config.dataset}: {data.train_size} training, {data.val_size} validation and "
+        f"{data.test_size} test pictures of {height}x{width}x{channels}, {data.num_classes} classes"
+    )
+    console.say(
+        f"{config.optimizer}, learning rate {config.lr:g} ({config.schedule}, {resolved['warmup_steps']} steps of "
+        f"warm-up), batch {config.batch_size}, {resolved['total_steps']} steps of {data.steps_per_epoch} an epoch"
+    )
+    console.say(f"{config.framework}, {config.precision}, on {engine.device}; everything goes to {run_dir}")
+
+
+def conclude(summary: dict[str, Any], run_dir: Path, console: Any) -> None:
+    """Say what was learned and where it is."""
+    test, best = summary["test"], summary["best"]
+    console.say(
+        f"test: accuracy {test['accuracy']:.4f}, macro F1 {test['f1']:.4f}, top-5 {test['top5']:.4f}, "
+        f"loss {test['loss']:.4f}; {summary['parameters']:,} parameters after {summary['steps']} steps, "
+        f"{summary['images_per_second']:.0f} images/s, {summary['wall_seconds']:.0f} s"
+    )
+    if best:
+        console.say(f"best on validation: accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} at step {best['step']}")
+    console.say(f"weights, metrics, summary and checkpoints are in {run_dir}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

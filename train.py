@@ -5,8 +5,9 @@
     python train.py --dataset mnist --data-dir DIR --model resnet18 --epochs 1
     python train.py --run-dir runs/mine --resume                # continue, bit for bit
 
-Everything the run writes is under --run-dir: config.json, metrics.jsonl, summary.json, weights and checkpoints.
-Exit status: 0 done; 1 the run failed, and what was saved is named; 2 a mistake in the flags; 128 + n a signal.
+Everything the run writes is under --run-dir: config.json, metrics.jsonl, summary.json, weights and
+checkpoints. Exit status: 0 done; 1 the run failed, and what was saved is named; 2 a mistake in the flags;
+128 + n a signal.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], argv: list[str]) -> int:
-    """Train or resume by a checked config. Everything that can be refused is refused before the disk is touched."""
+    """Train or resume by a checked config; what can be refused is refused before the disk is touched."""
     set_environment(config.framework, deterministic=config.deterministic)
     from experiment import data as data_module
     from experiment.checkpoint import Checkpoints
-    from experiment.console import Console
-    from experiment.training import EXIT_FAILED, RunFailed, Trainer, begin, restore
+    from experiment.console import Console, conclude, describe
+    from experiment.training import RunFailedError, Trainer, begin, restore
 
     data = data_module.load(
         config.dataset,
@@ -65,7 +66,8 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
     resolved = resolve_lengths(config, data, stored, given)
     engine = make_engine(config, data, resolved)
     run_dir = rundir.create(
-        Path(config.run_dir) if config.run_dir else None, f"{config.model}-{config.dataset}-{config.optimizer}"
+        Path(config.run_dir) if config.run_dir else None,
+        f"{config.model}-{config.dataset}-{config.optimizer}",
     )
     with rundir.lock(run_dir):
         checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
@@ -81,7 +83,7 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
             config = dataclasses.replace(config, resume=False, run_dir=None)
             record = {"config": dataclasses.asdict(config), "resolved": resolved, "sessions": sessions}
             rundir.write_json(run_dir / "config.json", record)
-            describe(config, data, engine, resolved, run_dir, console)
+            describe(record, engine.device, run_dir, console)
             trainer = Trainer(config, data, engine, run_dir, checkpoints, console, resolved["total_steps"])
             summary = trainer.fit(start)
             checkpoints.close()
@@ -95,9 +97,9 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
             rundir.write_json(run_dir / "summary.json", summary)
             conclude(summary, run_dir, console)
             return 0
-        except RunFailed as error:
+        except RunFailedError as error:
             console.say(f"the run failed: {error}")
-            return EXIT_FAILED
+            return 1
         finally:
             console.close()
 
@@ -151,7 +153,7 @@ def make_engine(config: Config, data: Data, resolved: dict[str, Any]) -> Engine:
         optimizer_options=resolved["optimizer_options"],
         learning_rate=make_schedule(
             config.schedule,
-            config.lr,
+            resolved["optimizer_options"]["base_lr"],
             length=resolved["schedule_steps"],
             milestones=config.milestones,
             factor=config.decay_factor,
@@ -161,35 +163,10 @@ def make_engine(config: Config, data: Data, resolved: dict[str, Any]) -> Engine:
         seed=config.seed,
     )
     if config.batch_size % engine.device_count:
-        raise UserError(f"--batch-size: {config.batch_size} is no multiple of the {engine.device_count} devices")
+        raise UserError(
+            f"--batch-size: {config.batch_size} is no multiple of the {engine.device_count} devices"
+        )
     return engine
-
-
-def describe(config: Config, data: Data, engine: Engine, resolved: dict[str, Any], run_dir: Path, console: Any) -> None:
-    """Say what is going to be trained."""
-    height, width, channels = data.image_shape
-    console.say(
-        f"{config.model} on {config.dataset}: {data.train_size} training, {data.val_size} validation and "
-        f"{data.test_size} test pictures of {height}x{width}x{channels}, {data.num_classes} classes"
-    )
-    console.say(
-        f"{config.optimizer}, learning rate {config.lr:g} ({config.schedule}, {resolved['warmup_steps']} steps of "
-        f"warm-up), batch {config.batch_size}, {resolved['total_steps']} steps of {data.steps_per_epoch} an epoch"
-    )
-    console.say(f"{config.framework}, {config.precision}, on {engine.device}; everything goes to {run_dir}")
-
-
-def conclude(summary: dict[str, Any], run_dir: Path, console: Any) -> None:
-    """Say what was learned and where it is."""
-    test, best = summary["test"], summary["best"]
-    console.say(
-        f"test: accuracy {test['accuracy']:.4f}, macro F1 {test['f1']:.4f}, top-5 {test['top5']:.4f}, "
-        f"loss {test['loss']:.4f}; {summary['parameters']:,} parameters after {summary['steps']} steps, "
-        f"{summary['images_per_second']:.0f} images/s, {summary['wall_seconds']:.0f} s"
-    )
-    if best:
-        console.say(f"best on validation: accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} at step {best['step']}")
-    console.say(f"weights, metrics, summary and checkpoints are in {run_dir}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ A checkpoint is a folder `checkpoints/STEP` with
     run.json       what the run itself needs: data position, history length and hash, best validation, ...
     manifest.json  the size and SHA-256 of every other file; written last
 It is made as `checkpoints/STEP.incomplete` and renamed when all of it has reached the disk, so that a folder
-whose name is a number is complete. This file is the only one that knows Orbax, whose v1 interface still moves.
+whose name is a number is complete. This file is the only one that knows Orbax, whose v1 interface still
+moves.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class CheckpointError(Exception):
 class Checkpoints:
     """The checkpoints of a run in `directory`, of which the newest `keep` are kept.
 
-    Saving goes on in a background thread. The tree that is handed over must hold NumPy arrays of its own, which
-    nobody changes afterwards: then it is safe that the engine donates its state to the next step.
+    Saving goes on in a background thread. The tree that is handed over must hold NumPy arrays of its own,
+    which nobody changes afterwards: then it is safe that the engine donates its state to the next step.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
@@ -51,7 +52,7 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
 
     def save(self, step: int, tree: Tree, run: dict[str, Any]) -> None:
-        """Begin to save; waits for the save before it, and raises what that one raised (OSError on a full disk)."""
+        """Begin to save; waits for the save before it, and raises what that raised (OSError: disk full)."""
         self.wait()
         self._pending = self._executor.submit(self._write, step, tree, run)
 
@@ -96,9 +97,10 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def load_newest(self, report: Callable[[str], None]) -> tuple[int, Tree, dict[str, Any]] | None:
-        """(step, tree, run) of the newest checkpoint that is whole, or None if there is none at all.
+        """(step, tree, run) of the newest whole checkpoint, or None if there is none at all.
 
-        Damaged ones are told to `report`, one line each. Raises UserError if there are some and all are damaged.
+        Damaged ones are told to `report`, one line each. Raises UserError if there are some and all are
+        damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -111,7 +113,7 @@ class Checkpoints:
         return None
 
     def load(self, step: int) -> tuple[Tree, dict[str, Any]]:
-        """(tree, run) of one checkpoint, its sums checked first. Raises CheckpointError if anything differs."""
+        """(tree, run) of one checkpoint, its sums checked first. Raises CheckpointError if one differs."""
         folder = self.directory / str(step)
         _verify(folder)
         try:
@@ -153,13 +155,15 @@ def _save_arrays(path: Path, tree: Tree) -> None:
 def _load_arrays(path: Path) -> Tree:
     from orbax.checkpoint import v1 as ocp
 
-    return ocp.load(path)
+    tree: Tree = ocp.load(path)
+    return tree
 
 
 def _sums(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in files
     }
 
 

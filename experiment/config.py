@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import operator
 import re
 import types
 import typing
@@ -26,12 +27,22 @@ MIN_IMAGE_SIZE = 32
 # The published defaults: PyTorch's, and for AdaBound those of the reference code.
 DEFAULT_LR = {"sgd": 0.1}
 DEFAULT_WEIGHT_DECAY = {"adamw": 0.01}
-# As many epochs as reach 0.97 on digits in a few minutes of two CPU cores; one epoch of a larger set is longer.
+# As many epochs as reach 0.97 on digits in a few minutes of two CPU cores; one epoch of a larger set is
+# longer.
 DEFAULT_EPOCHS = {"digits": 10}
 
 # What a resumed run may change: nothing here moves a number of a step that both runs take.
 CHANGEABLE = frozenset(
-    {"framework", "steps", "epochs", "checkpoint_every", "eval_every", "log_every", "keep_checkpoints", "data_dir"}
+    {
+        "framework",
+        "steps",
+        "epochs",
+        "checkpoint_every",
+        "eval_every",
+        "log_every",
+        "keep_checkpoints",
+        "data_dir",
+    }
     | {"run_dir", "resume"}
 )
 
@@ -48,7 +59,7 @@ def option(
     most: float | None = None,
     flag: str | None = None,
 ) -> Any:
-    """A field of Config: its default, its line of help, and the range or choices that `Config.check` enforces."""
+    """A field of Config: its default, its help, and the range or choices that `Config.check` enforces."""
     limits = {"above": above, "least": least, "below": below, "most": most}
     metadata = {"help": help, "group": group, "choices": choices, "limits": limits, "flag": flag}
     return dataclasses.field(default=default, metadata=metadata)
@@ -60,38 +71,60 @@ class Config:
 
     framework: str = option("jax", "engine that trains", group="model", choices=FRAMEWORKS)
     model: str = option("resnet101", "network", group="model", choices=MODELS)
-    batch_norm: bool = option(True, "leave batch norm out; convolutions get biases", group="model", flag="no-batch-norm")
-    stride_in_1x1: bool = option(False, "a bottleneck's stride on its first 1x1, as in the paper", group="model")
+    batch_norm: bool = option(
+        True, "leave batch norm out; convolutions get biases", group="model", flag="no-batch-norm"
+    )
+    stride_in_1x1: bool = option(
+        False, "a bottleneck's stride on its first 1x1, as in the paper", group="model"
+    )
     small_images: bool = option(False, "3x3 stride-1 stem without pooling", group="model")
-    precision: str = option("float32", "compute type; state stays float32 or wider", group="model", choices=PRECISIONS)
+    precision: str = option(
+        "float32", "compute type; state stays float32 or wider", group="model", choices=PRECISIONS
+    )
 
     dataset: str = option("digits", "digits, synthetic, or any plain TFDS name", group="data")
     data_dir: str | None = option(None, "where TFDS keeps its data (default: TFDS' own)", group="data")
-    train_subset: float = option(1.0, "seeded fraction of the training split to use", group="data", above=0, most=1)
+    train_subset: float = option(
+        1.0, "seeded fraction of the training split to use", group="data", above=0, most=1
+    )
     val_fraction: float = option(0.1, "part of it kept for validation", group="data", least=0, below=1)
     image_size: str | None = option(None, "96, or 64x96 (height x width); at least 32", group="data")
 
     optimizer: str = option("adam", "optimizer", group="optimizer", choices=OPTIMIZERS)
     lr: float | None = option(None, "learning rate (default 0.001; sgd 0.1)", group="optimizer", above=0)
-    final_lr: float = option(0.1, "AdaBound: the SGD learning rate its bounds close in on", group="optimizer", above=0)
+    final_lr: float = option(
+        0.1, "AdaBound: the SGD learning rate its bounds close in on", group="optimizer", above=0
+    )
     gamma: float = option(1e-3, "AdaBound: how fast the bounds close in", group="optimizer", above=0)
     beta1: float = option(0.9, "decay of the first moment", group="optimizer", least=0, below=1)
     beta2: float = option(0.999, "decay of the second moment", group="optimizer", least=0, below=1)
     eps: float = option(1e-8, "added to the root of the second moment", group="optimizer", least=0)
     momentum: float = option(0.9, "momentum of sgd", group="optimizer", least=0, below=1)
     weight_decay: float | None = option(
-        None, "L2 on all parameters; decoupled for adamw (default 0.01) and adaboundw; else 0", group="optimizer", least=0
+        None,
+        "L2 on all parameters; decoupled for adamw (default 0.01) and adaboundw; else 0",
+        group="optimizer",
+        least=0,
     )
 
     schedule: str = option("cosine", "learning-rate schedule", group="schedule", choices=SCHEDULES)
-    milestones: tuple[int, ...] = option((), "multistep: steps at which the rate is multiplied", group="schedule", least=1)
+    milestones: tuple[int, ...] = option(
+        (), "multistep: steps at which the rate is multiplied", group="schedule", least=1
+    )
     decay_factor: float = option(0.1, "multistep: the factor", group="schedule", above=0, most=1)
     warmup_steps: int | None = option(
-        None, "linear warm-up before any schedule (default: an epoch at most, never over a tenth)", group="schedule", least=0
+        None,
+        "linear warm-up before any schedule (default: an epoch at most, never over a tenth)",
+        group="schedule",
+        least=0,
     )
-    schedule_steps: int | None = option(None, "length of the schedule (default: the run's)", group="schedule", least=1)
+    schedule_steps: int | None = option(
+        None, "length of the schedule (default: the run's)", group="schedule", least=1
+    )
 
-    epochs: int | None = option(None, "passes over the training data (default 10 on digits, else 1)", group="run", least=0)
+    epochs: int | None = option(
+        None, "passes over the training data (default 10 on digits, else 1)", group="run", least=0
+    )
     steps: int | None = option(None, "optimizer steps; wins over --epochs", group="run", least=0)
     batch_size: int = option(32, "training batch", group="run", least=1)
     eval_batch_size: int = option(128, "evaluation batch", group="run", least=1)
@@ -100,8 +133,12 @@ class Config:
 
     run_dir: str | None = option(None, "folder of the run (default: a fresh one under runs/)", group="output")
     resume: bool = option(False, "continue the run in --run-dir", group="output")
-    checkpoint_every: int | None = option(None, "steps between checkpoints (default: an epoch)", group="output", least=1)
-    eval_every: int | None = option(None, "steps between validations (default: an epoch)", group="output", least=1)
+    checkpoint_every: int | None = option(
+        None, "steps between checkpoints (default: an epoch)", group="output", least=1
+    )
+    eval_every: int | None = option(
+        None, "steps between validations (default: an epoch)", group="output", least=1
+    )
     log_every: int = option(10, "steps between updates of the metrics", group="output", least=1)
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", group="output", least=1)
 
@@ -111,7 +148,9 @@ class Config:
             value = getattr(self, field.name)
             choices = field.metadata["choices"]
             if choices and value not in choices:
-                raise UserError(f"{flag_of(field)}: unknown value {value!r}; choose one of {', '.join(choices)}")
+                raise UserError(
+                    f"{flag_of(field)}: unknown value {value!r}; choose one of {', '.join(choices)}"
+                )
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not isinstance(number, bool):
                     _check_limits(flag_of(field), number, field.metadata["limits"])
@@ -120,7 +159,9 @@ class Config:
         if list(self.milestones) != sorted(set(self.milestones)):
             raise UserError(f"--milestones: {' '.join(map(str, self.milestones))} must increase")
         if self.milestones and self.schedule != "multistep":
-            raise UserError("--milestones: only for --schedule multistep; add it, or leave the milestones out")
+            raise UserError(
+                "--milestones: only for --schedule multistep; add it, or leave the milestones out"
+            )
         if self.schedule == "multistep" and not self.milestones:
             raise UserError("--schedule multistep: needs --milestones STEP [STEP ...]")
         if self.resume and self.run_dir is None:
@@ -128,7 +169,9 @@ class Config:
         if self.model == "cnn" and not self.batch_norm:
             raise UserError("--no-batch-norm: cnn has no batch norm; leave the flag out")
         if self.stride_in_1x1 and self.model not in ("resnet50", "resnet101", "resnet152"):
-            raise UserError(f"--stride-in-1x1: {self.model} has no bottlenecks; choose resnet50, resnet101 or resnet152")
+            raise UserError(
+                f"--stride-in-1x1: {self.model} has no bottlenecks; choose resnet50, resnet101 or resnet152"
+            )
         if self.small_images and self.model not in MODELS[:5]:
             raise UserError(f"--small-images: {self.model} has a 3x3 stem already; leave the flag out")
 
@@ -170,7 +213,9 @@ def parse_image_size(text: str) -> tuple[int, int]:
         raise UserError(f"--image-size: {text!r} is no size; write 96, or 64x96 for height x width")
     height, width = int(match[1]), int(match[2] or match[1])
     if min(height, width) < MIN_IMAGE_SIZE:
-        raise UserError(f"--image-size: {text} is too small; the network halves it five times, give at least 32")
+        raise UserError(
+            f"--image-size: {text} is too small; the network halves it five times, give at least 32"
+        )
     return height, width
 
 
@@ -179,16 +224,19 @@ def flag_of(field: dataclasses.Field[Any]) -> str:
     return "--" + (field.metadata["flag"] or field.name.replace("_", "-"))
 
 
+RULES = {
+    "above": ("above", operator.gt),
+    "least": ("at least", operator.ge),
+    "below": ("below", operator.lt),
+    "most": ("at most", operator.le),
+}
+
+
 def _check_limits(flag: str, value: float, limits: dict[str, float | None]) -> None:
-    rules = (
-        ("above", "above", lambda limit: value > limit),
-        ("least", "at least", lambda limit: value >= limit),
-        ("below", "below", lambda limit: value < limit),
-        ("most", "at most", lambda limit: value <= limit),
-    )
-    wanted = [f"{words} {limits[key]:g}" for key, words, _ in rules if limits[key] is not None]
-    if not math.isfinite(value) or not all(holds(limits[key]) for key, _, holds in rules if limits[key] is not None):
-        raise UserError(f"{flag}: {value} is out of range; give a number {' and '.join(wanted) or 'that is finite'}")
+    rules = [(*RULES[name], limit) for name, limit in limits.items() if limit is not None]
+    if not math.isfinite(value) or not all(holds(value, limit) for _, holds, limit in rules):
+        wanted = " and ".join(f"{words} {limit:g}" for words, _, limit in rules)
+        raise UserError(f"{flag}: {value} is out of range; give a number {wanted}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -248,7 +296,8 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
     """A checked Config, its learning rate and weight decay filled in, from the flags that were given and, on
     resume, the options stored with the run.
 
-    Raises UserError for an option out of range, and on resume for one that differs from the stored one and may not.
+    Raises UserError for an option out of range, and on resume for one that differs from the stored one and
+    may not.
     """
     if stored is None:
         config = Config(**given)
@@ -261,12 +310,15 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
         for field in dataclasses.fields(Config):
             old, new = stored.get(field.name, field.default), getattr(config, field.name)
             if field.name not in CHANGEABLE and old != new:
-                raise UserError(f"{flag_of(field)}: the run has {old}, not {new}; leave the flag out, or start a fresh run")
+                remedy = "leave the flag out, or start a fresh run"
+                raise UserError(f"{flag_of(field)}: the run has {old}, not {new}; {remedy}")
     config.check()
     return dataclasses.replace(
         config,
         lr=DEFAULT_LR.get(config.optimizer, 1e-3) if config.lr is None else config.lr,
         weight_decay=(
-            DEFAULT_WEIGHT_DECAY.get(config.optimizer, 0.0) if config.weight_decay is None else config.weight_decay
+            DEFAULT_WEIGHT_DECAY.get(config.optimizer, 0.0)
+            if config.weight_decay is None
+            else config.weight_decay
         ),
     )

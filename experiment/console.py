@@ -11,7 +11,7 @@ PLAIN_LINE_SECONDS = 5.0
 
 
 class Console:
-    """Lines on `stream` and in a log file; on a terminal a bar of images with loss, accuracy, speed and time left."""
+    """Lines on `stream` and in a log; on a terminal a bar with loss, accuracy, images/s and time left."""
 
     def __init__(self, log: Path | None = None, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -71,3 +71,36 @@ class Console:
         self.stop()
         if self._log:
             self._log.close()
+
+
+def describe(record: dict[str, Any], device: str, run_dir: Path, console: Console) -> None:
+    """Say what is going to be trained; `record` is what config.json holds."""
+    config, resolved = record["config"], record["resolved"]
+    height, width, channels = resolved["image_shape"]
+    console.say(
+        f"{config['model']} on {config['dataset']}: {resolved['train_size']} training, "
+        f"{resolved['val_size']} validation and {resolved['test_size']} test pictures "
+        f"of {height}x{width}x{channels}, {resolved['num_classes']} classes"
+    )
+    console.say(
+        f"{config['optimizer']}, learning rate {config['lr']:g} ({config['schedule']}, "
+        f"{resolved['warmup_steps']} steps of warm-up), batch {config['batch_size']}, "
+        f"{resolved['total_steps']} steps of {resolved['steps_per_epoch']} an epoch"
+    )
+    console.say(f"{config['framework']}, {config['precision']}, on {device}; everything goes to {run_dir}")
+
+
+def conclude(summary: dict[str, Any], run_dir: Path, console: Console) -> None:
+    """Say what was learned and where it is; `summary` is what summary.json holds."""
+    test, best = summary["test"], summary["best"]
+    console.say(
+        f"test: accuracy {test['accuracy']:.4f}, macro F1 {test['f1']:.4f}, top-5 {test['top5']:.4f}, "
+        f"loss {test['loss']:.4f}; {summary['parameters']:,} parameters after {summary['steps']} steps, "
+        f"{summary['images_per_second']:.0f} images/s, {summary['wall_seconds']:.0f} s"
+    )
+    if best:
+        console.say(
+            f"best on validation: accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} "
+            f"at step {best['step']}"
+        )
+    console.say(f"weights, metrics, summary and checkpoints are in {run_dir}")

@@ -1,4 +1,4 @@
-"""The seam between the experiment and an engine: what an engine offers, and the one place that looks one up."""
+"""The seam between the experiment and an engine: what one offers, and the only place that looks one up."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Engine(Protocol):
         """The state before the first step, a function of the seed."""
 
     def train(self, state: Any, batches: Iterable[Batch]) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """One step for each batch: yields (the state after it, {"loss", "logits", "label", "grad_norm", ...})."""
+        """Take a step for each batch; yield the state and {"loss", "logits", "label", "grad_norm", ...}."""
 
     def evaluate(self, state: Any, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
         """The logits [N, num_classes] of each batch, with the running statistics."""
@@ -50,8 +50,8 @@ class Engine(Protocol):
 def set_environment(framework: str, *, deterministic: bool) -> None:
     """Set what JAX reads once, at its import; a value the user has set is left alone.
 
-    Orbax and Grain import JAX in every run. Where it is not the engine it is held to the CPU, else it would take
-    most of a GPU's memory.
+    Orbax and Grain import JAX in every run. Where it is not the engine it is held to the CPU, else it would
+    take most of a GPU's memory.
     """
     if framework != "jax":
         os.environ["JAX_PLATFORMS"] = "cpu"

@@ -14,8 +14,8 @@ from experiment.errors import UserError
 class History:
     """The lines of `path`, and the length and SHA-256 of what is written so far.
 
-    The lines hold nothing that depends on the clock, so that a resumed run writes the same bytes as one that was
-    never stopped.
+    The lines hold nothing that depends on the clock, so that a resumed run writes the same bytes as one that
+    was never stopped.
     """
 
     def __init__(self, path: Path, *, length: int = 0, sha256: str | None = None) -> None:
@@ -27,7 +27,9 @@ class History:
         if length:
             kept = path.read_bytes()[:length] if path.exists() else b""
             if hashlib.sha256(kept).hexdigest() != sha256:
-                raise UserError(f"{path}: its first {length} bytes were changed since the checkpoint; restore the file")
+                raise UserError(
+                    f"{path}: its first {length} bytes were changed since the checkpoint; restore the file"
+                )
         self._hash = hashlib.sha256(kept)
         self.length = length
         self._file = open(path, "ab")  # noqa: SIM115 - held for the whole run, closed by close()

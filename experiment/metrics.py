@@ -8,10 +8,11 @@ import numpy as np
 
 
 class Metrics:
-    """Running totals over examples. What it holds is a flat dict of small arrays, so that a checkpoint can carry it.
+    """Running totals over examples. What it holds is a flat dict of small arrays, so that a checkpoint can
+    carry it.
 
-    `f1` is the macro average over the classes that occur among the labels or the predictions, as scikit-learn's
-    `f1_score(average="macro")` has it.
+    `f1` is the macro average over the classes that occur among the labels or the predictions, as
+    scikit-learn's `f1_score(average="macro")` has it.
     """
 
     def __init__(self, num_classes: int) -> None:

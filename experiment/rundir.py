@@ -48,11 +48,13 @@ def check_fresh(run_dir: Path) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir: {run_dir} is a file; name a folder that does not exist yet")
     if run_dir.is_dir() and any(run_dir.iterdir()):
-        raise UserError(f"--run-dir: {run_dir} is in use; add --resume to continue it, or name another folder")
+        raise UserError(
+            f"--run-dir: {run_dir} is in use; add --resume to continue it, or name another folder"
+        )
 
 
 def create(run_dir: Path | None, name: str) -> Path:
-    """Make the folder of a new run: `run_dir`, or a fresh one under runs/ with the time and `name` in its name."""
+    """Make the folder of a new run: `run_dir`, or one under runs/ named by the time and `name`."""
     if run_dir is not None:
         run_dir.mkdir(parents=True, exist_ok=True)
         return run_dir
@@ -69,14 +71,16 @@ def create(run_dir: Path | None, name: str) -> Path:
 
 @contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
-    """Hold the folder for this process; the operating system lets go when the process ends, however it ends."""
+    """Hold the folder for this process; the operating system lets go when the process ends, however."""
     import filelock
 
     try:
         with filelock.FileLock(run_dir / ".lock", timeout=0):
             yield
     except filelock.Timeout:
-        raise UserError(f"--run-dir: another process is training in {run_dir}; wait for it, or stop it") from None
+        raise UserError(
+            f"--run-dir: another process is training in {run_dir}; wait for it, or stop it"
+        ) from None
 
 
 def session(step: int, device: str, argv: list[str]) -> dict[str, Any]:

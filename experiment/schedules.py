@@ -15,7 +15,10 @@ def constant(lr: float) -> Schedule:
 
 
 def cosine(lr: float, length: int) -> Schedule:
-    """Half a cosine from lr at step 0 to 0 at step `length`, and 0 after (Loshchilov & Hutter 2017, 1608.03983, eq. 5)."""
+    """Half a cosine from lr at step 0 to 0 at step `length`, and 0 after.
+
+    Loshchilov & Hutter 2017, arXiv 1608.03983, equation 5.
+    """
     return lambda step: lr * 0.5 * (1.0 + math.cos(math.pi * min(step / max(length, 1), 1.0)))
 
 
@@ -25,7 +28,8 @@ def multistep(lr: float, milestones: Sequence[int], factor: float) -> Schedule:
 
 
 def warmup(schedule: Schedule, steps: int) -> Schedule:
-    """The first `steps` steps rise linearly to the schedule's value there; step s takes (s + 1) / (steps + 1) of it.
+    """The first `steps` steps rise linearly to the schedule's value there; step s takes (s + 1) / (steps +
+    1) of it.
 
     Goyal et al. 2017, arXiv 1706.02677, section 2.2. The schedule's own clock does not wait for the warm-up.
     """
@@ -33,7 +37,13 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
 
 
 def make_schedule(
-    name: str, lr: float, *, length: int, milestones: Sequence[int] = (), factor: float = 0.1, warmup_steps: int = 0
+    name: str,
+    lr: float,
+    *,
+    length: int,
+    milestones: Sequence[int] = (),
+    factor: float = 0.1,
+    warmup_steps: int = 0,
 ) -> Schedule:
     """The schedule of a run: the learning rate as a function of the step, which counts from 0."""
     schedules = {

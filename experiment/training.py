@@ -1,7 +1,8 @@
 """Drive an engine's loop: everything that is the same for every engine.
 
-Metrics, validation, checkpoints, resume, signals and the watch for numbers that are not finite are here, once. What
-a run writes is a function of its options and the step alone, never of the clock or of where it was stopped.
+Metrics, validation, checkpoints, resume, signals and the watch for numbers that are not finite are here,
+once. What a run writes is a function of its options and the step alone, never of the clock or of where it
+was stopped.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -29,10 +29,8 @@ from experiment.errors import UserError
 from experiment.history import History
 from experiment.metrics import Metrics
 
-EXIT_FAILED = 1
 
-
-class RunFailed(Exception):
+class RunFailedError(Exception):
     """The run cannot go on; one line says why and what is safe. Exit status 1."""
 
 
@@ -45,12 +43,12 @@ class Start:
     history: dict[str, Any] = dataclasses.field(default_factory=dict)
     epoch_metrics: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
-    clock: dict[str, float] = dataclasses.field(default_factory=dict)
+    clock: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class Clock:
-    """Seconds of all sessions of a run. Training counts neither compilation nor evaluation nor checkpoints."""
+    """Seconds of all sessions. Training counts neither compilation nor evaluation nor checkpoints."""
 
     wall_seconds: float = 0.0
     compile_seconds: float = 0.0
@@ -118,13 +116,16 @@ class Trainer:
     def fit(self, start: Start) -> dict[str, Any] | None:
         """Train, then test; returns the summary, or None if a signal stopped the run before its last step.
 
-        Raises RunFailed if a loss or gradient is not finite, or the disk is full; UserError for damaged data.
+        Raises RunFailedError if a loss or gradient is not finite, or the disk is full; UserError for
+        damaged data.
         """
         self.clock = Clock(**start.clock)
         self._begun = time.monotonic() - self.clock.wall_seconds
         self.state, self.step, self.best = start.state, start.step, start.best
         classes = self.data.num_classes
-        self.epoch_metrics = Metrics.from_json(start.epoch_metrics) if start.epoch_metrics else Metrics(classes)
+        self.epoch_metrics = (
+            Metrics.from_json(start.epoch_metrics) if start.epoch_metrics else Metrics(classes)
+        )
         self.history = History(self.run_dir / "metrics.jsonl", **start.history)
         try:
             with self._signals():
@@ -134,7 +135,7 @@ class Trainer:
                 return self._finish()
         except OSError as error:
             kept = ", ".join(map(str, self.checkpoints.steps())) or "none"
-            raise RunFailed(
+            raise RunFailedError(
                 f"cannot write in {self.run_dir}: {error}; checkpoints that are whole: {kept}; "
                 "make room, then continue with --resume"
             ) from error
@@ -156,8 +157,8 @@ class Trainer:
         pending: list[tuple[int, dict[str, Any]]] = []
         begun = time.monotonic()
         first_seconds: float | None = None
-        rates: list[float] = []
-        for self.state, metrics in self.engine.train(self.state, batches):
+        for state, metrics in self.engine.train(self.state, batches):
+            self.state = state
             self.step += 1
             pending.append((self.step, metrics))
             if first_seconds is None:
@@ -177,10 +178,12 @@ class Trainer:
             if not (last or evaluate or save or stop or epoch_ends or self.step % self.config.log_every == 0):
                 continue
             self._drain(pending)
-            if measured:
-                rates.append((time.monotonic() - begun) / measured)
-                self.clock.train_seconds += time.monotonic() - begun
-                self.clock.train_steps += measured
+            seconds = time.monotonic() - begun
+            self.clock.train_seconds += seconds
+            self.clock.train_steps += measured
+            if measured and first_seconds:
+                self.clock.compile_seconds += max(first_seconds - seconds / measured, 0.0)
+                first_seconds = 0.0
             self._show(pending[-1][1])
             pending.clear()
             if evaluate:
@@ -190,12 +193,10 @@ class Trainer:
             if stop:
                 break
             begun, measured = time.monotonic(), 0
-        if first_seconds is not None and rates:
-            self.clock.compile_seconds += max(first_seconds - statistics.median(rates), 0.0)
         self.console.stop()
 
     def _drain(self, pending: list[tuple[int, dict[str, Any]]]) -> None:
-        """Write the lines of the steps whose metrics are still on the device; stop the run if one is not finite."""
+        """Write the lines of steps whose metrics are still on the device; stop if one is not finite."""
         for step, metrics in pending:
             logits, label, loss = np.asarray(metrics["logits"]), metrics["label"], float(metrics["loss"])
             batch = Metrics(self.data.num_classes)
@@ -203,7 +204,9 @@ class Trainer:
             self.epoch_metrics.update(logits, label, loss)
             line = self._line("train", "step", step)
             norms = {name: float(metrics[name]) for name in ("grad_norm", "update_norm")}
-            self.history.append({**line, **batch.compute(), "lr": self.engine.learning_rate(step - 1), **norms})
+            self.history.append(
+                {**line, **batch.compute(), "lr": self.engine.learning_rate(step - 1), **norms}
+            )
             if step % self.steps_per_epoch == 0:
                 self.history.append({**self._line("train", "epoch", step), **self.epoch_metrics.compute()})
                 self.epoch_metrics = Metrics(self.data.num_classes)
@@ -213,9 +216,9 @@ class Trainer:
             self.checkpoints.wait()
             good = self.checkpoints.steps()
             kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint before it"
-            raise RunFailed(
-                f"loss or gradient was not finite at step {bad_step}; {kept} in {self.checkpoints.directory}; "
-                "try a smaller --lr"
+            raise RunFailedError(
+                f"loss or gradient was not finite at step {bad_step}; {kept} "
+                f"in {self.checkpoints.directory}; try a smaller --lr"
             )
 
     def _show(self, metrics: dict[str, Any]) -> None:
@@ -229,7 +232,9 @@ class Trainer:
     def images_per_second(self) -> float:
         """Training pictures a second, without compilation, evaluation and checkpoints."""
         clock = self.clock
-        return clock.train_steps * self.config.batch_size / clock.train_seconds if clock.train_seconds else 0.0
+        return (
+            clock.train_steps * self.config.batch_size / clock.train_seconds if clock.train_seconds else 0.0
+        )
 
     def _clock_now(self) -> Clock:
         return dataclasses.replace(self.clock, wall_seconds=time.monotonic() - self._begun)

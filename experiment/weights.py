@@ -20,4 +20,6 @@ def save(path: Path, state_dict: Mapping[str, np.ndarray], metadata: Mapping[str
     """Write a safetensors file, whole or not at all."""
     from safetensors.numpy import save as serialize
 
-    write_file(path, serialize({name: np.ascontiguousarray(a) for name, a in state_dict.items()}, dict(metadata)))
+    write_file(
+        path, serialize({name: np.ascontiguousarray(a) for name, a in state_dict.items()}, dict(metadata))
+    )

@@ -1,7 +1,7 @@
 """ResNets in Flax, AdaBound for optax, and a jitted training step.
 
-    model = jax_resnet.resnet101(num_classes=10, rngs=nnx.Rngs(0))
-    tx = jax_resnet.adabound(1e-3)
+model = jax_resnet.resnet101(num_classes=10, rngs=nnx.Rngs(0))
+tx = jax_resnet.adabound(1e-3)
 """
 
 from jax_resnet.adabound import (

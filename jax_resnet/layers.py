@@ -1,8 +1,8 @@
 """The layers of a ResNet in Flax NNX: NHWC arrays, explicit PyTorch padding, PyTorch's batch-norm convention.
 
-Every layer keeps its parameters in `promote_types(dtype, float32)` and computes in `dtype`. Attribute names are
-those of the PyTorch state dict (`weight`, `bias`, `running_mean`, `running_var`), so that the path of a variable
-in the module tree *is* its name there.
+Every layer keeps its parameters in `promote_types(dtype, float32)` and computes in `dtype`. Attribute names
+are those of the PyTorch state dict (`weight`, `bias`, `running_mean`, `running_var`), so that the path of a
+variable in the module tree *is* its name there.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def draw(
 ) -> jax.Array:
     """`scale` times random numbers: "normal" ones, or "uniform" ones in [-1, 1), from NumPy's generator.
 
-    It is seeded by the next key of `rngs` and draws in float32, so that the weights are the same on every back end
-    and in every precision; and nothing is compiled, where JAX's own generator would compile a program for each
-    shape, seconds for a ResNet-101. Works under jit, vmap and eval_shape.
+    It is seeded by the next key of `rngs` and draws in float32, so that the weights are the same on every
+    back end and in every precision; and nothing is compiled, where JAX's own generator would compile a
+    program for each shape, seconds for a ResNet-101. Works under jit, vmap and eval_shape.
     """
 
     def sample(key: jax.Array) -> np.ndarray:
@@ -61,8 +61,8 @@ def use_matmul() -> bool:
 def im2col(x: jax.Array, kernel: Pair, stride: Pair, padding: Pair) -> jax.Array:
     """Every receptive field of x [N, H, W, C] as a row: [N, OH, OW, KH * KW * C].
 
-    OH = (H + 2 * padding - KH) // stride + 1, OW likewise. Each of the KH * KW kernel positions contributes one
-    strided slice of the padded picture.
+    OH = (H + 2 * padding - KH) // stride + 1, OW likewise. Each of the KH * KW kernel positions contributes
+    one strided slice of the padded picture.
     """
     (kh, kw), (sh, sw), (ph, pw) = kernel, stride, padding
     x = jnp.pad(x, ((0, 0), (ph, ph), (pw, pw), (0, 0)))
@@ -84,7 +84,7 @@ def conv2d_matmul(x: jax.Array, weight: jax.Array, stride: Pair, padding: Pair) 
 
 
 def conv2d(x: jax.Array, weight: jax.Array, stride: Pair, padding: Pair) -> jax.Array:
-    """Cross-correlation of x [N, H, W, I] with weight [KH, KW, I, O]: [N, OH, OW, O], as torch.nn.functional.conv2d."""
+    """Cross-correlation of x [N, H, W, I] with weight [KH, KW, I, O]: [N, OH, OW, O]; PyTorch's conv2d."""
     if use_matmul():
         return conv2d_matmul(x, weight, stride, padding)
     (ph, pw) = padding
@@ -106,7 +106,8 @@ def max_pool2d(x: jax.Array, kernel_size: int, stride: int, padding: int) -> jax
 
 
 class Conv2d(nnx.Module):
-    """2-d convolution. `weight` [KH, KW, I, O] from He's normal distribution (fan-out, as torchvision), `bias` 0.
+    """2-d convolution. `weight` [KH, KW, I, O] from He's normal distribution (fan-out, as torchvision),
+    `bias` 0.
 
     He et al. 2015, arXiv 1502.01852, equation 14: std = sqrt(2 / (KH * KW * O)).
     """
@@ -140,8 +141,8 @@ class Conv2d(nnx.Module):
 class BatchNorm(nnx.Module):
     """Batch normalisation over every axis but the last (Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 1).
 
-    y = (x - mean) / sqrt(var + eps) * weight + bias. In training, mean and (biased) var are those of the batch,
-    and the running statistics move by PyTorch's rule, with the *unbiased* variance:
+    y = (x - mean) / sqrt(var + eps) * weight + bias. In training, mean and (biased) var are those of the
+    batch, and the running statistics move by PyTorch's rule, with the *unbiased* variance:
     running = (1 - momentum) * running + momentum * batch. In evaluation the running statistics are used.
     Statistics are computed in at least float32.
     """
@@ -165,7 +166,9 @@ class BatchNorm(nnx.Module):
         else:
             n = x.size // x.shape[-1]
             if n <= 1:
-                raise ValueError(f"batch norm needs more than 1 value per channel in training, got input {x.shape}")
+                raise ValueError(
+                    f"batch norm needs more than 1 value per channel in training, got input {x.shape}"
+                )
             axes = tuple(range(x.ndim - 1))
             mean = x32.mean(axes)
             var = jnp.square(x32 - mean).mean(axes)
@@ -198,7 +201,8 @@ class Linear(nnx.Module):
 
 
 class OptionA(nnx.Module):
-    """The shortcut without parameters of the CIFAR family (He et al. 2015, arXiv 1512.03385, section 3.3, option A).
+    """The shortcut without parameters of the CIFAR family (He et al. 2015, arXiv 1512.03385, section 3.3,
+    option A).
 
     Takes every `stride`-th row and column, and pads the channels with zeros, half in front and half behind.
     """

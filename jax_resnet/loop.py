@@ -1,8 +1,8 @@
 """The JAX engine: one jitted training step over plain dicts, and the loop that drives it.
 
-The loop is a generator that yields after each step. Logging, saving, early stopping and signals are the caller's,
-once for all engines. Batches lie sharded over the `data` axis of a mesh of all devices and the state is replicated,
-so that one device or eight is the same code and batch norm sees the whole batch.
+The loop is a generator that yields after each step. Logging, saving, early stopping and signals are the
+caller's, once for all engines. Batches lie sharded over the `data` axis of a mesh of all devices and the
+state is replicated, so that one device or eight is the same code and batch norm sees the whole batch.
 """
 
 from __future__ import annotations
@@ -63,10 +63,15 @@ class Engine:
         self.learning_rate = learning_rate
         self._x64 = precision == "float64"
         self._mean, self._std = np.asarray(mean), np.asarray(std)
-        self._make_optimizer = partial(make_optimizer, optimizer, **optimizer_options)
+        self._optimizer, self._optimizer_options = optimizer, dict(optimizer_options)
         extra = {"image_size": image_shape[:2]} if model == "cnn" else {}
         self._build = partial(
-            resnet.MODELS[model], num_classes, image_shape[2], **extra, **model_options, dtype=jnp.dtype(precision)
+            resnet.MODELS[model],
+            num_classes,
+            image_shape[2],
+            **extra,
+            **model_options,
+            dtype=jnp.dtype(precision),
         )
         self._seed = seed
         with self._precision():
@@ -104,7 +109,8 @@ class Engine:
             return jax.device_put(state, self._replicated)
 
     def train(self, state: State, batches: Iterable[Batch]) -> Iterator[tuple[State, Metrics]]:
-        """Take one step for each batch; yields the state after it and {"loss", "logits", "label", "grad_norm", ...}.
+        """Take one step for each batch; yields the state after it and {"loss", "logits", "label",
+        "grad_norm", ...}.
 
         The metrics stay on the device until someone reads them, and the state that went in is gone (donated).
         """
@@ -119,7 +125,8 @@ class Engine:
     def evaluate(self, state: State, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
         """The logits [N, num_classes] of each batch, with the running statistics.
 
-        Batches may differ in size; smaller ones are filled up to the size of the first, so that one program serves.
+        Batches may differ in size; smaller ones are filled up to the size of the first, so that one program
+        serves.
         """
         size = 0
         for batch in batches:
@@ -137,7 +144,7 @@ class Engine:
         return None if bad_step < 0 else bad_step
 
     def to_tree(self, state: State) -> Tree:
-        """The engine-neutral tree {params, batch_stats, optimizer, step} of NumPy arrays of its own, PyTorch's layout."""
+        """The engine-neutral tree {params, batch_stats, optimizer, step}: copies, in PyTorch's layout."""
         fields = state_to_dict(state["optimizer"])
         tree = {"params": state["params"], "batch_stats": state["batch_stats"], "optimizer": fields}
         return {**jax.tree.map(resnet.to_torch_layout, tree), "step": np.array(state["step"])}
@@ -145,7 +152,9 @@ class Engine:
     def from_tree(self, tree: Tree) -> State:
         """The inverse of `to_tree`; the tree must have the names and shapes of this engine's own."""
         with self._precision():
-            native = jax.tree.map(resnet.from_torch_layout, {k: tree[k] for k in ("params", "batch_stats", "optimizer")})
+            native = jax.tree.map(
+                resnet.from_torch_layout, {k: tree[k] for k in ("params", "batch_stats", "optimizer")}
+            )
             template = jax.eval_shape(self._make_optimizer(self.learning_rate(0)).init, native["params"])
             state = {
                 "params": jax.tree.map(jnp.array, native["params"]),
@@ -155,6 +164,9 @@ class Engine:
                 "bad_step": jnp.full((), -1, jnp.int32),
             }
             return jax.device_put(state, self._replicated)
+
+    def _make_optimizer(self, lr: float | jax.Array) -> optax.GradientTransformation:
+        return make_optimizer(self._optimizer, lr, **self._optimizer_options)
 
     def _precision(self) -> Any:
         return jax.enable_x64(self._x64)
@@ -168,7 +180,9 @@ class Engine:
         mean, std = (jnp.asarray(a, self._dtype) for a in (self._mean, self._std))
         return (image.astype(self._dtype) / 255 - mean) / std
 
-    def _logits(self, params: Mapping[str, jax.Array], stats: Mapping[str, jax.Array], image: jax.Array) -> jax.Array:
+    def _logits(
+        self, params: Mapping[str, jax.Array], stats: Mapping[str, jax.Array], image: jax.Array
+    ) -> jax.Array:
         return resnet.apply(self._graph["eval"], params, stats, self._normalize(image))[0]
 
     def _step(self, state: State, batch: Mapping[str, jax.Array], lr: jax.Array) -> tuple[State, Metrics]:
@@ -191,7 +205,12 @@ class Engine:
             "step": step,
             "bad_step": jnp.where(bad & (state["bad_step"] < 0), step, state["bad_step"]),
         }
-        metrics = {"loss": loss, "logits": logits, "grad_norm": grad_norm, "update_norm": optax.global_norm(updates)}
+        metrics = {
+            "loss": loss,
+            "logits": logits,
+            "grad_norm": grad_norm,
+            "update_norm": optax.global_norm(updates),
+        }
         return new_state, metrics
 
 

@@ -17,11 +17,19 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jax_resnet.layers import BatchNorm, Conv2d, Linear, OptionA, global_average_pool, max_pool2d, parameter_dtype
+from jax_resnet.layers import (
+    BatchNorm,
+    Conv2d,
+    Linear,
+    OptionA,
+    global_average_pool,
+    max_pool2d,
+    parameter_dtype,
+)
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions and a shortcut (figure 5, left). [N, H, W, I] to [N, H / stride, W / stride, width]."""
+    """Two 3x3 convolutions and a shortcut (figure 5, left). [N, H, W, I] to [N, H', W', width]."""
 
     expansion = 1
 
@@ -99,8 +107,13 @@ def _apply(norm: BatchNorm | None, x: jax.Array) -> jax.Array:
 
 
 def _shortcut(
-    kind: str, in_channels: int, out_channels: int, stride: int, conv: Callable[..., Conv2d], norm: Callable[..., Any]
-) -> nnx.List | OptionA | None:
+    kind: str,
+    in_channels: int,
+    out_channels: int,
+    stride: int,
+    conv: Callable[..., Conv2d],
+    norm: Callable[..., Any],
+) -> nnx.List[Any] | OptionA | None:
     if stride == 1 and in_channels == out_channels:
         return None
     if kind == "option-A":
@@ -109,7 +122,7 @@ def _shortcut(
     return nnx.List([layer for layer in layers if layer is not None])
 
 
-def _shortcut_of(downsample: nnx.List | OptionA | None, x: jax.Array) -> jax.Array:
+def _shortcut_of(downsample: nnx.List[Any] | OptionA | None, x: jax.Array) -> jax.Array:
     if downsample is None:
         return x
     for layer in downsample if isinstance(downsample, nnx.List) else [downsample]:
@@ -118,15 +131,15 @@ def _shortcut_of(downsample: nnx.List | OptionA | None, x: jax.Array) -> jax.Arr
 
 
 def run_block(block: nnx.Module, x: jax.Array) -> jax.Array:
-    """block(x), traced once for all blocks of the same kind and shapes: a third of ResNet-101's tracing time."""
-    graphdef, stats, rest = nnx.split(block, nnx.BatchStat, ...)
+    """block(x), traced once for all blocks of a kind and shape: ResNet-101 traces in a third of the time."""
+    graphdef, stats, rest = nnx.split(block, nnx.BatchStat, ...)  # type: ignore[misc]
     y, stats = _call_block(graphdef, stats, rest, x)
     nnx.update(block, stats)
     return y
 
 
 @partial(jax.jit, static_argnums=0)
-def _call_block(graphdef: Any, stats: nnx.State, rest: nnx.State, x: jax.Array) -> tuple[jax.Array, nnx.State]:
+def _call_block(graphdef: Any, stats: Any, rest: Any, x: jax.Array) -> tuple[jax.Array, Any]:
     block = nnx.merge(graphdef, stats, rest)
     y = block(x)
     return y, nnx.state(block, nnx.BatchStat)
@@ -145,7 +158,8 @@ class ResNet(nnx.Module):
         num_classes: the number of logits.
         in_channels: channels of the pictures.
         width: channels of the stem and base width of the first stage.
-        stem: "imagenet", a 7x7 convolution and 3x3 max-pooling, both of stride 2; or "small", a 3x3 convolution
+        stem: "imagenet", a 7x7 convolution and 3x3 max-pooling, both of stride 2; or "small", a 3x3
+        convolution
             of stride 1.
         shortcut: "projection" (1x1 convolution, option B) or "option-A", where shapes differ.
         stride_in_1x1: the paper's place of a bottleneck's stride.
@@ -175,7 +189,14 @@ class ResNet(nnx.Module):
             raise ValueError(f"stage_sizes must be positive numbers of blocks, not {stage_sizes!r}")
         kernel, stride, padding = (7, 2, 3) if stem == "imagenet" else (3, 1, 1)
         self.conv1 = Conv2d(
-            in_channels, width, kernel, stride=stride, padding=padding, bias=not batch_norm, rngs=rngs, dtype=dtype
+            in_channels,
+            width,
+            kernel,
+            stride=stride,
+            padding=padding,
+            bias=not batch_norm,
+            rngs=rngs,
+            dtype=dtype,
         )
         self.bn1 = BatchNorm(width, dtype=dtype) if batch_norm else None
         self.stem, self.num_stages, self.dtype = stem, len(stage_sizes), dtype
@@ -201,7 +222,7 @@ class ResNet(nnx.Module):
         self.fc = Linear(channels, num_classes, rngs=rngs, dtype=dtype)
 
     def stages(self, x: jax.Array) -> dict[str, jax.Array]:
-        """The output of every stage, in order: stem, layer1, ..., pool, logits. jit prunes what is not used."""
+        """The output of every stage, in order: stem, layer1, ..., pool, logits; jit prunes what is unused."""
         out = {}
         x = jax.nn.relu(_apply(self.bn1, self.conv1(x.astype(self.dtype))))
         if self.stem == "imagenet":
@@ -313,9 +334,8 @@ MODELS: dict[str, Callable[..., Any]] = {
 }
 
 
-
 class Parts(NamedTuple):
-    """A model taken apart into what never changes and plain dicts {torchvision name: array in this engine's layout}."""
+    """A model taken apart: graphs that never change, and plain dicts {torchvision name: array}."""
 
     train: nnx.GraphDef[Any]
     eval: nnx.GraphDef[Any]
@@ -328,22 +348,27 @@ def split(model: nnx.Module) -> Parts:
     model.eval()
     eval_graph = nnx.graphdef(model)
     model.train()
-    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
     return Parts(graphdef, eval_graph, _flat(params), _flat(batch_stats))
 
 
 def apply(
-    graphdef: nnx.GraphDef[Any], params: Mapping[str, jax.Array], batch_stats: Mapping[str, jax.Array], x: jax.Array
+    graphdef: nnx.GraphDef[Any],
+    params: Mapping[str, jax.Array],
+    batch_stats: Mapping[str, jax.Array],
+    x: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Pictures [N, H, W, C] to (logits [N, num_classes], the batch statistics after); pure."""
-    variables = [(_path(name), nnx.Param(value)) for name, value in params.items()]
+    variables: list[tuple[Any, nnx.Variable[Any]]] = [
+        (_path(name), nnx.Param(value)) for name, value in params.items()
+    ]
     variables += [(_path(name), nnx.BatchStat(value)) for name, value in batch_stats.items()]
     # Without the copy, BatchNorm would write into variables of an outer trace.
     model = nnx.merge(graphdef, nnx.from_flat_state(variables), copy=True)
     return model(x), _flat(nnx.state(model, nnx.BatchStat))
 
 
-def _flat(state: nnx.State) -> dict[str, jax.Array]:
+def _flat(state: Any) -> dict[str, jax.Array]:
     return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
@@ -352,7 +377,7 @@ def _path(name: str) -> tuple[str | int, ...]:
 
 
 def to_torch_layout(array: Any) -> np.ndarray:
-    """This engine's layout to PyTorch's, always a copy: kernels HWIO to OIHW, linear weights [in, out] to [out, in]."""
+    """This engine's layout to PyTorch's: kernels HWIO to OIHW, matrices [in, out] to [out, in]; a copy."""
     array = np.asarray(array)
     axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim)
     return np.array(array if axes is None else array.transpose(axes), order="C")

@@ -240,7 +240,7 @@ def test_state_is_a_flat_dict_and_continues_bit_for_bit(name):
 def test_restored_state_has_the_templates_types_and_its_own_memory():
     tx = make_optimizer("amsgrad", 1e-3)
     template = tx.init(make_params(np.float32))
-    saved = jax.tree.map(np.float64, state_to_dict(template)) | {"count": 7}
+    saved = jax.tree.map(np.float16, state_to_dict(template)) | {"count": 7}
     memory = np.zeros(64, np.float32)
     ours = memory[-memory.ctypes.data % 64 // 4 :][:7]  # aligned: JAX would rather alias it than copy
     saved["nu"]["fc.bias"] = ours

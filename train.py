@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C
+        print("train.py: interrupted at once; what was saved before is whole", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], argv: list[str]) -> int:
@@ -86,7 +94,6 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
             describe(record, engine.device, run_dir, console)
             trainer = Trainer(config, data, engine, run_dir, checkpoints, console, resolved["total_steps"])
             summary = trainer.fit(start)
-            checkpoints.close()
             if summary is None:
                 assert trainer.stopped_by is not None
                 console.say(
@@ -100,7 +107,18 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
         except RunFailedError as error:
             console.say(f"the run failed: {error}")
             return 1
+        except OSError as error:
+            with suppress(OSError):
+                checkpoints.wait()
+            kept = ", ".join(map(str, checkpoints.steps())) or "none"
+            console.say(
+                f"the run failed: cannot write in {run_dir}: {error}; checkpoints that are whole: {kept}; "
+                "make room, then continue with --resume"
+            )
+            return 1
         finally:
+            with suppress(OSError):  # told already
+                checkpoints.close()
             console.close()
 
 

@@ -88,8 +88,12 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise OSError(f"checkpoint {step} could not be written: {reason}") from error
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.directory / str(old))
+        # Damaged ones that resume has stepped over are newer than this one; they do not push out whole ones.
+        older = [old for old in self.steps() if old < step]
+        for old in older[: max(len(older) + 1 - self.keep, 0)]:
+            removed = self.directory / f"{old}.incomplete"  # a kill must not leave half of it under its number
+            os.rename(self.directory / str(old), removed)
+            shutil.rmtree(removed)
 
     def remove_incomplete(self) -> None:
         """Delete what a killed process left half written."""
@@ -184,10 +188,13 @@ def _verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{name} is missing")
-        size = path.stat().st_size
+        try:
+            size, sha256 = path.stat().st_size, _sha256(path)
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {error}") from None
         if size != wanted["bytes"]:
             raise CheckpointError(f"{name} has {size} bytes, not {wanted['bytes']}")
-        if _sha256(path) != wanted["sha256"]:
+        if sha256 != wanted["sha256"]:
             raise CheckpointError(f"{name} differs from its SHA-256")
 
 

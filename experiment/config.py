@@ -164,6 +164,8 @@ class Config:
             )
         if self.schedule == "multistep" and not self.milestones:
             raise UserError("--schedule multistep: needs --milestones STEP [STEP ...]")
+        if self.run_dir == "":
+            raise UserError("--run-dir: is empty; name a folder")
         if self.resume and self.run_dir is None:
             raise UserError("--resume: name the run to continue with --run-dir DIR")
         if self.model == "cnn" and not self.batch_norm:
@@ -302,8 +304,13 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
     if stored is None:
         config = Config(**given)
     else:
-        names = {field.name for field in dataclasses.fields(Config)}
-        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in names}
+        hints = typing.get_type_hints(Config)
+        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in hints}
+        for name, value in stored.items():
+            if not _fits(value, hints[name]):
+                raise UserError(
+                    f"config.json: {name} cannot be {value!r}; restore the file, or start a fresh run"
+                )
         if "epochs" in given and "steps" not in given:
             stored["steps"] = None
         config = Config(**{**stored, **given})
@@ -322,3 +329,11 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
             else config.weight_decay
         ),
     )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value that was read from JSON is of the type that its field is annotated with."""
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(type(item) is int for item in value)
+    kinds = typing.get_args(hint) or (hint,)
+    return type(value) in kinds or (type(value) is int and float in kinds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,14 +22,16 @@ class Console:
         self._last_line = 0.0
 
     def say(self, text: str) -> None:
-        """One line, above the bar if there is one."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
+        """One line, above the bar if there is one. Neither a terminal that is gone nor a full disk is an error."""
+        with suppress(OSError):
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+            else:
+                print(text, file=self._stream, flush=True)
         if self._log:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            self._log.flush()
+            with suppress(OSError):
+                self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+                self._log.flush()
 
     def start(self, done: int, total: int, batch_size: int) -> None:
         """Show a bar over `total` steps of which `done` are done."""
@@ -70,7 +73,8 @@ class Console:
         """Take the bar away and close the log."""
         self.stop()
         if self._log:
-            self._log.close()
+            with suppress(OSError):
+                self._log.close()
 
 
 def describe(record: dict[str, Any], device: str, run_dir: Path, console: Console) -> None:

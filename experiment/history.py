@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ class History:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. What `sync` could not bring to a full disk, this cannot either, and is silent."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def _finite(value: Any) -> Any:

@@ -32,8 +32,10 @@ class Metrics:
         self.hits += np.bincount(label[prediction == label], minlength=num_classes)
         self.labels += np.bincount(label, minlength=num_classes)
         self.predictions += np.bincount(prediction, minlength=num_classes)
-        rank = (logits > logits[np.arange(n), label][:, None]).sum(1)
-        self.top5 += int((rank < 5).sum())
+        # As argmax has it, the lowest class goes first among equals; what is no number counts as larger.
+        own, lower = logits[np.arange(n), label][:, None], np.arange(num_classes) < label[:, None]
+        ahead = ~(logits <= own) | ((logits == own) & lower)
+        self.top5 += int((ahead.sum(1) < 5).sum())
 
     def compute(self) -> dict[str, float]:
         """{"loss", "accuracy", "f1", "top5"}; empty if nothing was added."""

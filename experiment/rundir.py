@@ -15,6 +15,7 @@ from typing import Any
 
 from experiment.errors import UserError
 
+BEFORE_CONFIG = {".lock", "log.txt", "config.json.tmp"}  # what a run makes before config.json
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
 
@@ -44,10 +45,13 @@ def read_json(path: Path) -> Any:
 
 
 def check_fresh(run_dir: Path) -> None:
-    """Raise UserError if `run_dir` cannot hold a new run: it has something in it, or it is no folder."""
+    """Raise UserError if `run_dir` cannot hold a new run: it has something in it, or it is no folder.
+
+    What a run leaves that was killed before it could write config.json does not count: it is started again.
+    """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir: {run_dir} is a file; name a folder that does not exist yet")
-    if run_dir.is_dir() and any(run_dir.iterdir()):
+    if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - BEFORE_CONFIG:
         raise UserError(
             f"--run-dir: {run_dir} is in use; add --resume to continue it, or name another folder"
         )

@@ -116,7 +116,7 @@ class Trainer:
     def fit(self, start: Start) -> dict[str, Any] | None:
         """Train, then test; returns the summary, or None if a signal stopped the run before its last step.
 
-        Raises RunFailedError if a loss or gradient is not finite, or the disk is full; UserError for
+        Raises RunFailedError if a loss or gradient is not finite; OSError if the disk is full; UserError for
         damaged data.
         """
         self.clock = Clock(**start.clock)
@@ -131,14 +131,9 @@ class Trainer:
             with self._signals():
                 self._train(start.step)
                 if self.stopped_by is not None and self.step < self.total_steps:
+                    self.checkpoints.wait()
                     return None
                 return self._finish()
-        except OSError as error:
-            kept = ", ".join(map(str, self.checkpoints.steps())) or "none"
-            raise RunFailedError(
-                f"cannot write in {self.run_dir}: {error}; checkpoints that are whole: {kept}; "
-                "make room, then continue with --resume"
-            ) from error
         finally:
             self.console.stop()
             self.history.close()

@@ -72,7 +72,8 @@ def zero_moments(params: optax.Params) -> optax.Updates:
     """Zeros in the shapes of `params`, at least float32: in bfloat16, 0.999 * nu rounds back to nu."""
 
     def zeros(p: jax.Array) -> jax.Array:
-        return jnp.zeros_like(p, jnp.promote_types(jnp.result_type(p), jnp.float32))
+        dtype = jnp.result_type(p)
+        return jnp.zeros_like(p, jnp.float32 if dtype.itemsize < 4 else dtype)
 
     return jax.tree.map(zeros, params)
 

@@ -208,6 +208,8 @@ class OptionA(nnx.Module):
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
+        if out_channels < in_channels:
+            raise ValueError(f"option A cannot reduce {in_channels} channels to {out_channels}")
         extra = out_channels - in_channels
         self.pad, self.stride = (extra // 2, extra - extra // 2), stride
 

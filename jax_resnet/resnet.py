@@ -114,6 +114,8 @@ def _shortcut(
     conv: Callable[..., Conv2d],
     norm: Callable[..., Any],
 ) -> nnx.List[Any] | OptionA | None:
+    if kind not in ("projection", "option-A"):
+        raise ValueError(f'shortcut must be "projection" or "option-A", not {kind!r}')
     if stride == 1 and in_channels == out_channels:
         return None
     if kind == "option-A":
@@ -401,11 +403,12 @@ def load_state_dict(model: nnx.Module, mapping: Mapping[str, np.ndarray]) -> Non
     missing, surplus and misshapen name, and then changes nothing.
     """
     variables = _variables(model)
-    arrays = {
-        name.replace("linear.", "fc.", 1) if name.startswith("linear.") else name: np.asarray(array)
-        for name, array in mapping.items()
-        if not name.endswith("num_batches_tracked")
-    }
+    arrays = {}
+    for name, array in mapping.items():
+        alias = "fc." + name.removeprefix("linear.") if name.startswith("linear.") else name
+        if not name.endswith("num_batches_tracked"):
+            # With both in the file, `linear.*` is surplus: which of the two is meant, nobody knows.
+            arrays[name if alias in mapping else alias] = np.asarray(array)
     problems = [f"missing {name}" for name in variables if name not in arrays]
     problems += [f"surplus {name}" for name in arrays if name not in variables]
     for name in variables.keys() & arrays.keys():

@@ -145,15 +145,15 @@ def test_the_number_of_threads_does_not_change_the_order(
 
 
 def test_an_abandoned_iterator_leaves_no_thread(load_numbered: Callable[..., Data]) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     stream = load_numbered(60, batch_size=4).train_batches()
     next(stream)
-    assert threading.active_count() > before
+    readers = set(threading.enumerate()) - before
+    assert readers
     del stream
-    deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() <= before
+    for reader in readers:
+        reader.join(timeout=5)
+        assert not reader.is_alive()
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 29, 30, 31, 1000])

@@ -6,6 +6,7 @@ virtual environment of its own: training and reading never import it.
 
 import argparse
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -65,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
 def _prepare(name: str, data_dir: str | None) -> Any:
     """Download and write; return the TFDS builder."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read at the import
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it tells each of its retries
     import tensorflow_datasets as tfds
 
     root = data_root(data_dir)

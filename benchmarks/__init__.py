@@ -1,0 +1,1 @@
+"""Measurements anyone can repeat: ratios taken in one run, interleaved, medians."""

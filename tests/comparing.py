@@ -1,0 +1,61 @@
+"""What tests that compare two implementations share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def assert_close(name: str, actual: Any, expected: Any, tolerance: float) -> None:
+    """Fail unless `actual` has the shape of `expected` and no element is off by more than `tolerance` of its scale.
+
+    The scale is the largest magnitude in `expected`, or 1 where all of it is zero. The message says which tensor,
+    at which index, by how much. Anything that is not finite fails, on either side.
+    """
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"
+    assert actual.size, f"{name}: nothing to compare in shape {actual.shape}"
+    for side, array in (("actual", actual), ("expected", expected)):
+        assert np.isfinite(array).all(), f"{name}: {(~np.isfinite(array)).sum()} of {side} are not finite"
+    scale = np.abs(expected).max() or 1.0
+    error = np.abs(actual - expected) / scale
+    worst = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
+    assert error[worst] <= tolerance, (
+        f"{name}{list(worst)}: {actual[worst]:.17g}, not {expected[worst]:.17g}: off by {error[worst]:.2e} of the "
+        f"tensor's largest magnitude {scale:.3g}, where {tolerance:.0e} is allowed; "
+        f"{(error > tolerance).sum()} of {error.size} elements are off by more"
+    )
+
+
+def assert_all_close(
+    what: str, actual: Mapping[str, Any], expected: Mapping[str, Any], tolerance: float
+) -> None:
+    """`assert_close` for every name of two mappings, which must have the same names."""
+    assert set(actual) == set(expected), f"{what}: names differ by {sorted(set(actual) ^ set(expected))}"
+    for name, value in expected.items():
+        assert_close(f"{what} {name}", actual[name], value, tolerance)
+
+
+def random_state(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
+    """A float64 state dict in which nothing is 0 or 1, so that no term can be left out unnoticed."""
+    rng = np.random.default_rng(seed)
+    state = {}
+    for name, shape in shapes.items():
+        drawn = rng.normal(size=shape) / math.sqrt(math.prod(shape[1:]))
+        state[name] = 0.5 + np.abs(drawn) if name.endswith("running_var") else drawn
+    return state
+
+
+def nchw(x: Any) -> np.ndarray:
+    """[N, H, W, C] to PyTorch's [N, C, H, W]; arrays without height and width as they are."""
+    x = np.asarray(x)
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if x.ndim == 4 else x
+
+
+def nhwc(x: Any) -> np.ndarray:
+    """The inverse of `nchw`."""
+    x = np.asarray(x)
+    return np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if x.ndim == 4 else x

@@ -1,0 +1,401 @@
+"""The options: every flag, every mistake in one line, what a resumed run may change; and the schedules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+
+import pytest
+import torch
+
+from experiment.config import (
+    CHANGEABLE,
+    MODELS,
+    OPTIMIZERS,
+    Config,
+    flag_of,
+    make_parser,
+    parse,
+    parse_image_size,
+    resolve,
+)
+from experiment.errors import UserError
+from experiment.schedules import make_schedule
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+# Each flag with a value that is not its default, as it is written and as Config holds it.
+VALUES: dict[str, tuple[list[str], object]] = {
+    "framework": (["jax"], "jax"),
+    "model": (["resnet50"], "resnet50"),
+    "batch_norm": ([], False),
+    "stride_in_1x1": ([], True),
+    "small_images": ([], True),
+    "precision": (["bfloat16"], "bfloat16"),
+    "dataset": (["mnist"], "mnist"),
+    "data_dir": (["some dir"], "some dir"),
+    "train_subset": (["0.5"], 0.5),
+    "val_fraction": (["0"], 0.0),
+    "image_size": (["64x96"], "64x96"),
+    "optimizer": (["adabound"], "adabound"),
+    "lr": (["1e-4"], 1e-4),
+    "final_lr": (["0.2"], 0.2),
+    "gamma": (["0.01"], 0.01),
+    "beta1": (["0"], 0.0),
+    "beta2": (["0.99"], 0.99),
+    "eps": (["0"], 0.0),
+    "momentum": (["0.5"], 0.5),
+    "weight_decay": (["5e-4"], 5e-4),
+    "schedule": (["multistep"], "multistep"),
+    "milestones": (["30", "60"], (30, 60)),
+    "decay_factor": (["1"], 1.0),
+    "warmup_steps": (["0"], 0),
+    "schedule_steps": (["7"], 7),
+    "epochs": (["3"], 3),
+    "steps": (["0"], 0),
+    "batch_size": (["1"], 1),
+    "eval_batch_size": (["7"], 7),
+    "seed": (["4294967295"], 2**32 - 1),
+    "deterministic": ([], True),
+    "run_dir": (["runs/a"], "runs/a"),
+    "resume": ([], True),
+    "checkpoint_every": (["5"], 5),
+    "eval_every": (["6"], 6),
+    "log_every": (["1"], 1),
+    "keep_checkpoints": (["1"], 1),
+}
+
+# The defaults that docs and recorded runs rely on.
+DEFAULTS = {
+    "framework": "jax",
+    "model": "resnet101",
+    "dataset": "digits",
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "final_lr": 0.1,
+    "gamma": 1e-3,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "precision": "float32",
+    "train_subset": 1.0,
+    "val_fraction": 0.1,
+    "batch_size": 32,
+    "log_every": 10,
+    "keep_checkpoints": 3,
+    "seed": 0,
+    "steps": None,
+    "resume": False,
+    "batch_norm": True,
+}
+
+# What is written, the flag that the line must name, and a word of its remedy.
+MISTAKES = [
+    (["--learning-rate", "0.1"], "--learning-rate", "--help"),
+    (["--step", "3"], "--step", "--help"),  # no abbreviations: --steps may one day be two flags
+    (["stray"], "stray", "--help"),
+    (["--steps"], "--steps", "--help"),
+    (["--steps", "three"], "--steps", "three"),
+    (["--steps", "1e3"], "--steps", "1e3"),
+    (["--lr", "fast"], "--lr", "fast"),
+    (["--milestones"], "--milestones", "--help"),
+    (["--framework", "tensorflow"], "--framework", "jax"),
+    (["--model", "resnet99"], "--model", "resnet101"),
+    (["--optimizer", "adamax"], "--optimizer", "adabound"),
+    (["--schedule", "linear"], "--schedule", "cosine"),
+    (["--precision", "float16"], "--precision", "bfloat16"),
+    (["--train-subset", "0"], "--train-subset", "above 0 and at most 1"),
+    (["--train-subset", "1.1"], "--train-subset", "above 0 and at most 1"),
+    (["--val-fraction", "-0.1"], "--val-fraction", "at least 0 and below 1"),
+    (["--val-fraction", "1"], "--val-fraction", "at least 0 and below 1"),
+    (["--lr", "0"], "--lr", "above 0"),
+    (["--lr", "-1"], "--lr", "above 0"),
+    (["--lr", "nan"], "--lr", "above 0"),
+    (["--lr", "inf"], "--lr", "above 0"),
+    (["--final-lr", "0"], "--final-lr", "above 0"),
+    (["--gamma", "0"], "--gamma", "above 0"),
+    (["--beta1", "1"], "--beta1", "below 1"),
+    (["--beta1", "-0.5"], "--beta1", "at least 0"),
+    (["--beta2", "1"], "--beta2", "below 1"),
+    (["--beta2", "nan"], "--beta2", "below 1"),
+    (["--eps", "-1"], "--eps", "at least 0"),
+    (["--eps", "inf"], "--eps", "at least 0"),
+    (["--momentum", "1"], "--momentum", "below 1"),
+    (["--weight-decay", "-1"], "--weight-decay", "at least 0"),
+    (["--decay-factor", "0"], "--decay-factor", "above 0"),
+    (["--decay-factor", "1.5"], "--decay-factor", "at most 1"),
+    (["--schedule", "multistep", "--milestones", "0"], "--milestones", "at least 1"),
+    (["--schedule", "multistep", "--milestones", "20", "10"], "--milestones", "increase"),
+    (["--schedule", "multistep", "--milestones", "10", "10"], "--milestones", "increase"),
+    (["--schedule", "multistep"], "--schedule", "--milestones"),
+    (["--milestones", "10"], "--milestones", "--schedule multistep"),
+    (["--warmup-steps", "-1"], "--warmup-steps", "at least 0"),
+    (["--schedule-steps", "0"], "--schedule-steps", "at least 1"),
+    (["--epochs", "-1"], "--epochs", "at least 0"),
+    (["--steps", "-1"], "--steps", "at least 0"),
+    (["--batch-size", "0"], "--batch-size", "at least 1"),
+    (["--eval-batch-size", "0"], "--eval-batch-size", "at least 1"),
+    (["--seed", "-1"], "--seed", "at least 0"),
+    (["--seed", "4294967296"], "--seed", "at most"),
+    (["--checkpoint-every", "0"], "--checkpoint-every", "at least 1"),
+    (["--eval-every", "0"], "--eval-every", "at least 1"),
+    (["--log-every", "0"], "--log-every", "at least 1"),
+    (["--keep-checkpoints", "0"], "--keep-checkpoints", "at least 1"),
+    (["--image-size", "31"], "--image-size", "32"),
+    (["--image-size", "64x31"], "--image-size", "32"),
+    (["--image-size", "31x64"], "--image-size", "32"),
+    (["--image-size", "big"], "--image-size", "64x96"),
+    (["--image-size", ""], "--image-size", "64x96"),
+    (["--image-size", "-64"], "--image-size", "64x96"),
+    (["--image-size", "64x64x3"], "--image-size", "64x96"),
+    (["--resume"], "--resume", "--run-dir"),
+    (["--resume", "--run-dir", ""], "--run-dir", "name"),
+    (["--run-dir", ""], "--run-dir", "name"),
+    (["--model", "cnn", "--no-batch-norm"], "--no-batch-norm", "leave"),
+    (["--model", "resnet18", "--stride-in-1x1"], "--stride-in-1x1", "resnet50"),
+    (["--model", "resnet20", "--stride-in-1x1"], "--stride-in-1x1", "resnet50"),
+    (["--model", "resnet20", "--small-images"], "--small-images", "leave"),
+    (["--model", "cnn", "--small-images"], "--small-images", "leave"),
+]
+
+
+def refusal(argv, stored=None):
+    """The one line that refuses a command line."""
+    with pytest.raises(UserError) as caught:
+        resolve(parse(argv), stored)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, message
+    return message
+
+
+def test_the_tables_are_complete():
+    assert VALUES.keys() == FIELDS.keys()
+    limited = {
+        flag_of(field)
+        for field in FIELDS.values()
+        if field.metadata["choices"] or any(v is not None for v in field.metadata["limits"].values())
+    }
+    assert limited <= {flag for _, flag, _ in MISTAKES}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_flag_parses(name):
+    written, value = VALUES[name]
+    given = parse([flag_of(FIELDS[name]), *written])
+    assert given == {name: value}
+    assert type(given[name]) is type(value)
+
+
+def test_all_flags_together():
+    argv = [word for name, (written, _) in VALUES.items() for word in [flag_of(FIELDS[name]), *written]]
+    config = resolve(parse(argv))
+    assert dataclasses.asdict(config) == {name: value for name, (_, value) in VALUES.items()}
+
+
+def test_defaults():
+    config = dataclasses.asdict(resolve(parse([])))
+    assert {name: config[name] for name in DEFAULTS} == DEFAULTS
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_defaults_of_an_optimizer(optimizer):
+    config = resolve(parse(["--optimizer", optimizer]))
+    assert config.lr == (0.1 if optimizer == "sgd" else 1e-3)
+    assert config.weight_decay == (0.01 if optimizer == "adamw" else 0.0)
+
+
+def test_the_length_of_a_run():
+    def steps(*argv):
+        return resolve(parse(argv)).total_steps(steps_per_epoch=40)
+
+    assert steps("--steps", "7", "--epochs", "2") == 7
+    assert steps("--steps", "0") == 0
+    assert steps("--epochs", "2") == 80
+    assert steps("--epochs", "0") == 0
+    assert steps() == 400  # digits: ten epochs
+    assert steps("--dataset", "mnist") == 40
+
+
+def test_model_options_are_those_that_differ():
+    assert resolve(parse([])).model_options() == {}
+    argv = ["--no-batch-norm", "--stride-in-1x1", "--small-images"]
+    expected = {"batch_norm": False, "stride_in_1x1": True, "small_images": True}
+    assert resolve(parse(argv)).model_options() == expected
+
+
+def test_help_names_every_flag_its_default_and_its_choices():
+    text = " ".join(make_parser().format_help().split())
+    for field in FIELDS.values():
+        assert f"{flag_of(field)} " in text
+    for name in (*MODELS, *OPTIMIZERS):
+        assert name in text
+    assert "(default 32)" in text
+
+
+@pytest.mark.parametrize(("argv", "flag", "remedy"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_mistake_is_one_line_that_names_the_flag_and_the_remedy(argv, flag, remedy):
+    message = refusal(argv)
+    assert flag in message
+    assert remedy in message
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("32", (32, 32)), ("64x96", (64, 96)), ("224", (224, 224)), ("96x32", (96, 32))]
+)
+def test_image_size_is_height_by_width(text, size):
+    assert parse_image_size(text) == size
+
+
+def stored_options(*argv):
+    """What config.json holds of a run that was started so."""
+    options = dataclasses.asdict(resolve(parse(argv)))
+    return json.loads(json.dumps({**options, "run_dir": None, "resume": False}))
+
+
+MULTISTEP = ("--schedule", "multistep", "--milestones", "5", "9", "--lr", "0.02", "--optimizer", "adamw")
+
+
+def test_resume_takes_every_unset_flag_from_the_run():
+    config = resolve(parse(["--resume", "--run-dir", "r"]), stored_options(*MULTISTEP, "--batch-size", "8"))
+    fresh = resolve(parse([*MULTISTEP, "--batch-size", "8"]))
+    assert config == dataclasses.replace(fresh, resume=True, run_dir="r")
+
+
+def test_resume_takes_the_same_flags_again():
+    argv = [*MULTISTEP, "--weight-decay", "0.01"]  # the weight decay is adamw's default
+    assert resolve(parse([*argv, "--resume", "--run-dir", "r"]), stored_options(*MULTISTEP)).lr == 0.02
+
+
+@pytest.mark.parametrize("name", sorted(CHANGEABLE - {"resume", "run_dir"}))
+def test_resume_may_change(name):
+    written, value = VALUES[name]
+    given = parse(["--resume", "--run-dir", "r", flag_of(FIELDS[name]), *written])
+    assert getattr(resolve(given, stored_options()), name) == value
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in CHANGEABLE | {"schedule_steps"}])
+def test_resume_refuses_any_other_difference_by_name(name):
+    written, value = VALUES[name]
+    flag = flag_of(FIELDS[name])
+    message = refusal(["--resume", "--run-dir", "r", flag, *written], stored_options())
+    assert message.startswith(f"{flag}: ")
+    assert str(value) in message
+    assert str(stored_options()[name]) in message.replace("()", "[]")
+
+
+def test_what_may_change_is_what_the_design_says():
+    intervals = {"checkpoint_every", "eval_every", "log_every"}
+    assert CHANGEABLE >= {"framework", "steps", "epochs"} | intervals
+    moves_numbers = {"model", "precision", "dataset", "optimizer", "lr", "seed", "batch_size", "val_fraction"}
+    assert CHANGEABLE.isdisjoint(moves_numbers)
+
+
+def test_epochs_on_resume_override_the_stored_steps():
+    def total(*argv):
+        config = resolve(parse(["--resume", "--run-dir", "r", *argv]), stored_options("--steps", "7"))
+        return config.total_steps(steps_per_epoch=40)
+
+    assert total() == 7
+    assert total("--epochs", "2") == 80
+    assert total("--epochs", "2", "--steps", "9") == 9
+    assert total("--steps", "9") == 9
+
+
+def test_resume_checks_the_ranges_of_what_changes():
+    assert "--log-every" in refusal(["--resume", "--run-dir", "r", "--log-every", "0"], stored_options())
+
+
+def test_options_of_a_later_version_are_passed_over():
+    stored = {**stored_options(), "from_the_future": 1}
+    assert resolve(parse(["--resume", "--run-dir", "r"]), stored).seed == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", "three"),
+        ("steps", 1.5),
+        ("lr", "0.1"),
+        ("lr", [0.1]),
+        ("model", 101),
+        ("model", None),
+        ("seed", True),
+        ("batch_norm", 1),
+        ("batch_size", None),
+        ("milestones", [1.5]),
+        ("milestones", "5"),
+    ],
+)
+def test_a_stored_option_of_another_type_is_refused(name, value):
+    message = refusal(["--resume", "--run-dir", "r"], {**stored_options(), name: value})
+    assert name in message
+    assert "config.json" in message
+
+
+def torch_rates(make_scheduler, steps, lr=0.1):
+    """The learning rates of PyTorch's scheduler at steps 0, 1, ..., `steps`."""
+    optimizer = torch.optim.SGD([torch.zeros(1, dtype=torch.float64)], lr=lr)
+    scheduler = make_scheduler(optimizer)
+    rates = [scheduler.get_last_lr()[0]]
+    for _ in range(steps):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+            scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    return rates
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 400])
+def test_cosine_is_pytorchs(length):
+    expected = torch_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=length), length)
+    schedule = make_schedule("cosine", 0.1, length=length)
+    assert [schedule(step) for step in range(length + 1)] == pytest.approx(expected, rel=1e-12, abs=1e-16)
+
+
+def test_cosine_stays_at_zero_after_its_length():
+    schedule = make_schedule("cosine", 0.1, length=10)
+    assert schedule(10) == schedule(11) == schedule(10**6) == 0
+
+
+def test_cosine_of_no_length_is_defined():
+    assert make_schedule("cosine", 0.1, length=0)(0) == 0.1
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.5, 1.0])
+def test_multistep_is_pytorchs(factor):
+    milestones = [1, 5, 6, 20]
+    expected = torch_rates(
+        lambda o: torch.optim.lr_scheduler.MultiStepLR(o, milestones=milestones, gamma=factor), 30
+    )
+    schedule = make_schedule("multistep", 0.1, length=30, milestones=milestones, factor=factor)
+    assert [schedule(step) for step in range(31)] == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+def test_constant():
+    assert {make_schedule("constant", 0.1, length=3)(step) for step in range(9)} == {0.1}
+
+
+def test_warmup_worked_out_by_hand():
+    schedule = make_schedule("constant", 1.0, length=100, warmup_steps=4)
+    assert [schedule(step) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1], rel=1e-12)
+    # It rises to where the cosine is by then, and the cosine's clock has not waited.
+    schedule = make_schedule("cosine", 1.0, length=10, warmup_steps=5)
+    expected = [0.5 * k / 6 for k in range(1, 6)] + [0.5, 0.5 * (1 - 0.3090169943749474241)]
+    assert [schedule(step) for step in range(7)] == pytest.approx(expected, rel=1e-12)
+    # Milestones within the warm-up have their effect on its end.
+    schedule = make_schedule("multistep", 1.0, length=10, milestones=[2, 8], factor=0.5, warmup_steps=4)
+    expected = [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5, 0.25]
+    assert [schedule(step) for step in range(9)] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "multistep"])
+def test_a_schedule_is_a_function_of_the_step_alone(name):
+    schedule = make_schedule(name, 0.1, length=20, milestones=[3, 9], warmup_steps=5)
+    forward = [schedule(step) for step in range(25)]
+    assert [schedule(step) for step in reversed(range(25))] == forward[::-1]
+    assert all(isinstance(rate, float) for rate in forward)
+    assert forward[0] > 0  # a warm-up never begins with a wasted step

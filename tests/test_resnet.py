@@ -1,0 +1,462 @@
+"""The networks of the JAX engine against the judge's: names, shapes, counts, every stage, every gradient."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from safetensors.numpy import load_file
+
+import jax_resnet
+import torch_oracle
+from jax_resnet.resnet import (
+    MODELS,
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    apply,
+    from_torch_layout,
+    load_state_dict,
+    parameter_count,
+    split,
+    state_dict,
+    to_torch_layout,
+)
+from tests.comparing import assert_all_close, assert_close, nchw, nhwc, random_state
+from tests.tolerances import BFLOAT16_NETWORK, FLOAT32_NETWORK, FLOAT32_TRAINED, FLOAT64_NETWORK
+
+CLASSES, BATCH = 5, 4
+
+
+class Member(NamedTuple):
+    """A thin network, and pictures large enough that batch norm never divides by the deviation of a few values."""
+
+    name: str
+    options: dict[str, Any]
+    in_channels: int = 3
+    size: tuple[int, int] = (64, 64)
+
+    def build(self, dtype: str = "float64", seed: int = 0) -> Any:
+        return self._builder(jax_resnet)(
+            CLASSES, self.in_channels, **self.options, rngs=nnx.Rngs(seed), dtype=jnp.dtype(dtype)
+        )
+
+    def build_judge(self) -> torch.nn.Module:
+        model = self._builder(torch_oracle)(CLASSES, self.in_channels, **self.options).double()
+        torch_oracle.load_state_dict(model, random_state(shapes_of(model)))
+        return model
+
+    def pictures(self) -> np.ndarray:
+        return np.random.default_rng(1).normal(size=(BATCH, *self.size, self.in_channels))
+
+    def _builder(self, engine: Any) -> Any:
+        family, _, n = self.name.partition(":")
+        return partial(getattr(engine, family), *([int(n)] if n else []))
+
+
+# Every block, stem, shortcut, stride and option; 1, 3 and 5 channels; even, odd and oblong pictures.
+MEMBERS = {
+    "basic": Member("resnet18", {"width": 4, "stage_sizes": (1, 2, 1, 1)}),
+    "bottleneck": Member("resnet50", {"width": 4, "stage_sizes": (2, 2)}, size=(47, 66)),
+    "stride-in-1x1": Member("resnet101", {"width": 4, "stage_sizes": (1, 1, 1), "stride_in_1x1": True}, 1),
+    "small-images": Member(
+        "resnet34", {"width": 4, "stage_sizes": (1, 2), "small_images": True}, 5, (33, 35)
+    ),
+    "no-batch-norm": Member("resnet50", {"width": 4, "stage_sizes": (1, 2), "batch_norm": False}, 3, (32, 45)),
+    "option-A": Member("resnet_cifar:2", {"width": 3}, 3, (32, 33)),
+    "option-A-no-batch-norm": Member("resnet_cifar:1", {"width": 4, "batch_norm": False}, 1, (32, 32)),
+    "cnn": Member("cnn", {"image_size": (33, 40), "width": 3}, 3, (33, 40)),
+}
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes_of(model: torch.nn.Module) -> Shapes:
+    """Read by PyTorch's own state_dict, which works on the meta device too, where no memory is taken."""
+    own = model.state_dict().items()
+    return {name: tuple(tensor.shape) for name, tensor in own if not name.endswith("num_batches_tracked")}
+
+
+# Names, shapes, counts
+
+
+def abstract_shapes(model: nnx.Module) -> Shapes:
+    """Of a model made by `nnx.eval_shape`, which has shapes but no arrays; in PyTorch's layout."""
+    parts = split(model)
+    leaves = {**parts.params, **parts.batch_stats}
+    return {name: to_torch_layout(np.broadcast_to(0, leaf.shape)).shape for name, leaf in leaves.items()}
+
+
+def abstract(name: str, classes: int, in_channels: int = 3, **options: Any) -> nnx.Module:
+    return nnx.eval_shape(lambda: MODELS[name](classes, in_channels, **options, rngs=nnx.Rngs(0)))
+
+
+def test_the_table_of_models_is_the_judges() -> None:
+    assert set(MODELS) == set(torch_oracle.MODELS)
+    assert next(iter(MODELS)) == "resnet101"
+    assert all(MODELS[name] is getattr(jax_resnet, name) for name in MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_shapes_and_counts_are_the_judges(name: str) -> None:
+    classes = 1000 if name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152") else 10
+    model = abstract(name, classes)
+    with torch.device("meta"):
+        judge = torch_oracle.MODELS[name](classes)
+    assert abstract_shapes(model) == shapes_of(judge)
+    assert parameter_count(model).total == torch_oracle.parameter_count(judge).total
+
+
+def test_resnet101_has_as_many_parameters_as_torchvisions() -> None:
+    assert parameter_count(abstract("resnet101", 1000)) == (44_549_160, 44_549_160, 0)
+    only_fc = parameter_count(abstract("resnet101", 1000), frozen=lambda name: not name.startswith("fc."))
+    assert only_fc == (44_549_160, 2_049_000, 42_500_160)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet20"])
+@pytest.mark.parametrize("in_channels", [1, 5])
+def test_without_batch_norm_names_shapes_and_counts_are_the_judges(name: str, in_channels: int) -> None:
+    model = abstract(name, 7, in_channels, batch_norm=False)
+    with torch.device("meta"):
+        judge = torch_oracle.MODELS[name](7, in_channels, batch_norm=False)
+    assert abstract_shapes(model) == shapes_of(judge)
+    assert not split(model).batch_stats
+
+
+def test_weights_do_not_depend_on_the_precision_and_do_on_the_seed() -> None:
+    member = Member("resnet_cifar:1", {"width": 2})
+    float32, bfloat16, other = member.build("float32"), member.build("bfloat16"), member.build("float32", seed=1)
+    with jax.enable_x64(True):
+        float64 = member.build("float64")
+    expected = state_dict(float32)
+    assert_all_close("float64", state_dict(float64), expected, 0)
+    assert_all_close("bfloat16", state_dict(bfloat16), expected, 0)
+    drawn = [name for name, value in expected.items() if value.ndim > 1]
+    assert not any((state_dict(other)[name] == expected[name]).any() for name in drawn)
+    assert len({expected[name].flat[0] for name in drawn}) == len(drawn)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stem": "tiny"}, "stem must be .* not 'tiny'"),
+        ({"shortcut": "A"}, "shortcut must be .* not 'A'"),
+        ({"block": BasicBlock, "shortcut": "B"}, "shortcut must be .* not 'B'"),
+        ({"stage_sizes": ()}, "stage_sizes"),
+        ({"stage_sizes": (1, 0)}, "stage_sizes"),
+    ],
+)
+def test_unknown_parts_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ResNet(**{"block": Bottleneck, "stage_sizes": (1,), "num_classes": 2, "rngs": nnx.Rngs(0), **options})
+
+
+# Loading
+
+
+def test_layouts_there_and_back() -> None:
+    rng = np.random.default_rng(0)
+    for shape in [(2, 3, 4, 5), (2, 3), (4,), ()]:
+        array = rng.normal(size=shape)
+        for there, back in [(to_torch_layout, from_torch_layout), (from_torch_layout, to_torch_layout)]:
+            changed = there(array)
+            np.testing.assert_array_equal(back(changed), array)
+            assert changed.flags.c_contiguous
+            assert not np.shares_memory(changed, array)
+    assert to_torch_layout(np.empty((7, 5, 3, 64))).shape == (64, 3, 7, 5)
+    assert to_torch_layout(np.empty((512, 10))).shape == (10, 512)
+
+
+@pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS)
+def test_the_judges_state_dict_there_and_back_is_exact(member: Member) -> None:
+    judge = member.build_judge()
+    wanted = torch_oracle.state_dict(judge)
+    with jax.enable_x64(True):
+        model = member.build()
+        load_state_dict(model, wanted)
+        found = state_dict(model)
+    assert {name: value.dtype for name, value in found.items()} == dict.fromkeys(wanted, np.float64)
+    assert_all_close("loaded", found, wanted, 0)
+    fresh = member._builder(torch_oracle)(CLASSES, member.in_channels, **member.options).double()
+    torch_oracle.load_state_dict(fresh, found)
+    assert_all_close("returned", torch_oracle.state_dict(fresh), wanted, 0)
+
+
+def thin(dtype: str = "float32") -> Any:
+    return Member("resnet_cifar:1", {"width": 2}).build(dtype)
+
+
+def state_for(model: nnx.Module) -> dict[str, np.ndarray]:
+    return random_state({name: value.shape for name, value in state_dict(model).items()})
+
+
+def test_a_state_dict_is_a_copy() -> None:
+    model = thin()
+    before = state_dict(model)
+    before["fc.weight"] += 1
+    before["bn1.running_mean"] += 1
+    assert (state_dict(model)["fc.weight"] != before["fc.weight"]).all()
+    loaded = state_for(model)
+    load_state_dict(model, loaded)
+    loaded["bn1.running_mean"] += 1
+    assert (state_dict(model)["bn1.running_mean"] < loaded["bn1.running_mean"]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("given", ["float64", "float32", "bfloat16"])
+def test_loading_keeps_the_types_of_the_model(dtype: str, given: str) -> None:
+    model = thin(dtype)
+    state = {name: value.astype(jnp.dtype(given)) for name, value in state_for(model).items()}
+    load_state_dict(model, state)
+    found = state_dict(model)
+    assert {value.dtype for value in found.values()} == {np.dtype("float32")}
+    rounded = {name: value.astype(np.float32) for name, value in state.items()}
+    assert_all_close("loaded", found, rounded, 0)
+
+
+def test_loading_reads_linear_as_fc_and_passes_over_counts_of_batches() -> None:
+    model = thin()
+    state = state_for(model)
+    renamed = {name.replace("fc.", "linear."): value for name, value in state.items()}
+    load_state_dict(model, {**renamed, "bn1.num_batches_tracked": np.array(7)})
+    assert_all_close("loaded", state_dict(model), state, FLOAT32_NETWORK)
+    with pytest.raises(ValueError, match=r"fit: surplus linear\.bias$"):
+        load_state_dict(model, {**state, "linear.bias": np.zeros(CLASSES)})
+
+
+def test_loading_lists_every_fault_in_one_error_and_changes_nothing() -> None:
+    model = thin()
+    before = state_dict(model)
+    state = state_for(model)
+    del state["bn1.bias"], state["layer2.0.conv1.weight"]
+    state |= {"layer9.0.conv1.weight": np.zeros(1), "extra": np.zeros(2)}
+    state["fc.weight"] = state["fc.weight"].T
+    state["conv1.weight"] = state["conv1.weight"].transpose(2, 3, 1, 0)
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        load_state_dict(model, state)
+    assert str(caught.value) == (
+        "the state dict does not fit: conv1.weight has shape [3, 3, 3, 2], not [2, 3, 3, 3]; "
+        "fc.weight has shape [8, 5], not [5, 8]; missing bn1.bias; missing layer2.0.conv1.weight; "
+        "surplus extra; surplus layer9.0.conv1.weight"
+    )
+    assert_all_close("after", state_dict(model), before, 0)
+
+
+# Forward and backward
+
+
+class Results(NamedTuple):
+    """What a network makes of a batch; pictures NHWC, parameters in PyTorch's layout."""
+
+    train: dict[str, np.ndarray]  # every stage, with the batch's statistics
+    eval: dict[str, np.ndarray]  # every stage, with the running ones
+    running: dict[str, np.ndarray]  # the statistics after the training pass
+    gradients: dict[str, np.ndarray]  # of a random weighting of the training logits
+
+
+def weighting() -> np.ndarray:
+    return np.random.default_rng(2).normal(size=(BATCH, CLASSES))
+
+
+@cache
+def judged(member: Member) -> Results:
+    model, x = member.build_judge(), torch.from_numpy(nchw(member.pictures()))
+    with torch.no_grad():
+        evaluated = {name: nhwc(value) for name, value in model.eval().stages(x).items()}  # type: ignore[operator]
+    stages = model.train().stages(x)  # type: ignore[operator]
+    stages["logits"].backward(torch.from_numpy(weighting()))
+    trained = {name: nhwc(value.detach()) for name, value in stages.items()}
+    running = {name: value for name, value in torch_oracle.state_dict(model).items() if "running" in name}
+    gradients = {name: np.asarray(parameter.grad) for name, parameter in model.named_parameters()}
+    return Results(trained, evaluated, running, gradients)
+
+
+def results_of(model: Any, x: np.ndarray) -> Results:
+    """Everything in one program."""
+    model.eval()
+    eval_graph = nnx.graphdef(model)
+    model.train()
+    graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+
+    @jax.jit
+    def run(params: Any, stats: Any, x: Any, dlogits: Any) -> Any:
+        def loss(params: Any) -> Any:
+            model = nnx.merge(graph, params, stats, copy=True)
+            stages = model.stages(x)
+            return (stages["logits"] * dlogits).sum(), (stages, nnx.state(model, nnx.BatchStat))
+
+        gradients, (trained, running) = jax.grad(loss, has_aux=True)(params)
+        evaluated = nnx.merge(eval_graph, params, stats, copy=True).stages(x)
+        return trained, evaluated, running, gradients
+
+    trained, evaluated, running, gradients = run(params, stats, x, weighting().astype(x.dtype))
+    return Results(trained, evaluated, flat(running), flat(gradients))
+
+
+def flat(state: Any) -> dict[str, np.ndarray]:
+    leaves = nnx.to_flat_state(state)
+    return {".".join(map(str, path)): to_torch_layout(leaf.get_value()) for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_every_stage_gradient_and_statistic_is_the_judges(name: str) -> None:
+    member = MEMBERS[name]
+    with jax.enable_x64(True):
+        model = member.build()
+        load_state_dict(model, torch_oracle.state_dict(member.build_judge()))
+        ours = results_of(model, member.pictures())
+    for kind, found, expected in zip(Results._fields, ours, judged(member), strict=True):
+        assert_all_close(f"{name}, {kind}:", found, expected, FLOAT64_NETWORK)
+    assert all(value.dtype == np.float64 for part in ours for value in part.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_precisions_are_close_to_the_judge(dtype: str) -> None:
+    member, tolerance = MEMBERS["basic"], {"float32": FLOAT32_NETWORK, "bfloat16": BFLOAT16_NETWORK}[dtype]
+    model = member.build(dtype)
+    load_state_dict(model, torch_oracle.state_dict(member.build_judge()))
+    with jax.default_matmul_precision("highest"):  # on a GPU float32 would otherwise be TF32
+        ours = results_of(model, member.pictures().astype(np.float32))
+    expected = judged(member)
+    assert_all_close("train", ours.train, expected.train, tolerance)
+    assert_all_close("eval", ours.eval, expected.eval, tolerance)
+    assert_all_close("running", ours.running, expected.running, tolerance)
+    for stage, value in [*ours.train.items(), *ours.eval.items()]:
+        assert value.dtype == (np.float32 if stage == "logits" else jnp.dtype(dtype)), stage
+    kept = [*ours.running.values(), *ours.gradients.values()]
+    assert {value.dtype for value in kept} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet20", "cnn"])
+@pytest.mark.parametrize("in_channels", [1, 3, 5])
+def test_logits_of_any_channels_and_size_are_at_least_float32(name: str, in_channels: int) -> None:
+    size = (33, 71)
+    options = {"image_size": size} if name == "cnn" else {}
+    x = jax.ShapeDtypeStruct((2, *size, in_channels), jnp.uint8)
+    for dtype in ("bfloat16", "float32"):
+        model = abstract(name, 7, in_channels, **options, dtype=jnp.dtype(dtype))
+        parts = split(model)
+        logits, stats = jax.eval_shape(partial(apply, parts.train), parts.params, parts.batch_stats, x)
+        assert (logits.shape, logits.dtype) == ((2, 7), np.float32)
+        assert {name: value.shape for name, value in stats.items()} == {
+            name: value.shape for name, value in parts.batch_stats.items()
+        }
+
+
+def test_stages_come_in_order() -> None:
+    model = abstract("resnet50", 5, 3, width=4, stage_sizes=(1, 2, 1, 1))
+    stages = jax.eval_shape(lambda x: model.stages(x), jax.ShapeDtypeStruct((2, 33, 71, 3), jnp.float32))
+    # 33 -> 17 -> 9 and 71 -> 36 -> 18 in the stem; every later stage takes the half, rounded up
+    assert sorted((name, *value.shape) for name, value in stages.items()) == sorted(
+        [
+            ("stem", 2, 9, 18, 4),
+            ("layer1", 2, 9, 18, 16),
+            ("layer2", 2, 5, 9, 32),
+            ("layer3", 2, 3, 5, 64),
+            ("layer4", 2, 2, 3, 128),
+            ("pool", 2, 128),
+            ("logits", 2, 5),
+        ]
+    )
+
+
+def test_batch_norm_over_one_value_is_refused_in_training_only() -> None:
+    parts = split(abstract("resnet18", 3, width=2, stage_sizes=(1, 1, 1, 1)))
+    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    with pytest.raises(ValueError, match=r"more than 1 value per channel .* \(1, 1, 1, 16\)"):
+        jax.eval_shape(partial(apply, parts.train), parts.params, parts.batch_stats, x)
+    logits, _ = jax.eval_shape(partial(apply, parts.eval), parts.params, parts.batch_stats, x)
+    assert logits.shape == (1, 3)
+
+
+# How a model is called
+
+
+def test_a_model_is_called_eagerly_under_nnx_jit_and_apart_alike() -> None:
+    with jax.enable_x64(True):
+        model = Member("resnet_cifar:1", {"width": 2}).build()
+        load_state_dict(model, state_for(model))
+        x = Member("resnet_cifar:1", {}, size=(8, 8)).pictures()
+        begin = state_dict(model)
+        parts = split(model)
+        apart = {
+            "train": jax.jit(partial(apply, parts.train))(parts.params, parts.batch_stats, x),
+            "eval": jax.jit(partial(apply, parts.eval))(parts.params, parts.batch_stats, x),
+        }
+        jitted = nnx.jit(lambda model, x: model(x))
+        calls = {"eager": lambda: model(x), "nnx.jit": lambda: jitted(model, x)}
+        for how, call in calls.items():
+            for mode, (logits, stats) in apart.items():
+                load_state_dict(model, begin)
+                getattr(model, mode)()
+                assert_close(f"{how} {mode} logits", call(), logits, FLOAT64_NETWORK)
+                after = {**{k: v for k, v in begin.items() if "running" not in k}, **stats}
+                assert_all_close(f"{how} {mode}", state_dict(model), after, FLOAT64_NETWORK)
+    assert_all_close("eval", apart["eval"][1], {k: v for k, v in begin.items() if "running" in k}, 0)
+    moved = [(apart["train"][1][name] != begin[name]).all() for name in apart["train"][1]]
+    assert len(moved) == 14
+    assert all(moved)
+
+
+def test_apply_is_pure() -> None:
+    parts = split(thin())
+    params, stats = dict(parts.params), dict(parts.batch_stats)
+    before = {name: np.array(value) for name, value in {**params, **stats}.items()}
+    x = Member("resnet_cifar:1", {}, size=(8, 8)).pictures().astype(np.float32)
+    first = apply(parts.train, params, stats, x)
+    second = apply(parts.train, params, stats, x)
+    assert_close("logits", second[0], first[0], 0)
+    assert_all_close("statistics", second[1], first[1], 0)
+    assert_all_close("what went in", {**params, **stats}, before, 0)
+    assert any((first[1][name] != stats[name]).any() for name in stats)
+
+
+def test_nnx_grad_works_on_the_model_itself() -> None:
+    model = thin()
+    x = Member("resnet_cifar:1", {}, size=(8, 8)).pictures().astype(np.float32)
+    gradients = nnx.jit(nnx.grad(lambda model, x: (model(x) * weighting()).sum()))(model, x)
+    parts = split(model)
+
+    def loss(params: dict[str, jax.Array]) -> jax.Array:
+        return (apply(parts.train, params, parts.batch_stats, x)[0] * weighting()).sum()
+
+    expected = jax.jit(jax.grad(loss))(parts.params)
+    assert_all_close(
+        "gradient of",
+        flat(gradients),
+        {name: to_torch_layout(value) for name, value in expected.items()},
+        FLOAT32_NETWORK,
+    )
+
+
+# A network trained elsewhere
+
+
+@pytest.fixture
+def trained(data_dir: Path) -> dict[str, np.ndarray]:
+    path = data_dir.parent / "checkpoints" / "resnet20-12fca82f.safetensors"
+    if not path.is_file():
+        pytest.skip(f"no checkpoints/{path.name} beside the directory that THREEWAY_DATA_DIR names")
+    return load_file(path)
+
+
+def test_the_trained_resnet20_gives_the_judges_logits(trained: dict[str, np.ndarray]) -> None:
+    # smooth pictures, as real ones are, in the range of normalised pixels
+    corners = np.random.default_rng(0).uniform(-2, 2, size=(4, 4, 4, 3)).astype(np.float32)
+    x = np.asarray(jax.image.resize(corners, (4, 32, 32, 3), "bicubic"))
+    model, judge = MODELS["resnet20"](10, rngs=nnx.Rngs(0)), torch_oracle.resnet20(10).eval()
+    load_state_dict(model, trained)
+    torch_oracle.load_state_dict(judge, trained)
+    model.eval()
+    with torch.no_grad():
+        expected = judge(torch.from_numpy(nchw(x)))
+    assert np.ptp(np.asarray(expected).argmax(1)) > 0  # it tells them apart
+    with jax.default_matmul_precision("highest"):
+        assert_close("logits", nnx.jit(lambda model, x: model(x))(model, x), expected, FLOAT32_TRAINED)

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = parse(argv)
         stored = None
         if given.get("resume") and given.get("run_dir"):
-            stored = rundir.read_json(Path(given["run_dir"]) / "config.json")
+            stored = rundir.read_record(Path(given["run_dir"]))
         config = resolve(given, stored and stored["config"])
         if config.run_dir is not None and not config.resume:
             rundir.check_fresh(Path(config.run_dir))
@@ -60,6 +60,7 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
     from experiment import data as data_module
     from experiment.checkpoint import Checkpoints
     from experiment.console import Console, conclude, describe
+    from experiment.history import unchanged_start
     from experiment.training import RunFailedError, Trainer, begin, restore
 
     data = data_module.load(
@@ -85,7 +86,12 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
                 start = begin(engine)
             else:
                 start = restore(engine, checkpoints, console)
+                unchanged_start(run_dir / "metrics.jsonl", **start.history)  # before anything is written
                 checkpoints.remove_incomplete()
+                if start.step > resolved["total_steps"]:
+                    raise UserError(f"--steps: the run is at step {start.step}; give as many or more")
+                found = "resuming" if start.step else "no checkpoint yet: starting"
+                console.say(f"{found} at step {start.step}")
             session = rundir.session(start.step, engine.device, argv)
             sessions = [*(stored["sessions"] if stored else []), session]
             config = dataclasses.replace(config, resume=False, run_dir=None)
@@ -129,10 +135,16 @@ def resolve_lengths(
 
     Raises UserError if a resumed run would change the length of its schedule without saying so.
     """
+    facts = {name: getattr(data, name) for name in rundir.DATA_FACTS}
     total_steps = config.total_steps(data.steps_per_epoch)
     length = config.schedule_steps or total_steps
-    if stored is not None and "schedule_steps" not in given:
+    if stored is not None:
+        rundir.check_same_data(stored["resolved"], facts)
         old = stored["resolved"]["schedule_steps"]
+        if old != length and "schedule_steps" in given:
+            raise UserError(
+                f"--schedule-steps: the run has {old}, not {length}; leave the flag out, or start a fresh run"
+            )
         if old != length and config.schedule == "cosine":
             flag = "--steps" if "steps" in given else "--epochs"
             raise UserError(
@@ -147,19 +159,13 @@ def resolve_lengths(
         "schedule_steps": length,
         "warmup_steps": warmup,
         "optimizer_options": config.optimizer_options(),
-        "num_classes": data.num_classes,
-        "class_names": data.class_names,
-        "image_shape": data.image_shape,
-        "mean": data.mean,
-        "std": data.std,
-        "train_size": data.train_size,
-        "val_size": data.val_size,
-        "test_size": data.test_size,
+        **facts,
     }
 
 
 def make_engine(config: Config, data: Data, resolved: dict[str, Any]) -> Engine:
     """The engine of a run. Raises UserError for a batch that the devices cannot share."""
+    config.check_pictures(*data.image_shape[:2])
     engine = load_engine(config.framework)(
         model=config.model,
         model_options=config.model_options(),

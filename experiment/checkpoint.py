@@ -15,8 +15,10 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,8 @@ class Checkpoints:
         # Damaged ones that resume has stepped over are newer than this one; they do not push out whole ones.
         older = [old for old in self.steps() if old < step]
         for old in older[: max(len(older) + 1 - self.keep, 0)]:
-            removed = self.directory / f"{old}.incomplete"  # a kill must not leave half of it under its number
+            # Under this name, so that a kill does not leave half of it under its number.
+            removed = self.directory / f"{old}.incomplete"
             os.rename(self.directory / str(old), removed)
             shutil.rmtree(removed)
 
@@ -152,8 +155,25 @@ def _save_arrays(path: Path, tree: Tree) -> None:
     context = ocp.Context()
     # Trained weights hardly compress, and zstd would take its time from training.
     context.array_options.saving.use_compression = False
-    with context:
+    with context, _closed_loops_unreported():
         ocp.save(path, tree)
+
+
+@contextmanager
+def _closed_loops_unreported() -> Iterator[None]:
+    """Keep quiet that TensorStore, after a failed write, tells of others to an event loop that is closed.
+
+    The failure itself is raised. The tracebacks may come late, so that the hook stays after a failure.
+    """
+    report = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = report
 
 
 def _load_arrays(path: Path) -> Tree:

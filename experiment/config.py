@@ -34,16 +34,10 @@ DEFAULT_EPOCHS = {"digits": 10}
 # What a resumed run may change: nothing here moves a number of a step that both runs take.
 CHANGEABLE = frozenset(
     {
-        "framework",
-        "steps",
-        "epochs",
-        "checkpoint_every",
-        "eval_every",
-        "log_every",
-        "keep_checkpoints",
-        "data_dir",
+        *("framework", "steps", "epochs", "data_dir", "run_dir", "resume"),
+        *("checkpoint_every", "eval_every", "log_every", "keep_checkpoints"),
+        "schedule_steps",  # train.py sees to it that the schedule stays as long as it was
     }
-    | {"run_dir", "resume"}
 )
 
 
@@ -76,6 +70,9 @@ class Config:
     )
     stride_in_1x1: bool = option(
         False, "a bottleneck's stride on its first 1x1, as in the paper", group="model"
+    )
+    zero_init_residual: bool = option(
+        True, "start each block's last batch norm at 1, not at 0", group="model", flag="no-zero-init-residual"
     )
     small_images: bool = option(False, "3x3 stride-1 stem without pooling", group="model")
     precision: str = option(
@@ -123,9 +120,15 @@ class Config:
     )
 
     epochs: int | None = option(
-        None, "passes over the training data (default 10 on digits, else 1)", group="run", least=0
+        None,
+        "passes over the training data (default 10 on digits, else 1)",
+        group="run",
+        least=0,
+        most=2**31 - 1,
     )
-    steps: int | None = option(None, "optimizer steps; wins over --epochs", group="run", least=0)
+    steps: int | None = option(
+        None, "optimizer steps; wins over --epochs", group="run", least=0, most=2**31 - 1
+    )
     batch_size: int = option(32, "training batch", group="run", least=1)
     eval_batch_size: int = option(128, "evaluation batch", group="run", least=1)
     seed: int = option(0, "seed of weights, split and order", group="run", least=0, most=2**32 - 1)
@@ -177,11 +180,22 @@ class Config:
         if self.small_images and self.model not in MODELS[:5]:
             raise UserError(f"--small-images: {self.model} has a 3x3 stem already; leave the flag out")
 
+    def check_pictures(self, height: int, width: int) -> None:
+        """Raise UserError if pictures of this size leave batch norm a single value, whose variance is 0."""
+        shrinks = self.model in MODELS[:5] and not self.small_images  # by 32
+        if self.batch_size == 1 and self.batch_norm and shrinks and max(height, width) <= 32:
+            raise UserError(
+                f"--batch-size: 1 is too few for batch norm, as {self.model} brings {height}x{width} "
+                "pictures down to 1x1; use 2 or more"
+            )
+
     def model_options(self) -> dict[str, Any]:
         """The keyword arguments of the network's builder that differ from its defaults."""
         options: dict[str, Any] = {}
         if not self.batch_norm:
             options["batch_norm"] = False
+        elif self.zero_init_residual and self.model != "cnn":
+            options["zero_init_residual"] = True
         if self.stride_in_1x1:
             options["stride_in_1x1"] = True
         if self.small_images:

@@ -22,7 +22,7 @@ class Console:
         self._last_line = 0.0
 
     def say(self, text: str) -> None:
-        """One line, above the bar if there is one. Neither a terminal that is gone nor a full disk is an error."""
+        """One line, above the bar if there is one. A terminal that is gone or a full disk is no error."""
         with suppress(OSError):
             if self._bar is not None:
                 self._bar.write(text, file=self._stream)

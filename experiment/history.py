@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
+from experiment.rundir import finite
 
 
 class History:
@@ -24,13 +25,7 @@ class History:
 
         Raises UserError if those bytes are not the ones with the hash `sha256`.
         """
-        kept = b""
-        if length:
-            kept = path.read_bytes()[:length] if path.exists() else b""
-            if hashlib.sha256(kept).hexdigest() != sha256:
-                raise UserError(
-                    f"{path}: its first {length} bytes were changed since the checkpoint; restore the file"
-                )
+        kept = unchanged_start(path, length, sha256)
         self._hash = hashlib.sha256(kept)
         self.length = length
         self._file = open(path, "ab")  # noqa: SIM115 - held for the whole run, closed by close()
@@ -38,7 +33,7 @@ class History:
 
     def append(self, line: dict[str, Any]) -> None:
         """Write one line. Not-a-number becomes null: JSON has no word for it."""
-        content = (json.dumps({k: _finite(v) for k, v in line.items()}) + "\n").encode()
+        content = (json.dumps(finite(line)) + "\n").encode()
         self._file.write(content)
         self._hash.update(content)
         self.length += len(content)
@@ -59,5 +54,13 @@ class History:
             self._file.close()
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not -float("inf") < value < float("inf") else value
+def unchanged_start(path: Path, length: int = 0, sha256: str | None = None) -> bytes:
+    """The first `length` bytes of `path`. Raises UserError if their hash is not `sha256`."""
+    if not length:
+        return b""
+    kept = path.read_bytes()[:length] if path.exists() else b""
+    if hashlib.sha256(kept).hexdigest() != sha256:
+        raise UserError(
+            f"{path}: its first {length} bytes were changed since the checkpoint; restore the file"
+        )
+    return kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -18,6 +19,12 @@ from experiment.errors import UserError
 BEFORE_CONFIG = {".lock", "log.txt", "config.json.tmp"}  # what a run makes before config.json
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
+# What config.json keeps of the data, and a resumed run must find unchanged.
+DATA_FACTS = (
+    *("num_classes", "class_names", "image_shape", "mean", "std"),
+    *("train_size", "val_size", "test_size"),
+)
+
 
 def write_file(path: Path, content: bytes) -> None:
     """Write `content` beside `path`, reach the disk, then take the place of `path`: never half a file."""
@@ -30,8 +37,17 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON at `path`, whole or not at all."""
-    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+    """`value` as indented JSON at `path`, whole or not at all; what is not finite becomes null."""
+    write_file(path, (json.dumps(finite(value), indent=2) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every float that is not finite: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
@@ -42,6 +58,36 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not found; is this the folder of a run?") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); restore the file, or start a fresh run") from None
+
+
+def read_record(run_dir: Path) -> dict[str, Any]:
+    """What config.json of a run holds: {"config", "resolved", "sessions"}. Raises UserError if it is none."""
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"--run-dir: {run_dir} is not the folder of a run (it has no config.json); name another, or "
+            "leave --resume out to start one there"
+        )
+    record = read_json(path)
+    kinds = {"config": dict, "resolved": dict, "sessions": list}
+    if (
+        not isinstance(record, dict)
+        or not all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+        or not isinstance(record["resolved"].get("schedule_steps"), int)
+    ):
+        raise UserError(f"{path}: is not what a run writes; restore the file, or start a fresh run")
+    return record
+
+
+def check_same_data(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise UserError if what is known of a resumed run's data, `new`, is not what it began with."""
+    for name, value in new.items():
+        value = list(value) if isinstance(value, tuple) else value  # as JSON has it
+        if old.get(name) != value:
+            raise UserError(
+                f"--data-dir: the data have {name} {value}, and had {old.get(name)} when the run began; "
+                "name the directory of those"
+            )
 
 
 def check_fresh(run_dir: Path) -> None:
@@ -60,7 +106,12 @@ def check_fresh(run_dir: Path) -> None:
 def create(run_dir: Path | None, name: str) -> Path:
     """Make the folder of a new run: `run_dir`, or one under runs/ named by the time and `name`."""
     if run_dir is not None:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--run-dir: {run_dir} cannot be made ({error.strerror}); name another folder"
+            ) from None
         return run_dir
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     for attempt in range(1000):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import signal
 import threading
 import time
@@ -69,7 +70,6 @@ def restore(engine: Engine, checkpoints: Checkpoints, console: Console) -> Start
     found = checkpoints.load_newest(console.say)
     start = begin(engine)
     if found is None:
-        console.say("no checkpoint yet: starting at step 0")
         return start
     step, tree, run = found
     lines = differences(engine.to_tree(start.state), tree)
@@ -79,7 +79,6 @@ def restore(engine: Engine, checkpoints: Checkpoints, console: Console) -> Start
             f"--resume: checkpoint {step} in {checkpoints.directory} is of another model or optimizer: "
             f"{'; '.join(lines[:3])}{more}; name the run it belongs to"
         )
-    console.say(f"resuming at step {step}")
     return Start(state=engine.from_tree(tree), step=step, **run)
 
 
@@ -248,7 +247,7 @@ class Trainer:
         result = self._evaluate("val")
         self.history.append({**self._line("val", "epoch", self.step), **result})
         self.console.say(f"step {self.step}: validation {_words(result)}")
-        if self.best is None or result["loss"] < self.best["loss"]:
+        if result["loss"] < (self.best["loss"] if self.best else math.inf):  # never so for not-a-number
             self.best = {"step": self.step, **result}
             self._write_weights("weights-best.safetensors", self.engine.to_tree(self.state))
 

@@ -195,7 +195,7 @@ class Engine:
 
         (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"])
         updates, optimizer = self._make_optimizer(lr).update(grads, state["optimizer"], state["params"])
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         step = state["step"] + 1
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         new_state = {
@@ -209,7 +209,7 @@ class Engine:
             "loss": loss,
             "logits": logits,
             "grad_norm": grad_norm,
-            "update_norm": optax.global_norm(updates),
+            "update_norm": optax.tree.norm(updates),
         }
         return new_state, metrics
 

@@ -53,6 +53,11 @@ class BasicBlock(nnx.Module):
         self.bn2 = norm(width)
         self.downsample = _shortcut(shortcut, in_channels, width, stride, conv, norm)
 
+    @property
+    def last_norm(self) -> BatchNorm:
+        """The batch norm that ends the residual branch."""
+        return self.bn2
+
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jax.nn.relu(_apply(self.bn1, self.conv1(x)))
         y = _apply(self.bn2, self.conv2(y))
@@ -90,6 +95,11 @@ class Bottleneck(nnx.Module):
         self.conv3 = conv(width, out_channels, 1)
         self.bn3 = norm(out_channels)
         self.downsample = _shortcut(shortcut, in_channels, out_channels, stride, conv, norm)
+
+    @property
+    def last_norm(self) -> BatchNorm:
+        """The batch norm that ends the residual branch."""
+        return self.bn3
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jax.nn.relu(_apply(self.bn1, self.conv1(x)))
@@ -161,11 +171,12 @@ class ResNet(nnx.Module):
         in_channels: channels of the pictures.
         width: channels of the stem and base width of the first stage.
         stem: "imagenet", a 7x7 convolution and 3x3 max-pooling, both of stride 2; or "small", a 3x3
-        convolution
-            of stride 1.
+            convolution of stride 1.
         shortcut: "projection" (1x1 convolution, option B) or "option-A", where shapes differ.
         stride_in_1x1: the paper's place of a bottleneck's stride.
         batch_norm: without it, every convolution has a bias.
+        zero_init_residual: the last batch norm of each block starts with weight 0, so that the block starts
+            as its shortcut (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
         rngs: source of the initial weights.
         dtype: compute type; parameters, statistics and logits are promote_types(dtype, float32).
     """
@@ -182,6 +193,7 @@ class ResNet(nnx.Module):
         shortcut: str = "projection",
         stride_in_1x1: bool = False,
         batch_norm: bool = True,
+        zero_init_residual: bool = False,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
     ) -> None:
@@ -190,36 +202,21 @@ class ResNet(nnx.Module):
         if not stage_sizes or min(stage_sizes) < 1:
             raise ValueError(f"stage_sizes must be positive numbers of blocks, not {stage_sizes!r}")
         kernel, stride, padding = (7, 2, 3) if stem == "imagenet" else (3, 1, 1)
-        self.conv1 = Conv2d(
-            in_channels,
-            width,
-            kernel,
-            stride=stride,
-            padding=padding,
-            bias=not batch_norm,
-            rngs=rngs,
-            dtype=dtype,
-        )
+        conv = partial(Conv2d, bias=not batch_norm, rngs=rngs, dtype=dtype)
+        self.conv1 = conv(in_channels, width, kernel, stride=stride, padding=padding)
         self.bn1 = BatchNorm(width, dtype=dtype) if batch_norm else None
         self.stem, self.num_stages, self.dtype = stem, len(stage_sizes), dtype
+        make = partial(block, shortcut=shortcut, stride_in_1x1=stride_in_1x1, batch_norm=batch_norm)
         channels = width
         for stage, size in enumerate(stage_sizes):
-            blocks = []
+            stage_width, blocks = width * 2**stage, []
             for index in range(size):
-                stage_width = width * 2**stage
-                blocks.append(
-                    block(
-                        channels,
-                        stage_width,
-                        stride=2 if stage > 0 and index == 0 else 1,
-                        shortcut=shortcut,
-                        stride_in_1x1=stride_in_1x1,
-                        batch_norm=batch_norm,
-                        rngs=rngs,
-                        dtype=dtype,
-                    )
-                )
+                step = 2 if stage > 0 and index == 0 else 1
+                blocks.append(make(channels, stage_width, stride=step, rngs=rngs, dtype=dtype))
                 channels = stage_width * block.expansion
+                if zero_init_residual and batch_norm:
+                    weight = blocks[-1].last_norm.weight
+                    weight[...] = jnp.zeros_like(weight[...])
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
         self.fc = Linear(channels, num_classes, rngs=rngs, dtype=dtype)
 
@@ -283,15 +280,15 @@ def resnet_imagenet(
     small_images: bool = False,
     stride_in_1x1: bool = False,
     batch_norm: bool = True,
+    zero_init_residual: bool = False,
     rngs: nnx.Rngs,
     dtype: DTypeLike = jnp.float32,
 ) -> ResNet:
     """The ImageNet family (table 1). `stage_sizes` replaces the family's, `small_images` the stem."""
     sizes = family_sizes if stage_sizes is None else stage_sizes
     make = partial(ResNet, block, sizes, width=width, stem="small" if small_images else "imagenet")
-    return make(
-        num_classes, in_channels, stride_in_1x1=stride_in_1x1, batch_norm=batch_norm, rngs=rngs, dtype=dtype
-    )
+    make = partial(make, stride_in_1x1=stride_in_1x1, zero_init_residual=zero_init_residual)
+    return make(num_classes, in_channels, batch_norm=batch_norm, rngs=rngs, dtype=dtype)
 
 
 def resnet_cifar(
@@ -301,12 +298,14 @@ def resnet_cifar(
     *,
     width: int = 16,
     batch_norm: bool = True,
+    zero_init_residual: bool = False,
     rngs: nnx.Rngs,
     dtype: DTypeLike = jnp.float32,
 ) -> ResNet:
     """The CIFAR family (section 4.2): three stages of `n` basic blocks, option-A shortcuts; 6n + 2 layers."""
-    make = partial(ResNet, BasicBlock, (n, n, n), stem="small", shortcut="option-A")
-    return make(num_classes, in_channels, width=width, batch_norm=batch_norm, rngs=rngs, dtype=dtype)
+    make = partial(ResNet, BasicBlock, (n, n, n), width=width, stem="small", shortcut="option-A")
+    make = partial(make, batch_norm=batch_norm, zero_init_residual=zero_init_residual)
+    return make(num_classes, in_channels, rngs=rngs, dtype=dtype)
 
 
 cnn = CNN

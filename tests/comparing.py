@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 
 def assert_close(name: str, actual: Any, expected: Any, tolerance: float) -> None:
-    """Fail unless `actual` has the shape of `expected` and no element is off by more than `tolerance` of its scale.
+    """Fail unless `actual` has the shape of `expected` and each element is within `tolerance` of its scale.
 
-    The scale is the largest magnitude in `expected`, or 1 where all of it is zero. The message says which tensor,
-    at which index, by how much. Anything that is not finite fails, on either side.
+    The scale is the largest magnitude in `expected`, or 1 where all of it is zero. The message says which
+    tensor, at which index, by how much. Anything that is not finite fails, on either side.
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"
@@ -24,8 +25,8 @@ def assert_close(name: str, actual: Any, expected: Any, tolerance: float) -> Non
     error = np.abs(actual - expected) / scale
     worst = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
     assert error[worst] <= tolerance, (
-        f"{name}{list(worst)}: {actual[worst]:.17g}, not {expected[worst]:.17g}: off by {error[worst]:.2e} of the "
-        f"tensor's largest magnitude {scale:.3g}, where {tolerance:.0e} is allowed; "
+        f"{name}{list(worst)}: {actual[worst]:.17g}, not {expected[worst]:.17g}; off by {error[worst]:.2e} "
+        f"of the tensor's largest magnitude {scale:.3g}, where {tolerance:.0e} is allowed; "
         f"{(error > tolerance).sum()} of {error.size} elements are off by more"
     )
 
@@ -39,6 +40,22 @@ def assert_all_close(
         assert_close(f"{what} {name}", actual[name], value, tolerance)
 
 
+def assert_all_near(
+    what: str, actual: Mapping[str, Any], expected: Mapping[str, Any], tolerance: float
+) -> None:
+    """Fail unless the distance of all tensors together, as one vector, is within `tolerance` of their length.
+
+    For low precision, in which a tensor of sums that nearly cancel has hardly a digit of its own.
+    """
+    assert {k: np.shape(v) for k, v in actual.items()} == {k: np.shape(v) for k, v in expected.items()}, what
+    away = {k: np.linalg.norm(np.asarray(actual[k], np.float64) - np.asarray(v)) for k, v in expected.items()}
+    distance = math.hypot(*away.values()) / math.hypot(*(np.linalg.norm(v) for v in expected.values()))
+    worst = max(away, key=lambda name: away[name])
+    assert distance <= tolerance, (
+        f"{what}: off by {distance:.2e} of its length, where {tolerance:.0e} is allowed; most in {worst}"
+    )
+
+
 def random_state(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
     """A float64 state dict in which nothing is 0 or 1, so that no term can be left out unnoticed."""
     rng = np.random.default_rng(seed)
@@ -47,6 +64,12 @@ def random_state(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[s
         drawn = rng.normal(size=shape) / math.sqrt(math.prod(shape[1:]))
         state[name] = 0.5 + np.abs(drawn) if name.endswith("running_var") else drawn
     return state
+
+
+def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit` for what runs once: on a CPU compiled in half the time, to slower machine code."""
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=quick)
 
 
 def nchw(x: Any) -> np.ndarray:

@@ -13,9 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiment.metrics import Metrics, cross_entropy
-
-# Sums of up to 60 float64 terms of size 1 to 10, in another order than scikit-learn's.
-TOLERANCE = 1e-12
+from tests.tolerances import FLOAT64_LAYER
 
 
 def make_batch(n, num_classes, seed, dtype=np.float32, classes_used=None):
@@ -35,8 +33,9 @@ def softmax(logits):
 
 
 def by_scikit_learn(logits, label):
-    """The four numbers. Among equal logits the lowest class goes first, as in argmax; scikit-learn's top k has
-    the highest first, hence the reversal."""
+    """The four numbers. Among equal logits the lowest class goes first, as in argmax; scikit-learn's top k
+    has the highest first, hence the reversal.
+    """
     num_classes = logits.shape[1]
     prediction = logits.argmax(1)
     with warnings.catch_warnings():
@@ -62,12 +61,12 @@ def totals(logits, label, cuts=()):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
     ("n", "num_classes", "classes_used"),
-    [(60, 10, None), (7, 10, None), (1, 10, None), (60, 100, None), (60, 5, None), (60, 6, None), (60, 10, 4)],
+    [(60, 10, None), (7, 10, None), (1, 10, None), (60, 100, None), (60, 5, None), (60, 6, 4), (60, 10, 4)],
 )
 def test_agrees_with_scikit_learn(n, num_classes, classes_used, dtype):
     logits, label = make_batch(n, num_classes, seed=n + num_classes, dtype=dtype, classes_used=classes_used)
     expected = by_scikit_learn(logits, label)
-    assert totals(logits, label).compute() == pytest.approx(expected, rel=TOLERANCE)
+    assert totals(logits, label).compute() == pytest.approx(expected, rel=FLOAT64_LAYER)
 
 
 def test_top5_of_fewer_than_five_classes_is_certain():
@@ -76,24 +75,27 @@ def test_top5_of_fewer_than_five_classes_is_certain():
 
 
 def test_f1_averages_over_the_classes_that_occur():
-    """Worked out by hand: class 0 has F1 2/3 (one hit, two labels, one prediction), class 1 2/3, class 2 none."""
+    """Worked out by hand."""
+    # Class 0: one hit, two labels, one prediction; class 1: one hit, one label, two predictions; no class 2.
     logits = np.eye(3)[[0, 1, 1]]
-    assert totals(logits, np.array([0, 0, 1])).compute()["f1"] == pytest.approx(2 / 3, rel=TOLERANCE)
+    assert totals(logits, np.array([0, 0, 1])).compute()["f1"] == pytest.approx(2 / 3, rel=FLOAT64_LAYER)
     # Class 2 occurs as a prediction only, and counts as 0.
     logits = np.eye(3)[[0, 1, 1, 2]]
     expected = (1 / 2 + 2 / 3 + 0) / 3
-    assert totals(logits, np.array([0, 0, 1, 0])).compute()["f1"] == pytest.approx(expected, rel=TOLERANCE)
+    assert totals(logits, np.array([0, 0, 1, 0])).compute()["f1"] == pytest.approx(
+        expected, rel=FLOAT64_LAYER
+    )
 
 
 def test_ties_go_to_the_lowest_class_in_top_1_and_top_5_alike():
     """A network that says the same of every class knows nothing: its top 5 of 10 must not read 100 %."""
     logits, label = np.zeros((20, 10), np.float32), np.arange(20, dtype=np.int32) % 10
-    assert totals(logits, label).compute() == pytest.approx(by_scikit_learn(logits, label), rel=TOLERANCE)
+    assert totals(logits, label).compute() == pytest.approx(by_scikit_learn(logits, label), rel=FLOAT64_LAYER)
     assert totals(logits, label).compute()["top5"] == 0.5
     rng = np.random.default_rng(0)
     logits = rng.integers(0, 3, (200, 10)).astype(np.float32)  # three values: full of ties
     label = rng.integers(0, 10, 200).astype(np.int32)
-    assert totals(logits, label).compute() == pytest.approx(by_scikit_learn(logits, label), rel=TOLERANCE)
+    assert totals(logits, label).compute() == pytest.approx(by_scikit_learn(logits, label), rel=FLOAT64_LAYER)
 
 
 def test_logits_that_are_not_numbers_are_no_hit_in_the_top_5():
@@ -109,7 +111,7 @@ def test_any_partition_into_batches_gives_the_same_totals(cuts, seed):
     whole, parts = totals(logits, label), totals(logits, label, sorted(cuts))
     for name, value in vars(whole).items():
         if name == "loss_sum":  # the only sum of floats
-            assert parts.loss_sum == pytest.approx(value, rel=TOLERANCE)
+            assert parts.loss_sum == pytest.approx(value, rel=FLOAT64_LAYER)
         else:
             np.testing.assert_array_equal(getattr(parts, name), value, err_msg=name)
 
@@ -119,7 +121,7 @@ def test_a_loss_that_is_known_is_weighted_by_the_size_of_its_batch():
     metrics = Metrics(10)
     metrics.update(logits[:8], label[:8], loss=1.0)
     metrics.update(logits[8:], label[8:], loss=2.0)
-    assert metrics.compute()["loss"] == pytest.approx(1.2, rel=TOLERANCE)
+    assert metrics.compute()["loss"] == pytest.approx(1.2, rel=FLOAT64_LAYER)
 
 
 def test_nothing_added_gives_nothing():
@@ -132,7 +134,7 @@ def test_cross_entropy_of_any_size_of_logits(size):
     logits *= np.float32(size)
     z = logits.astype(np.longdouble)
     expected = np.mean(np.logaddexp.reduce(z, axis=1) - z[np.arange(30), label])
-    assert cross_entropy(logits, label) == pytest.approx(float(expected), rel=TOLERANCE)
+    assert cross_entropy(logits, label) == pytest.approx(float(expected), rel=FLOAT64_LAYER)
 
 
 @given(seed=st.integers(0, 1000))

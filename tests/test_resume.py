@@ -1,26 +1,25 @@
 """Stopping and going on, as a user meets it: `python train.py`, a signal, `python train.py --resume`.
 
-The promise: whatever stops a run, and however often, its numbers end up as if nothing had, to the last bit. Each
-test here starts real processes and compares what they leave on the disk with a run that was never stopped.
+The promise: whatever stops a run, and however often, its numbers end up as if nothing had, to the last bit.
+The tests start real processes and compare what they leave on the disk with what a run left that was never
+stopped.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,100 +27,115 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiment.checkpoint import Checkpoints
+from experiment.rundir import check_fresh
 
 ROOT = Path(__file__).parents[1]
 STEPS = 200
-LIMIT_SECONDS = 600  # of one process: a hang becomes a failure
+LIMIT_SECONDS = 600  # for one process: a hang becomes a failure
 
-# train.py, but its resnet20 has three blocks, one a stage, and a quarter of the width.
-THIN = (
-    "import functools, sys, train\n"
-    "from jax_resnet import resnet\n"
-    "resnet.MODELS['resnet20'] = functools.partial(resnet.resnet_cifar, 1, width=4)\n"
-    "sys.exit(train.main())\n"
+# train.py, but its resnet20 has three blocks, one a stage, of half the width.
+THIN = """
+import functools, sys, train
+make_engine = train.make_engine
+def thin(*args):
+    from jax_resnet import resnet
+    resnet.MODELS["resnet20"] = functools.partial(resnet.resnet_cifar, 1, width=8)
+    return make_engine(*args)
+train.make_engine = thin
+sys.exit(train.main())
+"""
+LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n"
+# 258 pictures: 32 steps an epoch, so that most checkpoints lie within one.
+FLAGS = (
+    *("--steps", str(STEPS), "--train-subset", "0.2", "--batch-size", "8"),
+    *("--checkpoint-every", "7", "--eval-every", "50"),
+    *(("--deterministic",) if os.environ.get("THREEWAY_GPU") == "1" else ()),
 )
-SMALL = ("--train-subset", "0.2", "--batch-size", "8", "--checkpoint-every", "7")
-ADAM = ("--model", "cnn", "--optimizer", "adam", "--steps", str(STEPS), "--eval-every", "50", *SMALL)
-ADABOUND = ("--model", "resnet20", "--optimizer", "adabound", "--steps", "60", "--eval-every", "15", *SMALL)
+MODELS = {"adam": "cnn", "adabound": "resnet20"}  # the second has batch norm
 
 
 class Run:
     """One run folder, and the command that is started on it again and again.
 
     Args:
-        run_dir: the folder; what the processes print is collected beside it.
-        flags: of the first start; a resumed run finds them in config.json.
+        run_dir: the folder.
+        flags: of the first start; --resume finds them in config.json.
         cache: where the compiled programs are kept.
         thin: whether resnet20 is the thin one.
     """
 
     def __init__(self, run_dir: Path, flags: tuple[str, ...], cache: Path, *, thin: bool = True) -> None:
-        self.run_dir, self.flags, self.cache = run_dir, flags, cache
-        self.command = [sys.executable, *(("-c", THIN) if thin else ("train.py",))]
+        self.run_dir, self.flags, self.cache, self.thin = run_dir, flags, cache, thin
 
     def start(self, *extra: str, file_size: int | None = None) -> subprocess.Popen[str]:
-        """Start as a user would: with --resume once there is a config.json. `file_size` stands for a full disk."""
+        """Start as a user would: with --resume once there is a config.json.
+
+        `file_size` is the length that no file may pass: it stands for a disk that is full.
+        """
         resumes = (self.run_dir / "config.json").exists()
-        flags = ("--resume", *extra) if resumes else (*self.flags, *extra)
-        limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_size, file_size))
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
+        flags = (*(["--resume"] if resumes else self.flags), *extra, "--run-dir", str(self.run_dir))
+        program = ["-c", THIN] if self.thin else ["train.py"]
+        caching = {
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
+        if file_size is not None:
+            program = ["-c", LIMITED.format(file_size) + THIN]
+            caching = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # else it leaves torn programs there
         return subprocess.Popen(
-            [*self.command, *flags, "--run-dir", str(self.run_dir)],
+            [sys.executable, *program, *flags],
             cwd=ROOT,
-            env=environment,
+            env=os.environ | caching,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=None if file_size is None else limit,
         )
 
-    def go(self, *extra: str, status: int = 0, file_size: int | None = None) -> subprocess.CompletedProcess[str]:
-        """Start, wait for the end, and check the exit status."""
-        return ended(self.start(*extra, file_size=file_size), status)
+    def go(self, *extra: str) -> subprocess.CompletedProcess[str]:
+        """Start, and wait for a good end."""
+        return ended(self.start(*extra), 0)
 
-    def copy(self, run_dir: Path, *, newest: int | None = None) -> Run:
-        """A copy of the folder, and of the moment at which `newest` was its newest checkpoint."""
+    def copy(self, run_dir: Path, *, newest: int = STEPS) -> Run:
+        """A copy of the folder as a kill would have left it while `newest` was the newest checkpoint."""
         shutil.copytree(self.run_dir, run_dir)
         for step in self.steps():
-            if newest is not None and step > newest:
+            if step > newest:
                 shutil.rmtree(run_dir / "checkpoints" / str(step))
                 (run_dir / "summary.json").unlink(missing_ok=True)
-        copy = Run(run_dir, self.flags, self.cache)
-        copy.command = self.command
-        return copy
+        return Run(run_dir, self.flags, self.cache, thin=self.thin)
 
     def steps(self) -> list[int]:
         """The complete checkpoints."""
         return Checkpoints(self.run_dir / "checkpoints", 1).steps()
 
-    def lines(self) -> list[dict]:
-        """The whole lines of metrics.jsonl."""
+    def newest(self) -> int:
+        return max(self.steps(), default=0)
+
+    def metrics(self) -> bytes:
         path = self.run_dir / "metrics.jsonl"
-        content = path.read_text() if path.exists() else ""
-        return [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith("\n")]
+        return path.read_bytes() if path.exists() else b""
 
     def trained(self) -> int:
-        """The last step in metrics.jsonl."""
-        return max((line["step"] for line in self.lines()), default=0)
+        """The step of the last whole line of metrics.jsonl."""
+        lines = self.metrics().splitlines(keepends=True)[-2:]
+        return max((json.loads(line)["step"] for line in lines if line.endswith(b"\n")), default=0)
 
-    def saving(self) -> bool:
-        """Whether a checkpoint lies half written: newer ones only, as old ones are renamed to be deleted."""
+    def saving(self) -> int:
+        """The checkpoint that lies half written, or 0; an old one that is being deleted does not count."""
         partial = [int(path.name.split(".")[0]) for path in self.run_dir.glob("checkpoints/*.incomplete")]
-        return max(partial, default=0) > max(self.steps(), default=0)
+        return max((step for step in partial if step > self.newest()), default=0)
+
+    def finished(self) -> bool:
+        return (self.run_dir / "summary.json").exists()
 
 
-def ended(process: subprocess.Popen[str], status: int | None) -> subprocess.CompletedProcess[str]:
-    """Wait for a process to end, check its status, and give what it printed."""
+def ended(process: subprocess.Popen[str], *statuses: int) -> subprocess.CompletedProcess[str]:
+    """Wait for a process to end with one of these statuses; what it printed."""
     try:
         out, err = process.communicate(timeout=LIMIT_SECONDS)
     finally:
         process.kill()
-    if status is not None:
-        assert process.returncode == status, f"exit status {process.returncode}, not {status}\n{out}{err}"
+    assert process.returncode in statuses, f"exit status {process.returncode}, not {statuses}\n{out}{err}"
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -131,13 +145,11 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> b
     while not condition():
         if process.poll() is not None:
             return False
-        assert time.monotonic() < deadline, "the process neither ended nor came to the moment that was waited for"
-        time.sleep(0.0005)
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"the moment never came:\n{process.communicate()}")
+        time.sleep(0.001)
     return True
-
-
-def bits(array: np.ndarray) -> bytes:
-    return np.ascontiguousarray(array).tobytes()
 
 
 def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
@@ -155,79 +167,320 @@ def expect_same_arrays(what: str, actual: dict, expected: dict) -> None:
     for name, array in wanted.items():
         other = found[name]
         assert (other.shape, other.dtype) == (array.shape, array.dtype), f"{what}: {name}"
-        if bits(other) != bits(array):
-            where = tuple(int(i) for i in np.argwhere(other != array)[0]) if (other != array).any() else "a sign"
-            count = (other != array).sum()
-            pytest.fail(f"{what}: {name} differs in {count} of {array.size} elements, first at {where}")
+        if other.tobytes() != array.tobytes():
+            differ = np.frombuffer(other.tobytes(), np.uint8) != np.frombuffer(array.tobytes(), np.uint8)
+            first = int(differ.argmax()) // array.itemsize
+            pytest.fail(
+                f"{what}: {name}, element {first} of {array.size} is {other.flat[first]!r}, "
+                f"not {array.flat[first]!r}"
+            )
 
 
-def expect_same_lines(actual: list, expected: list) -> None:
-    for number, (found, wanted) in enumerate(itertools.zip_longest(actual, expected), start=1):
-        assert found == wanted, f"metrics.jsonl, line {number}: {found}\nnot {wanted}"
+def expect_same_lines(actual: bytes, expected: bytes, split: bytes = b"") -> None:
+    """Fail unless metrics.jsonl is the same byte for byte, or its lines of one split."""
+    lines = ([s for s in file.splitlines(True) if split in s] for file in (actual, expected))
+    for number, (found, wanted) in enumerate(itertools.zip_longest(*lines), start=1):
+        assert found == wanted, f"metrics.jsonl, line {number}: {found!r}\nnot {wanted!r}"
+
+
+def load_newest(run: Run) -> tuple[dict, dict]:
+    """The arrays of the last checkpoint, and what else is in it but for the seconds."""
+    tree, rest = Checkpoints(run.run_dir / "checkpoints", 1).load(run.newest())
+    return tree, {name: value for name, value in rest.items() if name != "clock"}
 
 
 def expect_same(run: Run, reference: Run) -> None:
-    """Fail unless everything a finished run left is, to the last bit, what the reference left."""
-    here, there = run.run_dir, reference.run_dir
-    expect_same_lines(
-        (here / "metrics.jsonl").read_bytes().splitlines(keepends=True),
-        (there / "metrics.jsonl").read_bytes().splitlines(keepends=True),
-    )
+    """Fail unless all that a finished run left is, to the last bit, what the reference left."""
+    expect_same_lines(run.metrics(), reference.metrics())
+    (tree, rest), (expected, expected_rest) = load_newest(run), load_newest(reference)
+    assert run.newest() == reference.newest() == tree["step"]
+    assert {"params", "batch_stats", "optimizer", "step"} <= set(expected)
+    expect_same_arrays("the last checkpoint", tree, expected)
+    assert rest == expected_rest
     for name in ("weights.safetensors", "weights-best.safetensors"):
-        assert (here / name).exists() == (there / name).exists(), name
-        if (there / name).exists():
-            expect_same_arrays(name, load_file(here / name), load_file(there / name))
-    expect_same_checkpoint(run, reference)
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (here, there)]
+        expect_same_arrays(name, load_file(run.run_dir / name), load_file(reference.run_dir / name))
+    one, other = (json.loads((each.run_dir / "summary.json").read_text()) for each in (run, reference))
     for name in ("model", "optimizer", "parameters", "steps", "epochs", "test", "best"):
-        assert summaries[0][name] == summaries[1][name], f"summary.json: {name}"
-    left = [path.name for path in here.rglob("*") if path.name.endswith((".tmp", ".incomplete"))]
+        assert one[name] == other[name], f"summary.json: {name}"
+    left = [path.name for path in run.run_dir.rglob("*") if path.name.endswith((".tmp", ".incomplete"))]
     assert not left, f"left behind: {left}"
 
 
-def expect_same_checkpoint(run: Run, reference: Run) -> None:
-    step = reference.steps()[-1]
-    assert run.steps()[-1] == step
-    loaded = [Checkpoints(each.run_dir / "checkpoints", 1).load(step) for each in (run, reference)]
-    (tree, mine), (expected, theirs) = loaded
-    assert set(expected) >= {"params", "batch_stats", "optimizer", "step"}
-    expect_same_arrays(f"checkpoint {step}", tree, expected)
-    mine.pop("clock")  # seconds
-    theirs.pop("clock")
-    assert mine == theirs
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
 
 
-# The moments of a kill: when it is due, and, looked at afterwards, whether it struck there.
-Check = Callable[[Run], bool]
-MOMENTS: dict[str, tuple[Check, Check]] = {
-    "before config.json": (
-        lambda run: (run.run_dir / ".lock").exists(),
-        lambda run: not (run.run_dir / "config.json").exists(),
-    ),
-    "before the first checkpoint": (
-        lambda run: (run.run_dir / "config.json").exists(),
-        lambda run: not run.steps() and (run.run_dir / "config.json").exists(),
-    ),
-    "during a save": (Run.saving, Run.saving),
-    "after the first step of the rest": (lambda run: False, lambda run: bool(run.steps())),
-}
+@pytest.fixture(scope="module")
+def references(tmp_path_factory, cache) -> dict[str, Run]:
+    """A run of each optimizer that nothing stops; many of its checkpoints are kept, to go on from."""
+    folder = tmp_path_factory.mktemp("references")
+    runs = {
+        name: Run(
+            folder / name,
+            ("--model", model, "--optimizer", name, "--keep-checkpoints", "10", *FLAGS),
+            cache,
+        )
+        for name, model in MODELS.items()
+    }
+    for process in [run.start() for run in runs.values()]:
+        ended(process, 0)
+    return runs
 
 
-def kill_at(run: Run, moment: str, rng: random.Random) -> bool:
-    """Start the run and SIGKILL it at a moment; returns whether it struck there. The run may end first."""
-    before, last = run.trained(), int(run.flags[run.flags.index("--steps") + 1])
-    newest, size = max(run.steps(), default=0), (run.run_dir / "metrics.jsonl")
-    grown = size.stat().st_size if size.exists() else 0
-    target = rng.randint(newest + 1, last - 1) if newest < last - 1 else last
-    delay = 0.0
+@dataclass
+class Kill:
+    """When a kill is due, the seconds to wait then, and whether, looked at afterwards, it struck as meant."""
+
+    due: Callable[[], bool]
+    delay: float
+    struck: Callable[[], bool]
+
+
+def plan_kill(moment: str, run: Run, rng: random.Random) -> Kill:
+    """The kill of a run that is about to be started."""
+    config = run.run_dir / "config.json"
+
+    def inode() -> int:
+        return config.stat().st_ino if config.exists() else 0
+
+    session, last = inode(), STEPS - 8  # a save follows
+    step = rng.randint(min(max(run.newest(), run.trained()) + 1, last), last)
     match moment:
         case "before config.json":
-            due = lambda: (run.run_dir / ".lock").exists()
-            hit = lambda: not (run.run_dir / "config.json").exists()
-        case _:
-            raise NotImplementedError
+            return Kill((run.run_dir / ".lock").exists, rng.uniform(0, 0.1), lambda: not config.exists())
+        case "before the first checkpoint":
+            return Kill(
+                lambda: inode() != session,
+                rng.uniform(0, 0.2),
+                lambda: config.exists() and not run.steps() and not run.saving(),
+            )
+        case "during a save":
+            return Kill(lambda: run.saving() >= step, rng.uniform(0, 0.03), lambda: run.saving() >= step)
+        case "right after a save":
+            return Kill(lambda: run.newest() >= step, 0.0, lambda: run.newest() >= step)
+        case "at a random step":
+            return Kill(
+                lambda: inode() != session and run.trained() >= step,
+                rng.uniform(0, 0.05),
+                lambda: not run.finished(),
+            )
+        case "in the final evaluation":
+            return Kill(
+                lambda: inode() != session and STEPS in (run.saving(), run.newest()),
+                rng.uniform(0, 0.05),
+                lambda: run.trained() == STEPS and not run.finished(),
+            )
+    raise ValueError(moment)
+
+
+def kill(run: Run, moment: str, rng: random.Random) -> bool:
+    """Start the run and SIGKILL it; whether it struck as meant. The run may have come to its end before."""
+    plan = plan_kill(moment, run, rng)
     process = run.start()
-    if wait_for(process, due):
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-    return ended(process, None).returncode == -signal.SIGKILL and hit()
+    if wait_for(process, plan.due):
+        time.sleep(plan.delay)
+        process.kill()
+    return ended(process, 0, -signal.SIGKILL).returncode != 0 and plan.struck()
+
+
+def kill_and_go(run: Run, reference: Run, moments: list[str], seed: int) -> int:
+    """Kill a run at each of the moments, let it end, and compare; the number of kills."""
+    rng, kills = random.Random(seed), 0
+    for moment in moments:
+        for _ in range(10):  # a kill may come too late, or too early
+            kills += 1
+            if kill(run, moment, rng):
+                break
+        else:
+            pytest.fail(f"no kill struck {moment}")
+    assert not run.finished()
+    run.go()
+    expect_same(run, reference)
+    return kills
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "moments"),
+    [
+        ("adam", ["before config.json", "during a save", "in the final evaluation"]),
+        ("adabound", ["before the first checkpoint", "at a random step", "during a save"]),
+    ],
+)
+def test_killed_runs_end_as_one_that_was_not(references, tmp_path, optimizer, moments):
+    reference = references[optimizer]
+    run = Run(tmp_path / "run", reference.flags, reference.cache)
+    kill_and_go(run, reference, moments, seed=0)
+    sessions = json.loads((run.run_dir / "config.json").read_text())["sessions"]
+    steps = [session["step"] for session in sessions]
+    assert steps == sorted(steps)
+    assert steps[0] == 0
+    assert steps[-1] > 0  # it did go on from a checkpoint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adam", "adabound"])
+def test_twenty_killed_runs(tmp_path, cache, optimizer):
+    """ResNet-20 itself. 20 times, two at a time, each with three or four kills at moments of its own."""
+    flags = ("--model", "resnet20", "--optimizer", optimizer, *FLAGS)
+    reference = Run(tmp_path / "reference", flags, cache, thin=False)
+    reference.go()
+    choices: tuple[list[str | None], ...] = (
+        ["before config.json", "before the first checkpoint"],
+        ["during a save", "right after a save"],
+        ["at a random step"],
+        ["in the final evaluation", None],
+    )
+
+    def repetition(number: int) -> int:
+        moments = [choice[number // 2**i % len(choice)] for i, choice in enumerate(choices)]
+        run = Run(tmp_path / str(number), flags, cache, thin=False)
+        kills = kill_and_go(run, reference, [moment for moment in moments if moment], seed=number)
+        shutil.rmtree(run.run_dir)
+        return kills
+
+    with ThreadPoolExecutor(2) as executor:
+        kills = list(executor.map(repetition, range(20)))
+    print(f"{sum(kills)} kills of {optimizer}: {kills}")
+
+
+def check_stopped(run: Run, process: subprocess.Popen[str], number: signal.Signals) -> int:
+    """The step at which a signal stopped a run cleanly."""
+    result = ended(process, 128 + number)
+    assert result.stderr == ""
+    told = re.fullmatch(
+        rf"stopped by {number.name} at step (\d+); everything is saved: "
+        rf"continue with python train.py --resume --run-dir {re.escape(str(run.run_dir))}",
+        result.stdout.splitlines()[-1],
+    )
+    assert told, result.stdout
+    assert run.newest() == int(told[1])
+    assert not run.finished()
+    return int(told[1])
+
+
+def test_a_signal_saves_and_ends_cleanly(references, tmp_path):
+    """SIGTERM while the step is compiled, which takes effect after that step; then Ctrl-C in the midst."""
+    reference = references["adabound"]
+    run = Run(tmp_path / "run", reference.flags, reference.cache)
+    process, log = run.start(), run.run_dir / "log.txt"
+    assert wait_for(process, lambda: log.exists() and "compiling" in log.read_text())
+    process.send_signal(signal.SIGTERM)
+    assert check_stopped(run, process, signal.SIGTERM) == 1
+    process = run.start()
+    assert wait_for(process, lambda: run.trained() >= 60)
+    process.send_signal(signal.SIGINT)
+    assert 60 <= check_stopped(run, process, signal.SIGINT) < STEPS
+    run.go()
+    expect_same(run, reference)
+
+
+def test_ctrl_c_before_training_is_one_line_and_the_folder_can_be_used(references, tmp_path):
+    run = Run(tmp_path / "run", references["adam"].flags, references["adam"].cache)
+    process = run.start()
+    assert wait_for(process, (run.run_dir / ".lock").exists)
+    process.send_signal(signal.SIGINT)
+    result = ended(process, 128 + signal.SIGINT)
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert "train.py: interrupted" in result.stderr
+    if not (run.run_dir / "config.json").exists():
+        check_fresh(run.run_dir)
+
+
+def test_a_torn_last_line_is_mended(references, tmp_path):
+    reference = references["adam"]
+    run = reference.copy(tmp_path / "run", newest=147)
+    length = load_newest(run)[1]["history"]["length"]
+    metrics = run.run_dir / "metrics.jsonl"
+    assert len(metrics.read_bytes()) > length + 700
+    os.truncate(metrics, length + 700)
+    assert not metrics.read_bytes().endswith(b"\n")
+    assert "resuming at step 147" in run.go().stdout
+    expect_same(run, reference)
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(references, tmp_path):
+    reference = references["adabound"]
+    run = reference.copy(tmp_path / "run", newest=154)
+    files = [path for path in (run.run_dir / "checkpoints" / "154").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 0b100
+    largest.write_bytes(content)
+    told = run.go().stdout
+    assert f"checkpoint 154 is damaged and is not used: {largest.relative_to(largest.parents[4])}" in told
+    assert "resuming at step 147" in told
+    expect_same(run, reference)
+
+
+def test_other_intervals_on_resume_keep_the_training_numbers(references, tmp_path):
+    reference = references["adabound"]
+    run = reference.copy(tmp_path / "run", newest=147)
+    run.go("--checkpoint-every", "5", "--eval-every", "9", "--log-every", "4", "--keep-checkpoints", "2")
+    expect_same_lines(run.metrics(), reference.metrics(), split=b'"train"')
+    assert run.metrics() != reference.metrics()  # validations at other steps
+    assert run.steps() == [195, 200]
+    expect_same_arrays("the last checkpoint", load_newest(run)[0], load_newest(reference)[0])
+    weights = [load_file(each.run_dir / "weights.safetensors") for each in (run, reference)]
+    expect_same_arrays("weights.safetensors", *weights)
+
+
+def test_a_finished_run_that_gets_more_steps_equals_one_long_run(references, tmp_path):
+    flags = (*references["adam"].flags, "--schedule", "constant", "--warmup-steps", "5")
+    short, long = (Run(tmp_path / name, flags, references["adam"].cache) for name in ("short", "long"))
+    processes = [short.start("--steps", "100"), long.start()]
+    for process in processes:
+        ended(process, 0)
+    assert short.newest() == 100
+    short.go("--steps", str(STEPS))
+    expect_same(short, long)
+
+
+def test_resuming_a_finished_run_changes_nothing(references, tmp_path):
+    run = references["adam"].copy(tmp_path / "run")
+    run.go()
+    expect_same(run, references["adam"])
+
+
+def test_a_full_disk_costs_at_most_the_checkpoint_being_written(references, tmp_path):
+    """There is no room for the next checkpoint; not even for a line of metrics.jsonl; for nothing at all."""
+    adam, adabound = references["adam"], references["adabound"]
+    line = len(adam.metrics()) * 147 // STEPS + 1_000
+    cases = [(adabound, 70_000, "checkpoint 154 could not be written"), (adam, line, ""), (adam, 100, "")]
+    runs = [reference.copy(tmp_path / str(size), newest=147) for reference, size, _ in cases]
+    before = adam.steps()[:2]
+    processes = [
+        run.start("--eval-every", "1000", file_size=size)
+        for run, (_, size, _) in zip(runs, cases, strict=True)
+    ]
+    for run, (_, _, words), process in zip(runs, cases, processes, strict=True):
+        result = ended(process, 1)
+        assert result.stderr == ""
+        told = result.stdout.splitlines()[-1]
+        assert told.startswith(f"the run failed: cannot write in {run.run_dir}: {words}")
+        assert told.endswith("checkpoints that are whole: 140, 147; make room, then continue with --resume")
+        assert result.stdout.count("the run failed") == 1
+        assert run.steps() == before == [140, 147]
+        for step in run.steps():
+            Checkpoints(run.run_dir / "checkpoints", 1).load(step)
+    for process in [run.start("--eval-every", "50") for run in runs]:
+        ended(process, 0)
+    for run, (reference, _, _) in zip(runs, cases, strict=True):
+        expect_same(run, reference)
+
+
+def test_the_compilation_cache_changes_no_bit(references, cache, tmp_path):
+    """The reference compiled for itself; here programs come from the cache, then from one a kill has torn."""
+    reference = references["adabound"]
+    entries = {path: path.read_bytes() for path in cache.iterdir()}
+    assert any(path.name.startswith("jit__step") for path in entries)
+    warm, torn = Run(tmp_path / "warm", reference.flags, cache), reference.copy(tmp_path / "torn", newest=147)
+    warm.go()
+    assert set(cache.iterdir()) == set(entries)  # nothing was compiled
+    for path, content in entries.items():
+        path.write_bytes(content[: len(content) // 2])
+    assert "persistent compilation cache" in torn.go().stderr  # JAX warns
+    for path, content in entries.items():
+        path.write_bytes(content)
+    for run in (warm, torn):
+        expect_same(run, reference)

@@ -70,6 +70,11 @@ class BasicBlock(nn.Module):
         self.bn2 = norm(width, batch_norm)
         self.downsample = make_shortcut(shortcut, in_channels, width, stride=stride, batch_norm=batch_norm)
 
+    @property
+    def last_norm(self) -> nn.Module:
+        """The batch norm that ends the residual branch."""
+        return self.bn2
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, width, ceil(H / stride), ceil(W / stride)]."""
         out = F.relu(self.bn1(self.conv1(x)))
@@ -109,6 +114,11 @@ class Bottleneck(nn.Module):
             shortcut, in_channels, out_channels, stride=stride, batch_norm=batch_norm
         )
 
+    @property
+    def last_norm(self) -> nn.Module:
+        """The batch norm that ends the residual branch."""
+        return self.bn3
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, 4 * width, ceil(H / stride), ceil(W / stride)]."""
         out = F.relu(self.bn1(self.conv1(x)))
@@ -132,6 +142,8 @@ class ResNet(nn.Module):
         stem: `imagenet`, a 7x7 convolution and 3x3 max pooling, both of stride 2; or `small`, a 3x3
             convolution of stride 1.
         shortcut, stride_in_1x1, batch_norm: see the blocks.
+        zero_init_residual: the last batch norm of each block starts with weight 0, so that the block starts
+            as its shortcut (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
 
     Raises:
         ValueError: an unknown stem or shortcut; no stage, or one without blocks.
@@ -149,6 +161,7 @@ class ResNet(nn.Module):
         shortcut: Shortcut = "projection",
         stride_in_1x1: bool = False,
         batch_norm: bool = True,
+        zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
         if stem not in get_args(Stem):
@@ -170,6 +183,10 @@ class ResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", layer)
         self.fc = nn.Linear(features, num_classes)
         _initialise(self)
+        if zero_init_residual and batch_norm:
+            for module in self.modules():
+                if isinstance(module, BasicBlock | Bottleneck):
+                    nn.init.zeros_(module.last_norm.weight)
 
     def stages(self, x: Tensor) -> dict[str, Tensor]:
         """Every stage's output, in order, for comparing stage by stage.
@@ -242,19 +259,27 @@ def resnet_imagenet(
     small_images: bool = False,
     stride_in_1x1: bool = False,
     batch_norm: bool = True,
+    zero_init_residual: bool = False,
 ) -> ResNet:
     """The ImageNet family (table 1). `stage_sizes` replaces the family's, `small_images` the stem."""
     sizes = family_sizes if stage_sizes is None else stage_sizes
     make = partial(ResNet, block, sizes, width=width, stem="small" if small_images else "imagenet")
-    return make(num_classes, in_channels, stride_in_1x1=stride_in_1x1, batch_norm=batch_norm)
+    make = partial(make, stride_in_1x1=stride_in_1x1, zero_init_residual=zero_init_residual)
+    return make(num_classes, in_channels, batch_norm=batch_norm)
 
 
 def resnet_cifar(
-    n: int, num_classes: int, in_channels: int = 3, *, width: int = 16, batch_norm: bool = True
+    n: int,
+    num_classes: int,
+    in_channels: int = 3,
+    *,
+    width: int = 16,
+    batch_norm: bool = True,
+    zero_init_residual: bool = False,
 ) -> ResNet:
     """The CIFAR family (section 4.2): three stages of `n` basic blocks, option-A shortcuts; 6n + 2 layers."""
-    make = partial(ResNet, BasicBlock, (n, n, n), stem="small", shortcut="option-A")
-    return make(num_classes, in_channels, width=width, batch_norm=batch_norm)
+    make = partial(ResNet, BasicBlock, (n, n, n), width=width, stem="small", shortcut="option-A")
+    return make(num_classes, in_channels, batch_norm=batch_norm, zero_init_residual=zero_init_residual)
 
 
 cnn = CNN

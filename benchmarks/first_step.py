@@ -1,4 +1,4 @@
-"""Time from typing `python train.py` to its first finished step, with a cold and with a warm compilation cache.
+"""Time from typing `python train.py` to its first finished step, with a cold and a warm compilation cache.
 
 python -m benchmarks.first_step --rounds 3
 """

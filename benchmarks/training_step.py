@@ -2,9 +2,10 @@
 
     python -m benchmarks.training_step --size 32@32x32x1 --rounds 9 --threads 2
 
-Every contestant is a process of its own with the same number of threads. They take turns, one step each, round
-after round, so that a machine whose speed drifts is the same for all; medians and the ratio to PyTorch's fastest
-eager form are printed. PyTorch runs in four forms: NCHW or channels_last, Adam as it comes or fused.
+Every contestant is a process of its own with the same number of threads. They take turns, one step each,
+round after round, so that a machine whose speed drifts is the same for all; medians and the ratio to
+PyTorch's fastest eager form are printed. PyTorch runs in four forms: NCHW or channels_last, Adam as it comes
+or fused.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def jax_step(batch: int, shape: tuple[int, int, int], model: str) -> Callable[[]
     image = rng.standard_normal((batch, *shape)).astype(np.float32)
     label = (np.arange(batch) % 10).astype(np.int32)
 
-    def batches():  # type: ignore[no-untyped-def]
+    def batches():
         while True:
             yield {"image": image, "label": label}
 
@@ -70,7 +71,8 @@ def torch_step(
 
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    net = MODELS[model](10, shape[2]).to(memory_format=layout).train()
+    net = MODELS[model](10, shape[2]).train()
+    net.to(memory_format=layout)  # type: ignore[call-overload]
     image = torch.randn(batch, shape[2], *shape[:2]).to(memory_format=layout)
     label = torch.arange(batch) % 10
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=fused)

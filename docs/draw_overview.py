@@ -1,6 +1,6 @@
 """Draw docs/overview.png from the files of runs: loss and accuracy against the epoch.
 
-    python docs/draw_overview.py docs/overview.png "Adam=docs/runs/digits-adam" "AdaBound=docs/runs/digits-adabound"
+python docs/draw_overview.py docs/overview.png Adam=docs/runs/digits-adam AdaBound=docs/runs/digits-adabound
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def draw(output: Path, runs: dict[str, Path]) -> None:
         summary = json.loads((run / "summary.json").read_text())
         per_epoch = summary["steps"] / summary["epochs"]
         steps = [line for line in lines if line["scope"] == "step"]
-        left.plot([s["step"] / per_epoch for s in steps], [s["loss"] for s in steps], color=color, lw=0.5, alpha=0.35)
+        x = [line["step"] / per_epoch for line in steps]
+        left.plot(x, [line["loss"] for line in steps], color=color, lw=0.5, alpha=0.35)
         for split, style in (("train", "-"), ("val", "--")):
             epochs = [line for line in lines if line["scope"] == "epoch" and line["split"] == split]
             x = [line["step"] / per_epoch for line in epochs]
@@ -48,4 +49,5 @@ def draw(output: Path, runs: dict[str, Path]) -> None:
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]), {label: Path(run) for label, run in (text.split("=", 1) for text in sys.argv[2:])})
+    named = (text.split("=", 1) for text in sys.argv[2:])
+    draw(Path(sys.argv[1]), {label: Path(run) for label, run in named})

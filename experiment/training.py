@@ -287,7 +287,7 @@ class Trainer:
         }
 
     def _write_weights(self, name: str, tree: dict[str, Any]) -> None:
-        metadata = {"model": self.config.model, "dataset": self.config.dataset, "step": str(self.step)}
+        metadata = {"model": self.config.model, "dataset": self.config.dataset, "step": self.step}
         weights.save(self.run_dir / name, weights.from_tree(tree), metadata)
 
     def _line(self, split: str, scope: str, step: int) -> dict[str, Any]:

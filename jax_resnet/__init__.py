@@ -21,8 +21,6 @@ from jax_resnet.resnet import (
     Bottleneck,
     ResNet,
     cnn,
-    load_state_dict,
-    parameter_count,
     resnet18,
     resnet20,
     resnet32,
@@ -34,8 +32,8 @@ from jax_resnet.resnet import (
     resnet110,
     resnet152,
     resnet_cifar,
-    state_dict,
 )
+from jax_resnet.state_dict import load_state_dict, parameter_count, state_dict
 
 __all__ = [
     "CNN",

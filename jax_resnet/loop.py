@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_resnet import resnet
 from jax_resnet.layers import parameter_dtype
 from jax_resnet.optimizers import make_optimizer, state_from_dict, state_to_dict
+from jax_resnet.state_dict import apply, from_torch_layout, split, to_torch_layout
 
 Batch = Mapping[str, np.ndarray]
 State = dict[str, Any]  # {params, batch_stats, optimizer, step, bad_step}
@@ -76,7 +77,7 @@ class Engine:
         self._seed = seed
         with self._precision():
             self._dtype = parameter_dtype(precision)
-            abstract = resnet.split(nnx.eval_shape(lambda: self._build(rngs=nnx.Rngs(seed))))
+            abstract = split(nnx.eval_shape(lambda: self._build(rngs=nnx.Rngs(seed))))
         self._graph = {"train": abstract.train, "eval": abstract.eval}
         mesh = Mesh(np.array(jax.devices()), ("data",))
         self._replicated = NamedSharding(mesh, PartitionSpec())
@@ -98,7 +99,7 @@ class Engine:
     def init(self) -> State:
         """The state before the first step."""
         with self._precision():
-            parts = resnet.split(self._build(rngs=nnx.Rngs(self._seed)))
+            parts = split(self._build(rngs=nnx.Rngs(self._seed)))
             state = {
                 "params": parts.params,
                 "batch_stats": parts.batch_stats,
@@ -147,13 +148,13 @@ class Engine:
         """The engine-neutral tree {params, batch_stats, optimizer, step}: copies, in PyTorch's layout."""
         fields = state_to_dict(state["optimizer"])
         tree = {"params": state["params"], "batch_stats": state["batch_stats"], "optimizer": fields}
-        return {**jax.tree.map(resnet.to_torch_layout, tree), "step": np.array(state["step"])}
+        return {**jax.tree.map(to_torch_layout, tree), "step": np.array(state["step"])}
 
     def from_tree(self, tree: Tree) -> State:
         """The inverse of `to_tree`; the tree must have the names and shapes of this engine's own."""
         with self._precision():
             native = jax.tree.map(
-                resnet.from_torch_layout, {k: tree[k] for k in ("params", "batch_stats", "optimizer")}
+                from_torch_layout, {k: tree[k] for k in ("params", "batch_stats", "optimizer")}
             )
             template = jax.eval_shape(self._make_optimizer(self.learning_rate(0)).init, native["params"])
             state = {
@@ -183,14 +184,14 @@ class Engine:
     def _logits(
         self, params: Mapping[str, jax.Array], stats: Mapping[str, jax.Array], image: jax.Array
     ) -> jax.Array:
-        return resnet.apply(self._graph["eval"], params, stats, self._normalize(image))[0]
+        return apply(self._graph["eval"], params, stats, self._normalize(image))[0]
 
     def _step(self, state: State, batch: Mapping[str, jax.Array], lr: jax.Array) -> tuple[State, Metrics]:
         """One step of gradient descent, pure: forward, backward, update."""
         image = self._normalize(batch["image"])
 
         def loss_fn(params: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
-            logits, stats = resnet.apply(self._graph["train"], params, state["batch_stats"], image)
+            logits, stats = apply(self._graph["train"], params, state["batch_stats"], image)
             return cross_entropy(logits, batch["label"]), (logits, stats)
 
         (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"])

@@ -19,7 +19,8 @@ import pytest
 from flax import nnx
 
 from jax_resnet.loop import Engine, cross_entropy
-from jax_resnet.resnet import apply, load_state_dict, resnet50, split, state_dict
+from jax_resnet.resnet import resnet50
+from jax_resnet.state_dict import apply, load_state_dict, split, state_dict
 from tests.comparing import assert_all_close, assert_all_near, assert_close, quick_jit, random_state
 from tests.tolerances import BFLOAT16_GRADIENT, BFLOAT16_NETWORK, FLOAT32_NETWORK
 

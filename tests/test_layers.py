@@ -18,7 +18,14 @@ from jax import lax
 import torch_oracle
 from jax_resnet import layers
 from jax_resnet.layers import BatchNorm, Conv2d, Linear, OptionA, conv2d, conv2d_matmul, draw, max_pool2d
-from jax_resnet.resnet import apply, from_torch_layout, load_state_dict, split, state_dict, to_torch_layout
+from jax_resnet.state_dict import (
+    apply,
+    from_torch_layout,
+    load_state_dict,
+    split,
+    state_dict,
+    to_torch_layout,
+)
 from tests.comparing import assert_all_close, assert_close, nchw, nhwc, quick_jit, random_state
 from tests.tolerances import BFLOAT16_LAYER, FLOAT32_LAYER, FLOAT64_LAYER
 

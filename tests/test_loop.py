@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import torch_oracle
-from jax_resnet import Engine, resnet
+from jax_resnet import Engine, loop
 from tests.comparing import assert_all_close, assert_close, nchw
 from tests.tolerances import BFLOAT16_NETWORK, FLOAT64_LAYER, FLOAT64_NETWORK
 
@@ -248,13 +248,13 @@ def test_log_compiles_tells_of_compilations(caplog):
 
 
 def test_the_step_is_traced_once(monkeypatch):
-    traces, apply = [], resnet.apply
+    traces = []
 
     def counted(*args):
         traces.append(args)
         return apply(*args)
 
-    monkeypatch.setattr(resnet, "apply", counted)
+    monkeypatch.setattr(loop, "apply", counted)
     engine = make_engine("cnn")
     state, _ = train(engine, engine.init(), make_batches(3))
     assert len(traces) == 1

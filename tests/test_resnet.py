@@ -16,11 +16,8 @@ from safetensors.numpy import load_file
 
 import jax_resnet
 import torch_oracle
-from jax_resnet.resnet import (
-    MODELS,
-    BasicBlock,
-    Bottleneck,
-    ResNet,
+from jax_resnet.resnet import MODELS, BasicBlock, Bottleneck, ResNet
+from jax_resnet.state_dict import (
     apply,
     from_torch_layout,
     load_state_dict,

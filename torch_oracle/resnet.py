@@ -183,10 +183,9 @@ class ResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", layer)
         self.fc = nn.Linear(features, num_classes)
         _initialise(self)
-        if zero_init_residual and batch_norm:
-            for module in self.modules():
-                if isinstance(module, BasicBlock | Bottleneck):
-                    nn.init.zeros_(module.last_norm.weight)
+        for module in self.modules() if zero_init_residual else ():
+            if isinstance(module, BasicBlock | Bottleneck) and isinstance(module.last_norm, nn.BatchNorm2d):
+                nn.init.zeros_(module.last_norm.weight)
 
     def stages(self, x: Tensor) -> dict[str, Tensor]:
         """Every stage's output, in order, for comparing stage by stage.

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import torch_oracle
 from jax_resnet import Engine, loop
+from jax_resnet.state_dict import apply
 from tests.comparing import assert_all_close, assert_close, nchw
 from tests.tolerances import BFLOAT16_NETWORK, FLOAT64_LAYER, FLOAT64_NETWORK
 

@@ -173,6 +173,10 @@ class Config:
             raise UserError("--resume: name the run to continue with --run-dir DIR")
         if self.model == "cnn" and not self.batch_norm:
             raise UserError("--no-batch-norm: cnn has no batch norm; leave the flag out")
+        if not self.zero_init_residual and (self.model == "cnn" or not self.batch_norm):
+            raise UserError(
+                "--no-zero-init-residual: there is no batch norm to start at 1; leave the flag out"
+            )
         if self.stride_in_1x1 and self.model not in ("resnet50", "resnet101", "resnet152"):
             raise UserError(
                 f"--stride-in-1x1: {self.model} has no bottlenecks; choose resnet50, resnet101 or resnet152"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +48,8 @@ class History:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file. What `sync` could not bring to a full disk, this cannot either, and is silent."""
-        with suppress(OSError):
-            self._file.close()
+        """Close the file."""
+        self._file.close()
 
 
 def unchanged_start(path: Path, length: int = 0, sha256: str | None = None) -> bytes:

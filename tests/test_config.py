@@ -31,6 +31,7 @@ VALUES: dict[str, tuple[list[str], object]] = {
     "framework": (["jax"], "jax"),
     "model": (["resnet50"], "resnet50"),
     "batch_norm": ([], False),
+    "zero_init_residual": ([], False),
     "stride_in_1x1": ([], True),
     "small_images": ([], True),
     "precision": (["bfloat16"], "bfloat16"),
@@ -158,6 +159,10 @@ MISTAKES = [
     (["--resume", "--run-dir", ""], "--run-dir", "name"),
     (["--run-dir", ""], "--run-dir", "name"),
     (["--model", "cnn", "--no-batch-norm"], "--no-batch-norm", "leave"),
+    (["--model", "cnn", "--no-zero-init-residual"], "--no-zero-init-residual", "leave"),
+    (["--no-batch-norm", "--no-zero-init-residual"], "--no-zero-init-residual", "leave"),
+    (["--model", "cnn", "--no-zero-init-residual"], "--no-zero-init-residual", "leave"),
+    (["--no-batch-norm", "--no-zero-init-residual"], "--no-zero-init-residual", "leave"),
     (["--model", "resnet18", "--stride-in-1x1"], "--stride-in-1x1", "resnet50"),
     (["--model", "resnet20", "--stride-in-1x1"], "--stride-in-1x1", "resnet50"),
     (["--model", "resnet20", "--small-images"], "--small-images", "leave"),
@@ -193,9 +198,10 @@ def test_flag_parses(name):
 
 
 def test_all_flags_together():
-    argv = [word for name, (written, _) in VALUES.items() for word in [flag_of(FIELDS[name]), *written]]
-    config = resolve(parse(argv))
-    assert dataclasses.asdict(config) == {name: value for name, (_, value) in VALUES.items()}
+    values = {k: v for k, v in VALUES.items() if k != "zero_init_residual"}  # refused beside no batch norm
+    argv = [word for name, (written, _) in values.items() for word in [flag_of(FIELDS[name]), *written]]
+    expected = {"zero_init_residual": True} | {name: value for name, (_, value) in values.items()}
+    assert dataclasses.asdict(resolve(parse(argv))) == expected
 
 
 def test_defaults():
@@ -245,10 +251,13 @@ def test_batch_norm_over_a_single_value_is_refused(argv, size, fits):
 
 
 def test_model_options_are_those_that_differ():
-    assert resolve(parse([])).model_options() == {}
-    argv = ["--no-batch-norm", "--stride-in-1x1", "--small-images"]
+    def options(*argv):
+        return resolve(parse(argv)).model_options()
+
+    assert options() == {"zero_init_residual": True}
+    assert options("--no-zero-init-residual") == options("--model", "cnn") == {}
     expected = {"batch_norm": False, "stride_in_1x1": True, "small_images": True}
-    assert resolve(parse(argv)).model_options() == expected
+    assert options("--no-batch-norm", "--stride-in-1x1", "--small-images") == expected
 
 
 def test_help_names_every_flag_its_default_and_its_choices():

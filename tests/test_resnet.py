@@ -55,19 +55,19 @@ class Member(NamedTuple):
     size: tuple[int, int] = (64, 64)
 
     def build(self, dtype: str = "float64", seed: int = 0) -> Any:
-        return self._builder(jax_resnet)(
+        return self.builder(jax_resnet)(
             CLASSES, self.in_channels, **self.options, rngs=nnx.Rngs(seed), dtype=jnp.dtype(dtype)
         )
 
     def build_judge(self) -> torch.nn.Module:
-        model = self._builder(torch_oracle)(CLASSES, self.in_channels, **self.options).double()
+        model = self.builder(torch_oracle)(CLASSES, self.in_channels, **self.options).double()
         torch_oracle.load_state_dict(model, random_state(shapes_of(model)))
         return model
 
     def pictures(self) -> Any:
         return np.random.default_rng(1).normal(size=(BATCH, *self.size, self.in_channels))
 
-    def _builder(self, engine: Any) -> Any:
+    def builder(self, engine: Any) -> Any:
         family, _, n = self.name.partition(":")
         return partial(getattr(engine, family), *([int(n)] if n else []))
 
@@ -182,6 +182,22 @@ def test_unknown_parts_are_refused(options: dict[str, Any], message: str) -> Non
         ResNet(**{"block": Bottleneck, "stage_sizes": (1,), "num_classes": 2, "rngs": nnx.Rngs(0), **options})
 
 
+@pytest.mark.parametrize(("name", "last"), [("basic", "bn2"), ("bottleneck", "bn3"), ("option-A", "bn2")])
+def test_zero_init_residual_zeroes_the_weights_of_each_blocks_last_norm(name: str, last: str) -> None:
+    plain = MEMBERS[name]
+    member = plain._replace(options={**plain.options, "zero_init_residual": True})
+    expected = state_dict(plain.build("float32"))
+    ends = [key for key in expected if key.startswith("layer") and key.endswith(f"{last}.weight")]
+    expected |= {key: np.zeros_like(expected[key]) for key in ends}
+    assert_all_close("zeroed", state_dict(member.build("float32")), expected, 0)
+    judge = torch_oracle.state_dict(
+        member.builder(torch_oracle)(CLASSES, member.in_channels, **member.options)
+    )
+    zeroed = [key for key, value in judge.items() if key.endswith("weight") and not value.any()]
+    assert sorted(zeroed) == sorted(ends)
+    assert len(ends) == sum(key.endswith("conv2.weight") for key in expected)
+
+
 # Loading
 
 
@@ -208,7 +224,7 @@ def test_the_judges_state_dict_there_and_back_is_exact(member: Member) -> None:
         found = state_dict(model)
     assert {name: value.dtype for name, value in found.items()} == dict.fromkeys(wanted, np.float64)
     assert_all_close("loaded", found, wanted, 0)
-    fresh = member._builder(torch_oracle)(CLASSES, member.in_channels, **member.options).double()
+    fresh = member.builder(torch_oracle)(CLASSES, member.in_channels, **member.options).double()
     torch_oracle.load_state_dict(fresh, found)
     assert_all_close("returned", torch_oracle.state_dict(fresh), wanted, 0)
 

@@ -35,7 +35,8 @@ LIMIT_SECONDS = 600  # for one process: a hang becomes a failure
 
 # train.py, but its resnet20 has three blocks, one a stage, of half the width.
 THIN = """
-import functools, sys, train
+import functools, signal, sys, train
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 make_engine = train.make_engine
 def thin(*args):
     from jax_resnet import resnet
@@ -416,10 +417,12 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(references,
 def test_other_intervals_on_resume_keep_the_training_numbers(references, tmp_path):
     reference = references["adabound"]
     run = reference.copy(tmp_path / "run", newest=147)
+    checkpoints = run.run_dir / "checkpoints"
+    shutil.copytree(checkpoints / "147", checkpoints / "154.incomplete")  # a step that is not saved again
     run.go("--checkpoint-every", "5", "--eval-every", "9", "--log-every", "4", "--keep-checkpoints", "2")
     expect_same_lines(run.metrics(), reference.metrics(), split=b'"train"')
     assert run.metrics() != reference.metrics()  # validations at other steps
-    assert run.steps() == [195, 200]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["195", "200"]
     expect_same_arrays("the last checkpoint", load_newest(run)[0], load_newest(reference)[0])
     weights = [load_file(each.run_dir / "weights.safetensors") for each in (run, reference)]
     expect_same_arrays("weights.safetensors", *weights)
@@ -442,31 +445,45 @@ def test_resuming_a_finished_run_changes_nothing(references, tmp_path):
     expect_same(run, references["adam"])
 
 
+def check_full_disk(run: Run, process: subprocess.Popen[str], reason: str = "") -> None:
+    """The run said in one line why it failed and what is whole, and that is true."""
+    result = ended(process, 1)
+    assert result.stderr == ""
+    told = result.stdout.splitlines()[-1]
+    assert told.startswith(f"the run failed: cannot write in {run.run_dir}: {reason}")
+    assert told.endswith("checkpoints that are whole: 140, 147; make room, then continue with --resume")
+    assert result.stdout.count("the run failed") == 1
+    assert run.steps() == [140, 147]
+    for step in run.steps():
+        Checkpoints(run.run_dir / "checkpoints", 1).load(step)
+
+
 def test_a_full_disk_costs_at_most_the_checkpoint_being_written(references, tmp_path):
     """There is no room for the next checkpoint; not even for a line of metrics.jsonl; for nothing at all."""
     adam, adabound = references["adam"], references["adabound"]
     line = len(adam.metrics()) * 147 // STEPS + 1_000
     cases = [(adabound, 70_000, "checkpoint 154 could not be written"), (adam, line, ""), (adam, 100, "")]
     runs = [reference.copy(tmp_path / str(size), newest=147) for reference, size, _ in cases]
-    before = adam.steps()[:2]
     processes = [
         run.start("--eval-every", "1000", file_size=size)
         for run, (_, size, _) in zip(runs, cases, strict=True)
     ]
-    for run, (_, _, words), process in zip(runs, cases, processes, strict=True):
-        result = ended(process, 1)
-        assert result.stderr == ""
-        told = result.stdout.splitlines()[-1]
-        assert told.startswith(f"the run failed: cannot write in {run.run_dir}: {words}")
-        assert told.endswith("checkpoints that are whole: 140, 147; make room, then continue with --resume")
-        assert result.stdout.count("the run failed") == 1
-        assert run.steps() == before == [140, 147]
-        for step in run.steps():
-            Checkpoints(run.run_dir / "checkpoints", 1).load(step)
+    for run, process, (_, _, reason) in zip(runs, processes, cases, strict=True):
+        check_full_disk(run, process, reason)
     for process in [run.start("--eval-every", "50") for run in runs]:
         ended(process, 0)
     for run, (reference, _, _) in zip(runs, cases, strict=True):
         expect_same(run, reference)
+
+
+def test_a_signal_on_a_full_disk_does_not_say_that_all_is_saved(references, tmp_path):
+    run = references["adabound"].copy(tmp_path / "run", newest=147)
+    process = run.start("--eval-every", "1000", "--checkpoint-every", "1000", file_size=70_000)
+    log = run.run_dir / "log.txt"
+    told = log.read_text().count("compiling")
+    assert wait_for(process, lambda: log.read_text().count("compiling") > told)
+    process.send_signal(signal.SIGTERM)
+    check_full_disk(run, process, "checkpoint 148 could not be written")
 
 
 def test_the_compilation_cache_changes_no_bit(references, cache, tmp_path):

@@ -60,7 +60,6 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
     from experiment import data as data_module
     from experiment.checkpoint import Checkpoints
     from experiment.console import Console, conclude, describe
-    from experiment.history import unchanged_start
     from experiment.training import RunFailedError, Trainer, begin, restore
 
     data = data_module.load(
@@ -85,13 +84,7 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
             if stored is None:
                 start = begin(engine)
             else:
-                start = restore(engine, checkpoints, console)
-                unchanged_start(run_dir / "metrics.jsonl", **start.history)  # before anything is written
-                checkpoints.remove_incomplete()
-                if start.step > resolved["total_steps"]:
-                    raise UserError(f"--steps: the run is at step {start.step}; give as many or more")
-                found = "resuming" if start.step else "no checkpoint yet: starting"
-                console.say(f"{found} at step {start.step}")
+                start = restore(engine, checkpoints, run_dir, resolved["total_steps"], console)
             session = rundir.session(start.step, engine.device, argv)
             sessions = [*(stored["sessions"] if stored else []), session]
             config = dataclasses.replace(config, resume=False, run_dir=None)
@@ -111,13 +104,13 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
             conclude(summary, run_dir, console)
             return 0
         except RunFailedError as error:
-            console.say(f"the run failed: {error}")
+            console.fail(f"the run failed: {error}")
             return 1
         except OSError as error:
             with suppress(OSError):
                 checkpoints.wait()
             kept = ", ".join(map(str, checkpoints.steps())) or "none"
-            console.say(
+            console.fail(
                 f"the run failed: cannot write in {run_dir}: {error}; checkpoints that are whole: {kept}; "
                 "make room, then continue with --resume"
             )

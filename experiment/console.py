@@ -28,6 +28,15 @@ class Console:
                 self._bar.write(text, file=self._stream)
             else:
                 print(text, file=self._stream, flush=True)
+        self._keep(text)
+
+    def fail(self, text: str) -> None:
+        """The last line of a run that failed: on stderr, and in the log."""
+        self.stop()
+        print(f"train.py: error: {text}", file=sys.stderr)
+        self._keep(text)
+
+    def _keep(self, text: str) -> None:
         if self._log:
             with suppress(OSError):
                 self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

@@ -27,7 +27,7 @@ from experiment.console import Console
 from experiment.data import Data
 from experiment.engines import Engine
 from experiment.errors import UserError
-from experiment.history import History
+from experiment.history import History, unchanged_start
 from experiment.metrics import Metrics
 
 
@@ -62,14 +62,19 @@ def begin(engine: Engine) -> Start:
     return Start(engine.init())
 
 
-def restore(engine: Engine, checkpoints: Checkpoints, console: Console) -> Start:
+def restore(
+    engine: Engine, checkpoints: Checkpoints, run_dir: Path, total_steps: int, console: Console
+) -> Start:
     """The start of a resumed run: its newest checkpoint that is whole, or step 0 if there is none.
 
-    Raises UserError if the checkpoint is of another model, optimizer or number of classes.
+    Raises UserError if the checkpoint is of another model, optimizer or number of classes, if it is beyond
+    `total_steps`, or if the history it belongs to was changed. Nothing is written before these checks.
     """
     found = checkpoints.load_newest(console.say)
     start = begin(engine)
     if found is None:
+        checkpoints.remove_incomplete()
+        console.say("no checkpoint yet: starting at step 0")
         return start
     step, tree, run = found
     lines = differences(engine.to_tree(start.state), tree)
@@ -79,6 +84,11 @@ def restore(engine: Engine, checkpoints: Checkpoints, console: Console) -> Start
             f"--resume: checkpoint {step} in {checkpoints.directory} is of another model or optimizer: "
             f"{'; '.join(lines[:3])}{more}; name the run it belongs to"
         )
+    if step > total_steps:
+        raise UserError(f"--steps: the run is at step {step}; give as many or more")
+    unchanged_start(run_dir / "metrics.jsonl", **run["history"])
+    checkpoints.remove_incomplete()
+    console.say(f"resuming at step {step}")
     return Start(state=engine.from_tree(tree), step=step, **run)
 
 

@@ -75,7 +75,7 @@ def step(precision: str) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[st
     """One step of SGD: its metrics, what it took from every parameter (the gradient), the tree after it."""
     engine = Engine(
         model="resnet34",
-        model_options={"width": 4, "stage_sizes": (1, 1), "small_images": True},
+        model_options={"width": 4, "stage_sizes": (1,), "small_images": True},
         num_classes=CLASSES,
         image_shape=(SIZE, SIZE, 3),
         mean=(0, 0, 0),

@@ -52,7 +52,11 @@ FLAGS = (
     *("--checkpoint-every", "7", "--eval-every", "50"),
     *(("--deterministic",) if os.environ.get("THREEWAY_GPU") == "1" else ()),
 )
-MODELS = {"adam": "cnn", "adabound": "resnet20"}  # the second has batch norm
+# The first is at its best at step 100 and overfits; the second has batch norm and the default schedule.
+RUNS = {
+    "adam": ("--model", "cnn", "--optimizer", "adam", "--lr", "0.01", "--schedule", "constant"),
+    "adabound": ("--model", "resnet20", "--optimizer", "adabound"),
+}
 
 
 class Run:
@@ -217,12 +221,8 @@ def references(tmp_path_factory, cache) -> dict[str, Run]:
     """A run of each optimizer that nothing stops; many of its checkpoints are kept, to go on from."""
     folder = tmp_path_factory.mktemp("references")
     runs = {
-        name: Run(
-            folder / name,
-            ("--model", model, "--optimizer", name, "--keep-checkpoints", "10", *FLAGS),
-            cache,
-        )
-        for name, model in MODELS.items()
+        name: Run(folder / name, (*flags, *FLAGS, "--keep-checkpoints", "10"), cache)
+        for name, flags in RUNS.items()
     }
     for process in [run.start() for run in runs.values()]:
         ended(process, 0)
@@ -429,7 +429,7 @@ def test_other_intervals_on_resume_keep_the_training_numbers(references, tmp_pat
 
 
 def test_a_finished_run_that_gets_more_steps_equals_one_long_run(references, tmp_path):
-    flags = (*references["adam"].flags, "--schedule", "constant", "--warmup-steps", "5")
+    flags = (*references["adam"].flags, "--warmup-steps", "5")
     short, long = (Run(tmp_path / name, flags, references["adam"].cache) for name in ("short", "long"))
     processes = [short.start("--steps", "100"), long.start()]
     for process in processes:
@@ -448,11 +448,9 @@ def test_resuming_a_finished_run_changes_nothing(references, tmp_path):
 def check_full_disk(run: Run, process: subprocess.Popen[str], reason: str = "") -> None:
     """The run said in one line why it failed and what is whole, and that is true."""
     result = ended(process, 1)
-    assert result.stderr == ""
-    told = result.stdout.splitlines()[-1]
-    assert told.startswith(f"the run failed: cannot write in {run.run_dir}: {reason}")
+    (told,) = result.stderr.splitlines()
+    assert told.startswith(f"train.py: error: the run failed: cannot write in {run.run_dir}: {reason}")
     assert told.endswith("checkpoints that are whole: 140, 147; make room, then continue with --resume")
-    assert result.stdout.count("the run failed") == 1
     assert run.steps() == [140, 147]
     for step in run.steps():
         Checkpoints(run.run_dir / "checkpoints", 1).load(step)
@@ -488,7 +486,7 @@ def test_a_signal_on_a_full_disk_does_not_say_that_all_is_saved(references, tmp_
 
 def test_the_compilation_cache_changes_no_bit(references, cache, tmp_path):
     """The reference compiled for itself; here programs come from the cache, then from one a kill has torn."""
-    reference = references["adabound"]
+    reference = references["adam"]
     entries = {path: path.read_bytes() for path in cache.iterdir()}
     assert any(path.name.startswith("jit__step") for path in entries)
     warm, torn = Run(tmp_path / "warm", reference.flags, cache), reference.copy(tmp_path / "torn", newest=147)

@@ -71,8 +71,8 @@ class Config:
     stride_in_1x1: bool = option(
         False, "a bottleneck's stride on its first 1x1, as in the paper", group="model"
     )
-    zero_init_residual: bool = option(
-        True, "start each block's last batch norm at 1, not at 0", group="model", flag="no-zero-init-residual"
+    residual_scale: float = option(
+        0.2, "initial weight of each block's last batch norm; torchvision's is 1", group="model", least=0
     )
     small_images: bool = option(False, "3x3 stride-1 stem without pooling", group="model")
     precision: str = option(
@@ -173,10 +173,6 @@ class Config:
             raise UserError("--resume: name the run to continue with --run-dir DIR")
         if self.model == "cnn" and not self.batch_norm:
             raise UserError("--no-batch-norm: cnn has no batch norm; leave the flag out")
-        if not self.zero_init_residual and (self.model == "cnn" or not self.batch_norm):
-            raise UserError(
-                "--no-zero-init-residual: there is no batch norm to start at 1; leave the flag out"
-            )
         if self.stride_in_1x1 and self.model not in ("resnet50", "resnet101", "resnet152"):
             raise UserError(
                 f"--stride-in-1x1: {self.model} has no bottlenecks; choose resnet50, resnet101 or resnet152"
@@ -198,8 +194,8 @@ class Config:
         options: dict[str, Any] = {}
         if not self.batch_norm:
             options["batch_norm"] = False
-        elif self.zero_init_residual and self.model != "cnn":
-            options["zero_init_residual"] = True
+        elif self.model != "cnn":
+            options["residual_scale"] = self.residual_scale
         if self.stride_in_1x1:
             options["stride_in_1x1"] = True
         if self.small_images:

@@ -174,8 +174,8 @@ class ResNet(nnx.Module):
         shortcut: "projection" (1x1 convolution, option B) or "option-A", where shapes differ.
         stride_in_1x1: the paper's place of a bottleneck's stride.
         batch_norm: without it, every convolution has a bias.
-        zero_init_residual: the last batch norm of each block starts with weight 0, so that the block starts
-            as its shortcut (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
+        residual_scale: the initial weight of the batch norm that ends each block. 1 is torchvision's; a
+            small one lets blocks start close to their shortcuts (De & Smith 2020, arXiv 2002.10444).
         rngs: source of the initial weights.
         dtype: compute type; parameters, statistics and logits are promote_types(dtype, float32).
     """
@@ -192,7 +192,7 @@ class ResNet(nnx.Module):
         shortcut: str = "projection",
         stride_in_1x1: bool = False,
         batch_norm: bool = True,
-        zero_init_residual: bool = False,
+        residual_scale: float = 1.0,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
     ) -> None:
@@ -214,8 +214,8 @@ class ResNet(nnx.Module):
                 blocks.append(make(channels, stage_width, stride=step, rngs=rngs, dtype=dtype))
                 channels = stage_width * block.expansion
                 norm = blocks[-1].last_norm
-                if zero_init_residual and norm is not None:
-                    norm.weight[...] = jnp.zeros_like(norm.weight[...])
+                if norm is not None:
+                    norm.weight[...] = residual_scale * norm.weight[...]
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
         self.fc = Linear(channels, num_classes, rngs=rngs, dtype=dtype)
 
@@ -279,14 +279,14 @@ def resnet_imagenet(
     small_images: bool = False,
     stride_in_1x1: bool = False,
     batch_norm: bool = True,
-    zero_init_residual: bool = False,
+    residual_scale: float = 1.0,
     rngs: nnx.Rngs,
     dtype: DTypeLike = jnp.float32,
 ) -> ResNet:
     """The ImageNet family (table 1). `stage_sizes` replaces the family's, `small_images` the stem."""
     sizes = family_sizes if stage_sizes is None else stage_sizes
     make = partial(ResNet, block, sizes, width=width, stem="small" if small_images else "imagenet")
-    make = partial(make, stride_in_1x1=stride_in_1x1, zero_init_residual=zero_init_residual)
+    make = partial(make, stride_in_1x1=stride_in_1x1, residual_scale=residual_scale)
     return make(num_classes, in_channels, batch_norm=batch_norm, rngs=rngs, dtype=dtype)
 
 
@@ -297,13 +297,13 @@ def resnet_cifar(
     *,
     width: int = 16,
     batch_norm: bool = True,
-    zero_init_residual: bool = False,
+    residual_scale: float = 1.0,
     rngs: nnx.Rngs,
     dtype: DTypeLike = jnp.float32,
 ) -> ResNet:
     """The CIFAR family (section 4.2): three stages of `n` basic blocks, option-A shortcuts; 6n + 2 layers."""
     make = partial(ResNet, BasicBlock, (n, n, n), width=width, stem="small", shortcut="option-A")
-    make = partial(make, batch_norm=batch_norm, zero_init_residual=zero_init_residual)
+    make = partial(make, batch_norm=batch_norm, residual_scale=residual_scale)
     return make(num_classes, in_channels, rngs=rngs, dtype=dtype)
 
 

@@ -31,7 +31,7 @@ VALUES: dict[str, tuple[list[str], object]] = {
     "framework": (["jax"], "jax"),
     "model": (["resnet50"], "resnet50"),
     "batch_norm": ([], False),
-    "zero_init_residual": ([], False),
+    "residual_scale": (["1"], 1.0),
     "stride_in_1x1": ([], True),
     "small_images": ([], True),
     "precision": (["bfloat16"], "bfloat16"),
@@ -120,6 +120,7 @@ MISTAKES = [
     (["--final-lr", "0"], "--final-lr", "above 0"),
     (["--gamma", "0"], "--gamma", "above 0"),
     (["--beta1", "1"], "--beta1", "below 1"),
+    (["--residual-scale", "-1"], "--residual-scale", "at least 0"),
     (["--beta1", "-0.5"], "--beta1", "at least 0"),
     (["--beta2", "1"], "--beta2", "below 1"),
     (["--beta2", "nan"], "--beta2", "below 1"),
@@ -159,10 +160,6 @@ MISTAKES = [
     (["--resume", "--run-dir", ""], "--run-dir", "name"),
     (["--run-dir", ""], "--run-dir", "name"),
     (["--model", "cnn", "--no-batch-norm"], "--no-batch-norm", "leave"),
-    (["--model", "cnn", "--no-zero-init-residual"], "--no-zero-init-residual", "leave"),
-    (["--no-batch-norm", "--no-zero-init-residual"], "--no-zero-init-residual", "leave"),
-    (["--model", "cnn", "--no-zero-init-residual"], "--no-zero-init-residual", "leave"),
-    (["--no-batch-norm", "--no-zero-init-residual"], "--no-zero-init-residual", "leave"),
     (["--model", "resnet18", "--stride-in-1x1"], "--stride-in-1x1", "resnet50"),
     (["--model", "resnet20", "--stride-in-1x1"], "--stride-in-1x1", "resnet50"),
     (["--model", "resnet20", "--small-images"], "--small-images", "leave"),
@@ -198,9 +195,8 @@ def test_flag_parses(name):
 
 
 def test_all_flags_together():
-    values = {k: v for k, v in VALUES.items() if k != "zero_init_residual"}  # refused beside no batch norm
-    argv = [word for name, (written, _) in values.items() for word in [flag_of(FIELDS[name]), *written]]
-    expected = {"zero_init_residual": True} | {name: value for name, (_, value) in values.items()}
+    argv = [word for name, (written, _) in VALUES.items() for word in [flag_of(FIELDS[name]), *written]]
+    expected = {name: value for name, (_, value) in VALUES.items()}
     assert dataclasses.asdict(resolve(parse(argv))) == expected
 
 
@@ -254,8 +250,9 @@ def test_model_options_are_those_that_differ():
     def options(*argv):
         return resolve(parse(argv)).model_options()
 
-    assert options() == {"zero_init_residual": True}
-    assert options("--no-zero-init-residual") == options("--model", "cnn") == {}
+    assert options() == {"residual_scale": 0.2}
+    assert options("--residual-scale", "1") == {"residual_scale": 1.0}
+    assert options("--model", "cnn") == {}
     expected = {"batch_norm": False, "stride_in_1x1": True, "small_images": True}
     assert options("--no-batch-norm", "--stride-in-1x1", "--small-images") == expected
 

@@ -183,18 +183,18 @@ def test_unknown_parts_are_refused(options: dict[str, Any], message: str) -> Non
 
 
 @pytest.mark.parametrize(("name", "last"), [("basic", "bn2"), ("bottleneck", "bn3"), ("option-A", "bn2")])
-def test_zero_init_residual_zeroes_the_weights_of_each_blocks_last_norm(name: str, last: str) -> None:
+def test_residual_scale_is_the_initial_weight_of_each_blocks_last_norm(name: str, last: str) -> None:
     plain = MEMBERS[name]
-    member = plain._replace(options={**plain.options, "zero_init_residual": True})
+    member = plain._replace(options={**plain.options, "residual_scale": 0.25})
     expected = state_dict(plain.build("float32"))
     ends = [key for key in expected if key.startswith("layer") and key.endswith(f"{last}.weight")]
-    expected |= {key: np.zeros_like(expected[key]) for key in ends}
-    assert_all_close("zeroed", state_dict(member.build("float32")), expected, 0)
+    expected |= {key: np.full_like(expected[key], 0.25) for key in ends}
+    assert_all_close("scaled", state_dict(member.build("float32")), expected, 0)
     judge = torch_oracle.state_dict(
         member.builder(torch_oracle)(CLASSES, member.in_channels, **member.options)
     )
-    zeroed = [key for key, value in judge.items() if key.endswith("weight") and not value.any()]
-    assert sorted(zeroed) == sorted(ends)
+    scaled = [key for key, value in judge.items() if (value == 0.25).all()]
+    assert sorted(scaled) == sorted(ends)
     assert len(ends) == sum(key.endswith("conv2.weight") for key in expected)
 
 

@@ -142,8 +142,8 @@ class ResNet(nn.Module):
         stem: `imagenet`, a 7x7 convolution and 3x3 max pooling, both of stride 2; or `small`, a 3x3
             convolution of stride 1.
         shortcut, stride_in_1x1, batch_norm: see the blocks.
-        zero_init_residual: the last batch norm of each block starts with weight 0, so that the block starts
-            as its shortcut (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
+        residual_scale: the initial weight of the batch norm that ends each block. 1 is torchvision's; a
+            small one lets blocks start close to their shortcuts (De & Smith 2020, arXiv 2002.10444).
 
     Raises:
         ValueError: an unknown stem or shortcut; no stage, or one without blocks.
@@ -161,7 +161,7 @@ class ResNet(nn.Module):
         shortcut: Shortcut = "projection",
         stride_in_1x1: bool = False,
         batch_norm: bool = True,
-        zero_init_residual: bool = False,
+        residual_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if stem not in get_args(Stem):
@@ -183,9 +183,9 @@ class ResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", layer)
         self.fc = nn.Linear(features, num_classes)
         _initialise(self)
-        for module in self.modules() if zero_init_residual else ():
+        for module in self.modules():
             if isinstance(module, BasicBlock | Bottleneck) and isinstance(module.last_norm, nn.BatchNorm2d):
-                nn.init.zeros_(module.last_norm.weight)
+                nn.init.constant_(module.last_norm.weight, residual_scale)
 
     def stages(self, x: Tensor) -> dict[str, Tensor]:
         """Every stage's output, in order, for comparing stage by stage.
@@ -258,12 +258,12 @@ def resnet_imagenet(
     small_images: bool = False,
     stride_in_1x1: bool = False,
     batch_norm: bool = True,
-    zero_init_residual: bool = False,
+    residual_scale: float = 1.0,
 ) -> ResNet:
     """The ImageNet family (table 1). `stage_sizes` replaces the family's, `small_images` the stem."""
     sizes = family_sizes if stage_sizes is None else stage_sizes
     make = partial(ResNet, block, sizes, width=width, stem="small" if small_images else "imagenet")
-    make = partial(make, stride_in_1x1=stride_in_1x1, zero_init_residual=zero_init_residual)
+    make = partial(make, stride_in_1x1=stride_in_1x1, residual_scale=residual_scale)
     return make(num_classes, in_channels, batch_norm=batch_norm)
 
 
@@ -274,11 +274,11 @@ def resnet_cifar(
     *,
     width: int = 16,
     batch_norm: bool = True,
-    zero_init_residual: bool = False,
+    residual_scale: float = 1.0,
 ) -> ResNet:
     """The CIFAR family (section 4.2): three stages of `n` basic blocks, option-A shortcuts; 6n + 2 layers."""
     make = partial(ResNet, BasicBlock, (n, n, n), width=width, stem="small", shortcut="option-A")
-    return make(num_classes, in_channels, batch_norm=batch_norm, zero_init_residual=zero_init_residual)
+    return make(num_classes, in_channels, batch_norm=batch_norm, residual_scale=residual_scale)
 
 
 cnn = CNN

@@ -220,7 +220,7 @@ def test_the_length_of_a_run():
     assert steps("--steps", "0") == 0
     assert steps("--epochs", "2") == 80
     assert steps("--epochs", "0") == 0
-    assert steps() == 400  # digits: ten epochs
+    assert steps() == 320  # digits: eight epochs
     assert steps("--dataset", "mnist") == 40
 
 

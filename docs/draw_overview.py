@@ -1,6 +1,6 @@
 """Draw docs/overview.png from the files of runs: loss and accuracy against the epoch.
 
-python docs/draw_overview.py docs/overview.png Adam=docs/runs/digits-adam AdaBound=docs/runs/digits-adabound
+python docs/draw_overview.py docs/overview.png Adam=docs/runs/digits-adam
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def session(step: int, device: str, argv: list[str]) -> dict[str, Any]:
         "device": device,
         "cpu_count": os.cpu_count(),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "git_commit": git_commit(),
     }

@@ -32,6 +32,7 @@ from jax_resnet.resnet import (
     resnet110,
     resnet152,
     resnet_cifar,
+    resnet_imagenet,
 )
 from jax_resnet.state_dict import load_state_dict, parameter_count, state_dict
 
@@ -61,6 +62,7 @@ __all__ = [
     "resnet110",
     "resnet152",
     "resnet_cifar",
+    "resnet_imagenet",
     "scale_by_adabound",
     "scale_by_amsbound",
     "state_dict",

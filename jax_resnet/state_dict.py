@@ -24,7 +24,7 @@ class Parts(NamedTuple):
 
 
 def split(model: nnx.Module) -> Parts:
-    """Take a model apart, once, so that a jitted step handles plain dicts only."""
+    """Take a model apart, once, so that a jitted step handles plain dicts only; leaves it in train mode."""
     model.eval()
     eval_graph = nnx.graphdef(model)
     model.train()
@@ -43,8 +43,7 @@ def apply(
         (_path(name), nnx.Param(value)) for name, value in params.items()
     ]
     variables += [(_path(name), nnx.BatchStat(value)) for name, value in batch_stats.items()]
-    # Without the copy, BatchNorm would write into variables of an outer trace.
-    model = nnx.merge(graphdef, nnx.from_flat_state(variables), copy=True)
+    model = nnx.merge(graphdef, nnx.from_flat_state(variables))
     return model(x), _flat(nnx.state(model, nnx.BatchStat))
 
 

@@ -84,13 +84,17 @@ class Run:
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
+        environment = dict(os.environ)
         if file_size is not None:
             program = ["-c", LIMITED.format(file_size) + THIN]
             caching = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # else it leaves torn programs there
+            environment = {  # nor can coverage's data base be written
+                name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")
+            }
         return subprocess.Popen(
             [sys.executable, *program, *flags],
             cwd=ROOT,
-            env=os.environ | caching,
+            env=environment | caching,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

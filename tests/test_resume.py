@@ -297,6 +297,8 @@ def kill_and_go(run: Run, reference: Run, moments: list[str], seed: int) -> int:
             kills += 1
             if kill(run, moment, rng):
                 break
+            if run.finished():  # no later kill can strike this one
+                shutil.rmtree(run.run_dir)
         else:
             pytest.fail(f"no kill struck {moment}")
     assert not run.finished()

@@ -1,0 +1,65 @@
+"""ResNets, their optimizers and the loop that trains them, in plain NumPy."""
+
+from numpy_ref.adabound import AdaBound, AdaBoundW, AMSBound, adabound_bounds
+from numpy_ref.layers import Parameter, cross_entropy, no_grad
+from numpy_ref.loop import Engine
+from numpy_ref.optimizers import OPTIMIZERS, SGD, Adam, AdamW, AMSGrad, make_optimizer
+from numpy_ref.resnet import (
+    MODELS,
+    CNN,
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    cnn,
+    resnet18,
+    resnet20,
+    resnet32,
+    resnet34,
+    resnet44,
+    resnet50,
+    resnet56,
+    resnet101,
+    resnet110,
+    resnet152,
+    resnet_cifar,
+    resnet_imagenet,
+)
+from numpy_ref.state_dict import load_state_dict, parameter_count, state_dict
+
+__all__ = [
+    "CNN",
+    "MODELS",
+    "OPTIMIZERS",
+    "SGD",
+    "AMSBound",
+    "AMSGrad",
+    "AdaBound",
+    "AdaBoundW",
+    "Adam",
+    "AdamW",
+    "BasicBlock",
+    "Bottleneck",
+    "Engine",
+    "Parameter",
+    "ResNet",
+    "adabound_bounds",
+    "cnn",
+    "cross_entropy",
+    "load_state_dict",
+    "make_optimizer",
+    "no_grad",
+    "parameter_count",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet34",
+    "resnet44",
+    "resnet50",
+    "resnet56",
+    "resnet101",
+    "resnet110",
+    "resnet152",
+    "resnet_cifar",
+    "resnet_imagenet",
+    "state_dict",
+]

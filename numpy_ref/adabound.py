@@ -1,0 +1,105 @@
+"""AdaBound, AMSBound and AdaBoundW: Adam whose step sizes are clipped to an interval that closes on SGD's.
+
+Luo, Xiong, Liu, Sun 2019, "Adaptive Gradient Methods with Dynamic Bound of Learning Rate", arXiv 1902.09843,
+algorithms 1 and 2, and the authors' code. The same names stand in `jax_resnet/adabound.py`, where the
+meaning of each argument, and what a schedule does to the bounds, is set out at length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from numpy_ref.layers import Array, Parameter
+from numpy_ref.optimizer_base import Optimizer, check_hyperparameters, update_moments
+
+
+def adabound_bounds(count: int, ratio: float = 100.0, gamma: float = 1e-3) -> tuple[float, float]:
+    """The interval AdaBound clips its step sizes to, in units of the learning rate, at step `count` from 1.
+
+        lower = ratio * (1 - 1 / (gamma t + 1)),   upper = ratio * (1 + 1 / (gamma t))
+
+    Both converge to `ratio` = final_lr / base_lr; after 1 / gamma steps they are ratio / 2 and 2 ratio.
+    """
+    x = gamma * count
+    return ratio * (x / (x + 1)), ratio * (1 + 1 / x)
+
+
+class AdaBound(Optimizer):
+    """AdaBound: begins as Adam and ends as SGD with momentum and step size `final_lr`.
+
+    With mu and nu as in `update_moments`, and t from 1:
+
+        size = clip(sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(nu_t) + eps), lower_t, upper_t)
+        value -= lr * size * mu_t
+
+    The learning rate multiplies the clipped size, so a schedule moves the bounds too. eps stands beside the
+    *uncorrected* root: this is not Adam and a clip.
+
+    Args:
+        lr: Adam's step size; set it anew before each step to follow a schedule.
+        final_lr: SGD's step size, which the bounds converge to when the learning rate is `base_lr`.
+        base_lr: the rate that `final_lr` goes with; by default the `lr` given here.
+        gamma: how fast the bounds converge, per step.
+        b1, b2: decay rates, per step, of the exponential averages of the gradients and of their squares.
+        eps: added to the root of the second moment; in units of the gradient.
+        weight_decay: the L2 penalty, added to the gradient.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Parameter],
+        lr: float = 1e-3,
+        final_lr: float = 0.1,
+        *,
+        base_lr: float | None = None,
+        b1: float = 0.9,
+        b2: float = 0.999,
+        gamma: float = 1e-3,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(parameters, lr, weight_decay=weight_decay)
+        base_lr = lr if base_lr is None else base_lr
+        check_hyperparameters(final_lr=final_lr, base_lr=base_lr, b1=b1, b2=b2, gamma=gamma, eps=eps)
+        self.ratio, self.b1, self.b2, self.gamma, self.eps = final_lr / base_lr, b1, b2, gamma, eps
+
+    def prepare(self) -> None:
+        """The bias correction, and the bounds."""
+        self._correction = math.sqrt(1 - self.b2**self.count) / (1 - self.b1**self.count)
+        self._bounds = adabound_bounds(self.count, self.ratio, self.gamma)
+
+    def update(self, grad: Array, moments: Sequence[Array], change: Array) -> None:
+        """See the class."""
+        update_moments(grad, moments[0], moments[1], self.b1, self.b2, change)
+        size = np.sqrt(self.second_moment(moments), out=change)
+        size += self.eps
+        np.divide(self._correction, size, out=size)
+        np.clip(size, *self._bounds, out=size)
+        size *= moments[0]
+        size *= self.lr
+
+    def second_moment(self, moments: Sequence[Array]) -> Array:
+        """nu_t; AMSBound takes its maximum."""
+        return moments[1]
+
+
+class AMSBound(AdaBound):
+    """AMSBound: AdaBound with the maximum of all nu so far, before any bias correction, in nu's place."""
+
+    fields = ("mu", "nu", "nu_max")
+
+    def second_moment(self, moments: Sequence[Array]) -> Array:
+        """max(nu_max, nu), which is kept."""
+        return np.maximum(moments[2], moments[1], out=moments[2])
+
+
+class AdaBoundW(AdaBound):
+    """AdaBoundW: AdaBound with decoupled weight decay, scaled by the learning rate as in AdamW."""
+
+    decoupled = True

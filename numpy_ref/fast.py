@@ -1,0 +1,322 @@
+"""The layers that training spends its time in, in fast forms. What they compute, and why, is in `layers.py`.
+
+A ResNet's training step moves more bytes than it multiplies numbers, so these forms touch memory less:
+
+- **Tiles.** A pass over a large array reads it from main memory, slower than the arithmetic by far. Work goes
+  by tiles of rows that stay in the processor's cache while all that concerns them is done.
+- **Buffers again.** Every large array comes from `memory.empty`.
+- **No columns kept.** Convolutions build the columns of `im2col` a tile at a time, and again in backward: a
+  copy within the cache is cheaper than to write nine times the picture to memory and to read it back. With
+  `keep_columns` they are kept, as in the plain form.
+- **Only what meets the picture.** On pictures of a pixel or four, most of a padded kernel lies outside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import numpy as np
+
+from numpy_ref import layers
+from numpy_ref.layers import Array, Pair, output_size
+from numpy_ref.memory import empty, empty_like
+
+TILE = 1 << 18  # bytes of one array in a tile: several arrays of a tile fit into a second-level cache
+COLUMNS_TILE = 1 << 22  # bytes of columns in a tile: matrix products want many rows
+
+
+def tiles(rows: Array) -> Iterator[slice]:
+    """Slices of the first axis of so many rows as `TILE` bytes hold, at least one."""
+    step = max(1, TILE * len(rows) // max(rows.nbytes, 1))
+    return (slice(i, i + step) for i in range(0, len(rows), step))
+
+
+Tap = tuple[int, tuple[slice, slice], tuple[slice, slice]]  # number, outputs, inputs
+
+
+def clipped_taps(kernel: Pair, stride: Pair, padding: Pair, size: Pair, out_size: Pair) -> Iterator[Tap]:
+    """For every position of the kernel that meets the picture: its number, and which outputs read which inputs.
+
+    As `layers.taps`, for the picture without its padding: outputs whose tap lies in the padding are left out.
+    """
+
+    def along(k: int, axis: int) -> tuple[slice, slice]:
+        s, p, n, out = stride[axis], padding[axis], size[axis], out_size[axis]
+        first = max(0, -((k - p) // s))  # the first o with o * s + k - p >= 0
+        count = max(0, min(out, (n - 1 - k + p) // s + 1) - first)
+        start = first * s + k - p
+        return slice(first, first + count), slice(start, start + max(0, (count - 1) * s + 1), s)
+
+    for i in range(kernel[0]):
+        (out_rows, rows) = along(i, 0)
+        for j in range(kernel[1]):
+            (out_cols, cols) = along(j, 1)
+            if out_rows.start < out_rows.stop and out_cols.start < out_cols.stop:
+                yield i * kernel[1] + j, (out_rows, out_cols), (rows, cols)
+
+
+class Conv2d(layers.Conv2d):
+    """`layers.Conv2d` in one of three forms, whichever suits the shapes."""
+
+    keep_columns = False
+
+    def forward(self, x: Array, train: bool = False) -> Array:
+        """x [N, H, W, I] to [N, OH, OW, O]."""
+        n, h, w, _ = x.shape
+        size = output_size((h, w), self.kernel, self.stride, self.padding)
+        y = empty((n, *size, self.weight.value.shape[-1]), x.dtype)
+        taps = list(clipped_taps(self.kernel, self.stride, self.padding, (h, w), size))
+        # The share of all (output, tap) pairs that meet the picture decides
+        met = sum((rows.stop - rows.start) * (cols.stop - cols.start) for _, (rows, cols), _ in taps)
+        if self.kernel == (1, 1) and self.padding == (0, 0):
+            self._pointwise(x, y)
+        elif met <= 0.5 * math.prod(self.kernel) * math.prod(size):
+            self._by_taps(x, y, taps)
+        else:
+            self._by_columns(x, y, taps)
+        if self.bias is not None:
+            y += self.bias.value
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        """dL/dx, and the gradients of the parameters, by the form that forward took."""
+        form, x, *kept = self.kept
+        if self.bias is not None:
+            self.bias.add_grad(dy.sum((0, 1, 2)))
+        dx = empty_like(x)
+        form(x, *kept, dy, dx)
+        return dx
+
+    # A 1x1 convolution is a linear layer over pixels: a matrix product on a view.
+
+    def _pointwise(self, x: Array, y: Array) -> None:
+        (sh, sw) = self.stride
+        rows = x[:, ::sh, ::sw].reshape(-1, x.shape[-1])  # a view, unless strided
+        np.matmul(rows, self._matrix, out=y.reshape(len(rows), -1))
+        self.keep(self._pointwise_backward, x, rows)
+
+    def _pointwise_backward(self, x: Array, rows: Array, dy: Array, dx: Array) -> None:
+        (sh, sw), dy = self.stride, dy.reshape(len(rows), -1)
+        self.weight.add_grad_product(rows.T, dy)
+        if (sh, sw) == (1, 1):
+            np.matmul(dy, self._matrix.T, out=dx.reshape(rows.shape))
+        else:
+            dx.fill(0)
+            inner = dx[:, ::sh, ::sw]
+            inner[...] = (dy @ self._matrix.T).reshape(inner.shape)
+
+    # A convolution is the sum of 1x1 convolutions, one for each tap of the kernel, of the shifted picture. Where
+    # the picture is not much larger than the padding, only this form spares the products with zero.
+
+    def _by_taps(self, x: Array, y: Array, taps: list[Tap]) -> None:
+        y.fill(0)
+        weight = self.weight.value.reshape(-1, *self.weight.value.shape[2:])
+        for tap, out, inner in taps:
+            inputs, outputs = x[:, *inner], y[:, *out]
+            outputs += (inputs.reshape(-1, x.shape[-1]) @ weight[tap]).reshape(outputs.shape)
+        self.keep(self._by_taps_backward, x, taps)
+
+    def _by_taps_backward(self, x: Array, taps: list[Tap], dy: Array, dx: Array) -> None:
+        dx.fill(0)
+        weight = self.weight.value.reshape(-1, *self.weight.value.shape[2:])
+        for tap, out, inner in taps:
+            inputs, outputs = dx[:, *inner], dy[:, *out]
+            inputs += (outputs.reshape(-1, dy.shape[-1]) @ weight[tap].T).reshape(inputs.shape)
+
+        def dweight(flat: Array) -> None:
+            each = flat.reshape(weight.shape)
+            for missing in set(range(len(each))) - {tap for tap, _, _ in taps}:
+                each[missing] = 0
+            for tap, out, inner in taps:
+                inputs, outputs = x[:, *inner], dy[:, *out]
+                np.matmul(inputs.reshape(-1, x.shape[-1]).T, outputs.reshape(-1, dy.shape[-1]), out=each[tap])
+
+        self.weight.add_written(dweight)
+
+    # The matrix product of the plain form, a tile of pictures at a time.
+
+    def _by_columns(self, x: Array, y: Array, taps: list[Tap]) -> None:
+        kept = []
+        for part in self._tiles(y):
+            columns = self._columns(x[part], y[part])
+            np.matmul(columns, self._matrix, out=y[part].reshape(len(columns), -1))
+            if self.keep_columns:
+                kept.append(columns)
+        self.keep(self._by_columns_backward, x, taps, kept)
+
+    def _by_columns_backward(
+        self, x: Array, taps: list[Tap], kept: list[Array], dy: Array, dx: Array
+    ) -> None:
+        dx.fill(0)
+        for index, part in enumerate(self._tiles(dy)):
+            columns = kept[index] if self.keep_columns else self._columns(x[part], dy[part])
+            rows = dy[part].reshape(len(columns), -1)
+            self.weight.add_grad_product(columns.T, rows)
+            dcolumns = empty_like(columns) if self.keep_columns else columns
+            np.matmul(rows, self._matrix.T, out=dcolumns)
+            each = dcolumns.reshape(*dy[part].shape[:3], -1, x.shape[-1])
+            for tap, out, inner in taps:
+                dx[part, *inner] += each[:, *out, tap]
+
+    def _tiles(self, y: Array) -> Iterator[slice]:
+        """Even slices of the batch whose columns make a tile."""
+        whole = y.nbytes // y.shape[-1] * len(self._matrix)
+        count = min(len(y), math.ceil(whole / COLUMNS_TILE))
+        bounds = [len(y) * i // count for i in range(count + 1)]
+        return (slice(*each) for each in pairwise(bounds))
+
+    def _columns(self, x: Array, y: Array) -> Array:
+        """`layers.im2col` as a matrix. The pixels of a kernel's row lie side by side in the picture."""
+        n, h, w, c = x.shape
+        (kh, kw), (sh, sw), (ph, pw) = self.kernel, self.stride, self.padding
+        if (ph, pw) != (0, 0):
+            padded = empty((n, h + 2 * ph, w + 2 * pw, c), x.dtype)
+            padded.fill(0)
+            padded[:, ph : ph + h, pw : pw + w] = x
+            x = padded
+        (bn, bh, bw, bc) = x.strides
+        columns = empty((n, *y.shape[1:3], kh, kw * c), x.dtype)
+        fields = np.ndarray(columns.shape, x.dtype, x, 0, (bn, sh * bh, sw * bw, bh, bc))
+        np.copyto(columns, fields)
+        return columns.reshape(-1, kh * kw * c)
+
+
+class BatchNorm(layers.BatchNorm):
+    """`layers.BatchNorm` by tiles, each pass over memory doing all it can.
+
+    Three passes forward: the mean; x - mean, which is kept in x's place, and its squares; the rest. Two
+    backward: the mask of ReLU and both sums; then dx, which is linear in dy and x - mean, with one coefficient a
+    channel for each.
+
+    Attributes:
+        all_reduce: adds up sums over all parts of a batch that is split between processes; see `parallel.py`.
+        keeps_running: whether this process keeps the running statistics.
+    """
+
+    all_reduce: Callable[[Array], Array] = staticmethod(lambda sums: sums)
+    keeps_running = True
+
+    def forward(self, x: Array, train: bool = False, shortcut: Array | None = None) -> Array:
+        """x [..., C], and a shortcut of its shape, to that shape."""
+        rows, fold = _wide(x)
+        centred, y = empty_like(rows), empty_like(rows)
+        _, inverse_std = self._centre(rows, centred, fold, train)
+        scale, offset = (np.tile(a, fold) for a in (self.weight.value * inverse_std, self.bias.value))
+        added = None if shortcut is None else shortcut.reshape(y.shape)
+
+        for part in tiles(rows):
+            out = np.multiply(centred[part], scale, out=y[part])
+            out += offset
+            if added is not None:
+                out += added[part]
+            if self.relu:
+                np.maximum(out, 0, out=out)
+        self.keep(centred, inverse_std, y if self.relu else None, train)
+        return y.reshape(x.shape)
+
+    def _centre(self, rows: Array, centred: Array, fold: int, train: bool) -> tuple[Array, Array]:
+        """Write x - mean; the rest is as in `_statistics`."""
+        if not train:
+            np.subtract(rows, np.tile(self.running_mean, fold), out=centred)
+            return self._statistics(rows, train)
+        ones = np.ones(len(rows), rows.dtype)
+        sums = self._own_sum(rows, fold, lambda part: ones[part] @ rows[part])
+        *sums, n = self.all_reduce(np.append(sums, len(rows) * fold))
+        mean = (np.array(sums) / n).astype(rows.dtype)
+        wide_mean = np.tile(mean, fold)
+
+        def squares(part: slice) -> Array:
+            tile = np.subtract(rows[part], wide_mean, out=centred[part])
+            return np.einsum("nc,nc->c", tile, tile)
+
+        var = (self.all_reduce(self._own_sum(rows, fold, squares)) / n).astype(rows.dtype)
+        return self._learn(mean, var, int(n))
+
+    def _learn(self, mean: Array, var: Array, n: int) -> tuple[Array, Array]:
+        """Note the batch's statistics, unless another process does."""
+        if self.keeps_running:
+            return super()._learn(mean, var, n)
+        return mean, 1 / np.sqrt(var + self.eps)
+
+    def _own_sum(self, rows: Array, fold: int, of_tile: Callable[[slice], Array]) -> Array:
+        """The sum over all tiles of of_tile(slice) [..., F * C], and over F, in float64: [..., C]."""
+        total = sum((of_tile(part).astype(np.float64) for part in tiles(rows)), start=np.float64(0))
+        return total.reshape(*total.shape[:-1], fold, -1).sum(-2)
+
+    def backward(self, dy: Array) -> Array:
+        """dL/dx; the shortcut's gradient is then in `dshortcut`."""
+        centred, inverse_std, y, train = self.kept
+        fold = centred.shape[1] // len(inverse_std)
+        d = dy.reshape(centred.shape)
+        masked = d if y is None else empty_like(d)
+        ones = np.ones(len(d), d.dtype)
+
+        def sums(part: slice) -> Array:
+            if y is not None:
+                np.multiply(d[part], y[part] > 0, out=masked[part])
+            tile = masked[part]
+            return np.stack([ones[part] @ tile, np.einsum("nc,nc->c", tile, centred[part])])
+
+        dbias, dscale = self._own_sum(d, fold, sums)
+        self.weight.add_grad(dscale * inverse_std)
+        self.bias.add_grad(dbias)
+        self.dshortcut = masked.reshape(dy.shape)
+        a, b, c = self.weight.value * inverse_std, 0.0, 0.0
+        if train:
+            # w s (dy - dbias / n - z dweight / n) with z = s (x - mean), as a dy + b (x - mean) + c
+            dbias, dscale, n = self.all_reduce(np.stack([dbias, dscale, np.full_like(dbias, len(d) * fold)]))
+            b, c = -a * inverse_std**2 * dscale / n, -a * dbias / n
+            b, c = np.tile(b, fold).astype(d.dtype), np.tile(c, fold).astype(d.dtype)
+        a = np.tile(a, fold)
+        dx, scratch = empty_like(d), empty_like(d[next(iter(tiles(d)))])
+        for part in tiles(d):
+            out = np.multiply(masked[part], a, out=dx[part])
+            if train:
+                linear = np.multiply(centred[part], b, out=scratch[: len(out)])
+                linear += c
+                out += linear
+        return dx.reshape(dy.shape)
+
+
+def _wide(x: Array) -> tuple[Array, int]:
+    """x [..., C] as [M, F * C], F pixels side by side, and F: NumPy is slow at short rows."""
+    channels = x.shape[-1]
+    pixels, fold = x.size // channels, 1
+    while fold * channels < 1024 and pixels % (2 * fold) == 0:
+        fold *= 2
+    return x.reshape(pixels // fold, fold * channels), fold
+
+
+class MaxPool2d(layers.MaxPool2d):
+    """`layers.MaxPool2d` by whole-array maxima; the winner is found again in backward."""
+
+    def forward(self, x: Array, train: bool = False) -> Array:
+        """x [N, H, W, C] to [N, OH, OW, C]."""
+        n, h, w, c = x.shape
+        size = output_size((h, w), self.kernel, self.stride, self.padding)
+        taps = list(clipped_taps(self.kernel, self.stride, self.padding, (h, w), size))
+        y = empty((n, *size, c), x.dtype)
+        y.fill(-np.inf)
+
+        for part in tiles(x):
+            for _, out, inner in taps:
+                largest = y[part, *out]
+                np.maximum(largest, x[part, *inner], out=largest)
+        self.keep(x, y, taps)
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        """dL/dx. Whichever tap equals the maximum first takes the gradient, and leaves none for the next."""
+        x, y, taps = self.kept
+        dx = empty_like(x)
+
+        for part in tiles(x):
+            dx[part] = 0
+            left = dy[part].copy()
+            for _, out, inner in taps:
+                taken = left[:, *out] * (x[part, *inner] == y[part, *out])
+                dx[part, *inner] += taken
+                left[:, *out] -= taken
+        return dx

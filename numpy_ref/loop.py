@@ -1,0 +1,308 @@
+"""The NumPy engine: the training step written out, and the loop that drives it.
+
+The loop is a generator that yields after each step. Logging, saving, early stopping and signals are the
+caller's, once for all engines. The batch is split between as many processes as there are cores (`parallel.py`);
+with one process everything happens right here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from numpy_ref import resnet
+from numpy_ref.fast import BatchNorm
+from numpy_ref.layers import Array, Layer, Parameter, cross_entropy, no_grad
+from numpy_ref.optimizers import make_optimizer
+from numpy_ref.parallel import Communicator, Group, SharedMemory, aligned, board_size, core_count, split
+from numpy_ref.state_dict import from_torch_layout, to_torch_layout
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Any]
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Plain values from which every process builds the same replica."""
+
+    model: str
+    model_options: Mapping[str, Any]
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    optimizer: str
+    optimizer_options: Mapping[str, Any]
+    dtype: str
+    seed: int
+
+    def network(self) -> Layer:
+        """The network with its initial weights."""
+        extra = {"image_size": self.image_shape[:2]} if self.model == "cnn" else {}
+        return resnet.MODELS[self.model](
+            self.num_classes,
+            self.image_shape[2],
+            **extra,
+            **self.model_options,
+            rng=np.random.default_rng(self.seed),
+            dtype=np.dtype(self.dtype),
+        )
+
+    def normalise(self, image: Array) -> Array:
+        """Pictures of type uint8 become (x / 255 - mean) / std; others are taken as they are."""
+        if image.dtype != np.uint8:
+            return image.astype(self.dtype)
+        mean, std = (np.asarray(a, self.dtype) for a in (self.mean, self.std))
+        return (image.astype(self.dtype) / 255 - mean) / std
+
+    def make(self, communicator: Communicator, memory: SharedMemory) -> Replica:
+        """The replica of one process, its arrays in the memory that all share."""
+        return Replica(self, communicator, memory)
+
+
+class Replica:
+    """One process's network and optimizer, and its part in a step.
+
+    With `memory`, all that a step changes lies there: parameters, running statistics, the optimizer's moments,
+    and the gradients of every process.
+    """
+
+    def __init__(
+        self, setup: Setup, communicator: Communicator, memory: SharedMemory | None = None
+    ) -> None:
+        self.setup, self.communicator = setup, communicator
+        self.network = setup.network()
+        self.parameters = self.network.named_parameters()
+        self.optimizer = make_optimizer(
+            setup.optimizer, self.parameters.values(), 0.0, **setup.optimizer_options
+        )
+        self.norms = [layer for layer in self.network.walk() if isinstance(layer, BatchNorm)]
+        for norm in self.norms:
+            norm.all_reduce = communicator.all_reduce
+            norm.keeps_running = communicator.rank == 0
+        self.gradients: list[list[Array]] | None = None
+        if memory is not None:
+            self._share(memory)
+
+    def _share(self, memory: SharedMemory) -> None:
+        """Have every array in shared memory. What it holds there at first, `Engine` has written."""
+
+        def shared(array: Array) -> Array:
+            return memory.empty(array.shape, array.dtype)
+
+        parameters = list(self.parameters.values())
+        for parameter in parameters:
+            parameter.value = shared(parameter.value)
+        for norm in self.norms:
+            norm.running_mean, norm.running_var = shared(norm.running_mean), shared(norm.running_var)
+        for arrays in self.optimizer.moments.values():
+            arrays[:] = [shared(array) for array in arrays]
+        self.gradients = [[shared(p.value) for p in parameters] for _ in range(self.communicator.size)]
+        for parameter, gradient in zip(parameters, self.gradients[self.communicator.rank], strict=True):
+            parameter.keep_grad_in(gradient)
+
+    def arrays(self) -> Tree:
+        """Everything that lasts from step to step, as it lies: {params, batch_stats, optimizer}."""
+        variables = self.network.variables()
+        optimizer: Tree = {
+            field: dict(zip(self.parameters, arrays, strict=True))
+            for field, arrays in self.optimizer.moments.items()
+        }
+        if self.optimizer.counts:
+            optimizer["count"] = np.array(self.optimizer.count, np.int32)
+        return {
+            "params": {name: v.value for name, v in variables.items() if isinstance(v, Parameter)},
+            "batch_stats": {name: v for name, v in variables.items() if not isinstance(v, Parameter)},
+            "optimizer": optimizer,
+        }
+
+    def __call__(self, what: str, arguments: tuple[Any, ...]) -> Any:
+        """Do `train` or `evaluate`."""
+        return getattr(self, what)(*arguments)
+
+    def train(self, image: Array, label: Array, batch_size: int, lr: float, step: int) -> Metrics:
+        """Step number `step`, from 1, on this process's part of a batch of `batch_size` examples: forward,
+        backward, update. Returns loss and norms of the whole batch, and the part's logits."""
+        with np.errstate(all="ignore"):  # loss and norms tell
+            logits = self.network.forward(self.setup.normalise(image), train=True)
+            loss, dlogits = cross_entropy(logits, label, batch_size)
+            self.optimizer.zero_grad()
+            self.network.backward(dlogits)
+            (loss,) = self.communicator.all_reduce(np.array([loss]))  # by now all parts' gradients are there
+            active, rank = self.communicator.active, self.communicator.rank
+            self.optimizer.lr, self.optimizer.count = lr, step - 1
+            norms = self.optimizer.step(self.gradients and self.gradients[:active], (rank, active))
+            grad_norm, update_norm = np.sqrt(self.communicator.all_reduce(norms))  # and now all updates
+        return {"loss": loss, "logits": logits, "grad_norm": grad_norm, "update_norm": update_norm}
+
+    def evaluate(self, image: Array) -> Array:
+        """The logits of this process's part of a batch, with the running statistics."""
+        with no_grad(), np.errstate(all="ignore"):
+            return self.network.forward(self.setup.normalise(image))
+
+
+@dataclass
+class State:
+    """Where training stands. The arrays change in place: after a step the state before it is gone.
+
+    Attributes:
+        replica: the arrays, and what computes if there is but one process.
+        group: the processes, if there are more.
+        step: how many steps were taken.
+        bad_step: the first of them whose loss or gradient was not finite.
+    """
+
+    replica: Replica
+    group: Group | None
+    step: int = 0
+    bad_step: int | None = None
+
+    def call(self, what: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Have the first processes, one for each tuple, do `what`."""
+        if self.group is None:
+            return [self.replica(what, arguments[0])]
+        return self.group.call(what, arguments)
+
+
+class Engine:
+    """Trains and evaluates one network.
+
+    Args:
+        model: name in `resnet.MODELS`.
+        model_options: keyword arguments of its builder.
+        num_classes: number of logits.
+        image_shape: (height, width, channels) of the pictures.
+        mean, std: per channel, for pictures of type uint8, which become (x / 255 - mean) / std; pictures of a
+            floating type are taken as they are.
+        optimizer: name in `optimizers.OPTIMIZERS`.
+        optimizer_options: keyword arguments of `make_optimizer`.
+        learning_rate: the rate as a function of the step, which counts from 0.
+        precision: "float32" or "float64".
+        seed: seed of the initial weights, which are those of the JAX engine.
+        processes: how many share a batch; by default as many as there are cores.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        model_options: Mapping[str, Any],
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        optimizer: str,
+        optimizer_options: Mapping[str, Any],
+        learning_rate: Callable[[int], float],
+        precision: str = "float32",
+        seed: int = 0,
+        processes: int | None = None,
+    ) -> None:
+        self.learning_rate = learning_rate
+        self.processes = core_count() if processes is None else processes
+        self._setup = Setup(
+            model=model,
+            model_options=dict(model_options),
+            num_classes=num_classes,
+            image_shape=image_shape,
+            mean=tuple(mean),
+            std=tuple(std),
+            optimizer=optimizer,
+            optimizer_options=dict(optimizer_options),
+            dtype=precision,
+            seed=seed,
+        )
+        make_optimizer(optimizer, [], 0.0, **optimizer_options)  # refuses what is out of range
+
+    @property
+    def device(self) -> str:
+        """What computes, in words."""
+        return f"NumPy {np.__version__}, {self.processes} process{'es' if self.processes > 1 else ''}"
+
+    @property
+    def device_count(self) -> int:
+        """The size of a batch must be a multiple of 1: processes may get parts of different sizes."""
+        return 1
+
+    def init(self) -> State:
+        """The state before the first step."""
+        initial = Replica(self._setup, Communicator())
+        return self._state(initial.arrays()) if self.processes > 1 else State(initial, None)
+
+    def _state(self, arrays: Tree) -> State:
+        """A state that holds these arrays, in this engine's layout."""
+        if self.processes == 1:
+            state = State(Replica(self._setup, Communicator()), None)
+        else:
+            memory = SharedMemory(self._memory_size(arrays))
+            replica = Replica(self._setup, Communicator(0, self.processes, memory), memory)
+            state = State(replica, Group(self.processes, memory, self._setup.make))
+        for name, place in leaves(state.replica.arrays()):
+            place[...] = dict(leaves(arrays))[name]
+        return state
+
+    def train(self, state: State, batches: Iterable[Batch]) -> Iterator[tuple[State, Metrics]]:
+        """Take one step for each batch; yields the state after it and {"loss", "logits", "label", "grad_norm",
+        "update_norm"}."""
+        for batch in batches:
+            image, label = batch["image"], batch["label"]
+            parts = split(len(image), min(self.processes, len(image)))
+            lr = self.learning_rate(state.step)
+            state.step += 1
+            results = state.call(
+                "train", [(image[part], label[part], len(image), lr, state.step) for part in parts]
+            )
+            metrics = {**results[0], "logits": np.concatenate([each["logits"] for each in results])}
+            finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+            if not finite and state.bad_step is None:
+                state.bad_step = state.step
+            yield state, {**metrics, "label": label}
+
+    def evaluate(self, state: State, batches: Iterable[Batch]) -> Iterator[Array]:
+        """The logits [N, num_classes] of each batch, with the running statistics."""
+        for batch in batches:
+            image = batch["image"]
+            parts = split(len(image), min(self.processes, len(image)))
+            yield np.concatenate(state.call("evaluate", [(image[part],) for part in parts]))
+
+    def first_bad_step(self, state: State) -> int | None:
+        """The first step (from 1) whose loss or gradient was not finite, or None."""
+        return state.bad_step
+
+    def to_tree(self, state: State) -> Tree:
+        """The engine-neutral tree {params, batch_stats, optimizer, step}: copies, in PyTorch's layout."""
+        tree = _map(to_torch_layout, state.replica.arrays())
+        if "count" in tree["optimizer"]:
+            tree["optimizer"]["count"] = np.array(state.step, np.int32)
+        return {**tree, "step": np.array(state.step, np.int32)}
+
+    def from_tree(self, tree: Tree) -> State:
+        """The inverse of `to_tree`; the tree must have the names and shapes of this engine's own."""
+        arrays = {name: tree[name] for name in ("params", "batch_stats", "optimizer")}
+        state = self._state(_map(from_torch_layout, arrays))
+        state.step = int(tree["step"])
+        return state
+
+    def _memory_size(self, arrays: Tree) -> int:
+        """Bytes that the arrays take in shared memory, with a gradient for each process and the board."""
+        own = sum(aligned(array.nbytes) for _, array in leaves(arrays))
+        gradients = sum(aligned(array.nbytes) for array in arrays["params"].values())
+        return own + gradients * self.processes + board_size(self.processes)
+
+
+def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Array]]:
+    """The arrays of nested dicts with their paths."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(dict(value), f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
+def _map(function: Callable[[Array], Array], tree: Tree) -> Tree:
+    return {k: _map(function, v) if isinstance(v, dict) else function(v) for k, v in tree.items()}

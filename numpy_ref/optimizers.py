@@ -1,0 +1,166 @@
+"""The optimizer table: every optimizer by its name, with PyTorch's meaning of each argument.
+
+An optimizer takes parameters and changes their values in place by their gradients. The names, and the fields
+of the state, are those of `jax_resnet/optimizers.py`. AdaBound and its kin are in `adabound.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from numpy_ref.adabound import AdaBound, AdaBoundW, AMSBound
+from numpy_ref.layers import Array, Parameter
+from numpy_ref.optimizer_base import Optimizer, check_hyperparameters, update_moments
+
+
+class SGD(Optimizer):
+    """SGD with momentum as in `torch.optim.SGD`: trace = momentum * trace + grad, value -= lr * trace.
+
+    Args:
+        momentum: the factor, per step, of the sum of past gradients.
+    """
+
+    fields = ("trace",)
+    counts = False
+
+    def __init__(
+        self,
+        parameters: Iterable[Parameter],
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(parameters, lr, weight_decay=weight_decay)
+        check_hyperparameters(momentum=momentum)
+        self.momentum = momentum
+
+    def update(self, grad: Array, moments: Sequence[Array], change: Array) -> None:
+        """See the class."""
+        (trace,) = moments
+        trace *= self.momentum
+        trace += grad
+        np.multiply(trace, self.lr, out=change)
+
+
+class Adam(Optimizer):
+    """Adam (Kingma & Ba 2014, arXiv 1412.6980, algorithm 1). With mu and nu as in `update_moments`, t from 1:
+
+        value -= lr * mu_t / (1 - b1^t) / (sqrt(nu_t / (1 - b2^t)) + eps)
+
+    Args:
+        b1, b2: decay rates, per step, of the exponential averages of the gradients and of their squares.
+        eps: added to the root of the second moment; in units of the gradient.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Parameter],
+        lr: float = 1e-3,
+        *,
+        b1: float = 0.9,
+        b2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(parameters, lr, weight_decay=weight_decay)
+        check_hyperparameters(b1=b1, b2=b2, eps=eps)
+        self.b1, self.b2, self.eps = b1, b2, eps
+
+    def prepare(self) -> None:
+        """Both corrections, taken out of the fraction: rate * mu / (sqrt(nu) + eps')."""
+        root = math.sqrt(1 - self.b2**self.count)
+        self._rate, self._eps = self.lr * root / (1 - self.b1**self.count), self.eps * root
+
+    def update(self, grad: Array, moments: Sequence[Array], change: Array) -> None:
+        """See the class."""
+        update_moments(grad, moments[0], moments[1], self.b1, self.b2, change)
+        np.sqrt(self.second_moment(moments), out=change)
+        change += self._eps
+        np.divide(moments[0], change, out=change)
+        change *= self._rate
+
+    def second_moment(self, moments: Sequence[Array]) -> Array:
+        """nu_t; AMSGrad takes its maximum."""
+        return moments[1]
+
+
+class AMSGrad(Adam):
+    """AMSGrad as `torch.optim.Adam(amsgrad=True)` has it (Reddi et al. 2018, arXiv 1904.09237).
+
+    The maximum of all nu so far in nu's place, taken *before* bias correction. Arguments are those of Adam.
+    """
+
+    fields = ("mu", "nu", "nu_max")
+
+    def second_moment(self, moments: Sequence[Array]) -> Array:
+        """max(nu_max, nu), which is kept."""
+        return np.maximum(moments[2], moments[1], out=moments[2])
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
+
+    value -= lr * weight_decay * value, beside Adam's update. Arguments are those of Adam, but for PyTorch's
+    default of `weight_decay`.
+    """
+
+    decoupled = True
+
+    def __init__(
+        self,
+        parameters: Iterable[Parameter],
+        lr: float = 1e-3,
+        *,
+        weight_decay: float = 0.01,
+        **options: float,
+    ) -> None:
+        super().__init__(parameters, lr, weight_decay=weight_decay, **options)
+
+
+OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "amsgrad", "adamw", "sgd")
+
+
+def make_optimizer(
+    name: str,
+    parameters: Iterable[Parameter],
+    learning_rate: float,
+    *,
+    base_lr: float | None = None,
+    final_lr: float = 0.1,
+    gamma: float = 1e-3,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    momentum: float = 0.9,
+    weight_decay: float | None = None,
+) -> Optimizer:
+    """The optimizer of that name; arguments it has no use for are ignored, out of range or not.
+
+    They are those of `jax_resnet.optimizers.make_optimizer`, but for `parameters`: what to train. Raises
+    ValueError if the name is unknown or an argument is out of its range.
+    """
+    if weight_decay is None:
+        weight_decay = 0.01 if name == "adamw" else 0.0
+    decay = {"weight_decay": weight_decay}
+    adam = {"b1": b1, "b2": b2, "eps": eps, **decay}
+    bound = {"final_lr": final_lr, "base_lr": base_lr, "gamma": gamma, **adam}
+    match name:
+        case "adam":
+            return Adam(parameters, learning_rate, **adam)
+        case "adabound":
+            return AdaBound(parameters, learning_rate, **bound)  # type: ignore[arg-type]
+        case "amsbound":
+            return AMSBound(parameters, learning_rate, **bound)  # type: ignore[arg-type]
+        case "adaboundw":
+            return AdaBoundW(parameters, learning_rate, **bound)  # type: ignore[arg-type]
+        case "amsgrad":
+            return AMSGrad(parameters, learning_rate, **adam)
+        case "adamw":
+            return AdamW(parameters, learning_rate, **adam)
+        case "sgd":
+            return SGD(parameters, learning_rate, momentum=momentum, **decay)
+    raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")

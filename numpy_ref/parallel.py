@@ -1,0 +1,210 @@
+"""Data parallelism: a batch split between processes that compute as one.
+
+NumPy runs on one core but for its matrix products, and Python's lock makes threads wait on each other at every
+array operation. Processes do not. Each takes a part of the batch through the same network; together they do
+what one would, but for rounding:
+
+- batch norm's sums are added up over all parts (`all_reduce`), so that its statistics are those of the batch;
+- the gradient of a parameter is the sum of the parts' gradients; each process adds up and updates its share of
+  the parameters, which lie in memory that all share.
+
+This is what `jax_resnet` leaves to XLA by sharding its batches over a mesh.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Semaphore
+from typing import Any
+
+import numpy as np
+
+from numpy_ref.layers import Array
+
+MAX_SUMS = 1 << 16  # numbers that one `all_reduce` can add up
+_SPINS = 20_000  # tries before a wait goes to sleep: some milliseconds
+_spawn = multiprocessing.get_context("spawn")
+
+
+def core_count() -> int:
+    """The cores this process may use, or as many as OMP_NUM_THREADS says."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(os.environ.get("OMP_NUM_THREADS") or cores))
+
+
+class SharedMemory:
+    """Zeroed memory that processes share, handed out as arrays, in the same order in each of them."""
+
+    def __init__(self, size: int) -> None:
+        self._raw = _spawn.RawArray(ctypes.c_byte, size)
+        self._used = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """The next array."""
+        array = np.ndarray(shape, dtype, memoryview(self._raw).cast("B"), self._used)
+        self._used += aligned(array.nbytes)
+        return array
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_raw": self._raw, "_used": 0}
+
+
+def aligned(size: int) -> int:
+    """The bytes that an array of `size` takes up: whole cache lines."""
+    return -(-size // 64) * 64
+
+
+def board_size(processes: int) -> int:
+    """Bytes of shared memory that the communicators of so many processes need."""
+    return 2 * processes * MAX_SUMS * 8
+
+
+class Communicator:
+    """One process of several that compute as one.
+
+    Attributes:
+        rank: the number of this one, from 0.
+        size: how many there are.
+        active: how many of them, from rank 0, take part in the current step.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, memory: SharedMemory | None = None, posts: Any = None
+    ) -> None:
+        self.rank, self.size, self.active = rank, size, size
+        self._posts: Sequence[Sequence[Semaphore]] = posts  # [from][to]
+        self._turn = 0
+        if memory is not None:
+            self._sums = memory.empty((2, size, MAX_SUMS), np.dtype(np.float64))
+
+    def all_reduce(self, values: Array) -> Array:
+        """The sum over all active processes, in the order of their ranks, the same bits in each: float64.
+
+        Two boards take turns: nobody writes to one again before everybody has read the other.
+        """
+        values = np.asarray(values, np.float64)
+        if self.active == 1:
+            return values
+        self._turn = 1 - self._turn
+        board = self._sums[self._turn, : self.active, : values.size]
+        board[self.rank] = values.reshape(-1)
+        for other in self._others():
+            self._posts[self.rank][other].release()
+        for other in self._others():
+            post = self._posts[other][self.rank]
+            if not any(post.acquire(block=False) for _ in range(_SPINS)):
+                post.acquire()
+        return board.sum(0).reshape(values.shape)
+
+    def _others(self) -> Iterator[int]:
+        return (rank for rank in range(self.active) if rank != self.rank)
+
+
+def split(count: int, parts: int) -> list[slice]:
+    """Even slices of range(count), the longer ones first."""
+    bounds = [math.ceil(count * part / parts) for part in range(parts + 1)]
+    return [slice(*each) for each in zip(bounds, bounds[1:], strict=False)]
+
+
+Replica = Callable[[str, tuple[Any, ...]], Any]
+MakeReplica = Callable[[Communicator, SharedMemory], Replica]
+
+
+class Group:
+    """Processes that each hold a replica of a network, made by `make(communicator, memory)` in each.
+
+    A replica is called with the name of what to do and its arguments, and what it returns comes back.
+    """
+
+    def __init__(self, size: int, memory: SharedMemory, make: MakeReplica) -> None:
+        # A process opens them by name as it starts, so they must last as long as the group
+        self._posts = posts = [[_spawn.Semaphore(0) for _ in range(size)] for _ in range(size)]
+        self._ends: list[Connection] = []
+        self._processes = []
+        with _one_thread_each():
+            for rank in range(size):
+                ours, theirs = _spawn.Pipe()
+                process = _spawn.Process(
+                    target=_serve, args=(theirs, make, rank, size, memory, posts), daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._ends.append(ours)
+                self._processes.append(process)
+
+    def call(self, what: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Have replica r do `what` with arguments[r], all at the same time; what each returned.
+
+        Raises what a replica raised, or RuntimeError if one has died; the group is of no use then.
+        """
+        ends = self._ends[: len(arguments)]
+        try:
+            for end, each in zip(ends, arguments, strict=True):
+                end.send((what, len(arguments), each))
+            pending, results = dict(enumerate(ends)), {}
+            while pending:
+                for ready in multiprocessing.connection.wait(list(pending.values())):
+                    rank = next(r for r, end in pending.items() if end is ready)
+                    error, results[rank] = pending.pop(rank).recv()
+                    if error is not None:
+                        raise error
+        except (EOFError, OSError) as error:
+            self.close()
+            raise RuntimeError("a process of the NumPy engine has died (out of memory?)") from error
+        except BaseException:
+            self.close()
+            raise
+        return [results[rank] for rank in range(len(arguments))]
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.terminate()
+        for end in self._ends:
+            end.close()
+
+
+def _serve(
+    end: Connection,
+    make: MakeReplica,
+    rank: int,
+    size: int,
+    memory: SharedMemory,
+    posts: Sequence[Sequence[Semaphore]],
+) -> None:
+    """What a process of a group does, until its parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    communicator = Communicator(rank, size, memory, posts)
+    replica = make(communicator, memory)
+    while True:
+        try:
+            what, communicator.active, arguments = end.recv()
+        except EOFError:
+            return
+        try:
+            end.send((None, replica(what, arguments)))
+        except Exception as error:
+            end.send((error, None))
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Inside, processes that are started leave one thread to matrix products."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before: Mapping[str, str | None] = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from experiment.errors import UserError
 
-FRAMEWORKS = ("jax",)
+FRAMEWORKS = ("jax", "numpy")
 MODELS = (
     *("resnet101", "resnet18", "resnet34", "resnet50", "resnet152"),
     *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "cnn"),
@@ -171,6 +171,8 @@ class Config:
             raise UserError("--run-dir: is empty; name a folder")
         if self.resume and self.run_dir is None:
             raise UserError("--resume: name the run to continue with --run-dir DIR")
+        if self.framework == "numpy" and self.precision == "bfloat16":
+            raise UserError("--precision: bfloat16 needs --framework jax; NumPy has float32 and float64")
         if self.model == "cnn" and not self.batch_norm:
             raise UserError("--no-batch-norm: cnn has no batch norm; leave the flag out")
         if self.stride_in_1x1 and self.model not in ("resnet50", "resnet101", "resnet152"):

@@ -12,7 +12,7 @@ import numpy as np
 
 Batch = Mapping[str, np.ndarray]
 
-ENGINES = {"jax": "jax_resnet.loop"}
+ENGINES = {"jax": "jax_resnet.loop", "numpy": "numpy_ref.loop"}
 
 
 class Engine(Protocol):

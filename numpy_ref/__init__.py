@@ -5,8 +5,8 @@ from numpy_ref.layers import Parameter, cross_entropy, no_grad
 from numpy_ref.loop import Engine
 from numpy_ref.optimizers import OPTIMIZERS, SGD, Adam, AdamW, AMSGrad, make_optimizer
 from numpy_ref.resnet import (
-    MODELS,
     CNN,
+    MODELS,
     BasicBlock,
     Bottleneck,
     ResNet,

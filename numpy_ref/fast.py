@@ -37,7 +37,8 @@ Tap = tuple[int, tuple[slice, slice], tuple[slice, slice]]  # number, outputs, i
 
 
 def clipped_taps(kernel: Pair, stride: Pair, padding: Pair, size: Pair, out_size: Pair) -> Iterator[Tap]:
-    """For every position of the kernel that meets the picture: its number, and which outputs read which inputs.
+    """For every position of the kernel that meets the picture: its number, and which outputs read which
+    inputs.
 
     As `layers.taps`, for the picture without its padding: outputs whose tap lies in the padding are left out.
     """
@@ -107,8 +108,8 @@ class Conv2d(layers.Conv2d):
             inner = dx[:, ::sh, ::sw]
             inner[...] = (dy @ self._matrix.T).reshape(inner.shape)
 
-    # A convolution is the sum of 1x1 convolutions, one for each tap of the kernel, of the shifted picture. Where
-    # the picture is not much larger than the padding, only this form spares the products with zero.
+    # A convolution is the sum of 1x1 convolutions, one for each tap of the kernel, of the shifted picture.
+    # Where the picture is not much larger than the padding, only this form spares the products with zero.
 
     def _by_taps(self, x: Array, y: Array, taps: list[Tap]) -> None:
         y.fill(0)
@@ -187,8 +188,8 @@ class BatchNorm(layers.BatchNorm):
     """`layers.BatchNorm` by tiles, each pass over memory doing all it can.
 
     Three passes forward: the mean; x - mean, which is kept in x's place, and its squares; the rest. Two
-    backward: the mask of ReLU and both sums; then dx, which is linear in dy and x - mean, with one coefficient a
-    channel for each.
+    backward: the mask of ReLU and both sums; then dx, which is linear in dy and x - mean, with one
+    coefficient a channel for each.
 
     Attributes:
         all_reduce: adds up sums over all parts of a batch that is split between processes; see `parallel.py`.
@@ -223,16 +224,17 @@ class BatchNorm(layers.BatchNorm):
             return self._statistics(rows, train)
         ones = np.ones(len(rows), rows.dtype)
         sums = self._own_sum(rows, fold, lambda part: ones[part] @ rows[part])
-        *sums, n = self.all_reduce(np.append(sums, len(rows) * fold))
-        mean = (np.array(sums) / n).astype(rows.dtype)
+        totals = self.all_reduce(np.append(sums, len(rows) * fold))
+        n = int(totals[-1])
+        mean = (totals[:-1] / n).astype(rows.dtype)
         wide_mean = np.tile(mean, fold)
 
         def squares(part: slice) -> Array:
             tile = np.subtract(rows[part], wide_mean, out=centred[part])
-            return np.einsum("nc,nc->c", tile, tile)
+            return np.asarray(np.einsum("nc,nc->c", tile, tile))
 
         var = (self.all_reduce(self._own_sum(rows, fold, squares)) / n).astype(rows.dtype)
-        return self._learn(mean, var, int(n))
+        return self._learn(mean, var, n)
 
     def _learn(self, mean: Array, var: Array, n: int) -> tuple[Array, Array]:
         """Note the batch's statistics, unless another process does."""
@@ -242,8 +244,8 @@ class BatchNorm(layers.BatchNorm):
 
     def _own_sum(self, rows: Array, fold: int, of_tile: Callable[[slice], Array]) -> Array:
         """The sum over all tiles of of_tile(slice) [..., F * C], and over F, in float64: [..., C]."""
-        total = sum((of_tile(part).astype(np.float64) for part in tiles(rows)), start=np.float64(0))
-        return total.reshape(*total.shape[:-1], fold, -1).sum(-2)
+        total = np.sum([of_tile(part) for part in tiles(rows)], axis=0, dtype=np.float64)
+        return np.asarray(total.reshape(*total.shape[:-1], fold, -1).sum(-2))
 
     def backward(self, dy: Array) -> Array:
         """dL/dx; the shortcut's gradient is then in `dshortcut`."""
@@ -263,18 +265,18 @@ class BatchNorm(layers.BatchNorm):
         self.weight.add_grad(dscale * inverse_std)
         self.bias.add_grad(dbias)
         self.dshortcut = masked.reshape(dy.shape)
-        a, b, c = self.weight.value * inverse_std, 0.0, 0.0
+        scale, dx = self.weight.value * inverse_std, empty_like(d)
+        a = np.tile(scale, fold)
         if train:
             # w s (dy - dbias / n - z dweight / n) with z = s (x - mean), as a dy + b (x - mean) + c
-            dbias, dscale, n = self.all_reduce(np.stack([dbias, dscale, np.full_like(dbias, len(d) * fold)]))
-            b, c = -a * inverse_std**2 * dscale / n, -a * dbias / n
+            counts = np.full_like(dbias, len(d) * fold)
+            dbias, dscale, n = self.all_reduce(np.stack([dbias, dscale, counts]))
+            b, c = -scale * inverse_std**2 * dscale / n, -scale * dbias / n
             b, c = np.tile(b, fold).astype(d.dtype), np.tile(c, fold).astype(d.dtype)
-        a = np.tile(a, fold)
-        dx, scratch = empty_like(d), empty_like(d[next(iter(tiles(d)))])
         for part in tiles(d):
             out = np.multiply(masked[part], a, out=dx[part])
             if train:
-                linear = np.multiply(centred[part], b, out=scratch[: len(out)])
+                linear = centred[part] * b
                 linear += c
                 out += linear
         return dx.reshape(dy.shape)

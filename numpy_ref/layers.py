@@ -78,7 +78,7 @@ class Parameter:
         self.add_written(lambda out: np.matmul(a, b, out=out.reshape(a.shape[0], b.shape[1])))
 
     def add_written(self, write: Callable[[Array], Any]) -> None:
-        """grad += what `write(out)` writes into an array like `value`; into `grad` itself while that is zero."""
+        """grad += what `write(out)` writes into an array like `value`: into `grad` itself while that is 0."""
         if not self.trainable:
             return
         if self._is_zero:
@@ -122,7 +122,7 @@ class Layer:
     _kept: Any = None
 
     def forward(self, x: Array, train: bool = False) -> Array:
-        """The output. `train` is PyTorch's train mode: batch norm uses, and learns, the batch's statistics."""
+        """The output. `train` is PyTorch's train mode: batch norm uses and learns the batch's statistics."""
         raise NotImplementedError
 
     def backward(self, dy: Array) -> Array:
@@ -180,7 +180,7 @@ class Layer:
         return list(self.named_parameters().values())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_kept"}
+        return {name: value for name, value in vars(self).items() if name not in ("_kept", "dshortcut")}
 
 
 class Sequential(Layer):
@@ -270,8 +270,8 @@ def unpad2d(x: Array, padding: Pair) -> Array:
 def taps(kernel: Pair, stride: Pair, size: Pair) -> Iterator[tuple[slice, slice]]:
     """For every position (i, j) of the kernel, which rows and columns of the padded picture it meets.
 
-    Output (p, q) reads the picture at (p * stride + i, q * stride + j): for a fixed (i, j) that is one strided
-    slice of `size` = (OH, OW) elements.
+    Output (p, q) reads the picture at (p * stride + i, q * stride + j): for a fixed (i, j) that is one
+    strided slice of `size` = (OH, OW) elements.
     """
     (kh, kw), (sh, sw), (oh, ow) = kernel, stride, size
     for i in range(kh):
@@ -305,8 +305,8 @@ class Conv2d(Layer):
     """2-d convolution as one matrix product. `weight` [KH, KW, I, O] from He's normal distribution (fan-out,
     as torchvision), `bias` 0.
 
-    Like PyTorch's it is a cross-correlation: the kernel is not turned round. He et al. 2015, arXiv 1502.01852,
-    equation 14: std = sqrt(2 / (KH * KW * O)).
+    Like PyTorch's it is a cross-correlation: the kernel is not turned round. He et al. 2015, arXiv
+    1502.01852, equation 14: std = sqrt(2 / (KH * KW * O)).
     """
 
     def __init__(
@@ -367,7 +367,7 @@ class LoopConv2d(Conv2d):
         (kh, kw), (sh, sw) = self.kernel, self.stride
         oh, ow = output_size(x.shape[1:3], self.kernel, self.stride, self.padding)
         padded, weight = pad2d(x, self.padding), self.weight.value
-        self.keep(x.shape, padded)
+        self.keep(padded)
         y = np.empty((len(x), oh, ow, weight.shape[-1]), x.dtype)
         for n in range(len(x)):
             for p in range(oh):
@@ -378,7 +378,7 @@ class LoopConv2d(Conv2d):
 
     def backward(self, dy: Array) -> Array:
         """Each output sends its gradient back to all that entered it: the window, and the whole kernel."""
-        shape, padded = self.kept
+        (padded,) = self.kept
         (kh, kw), (sh, sw), weight = self.kernel, self.stride, self.weight.value
         dpadded, dweight = np.zeros_like(padded), np.zeros_like(weight)
         for n, p, q in np.ndindex(dy.shape[:3]):
@@ -396,9 +396,12 @@ class BatchNorm(Layer):
     and what follows it in a ResNet: the sum with a shortcut, and ReLU.
 
     y = (x - mean) / sqrt(var + eps) * weight + bias [+ shortcut] [, positive part]. In training, mean and
-    (biased) var are those of the batch, and the running statistics move by PyTorch's rule, with the *unbiased*
-    variance: running = (1 - momentum) * running + momentum * batch. Else the running statistics are used.
+    (biased) var are those of the batch, and the running statistics move by PyTorch's rule, with the
+    *unbiased* variance: running = (1 - momentum) * running + momentum * batch. Else the running statistics
+    are used.
     """
+
+    dshortcut: Array | None = None
 
     def __init__(
         self,
@@ -414,7 +417,6 @@ class BatchNorm(Layer):
         self.running_mean = np.zeros(num_features, dtype)
         self.running_var = np.ones(num_features, dtype)
         self.eps, self.momentum, self.relu = eps, momentum, relu
-        self.dshortcut: Array | None = None
 
     def forget(self) -> None:
         """Let go of what forward and backward kept."""
@@ -438,7 +440,7 @@ class BatchNorm(Layer):
         return y.reshape(x.shape)
 
     def _statistics(self, rows: Array, train: bool) -> tuple[Array, Array]:
-        """Mean and 1 / sqrt(var + eps), [C] each; in training those of the batch, which the running ones note."""
+        """Mean and 1 / sqrt(var + eps), [C] each; in training the batch's, which the running ones note."""
         if train:
             mean = rows.mean(0)
             return self._learn(mean, np.square(rows - mean).mean(0), len(rows))
@@ -456,15 +458,15 @@ class BatchNorm(Layer):
     def backward(self, dy: Array) -> Array:
         r"""dL/dx; the shortcut's gradient is then in `dshortcut`.
 
-        ReLU passes the gradient where y > 0; the sum hands it to both of its terms. Then, for one channel, with
-        n values x_i, the normalised z_i = (x_i - mean) * s, s = 1 / sqrt(var + eps), y_i = w z_i + b:
+        ReLU passes the gradient where y > 0; the sum hands it to both of its terms. Then, for one channel,
+        with n values x_i, the normalised z_i = (x_i - mean) * s, s = 1 / sqrt(var + eps), y_i = w z_i + b:
 
             dL/dw = sum_i dy_i z_i        dL/db = sum_i dy_i        dz_i = w dy_i
 
         x_i enters z_i itself, and every z_k through mean and var, which are differentiated through:
 
             dmean/dx_i = 1 / n
-            dvar/dx_i  = 2 (x_i - mean) / n                (the terms from mean cancel: sum_k (x_k - mean) = 0)
+            dvar/dx_i  = 2 (x_i - mean) / n           (the terms from mean cancel: sum_k (x_k - mean) = 0)
             ds/dx_i    = -s^3 / 2 * dvar/dx_i = -s^2 z_i / n
             dz_k/dx_i  = s [k = i] - s / n - (x_k - mean) s^2 z_i / n = s ([k = i] - 1 / n - z_k z_i / n)
 
@@ -483,15 +485,16 @@ class BatchNorm(Layer):
         scale = self.weight.value * inverse_std
         if train:
             d = d - (dbias + z * dweight) / len(z)
-        return (scale * d).reshape(dy.shape)
+        return np.asarray((scale * d).reshape(dy.shape))
 
 
 class NoNorm(Layer):
     """What stands in a batch norm's place in a network without: y = x [+ shortcut] [, positive part]."""
 
+    dshortcut: Array | None = None
+
     def __init__(self, *, relu: bool = False) -> None:
         self.relu = relu
-        self.dshortcut: Array | None = None
 
     def forget(self) -> None:
         """Let go of what forward and backward kept."""
@@ -525,14 +528,14 @@ class ReLU(Layer):
     def backward(self, dy: Array) -> Array:
         """dy/dx is 1 where x > 0, else 0 (at the kink too, as in PyTorch); y > 0 is the same as x > 0."""
         (y,) = self.kept
-        return dy * (y > 0)
+        return np.asarray(dy * (y > 0))
 
 
 class Sigmoid(Layer):
     """y = 1 / (1 + exp(-x))."""
 
     def forward(self, x: Array, train: bool = False) -> Array:
-        """x of any shape to the same shape; exp only of numbers that are not positive, so it cannot overflow."""
+        """x of any shape to the same shape; exp only of numbers that are not positive cannot overflow."""
         small = np.exp(-np.abs(x))
         y = np.where(x >= 0, 1 / (1 + small), small / (1 + small))
         self.keep(y)
@@ -541,7 +544,7 @@ class Sigmoid(Layer):
     def backward(self, dy: Array) -> Array:
         """dy/dx = exp(-x) / (1 + exp(-x))^2 = y (1 - y)."""
         (y,) = self.kept
-        return dy * y * (1 - y)
+        return np.asarray(dy * y * (1 - y))
 
 
 class Flatten(Layer):
@@ -592,7 +595,7 @@ class MaxPool2d(Pool2d):
         return y
 
     def backward(self, dy: Array) -> Array:
-        """y is a copy of the window's winner, so dy goes to it alone; windows overlap, so the sum is taken."""
+        """y is a copy of the window's winner, so dy goes to it alone; where windows overlap, the sum does."""
         (n, h, w, c), winner, slices = self.kept
         dpadded = np.zeros((n, h + 2 * self.padding[0], w + 2 * self.padding[1], c), dy.dtype)
         for tap, (rows, cols) in enumerate(slices):
@@ -629,7 +632,7 @@ class GlobalAvgPool2d(Layer):
     def forward(self, x: Array, train: bool = False) -> Array:
         """x [N, H, W, C] to [N, C]."""
         self.keep(x.shape)
-        return x.mean((1, 2))
+        return np.asarray(x.mean((1, 2)))
 
     def backward(self, dy: Array) -> Array:
         """Each of the H * W values enters with 1 / (H * W)."""

@@ -1,8 +1,8 @@
 """The NumPy engine: the training step written out, and the loop that drives it.
 
 The loop is a generator that yields after each step. Logging, saving, early stopping and signals are the
-caller's, once for all engines. The batch is split between as many processes as there are cores (`parallel.py`);
-with one process everything happens right here.
+caller's, once for all engines. The batch is split between as many processes as there are cores
+(`parallel.py`); with one process everything happens right here.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Setup:
         if image.dtype != np.uint8:
             return image.astype(self.dtype)
         mean, std = (np.asarray(a, self.dtype) for a in (self.mean, self.std))
-        return (image.astype(self.dtype) / 255 - mean) / std
+        return np.asarray((image.astype(self.dtype) / 255 - mean) / std)
 
     def make(self, communicator: Communicator, memory: SharedMemory) -> Replica:
         """The replica of one process, its arrays in the memory that all share."""
@@ -68,13 +68,11 @@ class Setup:
 class Replica:
     """One process's network and optimizer, and its part in a step.
 
-    With `memory`, all that a step changes lies there: parameters, running statistics, the optimizer's moments,
-    and the gradients of every process.
+    With `memory`, all that a step changes lies there: parameters, running statistics, the optimizer's
+    moments, and the gradients of every process.
     """
 
-    def __init__(
-        self, setup: Setup, communicator: Communicator, memory: SharedMemory | None = None
-    ) -> None:
+    def __init__(self, setup: Setup, communicator: Communicator, memory: SharedMemory | None = None) -> None:
         self.setup, self.communicator = setup, communicator
         self.network = setup.network()
         self.parameters = self.network.named_parameters()
@@ -152,21 +150,24 @@ class State:
 
     Attributes:
         replica: the arrays, and what computes if there is but one process.
-        group: the processes, if there are more.
+        start: starts the processes, if there are more; done before the first step.
         step: how many steps were taken.
         bad_step: the first of them whose loss or gradient was not finite.
     """
 
     replica: Replica
-    group: Group | None
+    start: Callable[[], Group] | None = None
     step: int = 0
     bad_step: int | None = None
+    _group: Group | None = None
 
     def call(self, what: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Have the first processes, one for each tuple, do `what`."""
-        if self.group is None:
+        if self.start is None:
             return [self.replica(what, arguments[0])]
-        return self.group.call(what, arguments)
+        if self._group is None:
+            self._group = self.start()
+        return self._group.call(what, arguments)
 
 
 class Engine:
@@ -232,23 +233,24 @@ class Engine:
     def init(self) -> State:
         """The state before the first step."""
         initial = Replica(self._setup, Communicator())
-        return self._state(initial.arrays()) if self.processes > 1 else State(initial, None)
+        return self._state(initial.arrays()) if self.processes > 1 else State(initial)
 
     def _state(self, arrays: Tree) -> State:
         """A state that holds these arrays, in this engine's layout."""
         if self.processes == 1:
-            state = State(Replica(self._setup, Communicator()), None)
+            state = State(Replica(self._setup, Communicator()))
         else:
             memory = SharedMemory(self._memory_size(arrays))
             replica = Replica(self._setup, Communicator(0, self.processes, memory), memory)
-            state = State(replica, Group(self.processes, memory, self._setup.make))
+            state = State(replica, lambda: Group(self.processes, memory, self._setup.make))
+        given = dict(leaves(arrays))
         for name, place in leaves(state.replica.arrays()):
-            place[...] = dict(leaves(arrays))[name]
+            place[...] = given[name]
         return state
 
     def train(self, state: State, batches: Iterable[Batch]) -> Iterator[tuple[State, Metrics]]:
-        """Take one step for each batch; yields the state after it and {"loss", "logits", "label", "grad_norm",
-        "update_norm"}."""
+        """Take one step for each batch; yields the state after it and {"loss", "logits", "label",
+        "grad_norm", "update_norm"}."""
         for batch in batches:
             image, label = batch["image"], batch["label"]
             parts = split(len(image), min(self.processes, len(image)))

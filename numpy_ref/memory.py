@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from numpy_ref.layers import Array
 
+SLAB = 1 << 25  # bytes that are asked of the system at once
 _lock = threading.Lock()
-_blocks: dict[int, list[npt.NDArray[np.uint8]]] = {}
+_blocks: dict[int, list[Any]] = {}
+_slab, _used = np.empty(0, np.uint8), 0  # the newest slab, and how many of its bytes are given out
 
 
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     """`np.empty`, in memory that an array of the same size had before, once nothing refers to that any more.
 
-    A fresh array costs more than it seems: the system hands out its memory page by page, at the first touch
-    of each, which for a pass over a large array is as slow as the pass. A training step asks for the same
-    sizes every time. The arrays behave like any others: as long as anything refers to one, its block has more
-    references than the list's own, and is not given out again.
+    A fresh array costs more than it seems: the system hands out memory page by page, at the first touch of
+    each, which for a pass over a large array is as slow as the pass. A training step asks for the same sizes
+    every time. And blocks cut from large slabs lie on large pages, where NumPy asks for them.
+
+    The arrays behave like any others: as long as anything refers to one, its block has more references than
+    the list's own, and is not given out again.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     with _lock:
         blocks = _blocks.setdefault(size, [])
         for block in blocks:
             if sys.getrefcount(block) == _UNUSED:
-                return np.ndarray(shape, dtype, block.data)
-        blocks.append(np.empty(size, np.uint8))
-        return np.ndarray(shape, dtype, blocks[-1].data)
-
-
-def _count_references() -> int:
-    """What `sys.getrefcount` says of a block that only its list and the loop over it refer to."""
-    for block in [np.empty(1, np.uint8)]:
-        return sys.getrefcount(block)
-    raise AssertionError
-
-
-_UNUSED = _count_references()
+                return np.ndarray(shape, dtype, block)
+        blocks.append(_cut(size))
+        return np.ndarray(shape, dtype, blocks[-1])
 
 
 def empty_like(array: Array) -> Array:
@@ -48,7 +44,22 @@ def empty_like(array: Array) -> Array:
     return empty(array.shape, array.dtype)
 
 
-def release() -> None:
-    """Give the memory of arrays that nothing refers to back to the system."""
-    for size, blocks in list(_blocks.items()):
-        _blocks[size] = [block for block in blocks if sys.getrefcount(block) > _UNUSED + 1]
+def _cut(size: int) -> Any:
+    """A block of the newest slab, or of a new one: an object of its own, that arrays upon it refer to."""
+    global _slab, _used
+    if _used + size > len(_slab):
+        _slab, _used = np.empty(max(SLAB, size) + 64, np.uint8), 0
+        _used = -_slab.ctypes.data % 64
+    block = (ctypes.c_byte * size).from_buffer(_slab.data, _used)
+    _used += -(-size // 64) * 64  # whole cache lines
+    return block
+
+
+def _count_references() -> int:
+    """What `sys.getrefcount` says of a block that only its list and the loop over it refer to."""
+    for block in [(ctypes.c_byte * 1)()]:
+        return sys.getrefcount(block)
+    raise AssertionError
+
+
+_UNUSED = _count_references()

@@ -37,8 +37,8 @@ class Optimizer:
     Args:
         parameters: what to train; those with `trainable` False are passed over.
         lr: the learning rate; may be set anew before every step.
-        weight_decay: the L2 penalty, added to the gradient of all parameters, as in PyTorch; in the optimizers
-            whose names end in W, decoupled from the gradient and scaled by the learning rate.
+        weight_decay: the L2 penalty, added to the gradient of all parameters, as in PyTorch; in the
+            optimizers whose names end in W, decoupled from the gradient and scaled by the learning rate.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -95,7 +95,7 @@ class Optimizer:
         work = [tiles[thread::_threads] for thread in range(_threads)]
         if _threads == 1:
             return self._step_tiles(work[0], parts)
-        return np.sum(list(_pool.map(lambda each: self._step_tiles(each, parts), work)), axis=0)
+        return np.asarray(sum(_pool.map(lambda each: self._step_tiles(each, parts), work)))
 
     def _step_tiles(self, tiles: Sequence[Sequence[Array]], parts: int) -> Array:
         norms = np.zeros(2)
@@ -128,7 +128,7 @@ class Optimizer:
 def update_moments(grad: Array, mu: Array, nu: Array, b1: float, b2: float, scratch: Array) -> None:
     """The next exponential averages of gradients and of their squares, in place.
 
-        mu_t = b1 mu_(t-1) + (1 - b1) g_t,   nu_t = b2 nu_(t-1) + (1 - b2) g_t^2
+    mu_t = b1 mu_(t-1) + (1 - b1) g_t,   nu_t = b2 nu_(t-1) + (1 - b2) g_t^2
     """
     mu *= b1
     mu += np.multiply(grad, 1 - b1, out=scratch)

@@ -1,12 +1,12 @@
 """Data parallelism: a batch split between processes that compute as one.
 
-NumPy runs on one core but for its matrix products, and Python's lock makes threads wait on each other at every
-array operation. Processes do not. Each takes a part of the batch through the same network; together they do
-what one would, but for rounding:
+NumPy runs on one core but for its matrix products, and Python's lock makes threads wait on each other at
+every array operation. Processes do not. Each takes a part of the batch through the same network; together
+they do what one would, but for rounding:
 
-- batch norm's sums are added up over all parts (`all_reduce`), so that its statistics are those of the batch;
-- the gradient of a parameter is the sum of the parts' gradients; each process adds up and updates its share of
-  the parameters, which lie in memory that all share.
+- batch norm's sums are added up over all parts (`all_reduce`), so that its statistics are the batch's;
+- the gradient of a parameter is the sum of the parts' gradients; each process adds up and updates its share
+  of the parameters, which lie in memory that all share.
 
 This is what `jax_resnet` leaves to XLA by sharding its batches over a mesh.
 """
@@ -18,9 +18,12 @@ import math
 import multiprocessing
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from itertools import pairwise
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Semaphore
 from typing import Any
 
@@ -84,6 +87,10 @@ class Communicator:
         if memory is not None:
             self._sums = memory.empty((2, size, MAX_SUMS), np.dtype(np.float64))
 
+    def begin(self, active: int) -> None:
+        """Before a step in which the first `active` processes take part; the others miss their turns."""
+        self.active, self._turn = active, 0
+
     def all_reduce(self, values: Array) -> Array:
         """The sum over all active processes, in the order of their ranks, the same bits in each: float64.
 
@@ -101,7 +108,7 @@ class Communicator:
             post = self._posts[other][self.rank]
             if not any(post.acquire(block=False) for _ in range(_SPINS)):
                 post.acquire()
-        return board.sum(0).reshape(values.shape)
+        return np.asarray(board.sum(0).reshape(values.shape))
 
     def _others(self) -> Iterator[int]:
         return (rank for rank in range(self.active) if rank != self.rank)
@@ -110,7 +117,7 @@ class Communicator:
 def split(count: int, parts: int) -> list[slice]:
     """Even slices of range(count), the longer ones first."""
     bounds = [math.ceil(count * part / parts) for part in range(parts + 1)]
-    return [slice(*each) for each in zip(bounds, bounds[1:], strict=False)]
+    return [slice(*each) for each in pairwise(bounds)]
 
 
 Replica = Callable[[str, tuple[Any, ...]], Any]
@@ -120,14 +127,15 @@ MakeReplica = Callable[[Communicator, SharedMemory], Replica]
 class Group:
     """Processes that each hold a replica of a network, made by `make(communicator, memory)` in each.
 
-    A replica is called with the name of what to do and its arguments, and what it returns comes back.
+    A replica is called with the name of what to do and its arguments, and what it returns comes back. The
+    processes end with `close()`, or when nothing refers to the group any more.
     """
 
     def __init__(self, size: int, memory: SharedMemory, make: MakeReplica) -> None:
         # A process opens them by name as it starts, so they must last as long as the group
         self._posts = posts = [[_spawn.Semaphore(0) for _ in range(size)] for _ in range(size)]
         self._ends: list[Connection] = []
-        self._processes = []
+        self._processes: list[BaseProcess] = []
         with _one_thread_each():
             for rank in range(size):
                 ours, theirs = _spawn.Pipe()
@@ -138,6 +146,7 @@ class Group:
                 theirs.close()
                 self._ends.append(ours)
                 self._processes.append(process)
+        self.close = weakref.finalize(self, _end, self._processes, self._ends)
 
     def call(self, what: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Have replica r do `what` with arguments[r], all at the same time; what each returned.
@@ -150,7 +159,7 @@ class Group:
                 end.send((what, len(arguments), each))
             pending, results = dict(enumerate(ends)), {}
             while pending:
-                for ready in multiprocessing.connection.wait(list(pending.values())):
+                for ready in wait(list(pending.values())):
                     rank = next(r for r, end in pending.items() if end is ready)
                     error, results[rank] = pending.pop(rank).recv()
                     if error is not None:
@@ -163,12 +172,12 @@ class Group:
             raise
         return [results[rank] for rank in range(len(arguments))]
 
-    def close(self) -> None:
-        """End the processes."""
-        for process in self._processes:
-            process.terminate()
-        for end in self._ends:
-            end.close()
+
+def _end(processes: Sequence[BaseProcess], ends: Sequence[Connection]) -> None:
+    for process in processes:
+        process.terminate()
+    for end in ends:
+        end.close()
 
 
 def _serve(
@@ -185,9 +194,10 @@ def _serve(
     replica = make(communicator, memory)
     while True:
         try:
-            what, communicator.active, arguments = end.recv()
+            what, active, arguments = end.recv()
         except EOFError:
             return
+        communicator.begin(active)
         try:
             end.send((None, replica(what, arguments)))
         except Exception as error:

@@ -1,4 +1,4 @@
-"""ResNets in plain NumPy: the ImageNet family, the CIFAR family, and a small CNN to show how the parts are used.
+"""ResNets in plain NumPy: the ImageNet family, the CIFAR family, and a small CNN to show how the parts work.
 
 He et al. 2015, "Deep Residual Learning for Image Recognition", arXiv 1512.03385. Inputs are [N, H, W, C] with
 H and W of 32 or more, outputs logits [N, num_classes]. The same names stand in `jax_resnet/resnet.py` and
@@ -25,7 +25,6 @@ from numpy_ref.layers import (
     Linear,
     NoNorm,
     OptionA,
-    Parameter,
     ReLU,
     Sequential,
 )
@@ -250,7 +249,7 @@ class ResNet(Layer):
         return x
 
     def backward(self, dy: Array) -> Array:
-        """dL/dlogits [N, num_classes] to dL/dx [N, H, W, C]. Each layer forgets its forward pass as it goes."""
+        """dL/dlogits [N, num_classes] to dL/dx [N, H, W, C]. Layers forget their forward pass on the way."""
         for _, layer in reversed(list(self.body())):
             dy = layer.backward(dy)
             layer.forget()

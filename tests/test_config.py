@@ -28,7 +28,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 # Each flag with a value that is not its default, as it is written and as Config holds it.
 VALUES: dict[str, tuple[list[str], object]] = {
-    "framework": (["jax"], "jax"),
+    "framework": (["numpy"], "numpy"),
     "model": (["resnet50"], "resnet50"),
     "batch_norm": ([], False),
     "residual_scale": (["1"], 1.0),
@@ -104,7 +104,8 @@ MISTAKES = [
     (["--steps", "1e3"], "--steps", "1e3"),
     (["--lr", "fast"], "--lr", "fast"),
     (["--milestones"], "--milestones", "--help"),
-    (["--framework", "tensorflow"], "--framework", "jax"),
+    (["--framework", "tensorflow"], "--framework", "jax, numpy"),
+    (["--framework", "numpy", "--precision", "bfloat16"], "--precision", "--framework jax"),
     (["--model", "resnet99"], "--model", "resnet101"),
     (["--optimizer", "adamax"], "--optimizer", "adabound"),
     (["--schedule", "linear"], "--schedule", "cosine"),

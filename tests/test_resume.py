@@ -39,7 +39,8 @@ import functools, signal, sys, train
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 make_engine = train.make_engine
 def thin(*args):
-    from jax_resnet import resnet
+    from importlib import import_module
+    resnet = import_module("numpy_ref.resnet" if args[0].framework == "numpy" else "jax_resnet.resnet")
     resnet.MODELS["resnet20"] = functools.partial(resnet.resnet_cifar, 1, width=8)
     return make_engine(*args)
 train.make_engine = thin
@@ -56,6 +57,7 @@ FLAGS = (
 RUNS = {
     "adam": ("--model", "cnn", "--optimizer", "adam", "--lr", "0.01", "--schedule", "constant"),
     "adabound": ("--model", "resnet20", "--optimizer", "adabound"),
+    "numpy": ("--framework", "numpy", "--model", "cnn", "--optimizer", "amsbound"),
 }
 
 
@@ -72,7 +74,9 @@ class Run:
     def __init__(self, run_dir: Path, flags: tuple[str, ...], cache: Path, *, thin: bool = True) -> None:
         self.run_dir, self.flags, self.cache, self.thin = run_dir, flags, cache, thin
 
-    def start(self, *extra: str, file_size: int | None = None) -> subprocess.Popen[str]:
+    def start(
+        self, *extra: str, file_size: int | None = None, environment: dict[str, str] | None = None
+    ) -> subprocess.Popen[str]:
         """Start as a user would: with --resume once there is a config.json.
 
         `file_size` is the length that no file may pass: it stands for a disk that is full.
@@ -84,7 +88,7 @@ class Run:
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        environment = dict(os.environ)
+        environment = {**os.environ, **(environment or {})}
         if file_size is not None:
             program = ["-c", LIMITED.format(file_size) + THIN]
             caching = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # else it leaves torn programs there
@@ -100,9 +104,9 @@ class Run:
             text=True,
         )
 
-    def go(self, *extra: str) -> subprocess.CompletedProcess[str]:
+    def go(self, *extra: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Start, and wait for a good end."""
-        return ended(self.start(*extra), 0)
+        return ended(self.start(*extra, environment=environment), 0)
 
     def copy(self, run_dir: Path, *, newest: int = STEPS) -> Run:
         """A copy of the folder as a kill would have left it while `newest` was the newest checkpoint."""
@@ -312,6 +316,7 @@ def kill_and_go(run: Run, reference: Run, moments: list[str], seed: int) -> int:
     [
         ("adam", ["before config.json", "during a save", "in the final evaluation"]),
         ("adabound", ["before the first checkpoint", "at a random step", "during a save"]),
+        ("numpy", ["before the first checkpoint", "at a random step", "right after a save"]),
     ],
 )
 def test_killed_runs_end_as_one_that_was_not(references, tmp_path, optimizer, moments):
@@ -326,10 +331,12 @@ def test_killed_runs_end_as_one_that_was_not(references, tmp_path, optimizer, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adam", "adabound"])
-def test_twenty_killed_runs(tmp_path, cache, optimizer):
+@pytest.mark.parametrize(
+    ("framework", "optimizer"), [("jax", "adam"), ("jax", "adabound"), ("numpy", "adabound")]
+)
+def test_twenty_killed_runs(tmp_path, cache, framework, optimizer):
     """ResNet-20 itself. 20 times, two at a time, each with three or four kills at moments of its own."""
-    flags = ("--model", "resnet20", "--optimizer", optimizer, *FLAGS)
+    flags = ("--framework", framework, "--model", "resnet20", "--optimizer", optimizer, *FLAGS)
     reference = Run(tmp_path / "reference", flags, cache, thin=False)
     reference.go()
     choices: tuple[list[str | None], ...] = (
@@ -348,7 +355,7 @@ def test_twenty_killed_runs(tmp_path, cache, optimizer):
 
     with ThreadPoolExecutor(2) as executor:
         kills = list(executor.map(repetition, range(20)))
-    print(f"{sum(kills)} kills of {optimizer}: {kills}")
+    print(f"{sum(kills)} kills of {framework} {optimizer}: {kills}")
 
 
 def check_stopped(run: Run, process: subprocess.Popen[str], number: signal.Signals) -> int:
@@ -443,6 +450,44 @@ def test_a_finished_run_that_gets_more_steps_equals_one_long_run(references, tmp
     assert short.newest() == 100
     short.go("--steps", str(STEPS))
     expect_same(short, long)
+
+
+def test_a_run_goes_on_in_the_other_engine(references, tmp_path):
+    """JAX, NumPy, JAX: data, history and numbers go on as in one engine; float64 shows it."""
+    flags = ("--model", "resnet20", "--optimizer", "adabound", "--precision", "float64", *FLAGS)
+    flags = (*flags, "--schedule", "constant", "--warmup-steps", "0")
+    cache = references["adam"].cache
+    whole, changing = (Run(tmp_path / name, flags, cache) for name in ("whole", "changing"))
+    whole.go("--steps", "24")
+    changing.go("--steps", "9")
+    for framework, steps in (("numpy", "17"), ("jax", "24")):
+        # One process: the others would not know of the thin network
+        changing.go("--framework", framework, "--steps", steps, environment={"OMP_NUM_THREADS": "1"})
+    lines = [
+        [json.loads(line) for line in run.metrics().splitlines() if b'"scope": "step"' in line]
+        for run in (whole, changing)
+    ]
+    assert [line["step"] for line in lines[1]] == [line["step"] for line in lines[0]] == list(range(1, 25))
+    for name in ("loss", "lr", "grad_norm", "update_norm"):
+        np.testing.assert_allclose([x[name] for x in lines[1]], [x[name] for x in lines[0]], rtol=1e-9)
+    sessions = json.loads((changing.run_dir / "config.json").read_text())["sessions"]
+    assert [session["step"] for session in sessions] == [0, 9, 17]
+    assert "NumPy" in sessions[1]["device"]
+
+
+def test_a_numpy_run_knows_neither_flax_nor_the_other_engine(tmp_path):
+    """JAX, which Orbax and Grain import, is held to the CPU."""
+    program = """
+import os, sys, train
+assert train.main(sys.argv[1:]) == 0
+found = {name.split(".")[0] for name in sys.modules} & {"flax", "optax", "jax_resnet", "torch", "tensorflow"}
+assert not found, found
+assert os.environ["JAX_PLATFORMS"] == "cpu"
+"""
+    flags = ("--framework", "numpy", "--model", "cnn", "--steps", "2", "--run-dir", str(tmp_path / "run"))
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    command = [sys.executable, "-c", program, *flags]
+    subprocess.run(command, cwd=ROOT, env=environment, timeout=LIMIT_SECONDS, check=True)
 
 
 def test_resuming_a_finished_run_changes_nothing(references, tmp_path):

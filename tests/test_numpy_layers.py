@@ -1,0 +1,392 @@
+"""The layers of the NumPy engine, plain and fast: against numerical gradients, PyTorch, and each other."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import torch_oracle
+from numpy_ref import fast, layers
+from numpy_ref.layers import Layer, cross_entropy, no_grad
+from numpy_ref.state_dict import load_state_dict, state_dict
+from tests.comparing import assert_all_close, assert_close, nchw, nhwc, random_state
+from tests.tolerances import FLOAT64_LAYER
+
+# Central differences with a step of 1e-6 in float64 lose 1e-10 to rounding and as much to curvature.
+NUMERICAL = 1e-7
+
+Make = Callable[..., Layer]
+CONVOLUTIONS: dict[str, Make] = {
+    "plain": layers.Conv2d,
+    "loops": layers.LoopConv2d,
+    "fast": fast.Conv2d,
+}
+NORMS: dict[str, Make] = {"plain": layers.BatchNorm, "fast": fast.BatchNorm}
+MAX_POOLS: dict[str, Make] = {"plain": layers.MaxPool2d, "fast": fast.MaxPool2d}
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    return rng(seed).normal(size=shape)
+
+
+def apart(*shape: int, seed: int = 0) -> np.ndarray:
+    """Numbers that are all different, by 0.01 or more, none of them within 0.005 of 0: no ties, no kinks."""
+    count = int(np.prod(shape))
+    return (rng(seed).permutation(count).reshape(shape) - count // 2 + 0.5) / 100
+
+
+def numerical_gradient(function: Callable[[], float], array: np.ndarray) -> np.ndarray:
+    """d function / d array by central differences; the array is changed and changed back."""
+    gradient, step = np.empty_like(array), 1e-6
+    for index in np.ndindex(array.shape):
+        middle = array[index]
+        array[index] = middle + step
+        above = function()
+        array[index] = middle - step
+        gradient[index] = (above - function()) / (2 * step)
+        array[index] = middle
+    return gradient
+
+
+def check_gradients(layer: Layer, x: np.ndarray, train: bool = True, **inputs: np.ndarray) -> None:
+    """backward against central differences: of the input, further inputs, and every parameter."""
+    y = layer.forward(x, train, **inputs)
+    weighting = numbers(*y.shape, seed=9)
+    before = weighting.copy()
+    for parameter in layer.parameters():
+        parameter.zero_grad()
+    actual = {"x": layer.backward(weighting)}
+    np.testing.assert_array_equal(weighting, before)  # dy is the caller's
+    actual |= dict.fromkeys(inputs, layer.dshortcut)  # type: ignore[attr-defined,arg-type]
+    actual |= {name: parameter.grad for name, parameter in layer.named_parameters().items()}
+
+    def loss() -> float:
+        return float((layer.forward(x, train, **inputs) * weighting).sum())
+
+    expected = {"x": numerical_gradient(loss, x)}
+    expected |= {name: numerical_gradient(loss, array) for name, array in inputs.items()}
+    expected |= {name: numerical_gradient(loss, p.value) for name, p in layer.named_parameters().items()}
+    assert_all_close("gradient", actual, expected, NUMERICAL)
+
+
+def fill(layer: Layer, seed: int = 0) -> Layer:
+    """Numbers in place of the zeros and ones a layer begins with."""
+    shapes = {name: array.shape for name, array in state_dict(layer).items()}
+    load_state_dict(layer, random_state(shapes, seed))
+    return layer
+
+
+sizes = st.integers(1, 3)
+
+
+@st.composite
+def windows(draw: Any) -> dict[str, Any]:
+    """A kernel, stride and padding, and a picture that it fits."""
+    kernel = (draw(sizes), draw(sizes))
+    padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
+    size = tuple(draw(st.integers(max(1, k - 2 * p), 5)) for k, p in zip(kernel, padding, strict=True))
+    return {"kernel": kernel, "stride": (draw(sizes), draw(sizes)), "padding": padding, "size": size}
+
+
+@pytest.mark.parametrize("form", CONVOLUTIONS)
+@settings(max_examples=15)
+@given(window=windows(), n=sizes, channels=st.tuples(sizes, sizes), bias=st.booleans())
+def test_conv2d_numerically(form, window, n, channels, bias):
+    layer = CONVOLUTIONS[form](
+        *channels,
+        window["kernel"],
+        stride=window["stride"],
+        padding=window["padding"],
+        bias=bias,
+        rng=rng(),
+        dtype=np.float64,
+    )
+    check_gradients(layer, numbers(n, *window["size"], channels[0], seed=1))
+
+
+@settings(max_examples=10)
+@given(shape=st.tuples(sizes, sizes, sizes))
+def test_linear_numerically(shape):
+    n, inputs, outputs = shape
+    check_gradients(layers.Linear(inputs, outputs, rng=rng(), dtype=np.float64), numbers(n, inputs, seed=1))
+
+
+@pytest.mark.parametrize("form", NORMS)
+@pytest.mark.parametrize("train", [True, False])
+@settings(max_examples=15)
+@given(shape=st.lists(sizes, min_size=2, max_size=4), relu=st.booleans(), shortcut=st.booleans())
+def test_batch_norm_numerically(form, train, shape, relu, shortcut):
+    """Of any rank, with and without what follows it in a ResNet."""
+    assume(np.prod(shape[:-1]) >= 4)
+    layer = fill(NORMS[form](shape[-1], relu=relu, dtype=np.float64))
+    x, inputs = numbers(*shape, seed=3), {"shortcut": numbers(*shape, seed=4)} if shortcut else {}
+    if relu:
+        layer.relu = False  # type: ignore[attr-defined]
+        assume(np.abs(layer.forward(x, train, **inputs)).min() > 1e-4)  # no kink within the step
+        layer.relu = True  # type: ignore[attr-defined]
+    check_gradients(layer, x, train, **inputs)
+
+
+@pytest.mark.parametrize("make", [*MAX_POOLS.values(), layers.AvgPool2d])
+@settings(max_examples=15)
+@given(window=windows(), n=sizes, channels=sizes)
+def test_pooling_numerically(make, window, n, channels):
+    layer = make(window["kernel"], stride=window["stride"], padding=window["padding"])
+    check_gradients(layer, apart(n, *window["size"], channels))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.ReLU(),
+        layers.Sigmoid(),
+        layers.Flatten(),
+        layers.GlobalAvgPool2d(),
+        layers.OptionA(2, 5, stride=2),
+        layers.NoNorm(relu=True),
+        layers.Sequential(
+            layers.Conv2d(2, 3, 3, padding=1, rng=rng(), dtype=np.float64),
+            fast.BatchNorm(3, dtype=np.float64),
+            layers.Sigmoid(),
+        ),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+@settings(max_examples=8)
+@given(n=st.integers(2, 3), size=st.tuples(sizes, sizes))
+def test_others_numerically(layer, n, size):
+    check_gradients(layer, apart(n, *size, 2))
+
+
+def test_no_norm_with_a_shortcut_numerically():
+    check_gradients(layers.NoNorm(relu=True), apart(2, 3, 2), shortcut=apart(2, 3, 2, seed=1) / 100)
+
+
+@settings(max_examples=10)
+@given(n=sizes, classes=st.integers(2, 4))
+def test_cross_entropy_numerically(n, classes):
+    logits, label = 5 * numbers(n, classes), rng().integers(classes, size=n)
+    numerical = numerical_gradient(lambda: float(cross_entropy(logits, label)[0]), logits)
+    assert_close("dlogits", cross_entropy(logits, label)[1], numerical, NUMERICAL)
+
+
+def judge_of(layer: Layer) -> torch.nn.Module:
+    """The layer in PyTorch, with its parameters and statistics."""
+    module: torch.nn.Module
+    match layer:
+        case layers.Conv2d():
+            i, o = layer.weight.value.shape[2:]
+            window: Any = {"stride": layer.stride, "padding": layer.padding}
+            module = torch.nn.Conv2d(i, o, layer.kernel, **window, bias=layer.bias is not None)
+        case layers.BatchNorm():
+            module = torch.nn.BatchNorm2d(len(layer.running_var))
+        case layers.Linear():
+            module = torch.nn.Linear(*layer.weight.value.shape)
+        case layers.MaxPool2d():
+            module = torch.nn.MaxPool2d(layer.kernel, layer.stride, layer.padding)
+        case layers.AvgPool2d():
+            module = torch.nn.AvgPool2d(layer.kernel, layer.stride, layer.padding)
+        case layers.ReLU():
+            module = torch.nn.ReLU()
+        case layers.Sigmoid():
+            module = torch.nn.Sigmoid()
+        case layers.Flatten():
+            module = torch.nn.Flatten()
+        case layers.OptionA():
+            module = torch_oracle.OptionA(2, 5, stride=layer.stride)
+        case _:
+            raise TypeError(layer)
+    module.double()
+    torch_oracle.load_state_dict(module, state_dict(layer))
+    return module
+
+
+def check_judge(layer: Layer, x: np.ndarray, train: bool = True, tolerance: float = FLOAT64_LAYER) -> None:
+    """Output, input gradient, parameter gradients and statistics against PyTorch."""
+    module = judge_of(layer).train(train)
+    x_torch = torch.tensor(nchw(x), requires_grad=True)
+    y_torch = module(x_torch)
+    y = layer.forward(x, train)
+    assert_close("y", y, nhwc(y_torch.detach()), tolerance)
+    dy = numbers(*y.shape, seed=8)
+    y_torch.backward(torch.from_numpy(nchw(dy)))
+    assert x_torch.grad is not None
+    assert_close("dx", layer.backward(dy), nhwc(x_torch.grad), tolerance)
+    gradients = {name: p.grad for name, p in module.named_parameters()}
+    for name, parameter in layer.named_parameters().items():
+        if parameter.value.ndim == 4:
+            assert_close(name, parameter.grad.transpose(3, 2, 0, 1), gradients[name], tolerance)
+        else:
+            assert_close(name, parameter.grad.T, gradients[name], tolerance)
+    assert_all_close("after", state_dict(layer), torch_oracle.state_dict(module), tolerance)
+
+
+CONVOLUTION_CASES = [  # channels in and out, kernel, stride, padding, batch, height and width
+    (3, 8, 7, 2, 3, 2, (33, 47)),
+    (8, 8, 3, 1, 1, 3, (9, 6)),
+    (8, 8, 3, 1, 1, 2, (1, 1)),
+    (8, 4, 3, 1, 1, 2, (2, 2)),
+    (8, 4, 3, 2, 1, 2, (2, 2)),
+    (8, 4, 3, 2, 1, 1, (9, 8)),
+    (8, 6, 1, 1, 0, 2, (5, 4)),
+    (8, 6, 1, 2, 0, 2, (5, 4)),
+    (4, 2, 3, 1, 3, 8, (3, 5)),
+    (4, 2, (1, 3), (2, 1), (0, 2), 2, (5, 6)),
+    (4, 2, (5, 2), (1, 3), (2, 1), 2, (5, 6)),
+    (4, 2, 1, 1, 1, 2, (3, 3)),
+]
+
+
+@pytest.mark.parametrize("form", ["plain", "fast"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", CONVOLUTION_CASES)
+def test_conv2d_equals_pytorchs(form, bias, case):
+    i, o, kernel, stride, padding, n, size = case
+    make = CONVOLUTIONS[form]
+    layer = make(i, o, kernel, stride=stride, padding=padding, bias=bias, rng=rng(), dtype=np.float64)
+    check_judge(fill(layer), numbers(n, *size, i, seed=1))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_fast_conv2d_in_many_tiles(monkeypatch, keep):
+    """Columns kept or made anew, of one picture or of all."""
+    monkeypatch.setattr(fast, "COLUMNS_TILE", 20_000)
+    monkeypatch.setattr(fast.Conv2d, "keep_columns", keep)
+    layer = fill(fast.Conv2d(4, 6, 3, padding=1, rng=rng(), dtype=np.float64))
+    check_judge(layer, numbers(7, 8, 8, 4, seed=1))
+
+
+@pytest.mark.parametrize("form", NORMS)
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("shape", [(4, 5, 3, 6), (2, 1, 1, 3), (16, 8, 8, 128), (3, 1, 2, 1500)])
+def test_batch_norm_equals_pytorchs(form, train, shape):
+    check_judge(fill(NORMS[form](shape[-1], dtype=np.float64)), 3 + 2 * numbers(*shape, seed=1), train)
+
+
+def test_batch_norm_in_many_tiles(monkeypatch):
+    monkeypatch.setattr(fast, "TILE", 1000)
+    check_judge(fill(fast.BatchNorm(5, dtype=np.float64)), numbers(3, 7, 11, 5, seed=1))
+
+
+@pytest.mark.parametrize("make", [*MAX_POOLS.values(), layers.AvgPool2d])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), ((2, 3), (1, 2), (1, 0))])
+def test_pooling_equals_pytorchs(make, kernel, stride, padding):
+    layer = make(kernel, stride=stride, padding=padding)
+    check_judge(layer, numbers(2, 9, 8, 3, seed=1))
+    ties = rng().integers(-1, 1, size=(2, 9, 8, 3)).astype(np.float64)  # most windows have several maxima
+    check_judge(layer, ties)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [layers.ReLU(), layers.Sigmoid(), layers.Flatten(), layers.OptionA(2, 5, stride=2)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_others_equal_pytorchs(layer):
+    x = 10 * numbers(2, 5, 4, 2)
+    x[0, 0, 0] = 0
+    check_judge(layer, x)
+
+
+def test_linear_and_global_average_pooling_equal_pytorchs():
+    check_judge(layers.Linear(5, 3, rng=rng(), dtype=np.float64), numbers(4, 5, seed=1))
+    x = numbers(2, 3, 5, 4)
+    pooled = layers.GlobalAvgPool2d().forward(x)
+    assert_close("pooled", pooled, torch.from_numpy(nchw(x)).mean((2, 3)), FLOAT64_LAYER)
+
+
+def test_cross_entropy_equals_pytorchs_and_does_not_overflow():
+    logits, label = 1000 * numbers(6, 4), rng().integers(4, size=6)
+    tensor = torch.tensor(logits, requires_grad=True)
+    expected = F.cross_entropy(tensor, torch.from_numpy(label))
+    expected.backward()
+    loss, dlogits = cross_entropy(logits, label)
+    assert_close("loss", loss, expected.item(), FLOAT64_LAYER)
+    assert_close("dlogits", dlogits, tensor.grad, FLOAT64_LAYER)
+    parts = [cross_entropy(logits[part], label[part], 6) for part in (slice(0, 2), slice(2, 6))]
+    assert_close("loss of parts", sum(each[0] for each in parts), loss, FLOAT64_LAYER)
+    assert_close("dlogits of parts", np.concatenate([each[1] for each in parts]), dlogits, FLOAT64_LAYER)
+
+
+@pytest.mark.parametrize("form", NORMS)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 4), (1, 4)])
+def test_batch_norm_over_one_value_is_an_error_in_training_as_in_pytorch(form, shape):
+    layer = NORMS[form](4)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer.forward(np.ones(shape, np.float32), train=True)
+    layer.forward(np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize("form", MAX_POOLS)
+def test_max_pooling_lets_a_nan_through(form):
+    x = numbers(1, 4, 4, 1)
+    x[0, 2, 2] = np.nan
+    assert np.isnan(MAX_POOLS[form](2).forward(x)[0, 1, 1, 0])
+
+
+def test_a_kernel_larger_than_the_picture_is_refused():
+    with pytest.raises(ValueError, match="does not fit"):
+        layers.Conv2d(1, 1, 5, rng=rng()).forward(np.zeros((1, 4, 4, 1), np.float32))
+    with pytest.raises(ValueError, match="more than half"):
+        layers.MaxPool2d(2, padding=2)
+
+
+def test_gradients_add_up_in_place_until_zero_grad():
+    layer, x = layers.Linear(3, 2, rng=rng(), dtype=np.float64), numbers(4, 3)
+    place = layer.weight.grad
+    assert not place.any()
+    for _ in range(2):
+        layer.forward(x)
+        layer.backward(np.ones((4, 2)))
+    twice = layer.weight.grad.copy()
+    assert layer.weight.grad is place
+    layer.weight.zero_grad()
+    assert not layer.weight.grad.any()
+    layer.backward(np.ones((4, 2)))
+    np.testing.assert_array_equal(2 * layer.weight.grad, twice)
+    layer.weight.trainable = False
+    layer.weight.zero_grad()
+    layer.backward(np.ones((4, 2)))
+    assert not layer.weight.grad.any()
+
+
+def test_nothing_kept_is_saved_with_a_layer():
+    """A pickled model of the source project carried every cached input."""
+    layer = layers.Sequential(
+        fast.Conv2d(2, 2, 3, padding=1, rng=rng()), fast.BatchNorm(2, relu=True), layers.ReLU()
+    )
+    empty = len(pickle.dumps(layer))
+    layer.backward(layer.forward(np.ones((8, 32, 32, 2), np.float32), train=True))
+    assert len(pickle.dumps(layer)) < empty + 200
+    with no_grad():
+        layer.forward(np.ones((8, 32, 32, 2), np.float32))
+    with pytest.raises(RuntimeError, match="needs a forward"):
+        layer.backward(np.ones((8, 32, 32, 2), np.float32))
+
+
+def test_memory_is_used_again_only_when_nobody_refers_to_it():
+    from numpy_ref.memory import empty
+
+    first = empty((5, 1001), np.float32)
+    address, part = first.ctypes.data, first[2:]
+    second = empty((1001, 5), np.float32)
+    assert not np.shares_memory(first, second)
+    del first
+    assert not np.shares_memory(part, empty((5005,), np.float32))
+    del part
+    assert empty((5005,), np.float32).ctypes.data == address
+    arrays = [empty((3,), np.float64) for _ in range(10)]
+    assert len({array.ctypes.data for array in arrays}) == 10
+    assert all(array.flags.aligned and array.flags.writeable for array in arrays)

@@ -1,0 +1,212 @@
+"""The NumPy engine by itself and beside the JAX engine: step, processes, and runs that change engines."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from numpy_ref import Engine
+from numpy_ref.parallel import split
+from tests.comparing import assert_all_close, assert_close
+from tests.test_loop import (
+    CLASSES,
+    FIELDS,
+    MEAN,
+    SHAPE,
+    STD,
+    THIN,
+    assert_same_bits,
+    flat,
+    learning_rate,
+    make_batches,
+    train,
+)
+from tests.test_loop import make_engine as make_jax_engine
+
+ROOT = Path(__file__).parents[1]
+# Twenty steps of a thin ResNet in float64: 1e-13 seen, most of it Adam's division by small moments.
+ENGINES = 1e-10
+
+
+@pytest.fixture(autouse=True)
+def _no_processes_left():
+    """Groups end when nothing refers to them: none outlives its test."""
+    yield
+    gc.collect()
+
+
+def make_engine(
+    model: str = "resnet18", optimizer: str = "adam", processes: int = 1, **options: Any
+) -> Engine:
+    defaults: dict[str, Any] = {
+        "model_options": THIN[model],
+        "num_classes": CLASSES,
+        "image_shape": SHAPE,
+        "mean": MEAN,
+        "std": STD,
+        "optimizer_options": {"base_lr": 1e-3},
+        "learning_rate": learning_rate,
+        "precision": "float64",
+    }
+    return Engine(model=model, optimizer=optimizer, processes=processes, **(defaults | options))
+
+
+@pytest.mark.parametrize("model", THIN)
+def test_steps_equal_the_jax_engines(model):
+    """From the same seed: the same weights, and then the same losses, logits, norms, parameters, moments."""
+    batches = make_batches(5)
+    jax_engine, engine = make_jax_engine(model), make_engine(model)
+    expected_state, expected = train(jax_engine, jax_engine.init(), batches)
+    state, found = train(engine, engine.init(), batches)
+    for metrics, wanted in zip(found, expected, strict=True):
+        assert_all_close("metrics", metrics, wanted, ENGINES)
+    tree, wanted_tree = flat(engine.to_tree(state)), flat(jax_engine.to_tree(expected_state))
+    assert {k: v.dtype for k, v in tree.items()} == {k: v.dtype for k, v in wanted_tree.items()}
+    assert_all_close("tree", tree, wanted_tree, ENGINES)
+    logits = list(engine.evaluate(state, batches[:2]))
+    for array, wanted_logits in zip(logits, jax_engine.evaluate(expected_state, batches[:2]), strict=True):
+        assert_close("logits", array, wanted_logits, ENGINES)
+
+
+@pytest.mark.parametrize("optimizer", FIELDS)
+def test_a_run_changes_engines_twice(optimizer):
+    """JAX, NumPy, JAX: losses and parameters of 20 steps as without a change."""
+    options: dict[str, Any] = {"optimizer": optimizer, "model": "resnet18"}
+    batches = make_batches(20)
+    jax_engine, numpy_engine = make_jax_engine(**options), make_engine(**options)
+    state, expected = train(jax_engine, jax_engine.init(), batches)
+    wanted = flat(jax_engine.to_tree(state))
+
+    losses, tree, done = [], jax_engine.to_tree(jax_engine.init()), 0
+    parts: list[tuple[Any, int]] = [(jax_engine, 6), (numpy_engine, 8), (jax_engine, 6)]
+    for engine, steps in parts:
+        state, metrics = train(engine, engine.from_tree(tree), batches[done : done + steps])
+        losses += [float(each["loss"]) for each in metrics]
+        tree, done = engine.to_tree(state), done + steps
+    assert_close("losses", losses, [float(each["loss"]) for each in expected], ENGINES)
+    assert_all_close("tree", flat(tree), wanted, ENGINES)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_pictures_of_uint8_are_normalised_as_in_jax(precision):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, size=(6, *SHAPE), dtype=np.uint8)
+    batch: dict[str, Any] = {"image": image, "label": rng.integers(CLASSES, size=6, dtype=np.int32)}
+    engines: list[Any] = [make_engine(precision=precision), make_jax_engine(precision=precision)]
+    first, second = (train(engine, engine.init(), [batch])[1][0] for engine in engines)
+    tolerance = ENGINES if precision == "float64" else 1e-5
+    assert_close("logits", first["logits"], second["logits"], tolerance)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_compute_as_one(processes):
+    """Batches that split evenly, unevenly, and that are smaller than the number of processes."""
+    batches = [*make_batches(2, 8), *make_batches(1, 7), *make_batches(1, 2), *make_batches(1, 8)]
+    one, several = make_engine("resnet50"), make_engine("resnet50", processes=processes)
+    state, expected = train(one, one.init(), batches)
+    states, found = train(several, several.init(), batches)
+    for metrics, wanted in zip(found, expected, strict=True):
+        assert_all_close("metrics", metrics, wanted, ENGINES)
+    assert_all_close("tree", flat(several.to_tree(states)), flat(one.to_tree(state)), ENGINES)
+    logits = np.concatenate(list(several.evaluate(states, batches)))
+    assert_close("logits", logits, np.concatenate(list(one.evaluate(state, batches))), ENGINES)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adabound", "amsgrad", "sgd"])
+def test_a_tree_continues_bit_for_bit(optimizer, processes):
+    batches = make_batches(6)
+    engine = make_engine("resnet50", optimizer, processes)
+    state, expected = train(engine, engine.init(), batches)
+    half, _ = train(engine, engine.init(), batches[:3])
+    tree = engine.to_tree(half)
+    kept = {name: array.copy() for name, array in flat(tree).items()}
+    second = make_engine("resnet50", optimizer, processes)
+    resumed, found = train(second, second.from_tree(tree), batches[3:])
+    assert_same_bits(second.to_tree(resumed), engine.to_tree(state))
+    for metrics, wanted in zip(found, expected[3:], strict=True):
+        assert_same_bits(metrics, wanted)
+    train(engine, half, batches[3:])
+    for name, array in flat(tree).items():  # a tree is a copy
+        np.testing.assert_array_equal(array, kept[name])
+
+
+def test_the_tree_has_what_the_optimizer_has():
+    for optimizer, fields in FIELDS.items():
+        tree = make_engine("cnn", optimizer).to_tree(make_engine("cnn", optimizer).init())
+        assert set(tree["optimizer"]) == fields
+        assert int(tree["step"]) == 0
+
+
+def test_the_first_bad_step_is_kept():
+    batches = make_batches(4)
+    batches[2]["image"][0, 0, 0, 0] = np.nan
+    for processes in (1, 2):
+        engine = make_engine(processes=processes)
+        state, metrics = train(engine, engine.init(), batches)
+        assert engine.first_bad_step(state) == 3
+        assert [bool(np.isfinite(each["loss"])) for each in metrics] == [True, True, False, False]
+
+
+def test_an_error_in_a_process_is_raised():
+    batch = make_batches(1, 4)[0]
+    engine = make_engine(processes=2)
+    with pytest.raises(IndexError):
+        train(engine, engine.init(), [{**batch, "label": batch["label"] + CLASSES}])
+
+
+def test_a_process_that_dies_is_told():
+    engine = make_engine(processes=2)
+    state, _ = train(engine, engine.init(), make_batches(1))
+    group = state._group
+    os.kill(group._processes[1].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="has died"):
+        train(engine, state, make_batches(1))
+    for process in group._processes:
+        process.join(10)
+        assert process.exitcode is not None
+
+
+def test_processes_end_with_their_parent():
+    """Even one that was killed leaves none behind."""
+    program = """
+import sys, time
+from tests.test_numpy_loop import make_batches, make_engine, train
+if __name__ == "__main__":
+    engine = make_engine(processes=2)
+    state, _ = train(engine, engine.init(), make_batches(1))
+    print(*(process.pid for process in state._group._processes), flush=True)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        parent.kill()
+    until = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.parametrize(("count", "parts"), [(8, 2), (7, 2), (7, 3), (3, 3), (1, 1)])
+def test_split_is_even_and_whole(count, parts):
+    slices = split(count, parts)
+    found = [list(range(count))[each] for each in slices]
+    assert [i for each in found for i in each] == list(range(count))
+    assert {len(each) for each in found} <= {count // parts, -(-count // parts)}
+
+
+def test_the_device_in_words():
+    assert make_engine().device == f"NumPy {np.__version__}, 1 process"
+    assert make_engine(processes=2).device == f"NumPy {np.__version__}, 2 processes"

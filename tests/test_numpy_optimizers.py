@@ -1,0 +1,182 @@
+"""The optimizers of the NumPy engine: against the JAX engine's and PyTorch's, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import jax_resnet
+import numpy_ref
+from jax_resnet.optimizers import state_to_dict
+from numpy_ref import OPTIMIZERS, Parameter, make_optimizer, optimizer_base
+from tests.comparing import assert_all_close, assert_close
+from tests.tolerances import FLOAT64_LAYER
+
+STEPS = 1000
+SHAPES = {"weight": (7, 5), "bias": (5,), "kernel": (3, 3, 2, 4)}
+TORCH: dict[str, Any] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "amsgrad": lambda p, **options: torch.optim.Adam(p, **options, amsgrad=True),
+    "sgd": lambda p, **options: torch.optim.SGD(p, **options, momentum=0.9),
+}
+
+
+def learning_rate(step: int) -> float:
+    """Warm-up, then a cosine, that ends above 0."""
+    return 1e-3 * min(1, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * step / STEPS))
+
+
+def initial() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
+
+
+@cache
+def gradients() -> list[dict[str, np.ndarray]]:
+    """One common sequence; sizes of gradients that differ by orders, and some that are 0."""
+    rng = np.random.default_rng(1)
+    scale = {name: 10.0 ** rng.integers(-4, 2, size=shape) for name, shape in SHAPES.items()}
+    return [
+        {
+            name: scale[name] * rng.normal(size=shape) * (rng.random(shape) > 0.1)
+            for name, shape in SHAPES.items()
+        }
+        for _ in range(STEPS)
+    ]
+
+
+def run(name: str, **options: Any) -> tuple[dict[str, np.ndarray], optimizer_base.Optimizer]:
+    parameters = {key: Parameter(value) for key, value in initial().items()}
+    optimizer = make_optimizer(name, parameters.values(), 1e-3, **options)
+    for step, grads in enumerate(gradients()):
+        optimizer.zero_grad()
+        for key, parameter in parameters.items():
+            parameter.add_grad(grads[key])
+        optimizer.lr = learning_rate(step)
+        optimizer.step()
+    return {key: p.value for key, p in parameters.items()}, optimizer
+
+
+@pytest.mark.parametrize("weight_decay", [None, 0.0, 0.03])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equals_the_jax_engines(name, weight_decay):
+    """Values and every moment, after 1,000 steps of one common gradient sequence under a schedule."""
+    options: dict[str, Any] = {"base_lr": 1e-3, "final_lr": 0.02, "gamma": 3e-3, "weight_decay": weight_decay}
+    found, optimizer = run(name, **options)
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def steps(params: Any, grads: Any, lrs: Any) -> Any:
+            def step(carry: Any, each: Any) -> Any:
+                params, state = carry
+                grads, lr = each
+                tx = jax_resnet.make_optimizer(name, lr, **options)
+                updates, state = tx.update(grads, state, params)
+                return (jax.tree.map(lambda p, u: p + u, params, updates), state), None
+
+            state = jax_resnet.make_optimizer(name, 1e-3, **options).init(params)
+            return jax.lax.scan(step, (params, state), (grads, lrs))[0]
+
+        stacked = {key: np.stack([each[key] for each in gradients()]) for key in SHAPES}
+        rates = np.array([learning_rate(step) for step in range(STEPS)])
+        expected, state = steps(initial(), stacked, rates)
+    assert_all_close("value", found, expected, FLOAT64_LAYER)
+    fields = state_to_dict(state)
+    if optimizer.counts:
+        assert int(fields.pop("count")) == optimizer.count == STEPS
+    assert set(fields) == set(optimizer.fields)
+    for field, arrays in optimizer.moments.items():
+        assert_all_close(field, dict(zip(SHAPES, arrays, strict=True)), fields[field], FLOAT64_LAYER)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.03])
+@pytest.mark.parametrize("name", TORCH)
+def test_equals_pytorchs(name, weight_decay):
+    found, _ = run(name, weight_decay=weight_decay)
+    parameters = {key: torch.tensor(value, requires_grad=True) for key, value in initial().items()}
+    optimizer = TORCH[name](parameters.values(), lr=1e-3, weight_decay=weight_decay)
+    for step, grads in enumerate(gradients()):
+        for key, parameter in parameters.items():
+            parameter.grad = torch.from_numpy(grads[key].copy())
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        optimizer.step()
+    assert_all_close("value", found, {key: p.detach() for key, p in parameters.items()}, FLOAT64_LAYER)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_tiles_parts_and_shares_change_nothing(name, monkeypatch):
+    """Small tiles, gradients in two parts, the work shared by three."""
+    plain, _ = run(name, base_lr=1e-3)
+    monkeypatch.setattr(optimizer_base, "TILE", 8)
+    parameters = {key: Parameter(value) for key, value in initial().items()}
+    optimizer = make_optimizer(name, parameters.values(), 1e-3, base_lr=1e-3)
+    for step, grads in enumerate(gradients()):
+        halves = [[grads[key] / 2 for key in SHAPES]] * 2
+        optimizer.lr, norms = learning_rate(step), np.zeros(2)
+        before = {key: p.value.copy() for key, p in parameters.items()}
+        for share in range(3):
+            optimizer.count = step
+            norms += optimizer.step(halves, (share, 3))
+        if step % 100 == 0:
+            changes = sum(np.square(p.value - before[key]).sum() for key, p in parameters.items())
+            assert_close("norms", norms, [sum(np.square(g).sum() for g in grads.values()), changes], 1e-9)
+    for key, parameter in parameters.items():
+        np.testing.assert_array_equal(parameter.value, plain[key])
+
+
+def test_frozen_parameters_stay():
+    parameters = [Parameter(value) for value in initial().values()]
+    parameters[0].trainable = False
+    before = [p.value.copy() for p in parameters]
+    for parameter in parameters:
+        parameter.add_grad(np.ones_like(parameter.value))
+    numpy_ref.Adam(parameters, weight_decay=0.1).step()
+    np.testing.assert_array_equal(parameters[0].value, before[0])
+    assert not np.array_equal(parameters[1].value, before[1])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_float32_stays_float32(name):
+    parameter = Parameter(np.ones((3, 2), np.float32))
+    optimizer = make_optimizer(name, [parameter], 1e-3, weight_decay=0.1)
+    parameter.add_grad(np.ones((3, 2), np.float32))
+    optimizer.step()
+    arrays = [parameter.value, parameter.grad, *(a for each in optimizer.moments.values() for a in each)]
+    assert {str(array.dtype) for array in arrays} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("adam", {"b1": 1.0}),
+        ("adam", {"b2": -0.1}),
+        ("adamw", {"eps": -1.0}),
+        ("sgd", {"momentum": math.inf}),
+        ("sgd", {"weight_decay": -1.0}),
+        ("adabound", {"gamma": 0.0}),
+        ("adabound", {"final_lr": 0.0}),
+        ("amsbound", {"base_lr": math.nan}),
+    ],
+)
+def test_bad_argument_is_named(name, bad):
+    (argument,) = bad
+    with pytest.raises(ValueError, match=f"{argument} must be"):
+        make_optimizer(name, [], 1e-3, **bad)
+
+
+def test_bad_learning_rate_and_name_are_refused():
+    with pytest.raises(ValueError, match="lr must be"):
+        make_optimizer("sgd", [], -1.0)
+    with pytest.raises(ValueError, match="unknown optimizer 'lion'; choose one of adam, adabound"):
+        make_optimizer("lion", [], 1e-3)
+
+
+def test_the_tables_are_the_same():
+    assert set(OPTIMIZERS) == set(jax_resnet.optimizers.OPTIMIZERS)

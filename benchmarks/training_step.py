@@ -1,24 +1,32 @@
-"""Time a training step of ResNet-101 (forward, backward, Adam) in JAX and in PyTorch, on this CPU.
+"""Time ResNet-101 in JAX, NumPy and PyTorch on this CPU: training steps (forward, backward, Adam), inference.
 
     python -m benchmarks.training_step --size 32@32x32x1 --rounds 9 --threads 2
+    python -m benchmarks.training_step --engine numpy --inference
 
 Every contestant is a process of its own with the same number of threads. They take turns, one step each,
 round after round, so that a machine whose speed drifts is the same for all; medians and the ratio to
-PyTorch's fastest eager form are printed. PyTorch runs in four forms: NCHW or channels_last, Adam as it comes
-or fused.
+PyTorch's fastest eager form are printed, and the memory each takes. PyTorch runs in four forms: NCHW or
+channels_last, Adam as it comes or fused.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
 import multiprocessing
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+Seconds = dict[str, list[float]]
 
 TORCH_FORMS = {
     "torch NCHW, Adam": (False, False),
@@ -29,13 +37,20 @@ TORCH_FORMS = {
 DEFAULT_FORM = "torch NCHW, Adam"
 
 
-def jax_step(batch: int, shape: tuple[int, int, int], model: str) -> Callable[[], None]:
-    """A function that takes one training step with the JAX engine."""
-    from jax_resnet import Engine
+Step = Callable[[], object]
+ENGINES = {
+    "jax": ("jax_resnet", {}),
+    "numpy": ("numpy_ref", {}),
+    "numpy, columns kept": ("numpy_ref", {"keep_columns": True}),
+}
 
-    engine = Engine(
+
+def engine_step(name: str, batch: int, shape: tuple[int, int, int], model: str, inference: bool) -> Step:
+    """A function that takes one training step with an engine, or computes one batch of logits."""
+    package, options = ENGINES[name]
+    engine = importlib.import_module(package).Engine(
         model=model,
-        model_options={},
+        model_options=options,
         num_classes=10,
         image_shape=shape,
         mean=(0.5,) * shape[2],
@@ -46,29 +61,23 @@ def jax_step(batch: int, shape: tuple[int, int, int], model: str) -> Callable[[]
     )
     rng = np.random.default_rng(0)
     image = rng.standard_normal((batch, *shape)).astype(np.float32)
-    label = (np.arange(batch) % 10).astype(np.int32)
-
-    def batches():
-        while True:
-            yield {"image": image, "label": label}
-
-    steps = engine.train(engine.init(), batches())
-
-    def step() -> None:
-        state, _ = next(steps)
-        np.asarray(state["step"])  # the step's whole program has run when any output is there
-
-    return step
+    batches = itertools.repeat({"image": image, "label": (np.arange(batch) % 10).astype(np.int32)})
+    state = engine.init()
+    if inference:
+        logits = engine.evaluate(state, batches)
+        return lambda: np.asarray(next(logits)).sum()
+    steps = engine.train(state, batches)
+    # The step's whole program has run when any of its output is there
+    return lambda: float(next(steps)[1]["loss"])
 
 
-def torch_step(
-    batch: int, shape: tuple[int, int, int], model: str, channels_last: bool, fused: bool
-) -> Callable[[], None]:
-    """A function that takes one training step with the oracle in eager PyTorch."""
+def torch_step(name: str, batch: int, shape: tuple[int, int, int], model: str, inference: bool) -> Step:
+    """The same with the oracle in eager PyTorch."""
     import torch
 
     from torch_oracle.resnet import MODELS
 
+    channels_last, fused = TORCH_FORMS[name]
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     net = MODELS[model](10, shape[2]).train()
@@ -83,24 +92,42 @@ def torch_step(
         loss_fn(net(image), label).backward()
         optimizer.step()
 
+    @torch.inference_mode()
+    def infer() -> None:
+        net(image)
+
+    if inference:
+        net.eval()
+        return infer
     return step
 
 
-def work(
-    name: str, batch: int, shape: tuple[int, int, int], model: str, threads: int, pipe: Connection
-) -> None:
-    """A contestant: gets ready, then takes a step whenever it is asked and answers with its seconds."""
+def memory(pids: list[int]) -> int:
+    """Bytes that processes hold, pages that they share counted once (Linux: proportional set size)."""
+    total = 0
+    for pid in pids:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+        total += int(re.search(r"^Pss: +(\d+) kB", rollup, re.MULTILINE)[1]) * 1024  # type: ignore[index]
+    return total
+
+
+def work(name: str, threads: int, pipe: Connection, *what: Any) -> None:
+    """A contestant: gets ready, then takes a step whenever it is asked and answers with its seconds; in the
+    end with the bytes it holds, less those it held after its imports."""
     os.sched_setaffinity(
         0, sorted(os.sched_getaffinity(0))[:threads]
     )  # XLA has a thread for each processor it sees
-    if name == "jax":
+    if name in ENGINES:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        step = jax_step(batch, shape, model)
+        importlib.import_module(ENGINES[name][0])
+        make = engine_step
     else:
-        import torch
-
+        torch = importlib.import_module("torch")
+        importlib.import_module("torch_oracle")
         torch.set_num_threads(threads)
-        step = torch_step(batch, shape, model, *TORCH_FORMS[name])
+        make = torch_step
+    before = memory([os.getpid()])
+    step = make(name, *what)
     step()
     step()
     pipe.send(None)
@@ -108,43 +135,43 @@ def work(
         begun = time.perf_counter()
         step()
         pipe.send(time.perf_counter() - begun)
+    processes = [os.getpid(), *(process.pid for process in multiprocessing.active_children() if process.pid)]
+    pipe.send(memory(processes) - before * len(processes))
 
 
-def measure(
-    names: list[str], batch: int, shape: tuple[int, int, int], model: str, threads: int, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of `rounds` steps of each contestant, taken in turns."""
+def measure(names: list[str], threads: int, rounds: int, *what: Any) -> tuple[Seconds, dict[str, int]]:
+    """Seconds of `rounds` steps of each contestant, taken in turns, and the bytes of memory of each."""
     context = multiprocessing.get_context("spawn")
     workers = {}
     for name in names:
         here, there = context.Pipe()
-        process = context.Process(target=work, args=(name, batch, shape, model, threads, there), daemon=True)
+        process = context.Process(target=work, args=(name, threads, there, *what))
         process.start()
         here.recv()
         workers[name] = (process, here)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: Seconds = {name: [] for name in names}
     for _ in range(rounds):
         for name, (_, pipe) in workers.items():
             pipe.send(True)
             seconds[name].append(pipe.recv())
-    for process, pipe in workers.values():
+    sizes = {}
+    for name, (process, pipe) in workers.items():
         pipe.send(False)
+        sizes[name] = pipe.recv()
         process.join()
-    return seconds
+    return seconds, sizes
 
 
-def report(size: str, seconds: dict[str, list[float]], threads: int) -> None:
-    """Print medians and the ratios of JAX to PyTorch's fastest and default form."""
+def report(title: str, seconds: Seconds, sizes: dict[str, int], threads: int) -> None:
+    """Print medians, memory, and the ratios to PyTorch's fastest and default form."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     fastest = min(TORCH_FORMS, key=lambda name: medians[name])
-    rounds = len(seconds["jax"])
-    print(
-        f"\nResNet training step, {size}, float32, {threads} threads, median of {rounds} interleaved rounds"
-    )
+    rounds = len(seconds[fastest])
+    print(f"\n{title}, float32, {threads} threads, median of {rounds} interleaved rounds")
+    print(f"  {'':32} {'seconds':>9} {'of fastest':>11} {'of default':>11} {'MB':>6}")
     for name, median in sorted(medians.items(), key=lambda item: item[1]):
-        print(f"  {name:32} {median:7.3f} s   {median / medians[fastest]:5.2f} of PyTorch's fastest")
-    print(f"  jax / PyTorch's fastest eager ({fastest}): {medians['jax'] / medians[fastest]:.2f}")
-    print(f"  jax / PyTorch's default eager: {medians['jax'] / medians[DEFAULT_FORM]:.2f}")
+        ratios = f"{median / medians[fastest]:11.2f} {median / medians[DEFAULT_FORM]:11.2f}"
+        print(f"  {name:32} {median:9.3f} {ratios} {sizes[name] / 1e6:6.0f}", flush=True)
 
 
 def parse_size(text: str) -> tuple[int, tuple[int, int, int]]:
@@ -156,18 +183,22 @@ def parse_size(text: str) -> tuple[int, tuple[int, int, int]]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="time training steps on this CPU, JAX against PyTorch")
+    parser = argparse.ArgumentParser(description="time the engines on this CPU against PyTorch")
     parser.add_argument(
         "--size", nargs="+", default=["32@32x32x1", "8@96x96x3", "4@224x224x3"], help="BATCH@HxWxC"
     )
+    parser.add_argument("--engine", nargs="+", choices=list(ENGINES), default=["jax", "numpy"])
+    parser.add_argument("--inference", action="store_true", help="time logits instead of training steps")
     parser.add_argument("--model", default="resnet101")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     for size in args.size:
         batch, shape = parse_size(size)
-        seconds = measure(["jax", *TORCH_FORMS], batch, shape, args.model, args.threads, args.rounds)
-        report(f"{args.model} {size}", seconds, args.threads)
+        what = (batch, shape, args.model, args.inference)
+        results = measure([*args.engine, *TORCH_FORMS], args.threads, args.rounds, *what)
+        task = "inference" if args.inference else "training step"
+        report(f"{args.model} {size}, {task}", *results, args.threads)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,11 @@ def clipped_taps(kernel: Pair, stride: Pair, padding: Pair, size: Pair, out_size
 
 
 class Conv2d(layers.Conv2d):
-    """`layers.Conv2d` in one of three forms, whichever suits the shapes."""
+    """`layers.Conv2d` in one of three forms, whichever suits the shapes.
+
+    Attributes:
+        keep_columns: whether the columns of the pictures are kept for backward, and not made anew.
+    """
 
     keep_columns = False
 

@@ -27,19 +27,27 @@ def pair(value: int | Pair) -> Pair:
     return (value, value) if isinstance(value, int) else value
 
 
-def draw(rng: np.random.Generator, distribution: str, shape: tuple[int, ...], scale: float) -> Array:
+def draw(
+    rng: np.random.Generator | None,
+    distribution: str,
+    shape: tuple[int, ...],
+    scale: float,
+    dtype: npt.DTypeLike,
+) -> Array:
     """`scale` times random float32 numbers: "normal" ones, or "uniform" ones in [-1, 1).
 
     Each call draws from the next child of `rng`, as `jax_resnet.layers.draw` does: both engines' networks of
-    seed s start from the same weights, bit for bit.
+    seed s start from the same weights, bit for bit. Without `rng` they are zeros, to be loaded.
     """
+    if rng is None:
+        return np.zeros(shape, dtype)
     (child,) = rng.spawn(1)
     if distribution == "normal":
         values = child.standard_normal(shape, np.float32)
     else:
         values = 2 * child.random(shape, np.float32) - 1
     values *= np.float32(scale)
-    return values
+    return values.astype(dtype, copy=False)
 
 
 class Parameter:
@@ -217,12 +225,12 @@ class Linear(Layer):
         in_features: int,
         out_features: int,
         *,
-        rng: np.random.Generator,
+        rng: np.random.Generator | None,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
         bound = 1.0 / math.sqrt(in_features)
-        self.weight = Parameter(draw(rng, "uniform", (in_features, out_features), bound).astype(dtype))
-        self.bias = Parameter(draw(rng, "uniform", (out_features,), bound).astype(dtype))
+        self.weight = Parameter(draw(rng, "uniform", (in_features, out_features), bound, dtype))
+        self.bias = Parameter(draw(rng, "uniform", (out_features,), bound, dtype))
 
     def forward(self, x: Array, train: bool = False) -> Array:
         """x [N, in] to [N, out]."""
@@ -318,13 +326,13 @@ class Conv2d(Layer):
         stride: int | Pair = 1,
         padding: int | Pair = 0,
         bias: bool = False,
-        rng: np.random.Generator,
+        rng: np.random.Generator | None,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
         self.kernel, self.stride, self.padding = pair(kernel_size), pair(stride), pair(padding)
         shape = (*self.kernel, in_channels, out_channels)
         std = math.sqrt(2.0 / (self.kernel[0] * self.kernel[1] * out_channels))
-        self.weight = Parameter(draw(rng, "normal", shape, std).astype(dtype))
+        self.weight = Parameter(draw(rng, "normal", shape, std, dtype))
         self.bias = Parameter(np.zeros(out_channels, dtype)) if bias else None
 
     def forward(self, x: Array, train: bool = False) -> Array:

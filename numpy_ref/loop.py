@@ -41,15 +41,15 @@ class Setup:
     dtype: str
     seed: int
 
-    def network(self) -> Layer:
-        """The network with its initial weights."""
+    def network(self, *, initial: bool) -> Layer:
+        """The network with its initial weights, or with zeros."""
         extra = {"image_size": self.image_shape[:2]} if self.model == "cnn" else {}
         return resnet.MODELS[self.model](
             self.num_classes,
             self.image_shape[2],
             **extra,
             **self.model_options,
-            rng=np.random.default_rng(self.seed),
+            rng=np.random.default_rng(self.seed) if initial else None,
             dtype=np.dtype(self.dtype),
         )
 
@@ -68,13 +68,20 @@ class Setup:
 class Replica:
     """One process's network and optimizer, and its part in a step.
 
-    With `memory`, all that a step changes lies there: parameters, running statistics, the optimizer's
-    moments, and the gradients of every process.
+    The weights are zeros, but for `initial`. With `memory`, all that a step changes lies there: parameters,
+    running statistics, the optimizer's moments, and the gradients of every process.
     """
 
-    def __init__(self, setup: Setup, communicator: Communicator, memory: SharedMemory | None = None) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        communicator: Communicator,
+        memory: SharedMemory | None = None,
+        *,
+        initial: bool = False,
+    ) -> None:
         self.setup, self.communicator = setup, communicator
-        self.network = setup.network()
+        self.network = setup.network(initial=initial)
         self.parameters = self.network.named_parameters()
         self.optimizer = make_optimizer(
             setup.optimizer, self.parameters.values(), 0.0, **setup.optimizer_options
@@ -232,7 +239,7 @@ class Engine:
 
     def init(self) -> State:
         """The state before the first step."""
-        initial = Replica(self._setup, Communicator())
+        initial = Replica(self._setup, Communicator(), initial=True)
         return self._state(initial.arrays()) if self.processes > 1 else State(initial)
 
     def _state(self, arrays: Tree) -> State:

@@ -58,7 +58,9 @@ class Optimizer:
         check_hyperparameters(lr=lr, weight_decay=weight_decay)
         self.parameters = list(parameters)
         self.lr, self.weight_decay, self.count = lr, weight_decay, 0
-        self.moments = {name: [np.zeros_like(p.value) for p in self.parameters] for name in self.fields}
+        self.moments = {
+            name: [np.zeros(p.value.shape, p.value.dtype) for p in self.parameters] for name in self.fields
+        }
 
     def zero_grad(self) -> None:
         """Start the sum of gradients anew."""

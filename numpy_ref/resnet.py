@@ -36,7 +36,7 @@ class _Kit:
     """Makes the layers of one network: all of one type, plain or fast, with batch norm or without."""
 
     def __init__(
-        self, *, rng: np.random.Generator, dtype: npt.DTypeLike, fast: bool, batch_norm: bool = True
+        self, *, rng: np.random.Generator | None, dtype: npt.DTypeLike, fast: bool, batch_norm: bool = True
     ) -> None:
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
@@ -174,9 +174,10 @@ class ResNet(Layer):
         batch_norm: without it, every convolution has a bias.
         residual_scale: the initial weight of the batch norm that ends each block. 1 is torchvision's; a
             small one lets blocks start close to their shortcuts (De & Smith 2020, arXiv 2002.10444).
-        rng: source of the initial weights; `default_rng(s)` gives those of `nnx.Rngs(s)` in JAX.
+        rng: source of the initial weights; `default_rng(s)` gives those of `nnx.Rngs(s)` in JAX, None zeros.
         dtype: float32 or float64, of every array.
         fast: False takes the readable layers of `layers.py` in place of those of `fast.py`.
+        keep_columns: whether fast convolutions keep their columns for backward: much more memory.
     """
 
     def __init__(
@@ -192,9 +193,10 @@ class ResNet(Layer):
         stride_in_1x1: bool = False,
         batch_norm: bool = True,
         residual_scale: float = 1.0,
-        rng: np.random.Generator,
+        rng: np.random.Generator | None,
         dtype: npt.DTypeLike = np.float32,
         fast: bool = True,
+        keep_columns: bool = False,
     ) -> None:
         if stem not in ("imagenet", "small"):
             raise ValueError(f'stem must be "imagenet" or "small", not {stem!r}')
@@ -218,6 +220,9 @@ class ResNet(Layer):
                 if isinstance(norm, BatchNorm):
                     norm.weight.value *= norm.weight.value.dtype.type(residual_scale)
             setattr(self, f"layer{stage + 1}", Sequential(*blocks))
+        for layer in self.walk():
+            if isinstance(layer, fast_layers.Conv2d):
+                layer.keep_columns = keep_columns
         self.pool = GlobalAvgPool2d()
         self.fc = kit.linear(channels, num_classes)
 
@@ -266,7 +271,7 @@ class CNN(Layer):
         *,
         image_size: tuple[int, int] = (32, 32),
         width: int = 8,
-        rng: np.random.Generator,
+        rng: np.random.Generator | None,
         dtype: npt.DTypeLike = np.float32,
         fast: bool = True,
     ) -> None:

@@ -1,0 +1,36 @@
+"""The documents: their code runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_tour_runs(tmp_path):
+    """Every block of docs/tour.md, one after another, as one program."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "tour.md").read_text(), re.S | re.M)
+    assert len(blocks) == 4
+    program = tmp_path / "tour.py"
+    program.write_text("\n".join(blocks))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, program], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_pictures_of_convolution_can_be_drawn(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import draw_convolution  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(draw_convolution, "FOLDER", tmp_path)
+    draw_convolution.draw_windows()
+    draw_convolution.draw_columns()
+    for name in ("convolution.png", "im2col.png"):
+        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert (ROOT / "docs" / name).is_file()

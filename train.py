@@ -1,7 +1,8 @@
-"""Train a ResNet with JAX.
+"""Train a ResNet with JAX or with NumPy.
 
     python train.py                                             # ResNet-101 on handwritten digits, Adam
     python train.py --optimizer adabound --seed 1
+    python train.py --framework numpy                           # the same, from scratch in NumPy
     python train.py --dataset mnist --data-dir DIR --model resnet18 --epochs 1
     python train.py --run-dir runs/mine --resume                # continue, bit for bit
 

@@ -24,9 +24,9 @@ def draw(
 ) -> jax.Array:
     """`scale` times random numbers: "normal" ones, or "uniform" ones in [-1, 1), from NumPy's generator.
 
-    The n-th call draws from the n-th child of `np.random.default_rng(seed)`, in float32: `nnx.Rngs(seed)` gives
-    the same weights as the NumPy engine's `default_rng(seed)`, bit for bit, on every back end and in every
-    precision. And nothing is compiled, where JAX's own generator would compile a program for each shape,
+    The n-th call draws from the n-th child of `np.random.default_rng(seed)`, in float32: `nnx.Rngs(seed)`
+    gives the same weights as the NumPy engine's `default_rng(seed)`, bit for bit, on every back end and in
+    every precision. And nothing is compiled, where JAX's own generator would compile a program for each shape,
     seconds for a ResNet-101. Works under jit, vmap and eval_shape.
     """
 

@@ -24,10 +24,10 @@ def draw(
 ) -> jax.Array:
     """`scale` times random numbers: "normal" ones, or "uniform" ones in [-1, 1), from NumPy's generator.
 
-    The n-th call draws from the n-th child of `np.random.default_rng(seed)`, in float32: `nnx.Rngs(seed)`
-    gives the same weights as the NumPy engine's `default_rng(seed)`, bit for bit, on every back end and in
-    every precision. And nothing is compiled, where JAX's own generator would compile a program for each shape,
-    seconds for a ResNet-101. Works under jit, vmap and eval_shape.
+    The n-th call draws from the n-th child of `np.random.default_rng(seed)`, in float32. So `nnx.Rngs(seed)`
+    gives the weights that `default_rng(seed)` gives in the NumPy engine, bit for bit, on every back end and
+    in every precision. And nothing is compiled, where JAX's own generator would compile a program for each
+    shape, seconds for a ResNet-101. Works under jit, vmap and eval_shape.
     """
 
     def sample(key: jax.Array, count: jax.Array) -> np.ndarray:

@@ -107,11 +107,19 @@ class Communicator:
         for other in self._others():
             post = self._posts[other][self.rank]
             if not any(post.acquire(block=False) for _ in range(_SPINS)):
-                post.acquire()
+                while not post.acquire(timeout=1):
+                    _end_with_parent()
         return np.asarray(board.sum(0).reshape(values.shape))
 
     def _others(self) -> Iterator[int]:
         return (rank for rank in range(self.active) if rank != self.rank)
+
+
+def _end_with_parent() -> None:
+    """End this process if its parent is gone: it may have told some of its processes of a step, not all."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise SystemExit(1)
 
 
 def split(count: int, parts: int) -> list[slice]:

@@ -187,6 +187,11 @@ if __name__ == "__main__":
     print(*(process.pid for process in state._group._processes), flush=True)
     time.sleep(60)
 """
+    check_none_left(program)
+
+
+def check_none_left(program: str) -> None:
+    """Start a program that prints the numbers of its two processes; kill it; they end."""
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -197,6 +202,22 @@ if __name__ == "__main__":
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < until:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_process_that_waits_for_others_ends_with_its_parent():
+    """The parent was killed when it had told one process of a step, and not the other."""
+    program = """
+import os, signal
+from tests.test_numpy_loop import make_batches, make_engine, train
+if __name__ == "__main__":
+    engine = make_engine(processes=2)
+    state, _ = train(engine, engine.init(), make_batches(1))
+    group, (batch,) = state._group, make_batches(1)
+    print(*(process.pid for process in group._processes), flush=True)
+    group._ends[0].send(("train", 2, (batch["image"], batch["label"], 8, 1e-3, 2)))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    check_none_left(program)
 
 
 @pytest.mark.parametrize(("count", "parts"), [(8, 2), (7, 2), (7, 3), (3, 3), (1, 1)])

@@ -80,7 +80,7 @@ def micro(rounds: int) -> None:
 def convolutions(size: int, channels: int, batch: int) -> Iterator[tuple[str, layers.Conv2d, Shape]]:
     """Every convolution of ResNet-101, with the shape of its input."""
     model = resnet101(10, channels, rng=np.random.default_rng(0))
-    model.forward(np.zeros((batch, size, size, channels), np.float32), train=True)
+    model.forward(np.zeros((batch, size, size, channels), np.float32))
     for name, layer in named(model):
         if isinstance(layer, layers.Conv2d):
             yield name, layer, layer.kept[1].shape

@@ -1,11 +1,12 @@
-"""Time convolutions by themselves: NumPy's forms against each other and against PyTorch.
+"""Time convolutions by themselves: the NumPy engine's forms against each other and against PyTorch.
 
     python -m benchmarks.convolution micro      # 1,000 backward passes of a tiny convolution
     python -m benchmarks.convolution layers     # every convolution of ResNet-101, forward and backward
     python -m benchmarks.convolution loops      # a pass of ResNet-101 by loops, extrapolated from its layers
 
-Contestants take turns in one process; medians are printed. PyTorch runs with --threads threads, and NumPy's
-matrix products with those it began with (OMP_NUM_THREADS).
+Contestants take turns in one process; medians are printed. PyTorch, in `micro` alone (the threads of two
+libraries in one process would stand in each other's way), runs with --threads threads, NumPy's matrix
+products with those it began with (OMP_NUM_THREADS).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def interleaved(calls: Mapping[str, Call], rounds: int, repeats: int = 1) -> dic
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            time.sleep(0.05)  # until the threads of the one before have stopped to wait for work
+            call()
             begun = time.perf_counter()
             for _ in range(repeats):
                 call()
@@ -94,38 +97,34 @@ def named(layer: layers.Layer, prefix: str = "") -> Iterator[tuple[str, layers.L
 
 
 def every_layer(rounds: int, size: int, channels: int, batch: int) -> None:
-    """Forward and backward of each kind of convolution, and the sum over the network."""
+    """Forward and backward of each kind of convolution, in the plain form and in the fast one; the sums."""
     kinds: dict[tuple[object, ...], list[tuple[str, layers.Conv2d, Shape]]] = {}
     for name, layer, shape in convolutions(size, channels, batch):
         kinds.setdefault((shape, layer.weight.value.shape, layer.stride), []).append((name, layer, shape))
-    total = {"numpy": 0.0, "torch": 0.0}
+    total = {"plain": 0.0, "fast": 0.0}
     print(
-        f"  {'first of its kind':22} {'kernel':18} {'times':>5} {'numpy ms':>9} {'torch ms':>9} {'ratio':>6}"
+        f"  {'first of its kind':22} {'kernel':18} {'times':>5} {'plain ms':>9} {'fast ms':>9} {'ratio':>6}"
     )
     for group in kinds.values():
         name, layer, shape = group[0]
+        i, o = layer.weight.value.shape[2:]
+        plain = layers.Conv2d(i, o, layer.kernel, stride=layer.stride, padding=layer.padding, rng=None)
         x = np.random.default_rng(0).standard_normal(shape, np.float32)
-        numpy_call, torch_call = numpy_backward(layer, x), torch_backward(layer, x)
-        conv = torch.nn.Conv2d(
-            shape[3], layer.weight.value.shape[3], layer.kernel, layer.stride, layer.padding
-        )
-        tensor = torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
-        forward = {"numpy": lambda a=layer, b=x: a.forward(b, True), "torch": lambda a=conv, b=tensor: a(b)}
-        with torch.no_grad():
-            ahead = interleaved(forward, rounds)
-        back = interleaved({"numpy": numpy_call, "torch": torch_call}, rounds)
-        each = {engine: ahead[engine] + back[engine] for engine in total}
-        for engine in total:
-            total[engine] += len(group) * each[engine]
+
+        def both(each: layers.Conv2d, x: np.ndarray = x) -> Call:
+            backward = numpy_backward(each, x)
+            return lambda: (each.forward(x, True), backward())
+
+        each = interleaved({"plain": both(plain), "fast": both(layer)}, rounds)
+        for form in total:
+            total[form] += len(group) * each[form]
         kernel = "x".join(map(str, layer.weight.value.shape))
         print(
-            f"  {name:22} {kernel:18} {len(group):5} {1e3 * each['numpy']:9.2f} {1e3 * each['torch']:9.2f} "
-            f"{each['numpy'] / each['torch']:6.2f}"
+            f"  {name:22} {kernel:18} {len(group):5} {1e3 * each['plain']:9.2f} {1e3 * each['fast']:9.2f} "
+            f"{each['fast'] / each['plain']:6.2f}"
         )
-    ratio = total["numpy"] / total["torch"]
-    print(
-        f"  all convolutions: numpy {total['numpy']:.3f} s, torch {total['torch']:.3f} s, ratio {ratio:.2f}"
-    )
+    ratio = total["fast"] / total["plain"]
+    print(f"  all convolutions: plain {total['plain']:.3f} s, fast {total['fast']:.3f} s, ratio {ratio:.2f}")
 
 
 def loops(size: int, channels: int, batch: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -24,13 +25,11 @@ def test_the_tour_runs(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_pictures_of_convolution_can_be_drawn(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    import draw_convolution  # type: ignore[import-not-found]
-
-    monkeypatch.setattr(draw_convolution, "FOLDER", tmp_path)
-    draw_convolution.draw_windows()
-    draw_convolution.draw_columns()
+def test_the_pictures_of_convolution_can_be_drawn(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs" / "draw_convolution.py"))
+    for draw in ("draw_windows", "draw_columns"):
+        script[draw].__globals__["FOLDER"] = tmp_path
+        script[draw]()
     for name in ("convolution.png", "im2col.png"):
         assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert (ROOT / "docs" / name).is_file()

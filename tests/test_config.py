@@ -34,7 +34,7 @@ VALUES: dict[str, tuple[list[str], object]] = {
     "residual_scale": (["1"], 1.0),
     "stride_in_1x1": ([], True),
     "small_images": ([], True),
-    "precision": (["bfloat16"], "bfloat16"),
+    "precision": (["float64"], "float64"),
     "dataset": (["mnist"], "mnist"),
     "data_dir": (["some dir"], "some dir"),
     "train_subset": (["0.5"], 0.5),

@@ -274,7 +274,7 @@ def test_the_last_checkpoint_holds_the_final_weights(run):
 
 def test_best_is_not_last(tmp_path):
     """With a rate that rises and soon spoils what was learned, an earlier step's weights were the best."""
-    argv = ["--lr", "0.1", "--warmup-steps", "12", "--schedule", "constant"]
+    argv = ["--lr", "0.3", "--warmup-steps", "12", "--schedule", "constant"]
     run = start(tmp_path / "run", *argv, "--steps", "12", "--eval-every", "2")
     losses = {line["step"]: line["loss"] for line in run.lines("val")}
     best = run.summary["best"]

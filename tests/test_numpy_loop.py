@@ -33,7 +33,7 @@ from tests.test_loop import (
 from tests.test_loop import make_engine as make_jax_engine
 
 ROOT = Path(__file__).parents[1]
-# Twenty steps of a thin ResNet in float64: 1e-13 seen, most of it Adam's division by small moments.
+# Twenty steps of a thin ResNet in float64, as the project promises of runs that change engines.
 ENGINES = 1e-10
 
 

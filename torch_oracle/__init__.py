@@ -1,6 +1,8 @@
-"""The judge: the same networks in plain PyTorch, NCHW, that both engines must agree with."""
+"""The judge: the same networks and optimizers in plain PyTorch, NCHW, that both engines must agree with."""
 
+from torch_oracle.adabound import AdaBound, AdaBoundW, AMSBound
 from torch_oracle.layers import OptionA
+from torch_oracle.optimizers import OPTIMIZERS, make_optimizer
 from torch_oracle.resnet import (
     CNN,
     MODELS,
@@ -29,6 +31,10 @@ from torch_oracle.resnet import (
 __all__ = [
     "CNN",
     "MODELS",
+    "OPTIMIZERS",
+    "AMSBound",
+    "AdaBound",
+    "AdaBoundW",
     "BasicBlock",
     "Bottleneck",
     "OptionA",
@@ -36,6 +42,7 @@ __all__ = [
     "ResNet",
     "cnn",
     "load_state_dict",
+    "make_optimizer",
     "parameter_count",
     "resnet18",
     "resnet20",

@@ -1,0 +1,151 @@
+"""AdaBound, AMSBound and AdaBoundW: Adam whose step sizes are clipped to an interval that closes on SGD's.
+
+Luo, Xiong, Liu, Sun 2019, "Adaptive Gradient Methods with Dynamic Bound of Learning Rate", arXiv 1902.09843,
+algorithms 1 and 2, and the authors' code, whose operations stand here in their order: whole tensors, no
+arithmetic shared between parameters, nothing in place but the results. The same names stand in
+`jax_resnet/adabound.py`, where the meaning of each argument, and what a schedule does to the bounds, is set
+out at length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+RANGES: dict[str, tuple[str, float, float]] = {  # what it must be, at least, less than
+    **dict.fromkeys(("b1", "b2"), ("in [0, 1)", 0, 1)),
+    **dict.fromkeys(("lr", "eps", "momentum", "weight_decay"), ("finite and not negative", 0, math.inf)),
+    **dict.fromkeys(("final_lr", "base_lr", "gamma"), ("finite and positive", math.ulp(0), math.inf)),
+}
+
+
+def check_hyperparameters(**values: float) -> None:
+    """Raise a ValueError that names the first value out of its range."""
+    for name, value in values.items():
+        requirement, least, limit = RANGES[name]
+        if not least <= value < limit:
+            raise ValueError(f"{name} must be {requirement}, got {value}")
+
+
+class AdaBound(Optimizer):
+    """AdaBound: begins as Adam and ends as SGD with momentum and step size `final_lr`.
+
+    With t from 1, alpha_t the learning rate that the parameter group holds at step t:
+
+        g_t     = g_t + weight_decay * p
+        m_t     = b1 m_(t-1) + (1 - b1) g_t
+        v_t     = b2 v_(t-1) + (1 - b2) g_t^2
+        final_t = final_lr * alpha_t / base_lr
+        lower_t = final_t * (1 - 1 / (gamma t + 1)),   upper_t = final_t * (1 + 1 / (gamma t))
+        size_t  = clip(alpha_t * sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v_t) + eps), lower_t, upper_t)
+        p       = p - size_t * m_t
+
+    A schedule moves the bounds too. eps stands beside the *uncorrected* root: this is not Adam and a clip.
+
+    Args:
+        params: tensors, or groups of them as in `torch.optim`; a group may have its own value of every
+            argument.
+        lr: Adam's step size; read from `param_groups` at every step, where PyTorch's schedulers set it.
+        final_lr: SGD's step size, which the bounds converge to when the learning rate is `base_lr`.
+        base_lr: the rate that `final_lr` goes with; by default the group's `lr` when it is added. A scheduler
+            that warms up changes `lr` only later.
+        gamma: how fast the bounds converge, per step.
+        b1, b2: decay rates, per step, of the exponential averages of the gradients and of their squares.
+        eps: added to the root of the second moment; in units of the gradient. With 0, as in the authors'
+            code, 0 / 0 where the learning rate and all gradients so far are 0.
+        weight_decay: the L2 penalty, added to the gradient.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    State of each parameter: `step`, `exp_avg` (m), `exp_avg_sq` (v) and, in AMSBound, `max_exp_avg_sq`.
+    """
+
+    amsbound: ClassVar[bool] = False
+    decoupled: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        final_lr: float = 0.1,
+        *,
+        base_lr: float | None = None,
+        b1: float = 0.9,
+        b2: float = 0.999,
+        gamma: float = 1e-3,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        rates = {"lr": lr, "final_lr": final_lr, "base_lr": base_lr}
+        others = {"b1": b1, "b2": b2, "gamma": gamma, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**rates, **others})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; `__init__` calls it too. Raises ValueError if an argument is out of its range."""
+        group = {**self.defaults, **param_group}
+        if group["base_lr"] is None:
+            group["base_lr"] = group["lr"]
+        check_hyperparameters(**{name: group[name] for name in self.defaults})
+        super().add_param_group(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Change every parameter that has a gradient; return what `closure` returns, called before."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        """One step of one tensor, of any shape; see the class."""
+        assert p.grad is not None
+        lr, b1, b2, gamma = group["lr"], group["b1"], group["b2"], group["gamma"]
+        state = self.state[p]
+        if not state:
+            state["step"] = 0
+            moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if self.amsbound else [])]
+            state.update({name: torch.zeros_like(p) for name in moments})
+        state["step"] += 1
+        t = state["step"]
+
+        g = p.grad if self.decoupled else p.grad + group["weight_decay"] * p
+        m = state["exp_avg"] = b1 * state["exp_avg"] + (1 - b1) * g
+        v = state["exp_avg_sq"] = b2 * state["exp_avg_sq"] + (1 - b2) * g * g
+        if self.amsbound:
+            v = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], v)
+
+        step_size = lr * math.sqrt(1 - b2**t) / (1 - b1**t)
+        final_lr = group["final_lr"] * lr / group["base_lr"]
+        lower = final_lr * (1 - 1 / (gamma * t + 1))
+        upper = final_lr * (1 + 1 / (gamma * t))
+        size = torch.clamp(step_size / (v.sqrt() + group["eps"]), lower, upper)
+        decay = lr * group["weight_decay"] * p if self.decoupled else 0
+        p.copy_(p - size * m - decay)
+
+
+class AMSBound(AdaBound):
+    """AMSBound: AdaBound with the maximum of all v so far, before any bias correction, in v's place."""
+
+    amsbound = True
+
+
+class AdaBoundW(AdaBound):
+    """AdaBoundW: AdaBound with decoupled weight decay, scaled by the learning rate as in AdamW.
+
+        p = p - size_t * m_t - alpha_t * weight_decay * p
+
+    The authors' `AdaBoundW` subtracts weight_decay * p without alpha_t, so that no schedule reaches it.
+    """
+
+    decoupled = True

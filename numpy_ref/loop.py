@@ -17,8 +17,10 @@ import numpy as np
 from numpy_ref import resnet
 from numpy_ref.fast import BatchNorm
 from numpy_ref.layers import Array, Layer, Parameter, cross_entropy, no_grad
+from numpy_ref.memory import trim
 from numpy_ref.optimizers import make_optimizer
 from numpy_ref.parallel import Communicator, Group, SharedMemory, aligned, board_size, core_count, split
+from numpy_ref.resnet import Network
 from numpy_ref.state_dict import from_torch_layout, to_torch_layout
 
 Batch = Mapping[str, Array]
@@ -41,7 +43,7 @@ class Setup:
     dtype: str
     seed: int
 
-    def network(self, *, initial: bool) -> Layer:
+    def network(self, *, initial: bool) -> Network:
         """The network with its initial weights, or with zeros."""
         extra = {"image_size": self.image_shape[:2]} if self.model == "cnn" else {}
         return resnet.MODELS[self.model](
@@ -90,6 +92,8 @@ class Replica:
         for norm in self.norms:
             norm.all_reduce = communicator.all_reduce
             norm.keeps_running = communicator.rank == 0
+        index = {id(parameter): i for i, parameter in enumerate(self.parameters.values())}
+        self.indices = {id(e): [index[id(p)] for p in e.parameters()] for _, e in self.network.body()}
         self.gradients: list[list[Array]] | None = None
         if memory is not None:
             self._share(memory)
@@ -107,9 +111,21 @@ class Replica:
             norm.running_mean, norm.running_var = shared(norm.running_mean), shared(norm.running_var)
         for arrays in self.optimizer.moments.values():
             arrays[:] = [shared(array) for array in arrays]
-        self.gradients = [[shared(p.value) for p in parameters] for _ in range(self.communicator.size)]
+        self.gradients = [self._lay_out(memory) for _ in range(self.communicator.size)]
         for parameter, gradient in zip(parameters, self.gradients[self.communicator.rank], strict=True):
             parameter.keep_grad_in(gradient)
+
+    def _lay_out(self, memory: SharedMemory) -> list[Array]:
+        """A gradient for every parameter, those of different layers on top of each other."""
+        space = memory.empty((gradient_size(self.network),), np.dtype(np.uint8))
+        gradients = {}
+        for _, layer in self.network.body():
+            start = 0
+            for parameter in layer.parameters():
+                value = parameter.value
+                gradients[id(parameter)] = np.ndarray(value.shape, value.dtype, space, start)
+                start += aligned(value.nbytes)
+        return [gradients[id(parameter)] for parameter in self.parameters.values()]
 
     def arrays(self) -> Tree:
         """Everything that lasts from step to step, as it lies: {params, batch_stats, optimizer}."""
@@ -132,18 +148,33 @@ class Replica:
 
     def train(self, image: Array, label: Array, batch_size: int, lr: float, step: int) -> Metrics:
         """Step number `step`, from 1, on this process's part of a batch of `batch_size` examples: forward,
-        backward, update. Returns loss and norms of the whole batch, and the part's logits."""
+        backward, update. Returns loss and norms of the whole batch, and the part's logits.
+
+        Each layer is updated as soon as backward is done with it, while its gradient is still in the cache;
+        then the next layer's gradient may take its place in memory.
+        """
+        self.optimizer.lr, self.optimizer.count = lr, step - 1
+        self.optimizer.begin()
+        self.optimizer.zero_grad()
+        norms: list[Array] = []
         with np.errstate(all="ignore"):  # loss and norms tell
             logits = self.network.forward(self.setup.normalise(image), train=True)
             loss, dlogits = cross_entropy(logits, label, batch_size)
-            self.optimizer.zero_grad()
-            self.network.backward(dlogits)
-            (loss,) = self.communicator.all_reduce(np.array([loss]))  # by now all parts' gradients are there
-            active, rank = self.communicator.active, self.communicator.rank
-            self.optimizer.lr, self.optimizer.count = lr, step - 1
-            norms = self.optimizer.step(self.gradients and self.gradients[:active], (rank, active))
-            grad_norm, update_norm = np.sqrt(self.communicator.all_reduce(norms))  # and now all updates
+            self.network.backward(dlogits, lambda layer: norms.append(self._update(layer)))
+            loss, *norms = self.communicator.all_reduce(np.append(np.sum(norms, 0), loss)[[2, 0, 1]])
+            grad_norm, update_norm = np.sqrt(norms)
         return {"loss": loss, "logits": logits, "grad_norm": grad_norm, "update_norm": update_norm}
+
+    def _update(self, layer: Layer) -> Array:
+        """Update this process's share of a layer's parameters, and return what `Optimizer.change` does."""
+        which = self.indices[id(layer)]
+        if not which or self.gradients is None:
+            return self.optimizer.change(which)
+        active, rank = self.communicator.active, self.communicator.rank
+        self.communicator.wait()  # until all parts' gradients are there
+        norms = self.optimizer.change(which, self.gradients[:active], (rank, active))
+        self.communicator.wait()  # until nobody reads them any more
+        return norms
 
     def evaluate(self, image: Array) -> Array:
         """The logits of this process's part of a batch, with the running statistics."""
@@ -173,6 +204,7 @@ class State:
         if self.start is None:
             return [self.replica(what, arguments[0])]
         if self._group is None:
+            trim()  # of the arrays that those in shared memory were copied from
             self._group = self.start()
         return self._group.call(what, arguments)
 
@@ -300,8 +332,16 @@ class Engine:
     def _memory_size(self, arrays: Tree) -> int:
         """Bytes that the arrays take in shared memory, with a gradient for each process and the board."""
         own = sum(aligned(array.nbytes) for _, array in leaves(arrays))
-        gradients = sum(aligned(array.nbytes) for array in arrays["params"].values())
-        return own + gradients * self.processes + board_size(self.processes)
+        gradients = gradient_size(self._setup.network(initial=False))
+        return own + aligned(gradients) * self.processes + board_size(self.processes)
+
+
+def gradient_size(network: Network) -> int:
+    """Bytes of the gradients of that layer of a network's body that has the most."""
+    return max(
+        sum(aligned(parameter.value.nbytes) for parameter in layer.parameters())
+        for _, layer in network.body()
+    )
 
 
 def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Array]]:

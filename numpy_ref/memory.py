@@ -6,6 +6,7 @@ import ctypes
 import math
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,12 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
 def empty_like(array: Array) -> Array:
     """`empty` in the shape and type of an array."""
     return empty(array.shape, array.dtype)
+
+
+def trim() -> None:
+    """Hand freed memory back to the system, where the C library (glibc) would keep it for later."""
+    with suppress(AttributeError, OSError, TypeError):  # it is another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cut(size: int) -> Any:

@@ -67,15 +67,29 @@ class Optimizer:
         for parameter in self.parameters:
             parameter.zero_grad()
 
-    def step(
-        self, gradients: Sequence[Sequence[Array]] | None = None, share: tuple[int, int] = (0, 1)
+    def step(self) -> Array:
+        """Change all parameters by their gradients; what it returns is that of `change`."""
+        self.begin()
+        return self.change(range(len(self.parameters)))
+
+    def begin(self) -> None:
+        """Begin the next step; then every parameter is changed once."""
+        self.count += 1
+        self.prepare()
+
+    def change(
+        self,
+        which: Iterable[int],
+        gradients: Sequence[Sequence[Array]] | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> Array:
-        """Change the parameters by their gradients.
+        """Change some of the parameters by their gradients.
 
         Every number is on its own, so the arrays are walked through in tiles, which stay in the cache through
         all the operations of an update; each tile by some thread, since NumPy lets go of Python's lock.
 
         Args:
+            which: the indices of the parameters.
             gradients: for each part of the batch, the gradient of every parameter; they are added up. By
                 default the parameters' own.
             share: (i, n): only every n-th tile, from the i-th on; the others are somebody else's.
@@ -83,17 +97,16 @@ class Optimizer:
         Returns:
             The sums of the squares of the gradients, without decay, and of the changes: float64 [2].
         """
-        self.count += 1
-        self.prepare()
-        gradients = gradients or [[p.grad for p in self.parameters]]
         tiles = []
-        for index, parameter in enumerate(self.parameters):
+        for index in which:
+            parameter = self.parameters[index]
             if parameter.trainable:
+                own = [parameter.grad] if gradients is None else [part[index] for part in gradients]
                 arrays = [parameter.value, *(self.moments[name][index] for name in self.fields)]
-                flat = [a.reshape(-1) for a in (*(part[index] for part in gradients), *arrays)]
+                flat = [a.reshape(-1) for a in (*own, *arrays)]
                 tiles += [[a[i : i + TILE] for a in flat] for i in range(0, flat[0].size, TILE)]
         tiles = tiles[share[0] :: share[1]]
-        parts = len(gradients)
+        parts = 1 if gradients is None else len(gradients)
         work = [tiles[thread::_threads] for thread in range(_threads)]
         if _threads == 1:
             return self._step_tiles(work[0], parts)

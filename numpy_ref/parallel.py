@@ -111,6 +111,10 @@ class Communicator:
                     _end_with_parent()
         return np.asarray(board.sum(0).reshape(values.shape))
 
+    def wait(self) -> None:
+        """Return when every active process has called this."""
+        self.all_reduce(np.empty(0))
+
     def _others(self) -> Iterator[int]:
         return (rank for rank in range(self.active) if rank != self.rank)
 

@@ -157,7 +157,44 @@ class Bottleneck(_Block):
 Block = type[BasicBlock] | type[Bottleneck]
 
 
-class ResNet(Layer):
+class Network(Layer):
+    """Layers one after another, from pictures to logits, in stages that have names."""
+
+    dtype: np.dtype[Any]
+
+    def body(self) -> Iterator[tuple[str, Layer]]:
+        """The layers in order, each with the name of the stage it belongs to."""
+        raise NotImplementedError
+
+    def stages(self, x: Array, train: bool = False) -> dict[str, Array]:
+        """The output of every stage, in order."""
+        out = {}
+        x = x.astype(self.dtype, copy=False)
+        for stage, layer in self.body():
+            x = out[stage] = layer.forward(x, train)
+        return out
+
+    def forward(self, x: Array, train: bool = False) -> Array:
+        """Pictures [N, H, W, C] to logits [N, num_classes]."""
+        x = x.astype(self.dtype, copy=False)
+        for _, layer in self.body():
+            x = layer.forward(x, train)
+        return x
+
+    def backward(self, dy: Array, done: Callable[[Layer], object] = lambda layer: None) -> Array:
+        """dL/dlogits [N, num_classes] to dL/dx [N, H, W, C].
+
+        Layers forget their forward pass on the way. `done(layer)` is called when backward needs nothing of a
+        layer of the body any more and its gradients are complete.
+        """
+        for _, layer in reversed(list(self.body())):
+            dy = layer.backward(dy)
+            layer.forget()
+            done(layer)
+        return dy
+
+
+class ResNet(Network):
     """A stem, three or four stages of residual blocks, global average pooling and a linear layer (table 1).
 
     Args:
@@ -227,7 +264,7 @@ class ResNet(Layer):
         self.fc = kit.linear(channels, num_classes)
 
     def body(self) -> Iterator[tuple[str, Layer]]:
-        """The layers one after another, each with the name of the stage it belongs to."""
+        """See `Network`; the stages are stem, layer1, layer2, ..., pool and logits."""
         yield "stem", self.conv1
         yield "stem", self.bn1
         if self.maxpool is not None:
@@ -238,30 +275,8 @@ class ResNet(Layer):
         yield "pool", self.pool
         yield "logits", self.fc
 
-    def stages(self, x: Array, train: bool = False) -> dict[str, Array]:
-        """The output of every stage, in order: stem, layer1, ..., pool, logits."""
-        out = {}
-        x = x.astype(self.dtype, copy=False)
-        for stage, layer in self.body():
-            x = out[stage] = layer.forward(x, train)
-        return out
 
-    def forward(self, x: Array, train: bool = False) -> Array:
-        """Pictures [N, H, W, C] to logits [N, num_classes]."""
-        x = x.astype(self.dtype, copy=False)
-        for _, layer in self.body():
-            x = layer.forward(x, train)
-        return x
-
-    def backward(self, dy: Array) -> Array:
-        """dL/dlogits [N, num_classes] to dL/dx [N, H, W, C]. Layers forget their forward pass on the way."""
-        for _, layer in reversed(list(self.body())):
-            dy = layer.backward(dy)
-            layer.forget()
-        return dy
-
-
-class CNN(Layer):
+class CNN(Network):
     """One 3x3 convolution, ReLU, one linear layer. Needs to know the size of its pictures."""
 
     def __init__(
@@ -281,20 +296,12 @@ class CNN(Layer):
         self.relu, self.flatten = ReLU(), Flatten()
         self.fc = kit.linear(width * image_size[0] * image_size[1], num_classes)
 
-    def stages(self, x: Array, train: bool = False) -> dict[str, Array]:
-        """The output of every stage, in order: conv, logits."""
-        y = self.relu.forward(self.conv.forward(x.astype(self.dtype, copy=False), train), train)
-        return {"conv": y, "logits": self.fc.forward(self.flatten.forward(y, train), train)}
-
-    def forward(self, x: Array, train: bool = False) -> Array:
-        """Pictures [N, H, W, C] to logits [N, num_classes]."""
-        return self.stages(x, train)["logits"]
-
-    def backward(self, dy: Array) -> Array:
-        """dL/dlogits [N, num_classes] to dL/dx [N, H, W, C]."""
-        for layer in (self.fc, self.flatten, self.relu, self.conv):
-            dy = layer.backward(dy)
-        return dy
+    def body(self) -> Iterator[tuple[str, Layer]]:
+        """See `Network`; the stages are conv and logits."""
+        yield "conv", self.conv
+        yield "conv", self.relu
+        yield "logits", self.flatten
+        yield "logits", self.fc
 
 
 def resnet_imagenet(

@@ -20,66 +20,13 @@ from jax_resnet.adabound import (
     scale_by_amsbound,
 )
 from tests.comparing import assert_close
+from tests.published_adabound import FINAL_LR, PEAK, SHAPES, STEPS, problem, published, warmup_cosine
 
 OPTIMIZERS = [adabound, amsbound, adaboundw]
 TRANSFORMATIONS = [scale_by_adabound, scale_by_amsbound]
 
 FLOAT64 = 1e-12  # of a tensor's largest magnitude: 2,000 steps that each round a few times
 FLOAT32_STEP = 1e-6  # of each coordinate: one step's dozen roundings of 6e-8
-
-STEPS, WARMUP, PEAK, FINAL_LR = 2000, 100, 1e-3, 0.1
-SHAPES = {"conv1.weight": (6, 4), "fc.bias": (10,)}
-
-
-def published(params, grads, lrs, base_lr, *, amsbound, l2=0.0, decoupled=0.0, unscaled=0.0):
-    """Luo et al.'s code, line by line, for one tensor; `decoupled` and `unscaled`: two readings of AdaBoundW.
-
-    Returns the final tensors, and how many coordinates were at the lower bound, inside, at the upper bound.
-    """
-    p, m, v, v_max = params.copy(), np.zeros_like(params), np.zeros_like(params), np.zeros_like(params)
-    beta1, beta2, gamma, eps = 0.9, 0.999, 1e-3, 1e-8
-    hits = np.zeros(3, int)
-    for t, (g, lr) in enumerate(zip(grads, lrs, strict=True), start=1):
-        g = g + l2 * p
-        m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * g * g
-        v_max = np.maximum(v_max, v)
-        denom = np.sqrt(v_max if amsbound else v) + eps
-        step_size = lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)
-        final_lr = FINAL_LR * lr / base_lr
-        lower_bound = final_lr * (1 - 1 / (gamma * t + 1))
-        upper_bound = final_lr * (1 + 1 / (gamma * t))
-        eta = step_size / denom
-        if lr > 0:
-            hits += (
-                (eta < lower_bound).sum(),
-                ((lower_bound < eta) & (eta < upper_bound)).sum(),
-                (eta > upper_bound).sum(),
-            )
-        decay = lr * decoupled * p + unscaled * p
-        p = p - np.clip(eta, lower_bound, upper_bound) * m - decay
-    return {"params": p, "mu": m, "nu": v} | ({"nu_max": v_max} if amsbound else {}), hits
-
-
-def problem(seed=0):
-    """Parameters, and gradients over seven decades that fade, so that the maximum of nu matters."""
-    rng = np.random.default_rng(seed)
-    params, grads = {}, {}
-    fading = 0.05 + np.exp(-np.arange(STEPS) / 150)
-    for name, shape in SHAPES.items():
-        size = math.prod(shape)
-        scales = np.logspace(-5.5, 1.5, size).reshape(shape)
-        params[name] = rng.normal(size=shape)
-        noise = rng.normal(size=(STEPS, *shape)) + 0.5
-        grads[name] = scales * noise * fading.reshape(-1, *[1] * len(shape))
-    return params, grads
-
-
-def warmup_cosine():
-    """Linear from 0 to PEAK over WARMUP steps, then half a cosine to (nearly) 0."""
-    steps = np.arange(STEPS)
-    cosine = 0.5 * PEAK * (1 + np.cos(np.pi * (steps - WARMUP) / (STEPS - WARMUP)))
-    return np.where(steps < WARMUP, PEAK * steps / WARMUP, cosine)
 
 
 def run(tx, params, grads):

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from experiment.errors import UserError
 
-COMMANDS = {"prepare": "download a TFDS data set and bring it into the form that training reads"}
+COMMANDS = {
+    "convert": "weights from PyTorch's files (.pth, .pt, .th) to safetensors, or back",
+    "prepare": "download a TFDS data set and bring it into the form that training reads",
+}
 """Each command, a module of `experiment.commands` with a `main(argv) -> int`, and its line of help."""
 
 

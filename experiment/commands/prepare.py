@@ -4,13 +4,13 @@ Most of TFDS' builders need TensorFlow for this, and only for this. It is the ex
 virtual environment of its own: training and reading never import it.
 """
 
-import argparse
 import importlib.util
 import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
+from experiment.commands.parser import Parser
 from experiment.errors import UserError
 from experiment.tfds_source import (
     check_known,
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: an unknown name, TensorFlow is missing, or the download or the preparation failed.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiment prepare",
         description="Download a TFDS data set and write it as array_record files, which training reads.",
         epilog=f"Needs TensorFlow, in an environment of its own: {INSTALL}",

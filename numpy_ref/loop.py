@@ -23,6 +23,8 @@ from numpy_ref.parallel import Communicator, Group, SharedMemory, aligned, board
 from numpy_ref.resnet import Network
 from numpy_ref.state_dict import from_torch_layout, to_torch_layout
 
+GROUP = 1 << 25  # bytes of gradients that one process has at a time
+
 Batch = Mapping[str, Array]
 Metrics = dict[str, Any]
 Tree = dict[str, Any]
@@ -92,8 +94,8 @@ class Replica:
         for norm in self.norms:
             norm.all_reduce = communicator.all_reduce
             norm.keeps_running = communicator.rank == 0
-        index = {id(parameter): i for i, parameter in enumerate(self.parameters.values())}
-        self.indices = {id(e): [index[id(p)] for p in e.parameters()] for _, e in self.network.body()}
+        self.groups = update_groups(self.network)
+        self.index = {id(parameter): i for i, parameter in enumerate(self.parameters.values())}
         self.gradients: list[list[Array]] | None = None
         if memory is not None:
             self._share(memory)
@@ -116,12 +118,12 @@ class Replica:
             parameter.keep_grad_in(gradient)
 
     def _lay_out(self, memory: SharedMemory) -> list[Array]:
-        """A gradient for every parameter, those of different layers on top of each other."""
-        space = memory.empty((gradient_size(self.network),), np.dtype(np.uint8))
+        """A gradient for every parameter, those of different groups on top of each other."""
+        space = memory.empty((max(map(size_of, self.groups.values())),), np.dtype(np.uint8))
         gradients = {}
-        for _, layer in self.network.body():
+        for group in self.groups.values():
             start = 0
-            for parameter in layer.parameters():
+            for parameter in group:
                 value = parameter.value
                 gradients[id(parameter)] = np.ndarray(value.shape, value.dtype, space, start)
                 start += aligned(value.nbytes)
@@ -150,8 +152,8 @@ class Replica:
         """Step number `step`, from 1, on this process's part of a batch of `batch_size` examples: forward,
         backward, update. Returns loss and norms of the whole batch, and the part's logits.
 
-        Each layer is updated as soon as backward is done with it, while its gradient is still in the cache;
-        then the next layer's gradient may take its place in memory.
+        Groups of layers are updated as soon as backward is done with them, and the gradients of the next
+        group take the same memory: a gradient for each process would else be a network more for each.
         """
         self.optimizer.lr, self.optimizer.count = lr, step - 1
         self.optimizer.begin()
@@ -166,8 +168,8 @@ class Replica:
         return {"loss": loss, "logits": logits, "grad_norm": grad_norm, "update_norm": update_norm}
 
     def _update(self, layer: Layer) -> Array:
-        """Update this process's share of a layer's parameters, and return what `Optimizer.change` does."""
-        which = self.indices[id(layer)]
+        """Update this process's share of the group that ends with this layer, if one does: see `change`."""
+        which = [self.index[id(parameter)] for parameter in self.groups.get(id(layer), [])]
         if not which or self.gradients is None:
             return self.optimizer.change(which)
         active, rank = self.communicator.active, self.communicator.rank
@@ -332,16 +334,25 @@ class Engine:
     def _memory_size(self, arrays: Tree) -> int:
         """Bytes that the arrays take in shared memory, with a gradient for each process and the board."""
         own = sum(aligned(array.nbytes) for _, array in leaves(arrays))
-        gradients = gradient_size(self._setup.network(initial=False))
-        return own + aligned(gradients) * self.processes + board_size(self.processes)
+        groups = update_groups(self._setup.network(initial=False))
+        return own + max(map(size_of, groups.values())) * self.processes + board_size(self.processes)
 
 
-def gradient_size(network: Network) -> int:
-    """Bytes of the gradients of that layer of a network's body that has the most."""
-    return max(
-        sum(aligned(parameter.value.nbytes) for parameter in layer.parameters())
-        for _, layer in network.body()
-    )
+def update_groups(network: Network) -> dict[int, list[Parameter]]:
+    """The parameters in groups that are updated at once, each under the id of the layer that backward is then
+    done with: as many layers of the body as have `GROUP` bytes of gradients, or one that has more."""
+    groups: list[tuple[int, list[Parameter]]] = []
+    for _, layer in reversed(list(network.body())):
+        parameters = layer.parameters()
+        if groups and size_of(groups[-1][1] + parameters) <= GROUP:
+            parameters = groups.pop()[1] + parameters
+        groups.append((id(layer), parameters))
+    return dict(groups)
+
+
+def size_of(parameters: Sequence[Parameter]) -> int:
+    """Bytes of the gradients of parameters, in whole cache lines."""
+    return sum(aligned(parameter.value.nbytes) for parameter in parameters)
 
 
 def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Array]]:

@@ -21,14 +21,26 @@ def assert_close(name: str, actual: Any, expected: Any, tolerance: float) -> Non
     assert actual.size, f"{name}: nothing to compare in shape {actual.shape}"
     for side, array in (("actual", actual), ("expected", expected)):
         assert np.isfinite(array).all(), f"{name}: {(~np.isfinite(array)).sum()} of {side} are not finite"
-    scale = np.abs(expected).max() or 1.0
-    error = np.abs(actual - expected) / scale
+    error, scale = _errors(actual, expected)
     worst = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
     assert error[worst] <= tolerance, (
         f"{name}{list(worst)}: {actual[worst]:.17g}, not {expected[worst]:.17g}; off by {error[worst]:.2e} "
         f"of the tensor's largest magnitude {scale:.3g}, where {tolerance:.0e} is allowed; "
         f"{(error > tolerance).sum()} of {error.size} elements are off by more"
     )
+
+
+def _errors(actual: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, float]:
+    scale = np.abs(expected).max() or 1.0
+    return np.abs(actual - expected) / scale, scale
+
+
+def largest_error(actual: Any, expected: Any) -> float:
+    """What `assert_close` holds against its tolerance; infinite for another shape or what is not finite."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    if actual.shape != expected.shape or not np.isfinite([actual, expected]).all():
+        return math.inf
+    return float(_errors(actual, expected)[0].max())
 
 
 def assert_all_close(
@@ -66,10 +78,10 @@ def random_state(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[s
     return state
 
 
-def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+def quick_jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`jax.jit` for what runs once: on a CPU compiled in half the time, to slower machine code."""
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(function, compiler_options=quick)
+    return jax.jit(function, compiler_options=quick, **options)
 
 
 def nchw(x: Any) -> np.ndarray:

@@ -4,12 +4,47 @@ A tolerance is relative to the largest magnitude of the tensor compared (`compar
 says otherwise. It is what the arithmetic allows with a few times to spare, never what a failing test needs.
 """
 
+import math
+
+import numpy as np
+
 # float64 rounds at 1.1e-16. Sums of some hundred products, taken in another order, differ by 1e-15 to 1e-14.
 FLOAT64_LAYER = 1e-12
 
 # Two evaluations of ResNet-101 by PyTorch itself, training mode, batch 4 of 64x64: logits 1e-12, gradients
 # 3e-12, since batch norm divides by deviations of few values. The thin networks here: 1e-14, gradients 3e-14.
 FLOAT64_NETWORK = 1e-10
+
+# The same at full width and depth, batch 4 of 64x64.
+DEEP = ("resnet101", "resnet101-eval")
+FLOAT64_DEEP = 1e-10
+FLOAT64_DEEP_GRADIENT = 1e-9
+
+# 1,000 steps of one common sequence of gradients: each rounds a few times, and nothing magnifies it.
+FLOAT64_OPTIMIZER = 1e-12
+
+# 100 steps of a thin ResNet. The last bit of one weight changed makes 1e-15 of it with Adam at 1e-3, and 2e-11
+# with SGD at 0.1, whose steps are large enough for chaos to begin. Parameters and moments are further apart:
+# Adam makes whole steps of gradients that are nothing but rounding.
+FLOAT64_TRAJECTORY = {"adam": 1e-11, "adabound": 1e-11, "sgd": 1e-9}
+FLOAT64_TRAINED = 1e-8
+
+# float32 rounds at 6e-8. Batch norm, pooling, the loss and all that works element by element, at unit scale:
+# 1e-7 to 2e-7.
+FLOAT32_ELEMENTWISE = 1e-6
+
+
+def float32_sum(length: int) -> float:
+    """Convolutions and linear layers: the roundings of a sum of so many products are as good as random, so
+    they grow with the square root; measured 0.7e-6 to 2.6e-6 in the layers of ResNets."""
+    return 4 * float(np.finfo(np.float32).eps) * math.sqrt(length)
+
+
+# Whole networks in float32 lose what batch norm magnifies: PyTorch's own worst gradient in ResNet-101 is off by
+# 0.4. So its error is the measure, the larger of its two layouts': an engine's, divided by it. Of the two
+# layouts themselves one has 1 to 2 times the other's, and 3 to 11 times in the worst tensor.
+FLOAT32_RATIO = 1.5  # geometric mean over all tensors
+FLOAT32_RATIO_WORST = 8
 
 # float32 rounds at 6e-8. One layer is off by 2e-7 (batch norm) to 3e-6 (long sums of a convolution).
 FLOAT32_LAYER = 1e-5

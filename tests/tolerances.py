@@ -15,17 +15,15 @@ FLOAT64_LAYER = 1e-12
 # 3e-12, since batch norm divides by deviations of few values. The thin networks here: 1e-14, gradients 3e-14.
 FLOAT64_NETWORK = 1e-10
 
-# The same at full width and depth, batch 4 of 64x64.
-DEEP = ("resnet101", "resnet101-eval")
-FLOAT64_DEEP = 1e-10
+# The gradients of ResNet-101 at full width: three times further apart than the logits in PyTorch itself.
 FLOAT64_DEEP_GRADIENT = 1e-9
 
 # 1,000 steps of one common sequence of gradients: each rounds a few times, and nothing magnifies it.
 FLOAT64_OPTIMIZER = 1e-12
 
-# 100 steps of a thin ResNet. The last bit of one weight changed makes 1e-15 of it with Adam at 1e-3, and 2e-11
-# with SGD at 0.1, whose steps are large enough for chaos to begin. Parameters and moments are further apart:
-# Adam makes whole steps of gradients that are nothing but rounding.
+# 100 steps of a thin ResNet. The last bit of one weight changed makes 1e-15 of it with Adam at 1e-3, and
+# 2e-11 with SGD at 0.1, whose steps are large enough for chaos to begin. Parameters and moments are further
+# apart: Adam makes whole steps of gradients that are nothing but rounding.
 FLOAT64_TRAJECTORY = {"adam": 1e-11, "adabound": 1e-11, "sgd": 1e-9}
 FLOAT64_TRAINED = 1e-8
 
@@ -40,8 +38,8 @@ def float32_sum(length: int) -> float:
     return 4 * float(np.finfo(np.float32).eps) * math.sqrt(length)
 
 
-# Whole networks in float32 lose what batch norm magnifies: PyTorch's own worst gradient in ResNet-101 is off by
-# 0.4. So its error is the measure, the larger of its two layouts': an engine's, divided by it. Of the two
+# Whole networks in float32 lose what batch norm magnifies: PyTorch's own worst gradient in ResNet-101 is off
+# by 0.4. So its error is the measure, the larger of its two layouts': an engine's, divided by it. Of the two
 # layouts themselves one has 1 to 2 times the other's, and 3 to 11 times in the worst tensor.
 FLOAT32_RATIO = 1.5  # geometric mean over all tensors
 FLOAT32_RATIO_WORST = 8

@@ -12,11 +12,11 @@ import numpy as np
 from tests.comparing import random_state
 
 Inputs = dict[str, np.ndarray]
-"""`x` and `target`, or what an optimizer or a trajectory needs; `state/NAME` for parameters and statistics."""
+"""`x` and `target`, or what an optimizer or a trajectory needs; `state/NAME`: parameters and statistics."""
 
 Results = dict[str, np.ndarray]
-"""The outputs by their names (`y`, or a network's stages), `loss`, `dx`, `grad.NAME`, `after.NAME`; or what an
-optimizer or a trajectory leaves."""
+"""The outputs by their names (`y`, or a network's stages), `loss`, `dx`, `grad.NAME`, `after.NAME`; or what
+an optimizer or a trajectory leaves."""
 
 CLASSES = 5
 SHAPES = {"weight": (7, 5), "bias": (5,), "kernel": (3, 3, 2, 4)}  # of an optimizer's parameters
@@ -60,7 +60,9 @@ def _with_zeros(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 VALUES: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
     "normal": lambda rng, shape: rng.normal(size=shape),
-    "shifted": lambda rng, shape: 3 + 2 * rng.normal(size=shape),  # a mean to take away, a deviation to divide by
+    "shifted": lambda rng, shape: (
+        3 + 2 * rng.normal(size=shape)
+    ),  # a mean to take away, a deviation to divide by
     "ties": lambda rng, shape: rng.integers(-1, 1, size=shape),  # most windows have several maxima
     "equal": lambda rng, shape: np.zeros(shape),
     "negative": lambda rng, shape: -1 - np.abs(rng.normal(size=shape)),  # padding with zeros would win

@@ -1,4 +1,4 @@
-"""The table of cases: everything that the engines must agree on. Drawn shapes are added in `test_parity.py`."""
+"""The table of cases: all that the engines must agree on. Drawn shapes are added in `test_parity.py`."""
 
 from __future__ import annotations
 
@@ -38,40 +38,49 @@ CONVOLUTIONS = [
     _conv("conv-5x3-leftover-rows", (2, 11, 5, 3), 5, (5, 3), stride=(4, 2), padding=(2, 0), bias=False),
 ]
 
+_NORMS: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
+    ("batch-norm", (4, 5, 3, 6), {}),
+    ("batch-norm-options", (3, 4, 5, 6), {"eps": 0.1, "momentum": 0.3}),
+    ("batch-norm-two-values", (2, 1, 1, 6), {"eps": 0.1}),  # with less, dx is what cancels
+    ("batch-norm-rows", (7, 6), {}),
+    ("batch-norm-128-channels", (16, 8, 8, 128), {}),
+    ("batch-norm-1500-channels", (3, 1, 2, 1500), {"eps": 0.1}),
+]
 BATCH_NORMS = [
     Case(f"{name}-{'train' if train else 'eval'}", "batch_norm", shape, options, train, values="shifted")
     for train in (True, False)
-    for name, shape, options in [
-        ("batch-norm", (4, 5, 3, 6), {}),
-        ("batch-norm-options", (3, 4, 5, 6), {"eps": 0.1, "momentum": 0.3}),
-        ("batch-norm-two-values", (2, 1, 1, 6), {"eps": 0.1}),  # with less, dx is what cancels
-        ("batch-norm-rows", (7, 6), {}),
-        ("batch-norm-128-channels", (16, 8, 8, 128), {}),
-        ("batch-norm-1500-channels", (3, 1, 2, 1500), {"eps": 0.1}),
-    ]
+    for name, shape, options in _NORMS
 ]
 
+_POOLINGS: list[tuple[str, tuple[int, ...], str, dict[str, Any]]] = [
+    ("3x3-stride-2", (2, 9, 8, 3), "normal", {"kernel_size": 3, "stride": 2, "padding": 1}),
+    ("ties", (2, 9, 10, 3), "ties", {"kernel_size": 3, "stride": 2, "padding": 1}),
+    ("all-equal", (1, 5, 5, 1), "equal", {"kernel_size": 3, "stride": 2, "padding": 1}),
+    ("below-zero", (2, 8, 7, 3), "negative", {"kernel_size": 3, "stride": 1, "padding": 1}),
+    ("2x2-odd", (2, 9, 7, 3), "normal", {"kernel_size": 2, "stride": 2, "padding": 0}),
+    ("one-pixel", (2, 1, 1, 4), "normal", {"kernel_size": 3, "stride": 2, "padding": 1}),
+    ("2x3", (2, 9, 8, 3), "ties", {"kernel_size": (2, 3), "stride": (1, 2), "padding": (1, 0)}),
+]
 OTHERS = [
     Case("linear", "linear", (4, 5), {"out_features": 3}),
     Case("linear-batch-1", "linear", (1, 300), {"out_features": 7}),
     *(
-        Case(f"max-pool-{name}", "max_pool", shape, options, values=values)
-        for name, shape, values, options in [
-            ("3x3-stride-2", (2, 9, 8, 3), "normal", {"kernel_size": 3, "stride": 2, "padding": 1}),
-            ("ties", (2, 9, 10, 3), "ties", {"kernel_size": 3, "stride": 2, "padding": 1}),
-            ("all-equal", (1, 5, 5, 1), "equal", {"kernel_size": 3, "stride": 2, "padding": 1}),
-            ("below-zero", (2, 8, 7, 3), "negative", {"kernel_size": 3, "stride": 1, "padding": 1}),
-            ("2x2-odd", (2, 9, 7, 3), "normal", {"kernel_size": 2, "stride": 2, "padding": 0}),
-            ("one-pixel", (2, 1, 1, 4), "normal", {"kernel_size": 3, "stride": 2, "padding": 1}),
-            ("2x3", (2, 9, 8, 3), "ties", {"kernel_size": (2, 3), "stride": (1, 2), "padding": (1, 0)}),
-        ]
+        Case(f"max-pool-{name}", "max_pool", shape, options, values=v)
+        for name, shape, v, options in _POOLINGS
     ),
     Case("avg-pool", "avg_pool", (2, 9, 8, 3), {"kernel_size": 3, "stride": 2, "padding": 1}),
-    Case("avg-pool-2x3", "avg_pool", (2, 9, 8, 3), {"kernel_size": (2, 3), "stride": (1, 2), "padding": (1, 0)}),
+    Case(
+        "avg-pool-2x3", "avg_pool", (2, 9, 8, 3), {"kernel_size": (2, 3), "stride": (1, 2), "padding": (1, 0)}
+    ),
     Case("global-avg-pool", "global_avg_pool", (2, 3, 5, 4)),
     Case("global-avg-pool-one-pixel", "global_avg_pool", (1, 1, 1, 4)),
     *(
-        Case(f"option-A-{i}-to-{o}-stride-{stride}", "option_a", (2, 7, 8, i), {"out_channels": o, "stride": stride})
+        Case(
+            f"option-A-{i}-to-{o}-stride-{stride}",
+            "option_a",
+            (2, 7, 8, i),
+            {"out_channels": o, "stride": stride},
+        )
         for i, o, stride in [(2, 4, 2), (2, 5, 2), (3, 3, 2), (3, 4, 1), (2, 7, 3)]
     ),
     *(Case(kind, kind, (3, 5, 4, 2), values="with zeros") for kind in ("relu", "sigmoid", "flatten")),
@@ -84,40 +93,33 @@ LAYERS = [*CONVOLUTIONS, *BATCH_NORMS, *OTHERS]
 
 SINGLE_VALUES = [Case(f"batch-norm-{shape}", "batch_norm", shape) for shape in [(1, 1, 1, 4), (1, 4)]]
 
-STAGES = [  # of a block or two: each type of block, with every kind of shortcut
+_BLOCKS: list[tuple[str, tuple[int, ...], str, str, dict[str, Any]]] = [  # each with every kind of shortcut
+    ("basic", (4, 7, 6, 4), "resnet18", "layer1", {"stage_sizes": (1,)}),
+    ("basic-stride-2", (4, 9, 8, 4), "resnet18", "layer2", {"stage_sizes": (1, 2)}),
+    ("basic-no-batch-norm", (1, 9, 8, 4), "resnet18", "layer2", {"stage_sizes": (1, 1), "batch_norm": False}),
+    ("bottleneck", (4, 7, 6, 4), "resnet50", "layer1", {"stage_sizes": (2,)}),
+    ("bottleneck-stride-2", (4, 9, 8, 16), "resnet50", "layer2", {"stage_sizes": (1, 1)}),
+    ("bottleneck-v1", (4, 9, 8, 16), "resnet50", "layer2", {"stage_sizes": (1, 1), "stride_in_1x1": True}),
+    ("bottleneck-bare", (1, 9, 8, 16), "resnet50", "layer2", {"stage_sizes": (1, 1), "batch_norm": False}),
+    ("option-A", (4, 9, 8, 4), "resnet_cifar", "layer2", {"n": 1}),
+]
+STAGES = [
     _stage(name, shape, model, stage, train=train, width=4, **options)
     for train in (True, False)
-    for name, shape, model, stage, options in [
-        ("basic", (4, 7, 6, 4), "resnet18", "layer1", {"stage_sizes": (1,)}),
-        ("basic-stride-2", (4, 9, 8, 4), "resnet18", "layer2", {"stage_sizes": (1, 2)}),
-        ("bottleneck", (4, 7, 6, 4), "resnet50", "layer1", {"stage_sizes": (2,)}),
-        ("bottleneck-stride-2", (4, 9, 8, 16), "resnet50", "layer2", {"stage_sizes": (1, 1)}),
-        (
-            "bottleneck-stride-in-1x1",
-            (4, 9, 8, 16),
-            "resnet50",
-            "layer2",
-            {"stage_sizes": (1, 1), "stride_in_1x1": True},
-        ),
-        ("option-A", (4, 9, 8, 4), "resnet_cifar", "layer2", {"n": 1}),
-        ("basic-no-batch-norm", (1, 9, 8, 4), "resnet18", "layer2", {"stage_sizes": (1, 1), "batch_norm": False}),
-        (
-            "bottleneck-no-batch-norm",
-            (1, 9, 8, 16),
-            "resnet50",
-            "layer2",
-            {"stage_sizes": (1, 1), "batch_norm": False},
-        ),
-    ]
+    for name, shape, model, stage, options in _BLOCKS
 ]
 
 _SMALL: dict[str, Any] = {"width": 4, "small_images": True}
 NETWORKS = [  # thin; pictures so large that batch norm never divides by the deviation of few values
     _network("resnet-basic", (4, 47, 66, 3), "resnet18", width=4, stage_sizes=(1, 1, 1, 1)),
     _network("resnet-bottleneck", (4, 40, 33, 3), "resnet50", width=4, stage_sizes=(1, 2)),
-    _network("resnet-stride-in-1x1", (4, 16, 17, 1), "resnet101", **_SMALL, stage_sizes=(1, 1), stride_in_1x1=True),
+    _network(
+        "resnet-stride-in-1x1", (4, 16, 17, 1), "resnet101", **_SMALL, stage_sizes=(1, 1), stride_in_1x1=True
+    ),
     _network("resnet-small-images", (4, 33, 35, 5), "resnet34", **_SMALL, stage_sizes=(1, 2)),
-    _network("resnet-no-batch-norm", (4, 32, 45, 3), "resnet50", width=4, stage_sizes=(1, 2), batch_norm=False),
+    _network(
+        "resnet-no-batch-norm", (4, 32, 45, 3), "resnet50", width=4, stage_sizes=(1, 2), batch_norm=False
+    ),
     _network("resnet-option-A", (4, 32, 33, 3), "resnet_cifar", n=1, width=3),
     _network("resnet-option-A-no-batch-norm", (4, 32, 32, 1), "resnet_cifar", n=1, width=4, batch_norm=False),
     _network("cnn", (4, 33, 40, 3), "cnn", image_size=(33, 40), width=3),
@@ -125,6 +127,8 @@ NETWORKS = [  # thin; pictures so large that batch norm never divides by the dev
     _network("resnet-bottleneck-eval", (1, 40, 33, 3), "resnet50", train=False, width=4, stage_sizes=(1, 2)),
     _network("resnet-option-A-eval", (4, 32, 33, 3), "resnet_cifar", train=False, n=1, width=3),
 ]
+
+SINGLE_PRECISION = [case for case in NETWORKS if case.name in ("resnet-bottleneck", "resnet-option-A")]
 
 FULL = [  # slow
     _network("resnet101", (4, 64, 64, 3), "resnet101"),
@@ -157,7 +161,15 @@ OPTIMIZERS = [
         (
             "cosine",
             0.0,
-            {"base_lr": 0.02, "final_lr": 0.3, "gamma": 3e-3, "b1": 0.8, "b2": 0.99, "eps": 1e-6, "momentum": 0.7},
+            {
+                "base_lr": 0.02,
+                "final_lr": 0.3,
+                "gamma": 3e-3,
+                "b1": 0.8,
+                "b2": 0.99,
+                "eps": 1e-6,
+                "momentum": 0.7,
+            },
         ),
     ]
 ]

@@ -1,8 +1,8 @@
-"""What a failing case leaves: a folder with the tensors as safetensors and the rest as JSON. Nothing is pickled.
+"""What a failing case leaves: a folder with the tensors as safetensors and the rest as JSON; no pickle.
 
-    inputs.safetensors      x, target, state/NAME, ...
-    ENGINE.safetensors      what each engine made of them
-    case.json               the case, the versions of everything, and how the engines disagreed
+inputs.safetensors      x, target, state/NAME, ...
+ENGINE.safetensors      what each engine made of them
+case.json               the case, the versions of everything, and how the engines disagreed
 """
 
 from __future__ import annotations

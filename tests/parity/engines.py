@@ -34,6 +34,8 @@ def engines_for(case: Case) -> list[str]:
     if case.precision == "float32":
         # The readable forms add up number by number, which float32 does not bear: 2e-6 of a thousand
         wanted = wanted - {"numpy-plain", "numpy-loops"} | {"truth"}
+        if case.kind == "network":
+            wanted.add("torch-channels-last")
     if case.kind == "max_pool" and not all(isinstance(side, int) for side in case.options.values()):
         wanted.discard("jax")  # its pooling has square windows
     return [name for name in ENGINES if name in wanted]

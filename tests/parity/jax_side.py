@@ -36,7 +36,7 @@ class Function(nnx.Module):
 
 
 class Conv2d(nnx.Module):
-    """`layers.conv2d` with sides that differ, which the engine's own layer, of square kernels, does not offer."""
+    """`layers.conv2d` with sides that differ; the engine's own layer has square kernels only."""
 
     def __init__(self, weight: tuple[int, ...], stride: Any, padding: Any, bias: bool, dtype: Any) -> None:
         self.weight = nnx.Param(jnp.zeros(weight, dtype))
@@ -118,7 +118,9 @@ def convolutions(other: bool) -> Iterator[None]:
     chosen = layers.use_matmul()
     with (
         patch.object(layers, "use_matmul", lambda: not chosen),
-        patch.object(resnet, "run_block", lambda block, x: block(x)),  # it remembers programs of the first form
+        patch.object(
+            resnet, "run_block", lambda block, x: block(x)
+        ),  # it remembers programs of the first form
     ):
         yield
 

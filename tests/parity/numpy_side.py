@@ -70,7 +70,7 @@ def run(case: Case, inputs: Inputs, *, form: str = "fast") -> Results:
         return run_optimizer(case, inputs)
     if case.kind == "trajectory":
         return run_trajectory(case, inputs)
-    layer = build(case, form)
+    layer: Any = build(case, form)
     load_state_dict(layer, group(inputs, "state"))
     x, target = inputs["x"], inputs["target"]
     network = isinstance(layer, numpy_ref.resnet.Network)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,19 @@ def outputs_of(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"y": module(x)} if stages is None else stages(x)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Where other processes have the cores, threads that wait for each other at every small tensor take 50
+    times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def run(case: Case, inputs: Inputs, *, precision: str | None = None, channels_last: bool = False) -> Results:
     """Forward, backward and what they leave; `precision` in place of the case's."""
     if case.kind == "optimizer":
@@ -87,7 +101,8 @@ def run(case: Case, inputs: Inputs, *, precision: str | None = None, channels_la
         return run_trajectory(case, inputs)
     dtype = getattr(torch, precision or case.precision)
     layout: Any = torch.channels_last if channels_last else torch.contiguous_format
-    module = build(case).to(dtype=dtype, memory_format=layout).train(case.train)
+    module: Any = build(case).train(case.train)
+    module.to(dtype=dtype, memory_format=layout)
     torch_oracle.load_state_dict(module, group(inputs, "state"))
     x = torch.from_numpy(nchw(inputs["x"])).to(dtype)
     x = x.contiguous(memory_format=layout).requires_grad_() if x.ndim == 4 else x.requires_grad_()
@@ -157,9 +172,11 @@ def run_trajectory(case: Case, inputs: Inputs) -> Results:
         batch = step % len(inputs["images"])
         optimizer.param_groups[0]["lr"] = float(rate)
         optimizer.zero_grad()
-        logits.append(module(torch.from_numpy(nchw(inputs["images"][batch]))))
-        losses.append(F.cross_entropy(logits[-1], torch.from_numpy(inputs["labels"][batch]).long()))
-        losses[-1].backward()
+        output = module(torch.from_numpy(nchw(inputs["images"][batch])))
+        loss = F.cross_entropy(output, torch.from_numpy(inputs["labels"][batch]).long())
+        loss.backward()
         optimizer.step()
-    results = {name: torch.stack(each).detach().numpy() for name, each in (("loss", losses), ("logits", logits))}
+        losses.append(loss.item())
+        logits.append(output.detach().numpy())
+    results = {"loss": np.array(losses), "logits": np.stack(logits)}
     return results | after_training(parameters, optimizer) | statistics(torch_oracle.state_dict(module))

@@ -39,8 +39,9 @@ def run_engine(make: Callable[..., Any], case: Case, inputs: Inputs, **options: 
             index = step % len(inputs["images"])
             yield {"image": inputs["images"][index], "label": inputs["labels"][index]}
 
-    state, losses, logits = engine.from_tree(tree), [], []
-    for state, metrics in engine.train(state, batches()):  # noqa: B020  # the state after the last step
+    losses, logits = [], []
+    for after, metrics in engine.train(engine.from_tree(tree), batches()):
+        state = after
         losses.append(float(metrics["loss"]))
         logits.append(np.array(metrics["logits"]))
     return {"loss": np.array(losses), "logits": np.stack(logits), **_flat(engine.to_tree(state))}

@@ -113,7 +113,7 @@ def test_a_network_that_is_worse_than_pytorch_in_float32_is_replayed(
     found = compare.compare(read.case, read.inputs, read.results)
     assert [each.tensor for each in found if each.fault] == ["grad.fc.bias"]
     worse(list(read.results["jax"]), 7e-7)
-    with pytest.raises(AssertionError, match=r"all by [1-9]"):
+    with pytest.raises(AssertionError, match=r"all tensors by [1-9]"):
         compare.check_in_float32(case, range(2))
 
 

@@ -166,8 +166,8 @@ def ratios(found: Mapping[str, Mapping[str, float]], engine: str) -> dict[str, f
 def check_in_float32(case: Case, seeds: range = range(5)) -> None:
     """Hold a whole network's errors in float32 against PyTorch's, each tensor's the largest over the seeds.
 
-    One seed will not do: an input of a ReLU that is near 0 may get the other sign in float32. That moves single
-    gradients by a tenth, and happens in some seeds to one engine or layout and not to the other.
+    One seed will not do: an input of a ReLU that is near 0 may get the other sign in float32. That moves
+    single gradients by a tenth, and happens in some seeds to one engine or layout and not to the other.
 
     Raises:
         AssertionError: an engine is worse in the geometric mean over all tensors, or much worse in one.
@@ -189,6 +189,7 @@ def check_in_float32(case: Case, seeds: range = range(5)) -> None:
         if mean > tolerances.FLOAT32_RATIO or found[tensor] > tolerances.FLOAT32_RATIO_WORST:
             each = replace(case, precision="float32", seed=seed_of[engine, tensor])
             inputs = make_inputs(each)
-            fault = f"{tensor} of {engine} is off by {found[tensor]:.1f} times PyTorch's own error, all by {mean:.2f}"
+            fault = f"{tensor} of {engine} is off by {found[tensor]:.1f} times PyTorch's own error"
+            fault += f", all tensors by {mean:.2f} times in the geometric mean"
             path = dump.write(each, inputs, run_all(each, inputs), [fault])
             raise AssertionError(f"{case.name}, float32: {fault}\nreplay it: {dump.command(path)}")

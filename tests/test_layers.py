@@ -1,9 +1,10 @@
-"""The layers of the JAX engine: each against PyTorch's, forward and backward, and what types they keep."""
+"""The layers of the JAX engine by themselves: what they refuse, keep and begin with. Their numbers are held
+against NumPy's and PyTorch's in `test_parity.py`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,30 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from flax import nnx
-from jax import lax
 
-import torch_oracle
 from jax_resnet import layers
-from jax_resnet.layers import BatchNorm, Conv2d, Linear, OptionA, conv2d, conv2d_matmul, draw, max_pool2d
+from jax_resnet.layers import BatchNorm, Conv2d, Linear, OptionA, conv2d, draw
 from jax_resnet.state_dict import (
     apply,
-    from_torch_layout,
-    load_state_dict,
     split,
     state_dict,
-    to_torch_layout,
 )
-from tests.comparing import assert_all_close, assert_close, nchw, nhwc, quick_jit, random_state
-from tests.tolerances import BFLOAT16_LAYER, FLOAT32_LAYER, FLOAT64_LAYER
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-    """JAX keeps float64 as float64."""
-    with jax.enable_x64(True):
-        yield
+from tests.comparing import assert_all_close, assert_close
+from tests.tolerances import BFLOAT16_LAYER, FLOAT32_LAYER
 
 
 @pytest.fixture(params=["matmul", "lax.conv"])
@@ -48,122 +36,7 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape)
 
 
-def check_function(function: Any, judge: Any, x: np.ndarray, tolerance: float = FLOAT64_LAYER) -> None:
-    """The output for x [N, H, W, C] and the gradient of a random weighting of it, against PyTorch."""
-    x_torch = torch.tensor(nchw(x), requires_grad=True)
-    y_torch = judge(x_torch)
-    dy = numbers(*nhwc(y_torch.detach()).shape, seed=1)
-    y_torch.backward(torch.from_numpy(nchw(dy)))
-    assert x_torch.grad is not None
-
-    @quick_jit
-    def run(x: jax.Array, dy: jax.Array) -> Any:
-        y, pull_back = jax.vjp(function, x)
-        return y, pull_back(dy)[0]
-
-    y, dx = run(x, dy)
-    assert y.dtype == dx.dtype == x.dtype
-    assert_close("y", y, nhwc(y_torch.detach()), tolerance)
-    assert_close("dx", dx, nhwc(x_torch.grad), tolerance)
-
-
-def check_layer(layer: nnx.Module, judge: torch.nn.Module, x: np.ndarray, *, train: bool = True) -> None:
-    """`check_function` with the judge's parameters; every parameter's gradient and every statistic too."""
-    load_state_dict(layer, torch_oracle.state_dict(judge))
-    graph_train, graph_eval, params, stats = split(layer)
-    graph = graph_train if train else graph_eval
-    x_torch = torch.tensor(nchw(x), requires_grad=True)
-    y_torch = judge.train(train)(x_torch)
-    dy = numbers(*nhwc(y_torch.detach()).shape, seed=1)
-    y_torch.backward(torch.from_numpy(nchw(dy)))
-    assert x_torch.grad is not None
-
-    @quick_jit
-    def run(params: dict[str, jax.Array], x: jax.Array, dy: jax.Array) -> Any:
-        y, pull_back, after = jax.vjp(lambda p, x: apply(graph, p, stats, x), params, x, has_aux=True)
-        return y, pull_back(dy), after
-
-    y, (dparams, dx), after = run(params, x, dy)
-    assert_close("y", y, nhwc(y_torch.detach()), FLOAT64_LAYER)
-    assert_close("dx", dx, nhwc(x_torch.grad), FLOAT64_LAYER)
-    gradients = {name: to_torch_layout(value) for name, value in dparams.items()}
-    assert_all_close(
-        "gradient of",
-        gradients,
-        {name: parameter.grad for name, parameter in judge.named_parameters()},
-        FLOAT64_LAYER,
-    )
-    running = {name: value for name, value in torch_oracle.state_dict(judge).items() if "running" in name}
-    assert_all_close("after", after, running, FLOAT64_LAYER)
-
-
-def judged(module: torch.nn.Module) -> torch.nn.Module:
-    """The module in float64, nothing in it 0 or 1."""
-    shapes = {name: value.shape for name, value in torch_oracle.state_dict(module).items()}
-    torch_oracle.load_state_dict(module.double(), random_state(shapes))
-    return module
-
-
 # Convolution
-
-CONVOLUTIONS = [
-    # (picture, kernel, stride, padding): those of the networks but for the stem, then what none of them uses
-    pytest.param((12, 12), (3, 3), (1, 1), (1, 1), id="3x3"),
-    pytest.param((12, 12), (3, 3), (2, 2), (1, 1), id="3x3-stride-2-even"),
-    pytest.param((9, 11), (3, 3), (2, 2), (1, 1), id="3x3-stride-2-odd"),
-    pytest.param((5, 6), (1, 1), (1, 1), (0, 0), id="1x1"),
-    pytest.param((8, 9), (1, 1), (2, 2), (0, 0), id="1x1-stride-2"),
-    pytest.param((10, 7), (2, 4), (3, 1), (0, 2), id="2x4-uneven"),
-    pytest.param((1, 1), (3, 3), (1, 1), (1, 1), id="3x3-on-one-pixel"),
-    pytest.param((11, 5), (5, 3), (4, 2), (2, 0), id="5x3-leftover-rows"),
-]
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("size", "kernel", "stride", "padding"), CONVOLUTIONS)
-def test_the_matmul_form_is_the_convolution(
-    size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
-) -> None:
-    x, weight = numbers(2, *size, 3), numbers(*kernel, 3, 5, seed=1)
-
-    def reference(x: jax.Array, weight: jax.Array) -> jax.Array:
-        pairs = [(p, p) for p in padding]
-        return lax.conv_general_dilated(x, weight, stride, pairs, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    def run(function: Any, dy: Any) -> Any:
-        def both(x: jax.Array, weight: jax.Array) -> Any:
-            y, pull_back = jax.vjp(function, x, weight)
-            return y, *pull_back(dy)
-
-        return quick_jit(both)(x, weight)
-
-    dy = numbers(*jax.eval_shape(reference, x, weight).shape, seed=2)
-    ours = run(lambda x, weight: conv2d_matmul(x, weight, stride, padding), dy)
-    theirs = run(reference, dy)
-    for name, actual, expected in zip(("y", "dx", "dweight"), ours, theirs, strict=True):
-        assert actual.dtype == np.float64
-        assert_close(name, actual, expected, FLOAT64_LAYER)
-
-
-@pytest.mark.usefixtures("x64", "form")
-@pytest.mark.parametrize(("stride", "padding"), [((3, 1), (0, 2)), ((1, 2), (1, 0))])
-def test_conv2d_is_torchs_with_sides_that_differ(stride: tuple[int, int], padding: tuple[int, int]) -> None:
-    weight = numbers(5, 3, 2, 4, seed=1)
-    check_function(
-        lambda x: conv2d(x, jnp.asarray(from_torch_layout(weight)), stride, padding),
-        lambda x: F.conv2d(x, torch.from_numpy(weight), stride=stride, padding=padding),
-        numbers(2, 10, 7, 3),
-    )
-
-
-@pytest.mark.usefixtures("x64", "form")
-@pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "bias"), [(7, 2, 3, False), (3, 2, 1, True), (1, 2, 0, True)]
-)
-def test_conv2d_layer_is_torchs(kernel: int, stride: int, padding: int, bias: bool) -> None:
-    options: dict[str, Any] = {"stride": stride, "padding": padding, "bias": bias}
-    layer = Conv2d(3, 4, kernel, **options, rngs=nnx.Rngs(0), dtype=jnp.float64)
-    check_layer(layer, judged(torch.nn.Conv2d(3, 4, kernel, **options)), numbers(2, 9, 12, 3))
 
 
 def test_the_form_of_the_convolution_follows_the_back_end() -> None:
@@ -178,23 +51,6 @@ def test_conv2d_takes_the_form_chosen(form: str) -> None:
 
 
 # Batch norm
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(
-    ("shape", "options"),
-    [((3, 4, 5, 6), {}), ((2, 1, 1, 6), {}), ((3, 4, 5, 6), {"eps": 0.1, "momentum": 0.3})],
-    ids=["defaults", "two-values", "options"],
-)
-def test_batch_norm_is_torchs(shape: tuple[int, ...], options: dict[str, Any], train: bool) -> None:
-    layer = BatchNorm(6, **options, dtype=jnp.float64)
-    check_layer(layer, judged(torch.nn.BatchNorm2d(6, **options)), 3 * numbers(*shape) + 2, train=train)
-
-
-@pytest.mark.usefixtures("x64")
-def test_batch_norm_over_rows_is_torchs() -> None:
-    check_layer(BatchNorm(6, dtype=jnp.float64), judged(torch.nn.BatchNorm1d(6)), numbers(7, 6))
 
 
 def test_batch_norm_updates_by_the_unbiased_variance_in_training_only() -> None:
@@ -241,56 +97,12 @@ def test_batch_norm_keeps_its_digits_far_from_zero() -> None:
     assert_close("y", y, expected, 1000 * FLOAT32_LAYER)
 
 
-# Pooling, linear layer, shortcut
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("size", [(8, 8), (9, 7), (2, 1)])
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
-def test_max_pool2d_is_torchs(size: tuple[int, int], kernel: int, stride: int, padding: int) -> None:
-    if min(size) + 2 * padding < kernel:
-        size = (size[0], kernel)
-    x = -1 - np.abs(numbers(2, *size, 3))  # all below 0: padding with zeros would win
-    check_function(
-        lambda x: max_pool2d(x, kernel, stride, padding),
-        lambda x: F.max_pool2d(x, kernel, stride, padding),
-        x,
-    )
-
-
-@pytest.mark.usefixtures("x64")
-def test_of_equal_values_the_first_gets_the_gradient_as_in_torch() -> None:
-    ties = np.random.default_rng(3).integers(0, 2, size=(2, 9, 10, 3)).astype(np.float64)
-    for x in (ties, np.zeros((1, 5, 5, 1))):
-        check_function(lambda x: max_pool2d(x, 3, 2, 1), lambda x: F.max_pool2d(x, 3, 2, 1), x)
-
-
-@pytest.mark.usefixtures("x64")
-def test_linear_is_torchs() -> None:
-    layer = Linear(6, 4, rngs=nnx.Rngs(0), dtype=jnp.float64)
-    check_layer(layer, judged(torch.nn.Linear(6, 4)), numbers(3, 6))
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    ("channels", "out", "stride"), [(2, 4, 2), (2, 5, 2), (3, 3, 2), (3, 4, 1), (2, 7, 3)]
-)
-def test_option_a_is_torchs(channels: int, out: int, stride: int) -> None:
-    shortcut, judge = (
-        OptionA(channels, out, stride=stride),
-        torch_oracle.OptionA(channels, out, stride=stride),
-    )
-    check_function(shortcut, judge, numbers(2, 7, 8, channels))
+# Shortcut
 
 
 def test_option_a_cannot_drop_channels() -> None:
     with pytest.raises(ValueError, match="8 channels to 4"):
         OptionA(8, 4, stride=1)
-
-
-@pytest.mark.usefixtures("x64")
-def test_global_average_pool_is_torchs() -> None:
-    check_function(layers.global_average_pool, lambda x: x.mean((2, 3)), numbers(2, 3, 5, 4))
 
 
 # Types

@@ -1,4 +1,6 @@
-"""The layers of the NumPy engine, plain and fast: against numerical gradients, PyTorch, and each other."""
+"""The layers of the NumPy engine, plain and fast, against numerical gradients; what they refuse and keep.
+Against JAX, PyTorch and each other: `test_parity.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import torch_oracle
 from numpy_ref import fast, layers
 from numpy_ref.layers import Layer, cross_entropy, no_grad
 from numpy_ref.state_dict import load_state_dict, state_dict
-from tests.comparing import assert_all_close, assert_close, nchw, nhwc, random_state
+from tests.comparing import assert_all_close, assert_close, random_state
+from tests.parity.case import Case
+from tests.parity.compare import check
 from tests.tolerances import FLOAT64_LAYER
 
 # Central differences with a step of 1e-6 in float64 lose 1e-10 to rounding and as much to curvature.
@@ -183,151 +184,26 @@ def test_cross_entropy_numerically(n, classes):
     assert_close("dlogits", cross_entropy(logits, label)[1], numerical, NUMERICAL)
 
 
-def judge_of(layer: Layer) -> torch.nn.Module:
-    """The layer in PyTorch, with its parameters and statistics."""
-    module: torch.nn.Module
-    match layer:
-        case layers.Conv2d():
-            i, o = layer.weight.value.shape[2:]
-            window: Any = {"stride": layer.stride, "padding": layer.padding}
-            module = torch.nn.Conv2d(i, o, layer.kernel, **window, bias=layer.bias is not None)
-        case layers.BatchNorm():
-            module = torch.nn.BatchNorm2d(len(layer.running_var))
-        case layers.Linear():
-            module = torch.nn.Linear(*layer.weight.value.shape)
-        case layers.MaxPool2d():
-            module = torch.nn.MaxPool2d(layer.kernel, layer.stride, layer.padding)
-        case layers.AvgPool2d():
-            module = torch.nn.AvgPool2d(layer.kernel, layer.stride, layer.padding)
-        case layers.ReLU():
-            module = torch.nn.ReLU()
-        case layers.Sigmoid():
-            module = torch.nn.Sigmoid()
-        case layers.Flatten():
-            module = torch.nn.Flatten()
-        case layers.OptionA():
-            module = torch_oracle.OptionA(2, 5, stride=layer.stride)
-        case _:
-            raise TypeError(layer)
-    module.double()
-    torch_oracle.load_state_dict(module, state_dict(layer))
-    return module
-
-
-def check_judge(layer: Layer, x: np.ndarray, train: bool = True, tolerance: float = FLOAT64_LAYER) -> None:
-    """Output, input gradient, parameter gradients and statistics against PyTorch."""
-    module = judge_of(layer).train(train)
-    x_torch = torch.tensor(nchw(x), requires_grad=True)
-    y_torch = module(x_torch)
-    y = layer.forward(x, train)
-    assert_close("y", y, nhwc(y_torch.detach()), tolerance)
-    dy = numbers(*y.shape, seed=8)
-    y_torch.backward(torch.from_numpy(nchw(dy)))
-    assert x_torch.grad is not None
-    assert_close("dx", layer.backward(dy), nhwc(x_torch.grad), tolerance)
-    gradients = {name: p.grad for name, p in module.named_parameters()}
-    for name, parameter in layer.named_parameters().items():
-        if parameter.value.ndim == 4:
-            assert_close(name, parameter.grad.transpose(3, 2, 0, 1), gradients[name], tolerance)
-        else:
-            assert_close(name, parameter.grad.T, gradients[name], tolerance)
-    assert_all_close("after", state_dict(layer), torch_oracle.state_dict(module), tolerance)
-
-
-CONVOLUTION_CASES = [  # channels in and out, kernel, stride, padding, batch, height and width
-    (3, 8, 7, 2, 3, 2, (33, 47)),
-    (8, 8, 3, 1, 1, 3, (9, 6)),
-    (8, 8, 3, 1, 1, 2, (1, 1)),
-    (8, 4, 3, 1, 1, 2, (2, 2)),
-    (8, 4, 3, 2, 1, 2, (2, 2)),
-    (8, 4, 3, 2, 1, 1, (9, 8)),
-    (8, 6, 1, 1, 0, 2, (5, 4)),
-    (8, 6, 1, 2, 0, 2, (5, 4)),
-    (4, 2, 3, 1, 3, 8, (3, 5)),
-    (4, 2, (1, 3), (2, 1), (0, 2), 2, (5, 6)),
-    (4, 2, (5, 2), (1, 3), (2, 1), 2, (5, 6)),
-    (4, 2, 1, 1, 1, 2, (3, 3)),
-]
-
-
-@pytest.mark.parametrize("form", ["plain", "fast"])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("case", CONVOLUTION_CASES)
-def test_conv2d_equals_pytorchs(form, bias, case):
-    i, o, kernel, stride, padding, n, size = case
-    make = CONVOLUTIONS[form]
-    layer = make(i, o, kernel, stride=stride, padding=padding, bias=bias, rng=rng(), dtype=np.float64)
-    check_judge(fill(layer), numbers(n, *size, i, seed=1))
-
-
 @pytest.mark.parametrize("keep", [False, True])
 def test_fast_conv2d_in_many_tiles(monkeypatch, keep):
     """Columns kept or made anew, of one picture or of all."""
     monkeypatch.setattr(fast, "COLUMNS_TILE", 20_000)
     monkeypatch.setattr(fast.Conv2d, "keep_columns", keep)
-    layer = fill(fast.Conv2d(4, 6, 3, padding=1, rng=rng(), dtype=np.float64))
-    check_judge(layer, numbers(7, 8, 8, 4, seed=1))
-
-
-@pytest.mark.parametrize("form", NORMS)
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("shape", [(4, 5, 3, 6), (2, 1, 1, 3), (16, 8, 8, 128), (3, 1, 2, 1500)])
-def test_batch_norm_equals_pytorchs(form, train, shape):
-    check_judge(fill(NORMS[form](shape[-1], dtype=np.float64)), 3 + 2 * numbers(*shape, seed=1), train)
+    options = {"out_channels": 6, "kernel_size": 3, "padding": 1, "bias": True}
+    check(Case("many-tiles", "conv", (7, 8, 8, 4), options), engines=["numpy", "torch"])
 
 
 def test_batch_norm_in_many_tiles(monkeypatch):
     monkeypatch.setattr(fast, "TILE", 1000)
-    check_judge(fill(fast.BatchNorm(5, dtype=np.float64)), numbers(3, 7, 11, 5, seed=1))
+    check(Case("many-tiles", "batch_norm", (3, 7, 11, 5)), engines=["numpy", "torch"])
 
 
-@pytest.mark.parametrize("make", [*MAX_POOLS.values(), layers.AvgPool2d])
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), ((2, 3), (1, 2), (1, 0))])
-def test_pooling_equals_pytorchs(make, kernel, stride, padding):
-    layer = make(kernel, stride=stride, padding=padding)
-    check_judge(layer, numbers(2, 9, 8, 3, seed=1))
-    ties = rng().integers(-1, 1, size=(2, 9, 8, 3)).astype(np.float64)  # most windows have several maxima
-    check_judge(layer, ties)
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [layers.ReLU(), layers.Sigmoid(), layers.Flatten(), layers.OptionA(2, 5, stride=2)],
-    ids=lambda layer: type(layer).__name__,
-)
-def test_others_equal_pytorchs(layer):
-    x = 10 * numbers(2, 5, 4, 2)
-    x[0, 0, 0] = 0
-    check_judge(layer, x)
-
-
-def test_linear_and_global_average_pooling_equal_pytorchs():
-    check_judge(layers.Linear(5, 3, rng=rng(), dtype=np.float64), numbers(4, 5, seed=1))
-    x = numbers(2, 3, 5, 4)
-    pooled = layers.GlobalAvgPool2d().forward(x)
-    assert_close("pooled", pooled, torch.from_numpy(nchw(x)).mean((2, 3)), FLOAT64_LAYER)
-
-
-def test_cross_entropy_equals_pytorchs_and_does_not_overflow():
+def test_cross_entropy_of_parts_adds_up():
     logits, label = 1000 * numbers(6, 4), rng().integers(4, size=6)
-    tensor = torch.tensor(logits, requires_grad=True)
-    expected = F.cross_entropy(tensor, torch.from_numpy(label))
-    expected.backward()
     loss, dlogits = cross_entropy(logits, label)
-    assert_close("loss", loss, expected.item(), FLOAT64_LAYER)
-    assert_close("dlogits", dlogits, tensor.grad, FLOAT64_LAYER)
     parts = [cross_entropy(logits[part], label[part], 6) for part in (slice(0, 2), slice(2, 6))]
     assert_close("loss of parts", sum(each[0] for each in parts), loss, FLOAT64_LAYER)
     assert_close("dlogits of parts", np.concatenate([each[1] for each in parts]), dlogits, FLOAT64_LAYER)
-
-
-@pytest.mark.parametrize("form", NORMS)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 4), (1, 4)])
-def test_batch_norm_over_one_value_is_an_error_in_training_as_in_pytorch(form, shape):
-    layer = NORMS[form](4)
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        layer.forward(np.ones(shape, np.float32), train=True)
-    layer.forward(np.ones(shape, np.float32))
 
 
 @pytest.mark.parametrize("form", MAX_POOLS)

@@ -48,7 +48,9 @@ def test_blocks_and_stages(case: Case) -> None:
 
 @table(cases.NETWORKS)
 def test_networks(case: Case) -> None:
-    check(case)
+    results = check(case)
+    stages = list(results["torch"])[: list(results["torch"]).index("loss")]
+    assert list(results["numpy"])[: len(stages)] == stages  # in this order, too
 
 
 @pytest.mark.slow

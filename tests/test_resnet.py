@@ -1,8 +1,10 @@
-"""The networks of the JAX engine against the judge's: names, shapes, counts, every stage, every gradient."""
+"""The networks of the JAX engine: names, shapes and counts, loading, how they are called. Their numbers are
+held against NumPy's and PyTorch's in `test_parity.py`.
+"""
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,16 +30,12 @@ from jax_resnet.state_dict import (
 )
 from tests.comparing import (
     assert_all_close,
-    assert_all_near,
     assert_close,
     nchw,
-    nhwc,
     quick_jit,
     random_state,
 )
 from tests.tolerances import (
-    BFLOAT16_GRADIENT,
-    BFLOAT16_NETWORK,
     FLOAT32_NETWORK,
     FLOAT32_TRAINED,
     FLOAT64_NETWORK,
@@ -289,96 +287,7 @@ def test_loading_lists_every_fault_in_one_error_and_changes_nothing() -> None:
     assert_all_close("after", state_dict(model), before, 0)
 
 
-# Forward and backward
-
-
-class Results(NamedTuple):
-    """What a network makes of a batch; pictures NHWC, parameters in PyTorch's layout."""
-
-    train: dict[str, np.ndarray]  # every stage, with the batch's statistics
-    eval: dict[str, np.ndarray]  # every stage, with the running ones
-    running: dict[str, np.ndarray]  # the statistics after the training pass
-    gradients: dict[str, np.ndarray]  # of a random weighting of the training logits
-
-
-def weighting() -> np.ndarray:
-    return np.random.default_rng(2).normal(size=(BATCH, CLASSES))
-
-
-@cache
-def judged(name: str) -> Results:
-    member = MEMBERS[name]
-    model, x = member.build_judge(), torch.from_numpy(nchw(member.pictures()))
-    with torch.no_grad():
-        evaluated = {name: nhwc(value) for name, value in model.eval().stages(x).items()}  # type: ignore[operator]
-    stages = model.train().stages(x)  # type: ignore[operator]
-    stages["logits"].backward(torch.from_numpy(weighting()))
-    trained = {name: nhwc(value.detach()) for name, value in stages.items()}
-    running = {name: value for name, value in torch_oracle.state_dict(model).items() if "running" in name}
-    gradients = {name: np.asarray(parameter.grad) for name, parameter in model.named_parameters()}
-    return Results(trained, evaluated, running, gradients)
-
-
-def results_of(model: Any, x: np.ndarray) -> Results:
-    """Everything in one program."""
-    model.eval()
-    eval_graph = nnx.graphdef(model)
-    model.train()
-    taken_apart: Any = nnx.split(model, nnx.Param, nnx.BatchStat)
-    graph, params, stats = taken_apart
-
-    @quick_jit
-    def run(params: Any, stats: Any, x: Any, dlogits: Any) -> Any:
-        def loss(params: Any) -> Any:
-            model = nnx.merge(graph, params, stats, copy=True)
-            stages = model.stages(x)
-            return (stages["logits"] * dlogits).sum(), (stages, nnx.state(model, nnx.BatchStat))
-
-        gradients, (trained, running) = jax.grad(loss, has_aux=True)(params)
-        evaluated = nnx.merge(eval_graph, params, stats, copy=True).stages(x)
-        return trained, evaluated, running, gradients
-
-    trained, evaluated, running, gradients = run(params, stats, x, weighting().astype(x.dtype))
-    return Results(trained, evaluated, flat(running), flat(gradients))
-
-
-def flat(state: Any) -> dict[str, np.ndarray]:
-    leaves = nnx.to_flat_state(state)
-    return {".".join(map(str, path)): to_torch_layout(leaf.get_value()) for path, leaf in leaves}
-
-
-@pytest.mark.parametrize("name", MEMBERS)
-def test_every_stage_gradient_and_statistic_is_the_judges(name: str) -> None:
-    member = MEMBERS[name]
-    with jax.enable_x64(True):
-        model = member.build()
-        load_state_dict(model, torch_oracle.state_dict(member.build_judge()))
-        ours = results_of(model, member.pictures())
-    for kind in Results._fields:
-        found, expected = getattr(ours, kind), getattr(judged(name), kind)
-        assert_all_close(f"{name}, {kind}:", found, expected, FLOAT64_NETWORK)
-    assert all(value.dtype == np.float64 for part in ours for value in part.values())
-
-
-@pytest.mark.parametrize(
-    ("dtype", "forward", "backward"),
-    [("float32", FLOAT32_NETWORK, FLOAT32_NETWORK), ("bfloat16", BFLOAT16_NETWORK, BFLOAT16_GRADIENT)],
-)
-def test_lower_precisions_are_close_to_the_judge(dtype: str, forward: float, backward: float) -> None:
-    name = "small-images"
-    member, expected = MEMBERS[name], judged(name)
-    model = member.build(dtype)
-    load_state_dict(model, torch_oracle.state_dict(member.build_judge()))
-    with jax.default_matmul_precision("highest"):  # on a GPU float32 would otherwise be TF32
-        ours = results_of(model, member.pictures().astype(np.float32))
-    assert_all_close("train", ours.train, expected.train, forward)
-    assert_all_close("eval", ours.eval, expected.eval, forward)
-    assert_all_close("running", ours.running, expected.running, forward)
-    assert_all_near("gradient", ours.gradients, expected.gradients, backward)
-    for stage, value in [*ours.train.items(), *ours.eval.items()]:
-        assert value.dtype == (np.float32 if stage == "logits" else jnp.dtype(dtype)), stage
-    kept = [*ours.running.values(), *ours.gradients.values()]
-    assert {value.dtype for value in kept} == {np.dtype("float32")}
+# Forward
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet20", "cnn"])
@@ -467,6 +376,15 @@ def test_apply_is_pure() -> None:
     assert_all_close("statistics", second[1], first[1], 0)
     assert_all_close("what went in", {**params, **stats}, before, 0)
     assert any((first[1][name] != stats[name]).any() for name in stats)
+
+
+def weighting() -> np.ndarray:
+    return np.random.default_rng(2).normal(size=(BATCH, CLASSES))
+
+
+def flat(state: Any) -> dict[str, np.ndarray]:
+    leaves = nnx.to_flat_state(state)
+    return {".".join(map(str, path)): to_torch_layout(leaf.get_value()) for path, leaf in leaves}
 
 
 def test_nnx_grad_works_on_the_model_itself() -> None:

@@ -33,6 +33,7 @@ CONVOLUTIONS = [
     _conv("conv-1x1", (2, 5, 4, 8), 6, 1, bias=False),
     _conv("conv-1x1-stride-2", (2, 5, 4, 8), 6, 1, stride=2),
     _conv("conv-1x1-padding", (2, 3, 3, 4), 2, 1, padding=1),
+    _conv("conv-2x4", (2, 10, 7, 3), 5, (2, 4), stride=(3, 1), padding=(0, 2)),
     _conv("conv-1x3", (2, 5, 6, 4), 2, (1, 3), stride=(2, 1), padding=(0, 2)),
     _conv("conv-5x2", (2, 5, 6, 4), 2, (5, 2), stride=(1, 3), padding=(2, 1)),
     _conv("conv-5x3-leftover-rows", (2, 11, 5, 3), 5, (5, 3), stride=(4, 2), padding=(2, 0), bias=False),

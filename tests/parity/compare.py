@@ -84,6 +84,10 @@ def _compare(
         if tensor not in results[engine]:
             return Comparison(tensor, left, right, math.inf, allowed, f"{what}{engine} has none")
     pair = results[left][tensor], results[right][tensor]
+    types = [str(array.dtype) for array in pair]
+    if right != "truth" and types[0] != types[1]:
+        fault = f"{what}{types[0]}, not {types[1]}"
+        return Comparison(tensor, left, right, math.inf, allowed, fault)
     try:
         assert_close(what, *pair, allowed)
         fault = ""
@@ -130,15 +134,15 @@ def verdict(comparisons: list[Comparison]) -> str:
     return f"{', '.join(largest)} agree; {', '.join(others)} {'depart' if others[1:] else 'departs'}"
 
 
-def check(case: Case, inputs: Inputs | None = None) -> dict[str, Results]:
-    """Compute a case in all its engines and return what they found.
+def check(case: Case, inputs: Inputs | None = None, engines: list[str] | None = None) -> dict[str, Results]:
+    """Compute a case in all its engines, or in some, and return what they found.
 
     Raises:
         AssertionError: two of them disagree. It says in which tensors, at which index, by how much, and how
             to replay the case from the dump that is left.
     """
     inputs = make_inputs(case) if inputs is None else inputs
-    results = run_all(case, inputs)
+    results = run_all(case, inputs, engines)
     comparisons = compare(case, inputs, results)
     faults = [each.fault for each in comparisons if each.fault]
     if faults:

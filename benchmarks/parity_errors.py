@@ -1,0 +1,91 @@
+"""How far NumPy, JAX and PyTorch are apart in ResNet-101: the tables of docs/parity.md.
+
+python -m benchmarks.parity_errors
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from tests.parity import cases, dump
+from tests.parity.case import Case, make_inputs
+from tests.parity.compare import JUDGES, errors, ratios
+from tests.parity.engines import run_all
+
+ENGINES = ["numpy", "jax", *JUDGES]
+PARTS = {  # columns of the tables
+    "logits": "logits",
+    "input gradient": "dx",
+    "worst parameter gradient": "grad.",
+    "worst running statistic": "after.",
+}
+
+
+def worst(found: Mapping[str, float], prefix: str) -> str:
+    """The largest error among the tensors of that name or prefix, and which it is."""
+    name = max((name for name in found if name.startswith(prefix)), key=lambda name: found[name])
+    return f"{found[name]:.1e}" + (f" (`{name.removeprefix(prefix)}`)" if name != prefix else "")
+
+
+def row(title: str, cells: Iterable[str]) -> str:
+    """A row of a table in Markdown."""
+    return f"| {title} | {' | '.join(cells)} |"
+
+
+def heading(title: str) -> str:
+    """The head of a table."""
+    return row(title, PARTS) + "\n" + "| --- " * (1 + len(PARTS)) + "|"
+
+
+def float64(case: Case) -> None:
+    """Each pair of engines."""
+    results = run_all(case, make_inputs(case), ENGINES)
+    print(heading("float64: pair"))
+    for left, right in itertools.combinations(ENGINES, 2):
+        found = errors(results[left], results[right])
+        print(row(f"{left} - {right}", (worst(found, prefix) for prefix in PARTS.values())))
+
+
+def float32(case: Case, seeds: range) -> None:
+    """Each engine against the judge in float64, the largest error of each tensor over the seeds."""
+    largest: dict[str, dict[str, float]] = {engine: {} for engine in ENGINES}
+    for seed in seeds:
+        each = replace(case, precision="float32", seed=seed)
+        results = run_all(each, make_inputs(each), [*ENGINES, "truth"])
+        for engine in ENGINES:
+            for name, error in errors(results[engine], results["truth"]).items():
+                largest[engine][name] = max(error, largest[engine].get(name, 0.0))
+    print(f"\n{heading(f'float32, the worst of {len(seeds)} seeds')}")
+    for engine in ENGINES:
+        print(row(engine, (worst(largest[engine], prefix) for prefix in PARTS.values())))
+    print("\n| error / PyTorch's own | geometric mean over all tensors | worst tensor |\n| --- | --- | --- |")
+    for engine in ("numpy", "jax"):
+        found = ratios(largest, engine)
+        name = max(found, key=lambda name: found[name])
+        mean = statistics.geometric_mean(ratio for ratio in found.values() if ratio)
+        print(f"| {engine} | {mean:.2f} | {found[name]:.1f} (`{name}`) |")
+
+
+def main() -> None:
+    """The command line."""
+    table = {case.name: case for case in [*cases.FULL, *cases.NETWORKS]}
+    parser = argparse.ArgumentParser(description="errors of each pair of engines in one network")
+    parser.add_argument("--case", choices=table, default="resnet101", help="one of tests/parity/cases.py")
+    parser.add_argument("--seeds", type=int, default=5, help="in float32")
+    options = parser.parse_args()
+    case = table[options.case]
+    print(f"{case.name}, input {list(case.shape)}, {'train' if case.train else 'evaluation'} mode")
+    print(", ".join(f"{name} {version}" for name, version in dump.versions().items()), end="\n\n")
+    float64(case)
+    float32(case, range(options.seeds))
+
+
+if __name__ == "__main__":
+    main()

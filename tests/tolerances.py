@@ -12,7 +12,8 @@ import numpy as np
 FLOAT64_LAYER = 1e-12
 
 # Two evaluations of ResNet-101 by PyTorch itself, training mode, batch 4 of 64x64: logits 1e-12, gradients
-# 3e-12, since batch norm divides by deviations of few values. The thin networks here: 1e-14, gradients 3e-14.
+# 3e-12, since batch norm divides by deviations of few values. The thin networks here: 1e-14, gradients 3e-14,
+# or 1e-12 of one that nearly cancels.
 FLOAT64_NETWORK = 1e-10
 
 # The gradients of ResNet-101 at full width: three times further apart than the logits in PyTorch itself.
@@ -40,7 +41,8 @@ def float32_sum(length: int) -> float:
 
 # Whole networks in float32 lose what batch norm magnifies: PyTorch's own worst gradient in ResNet-101 is off
 # by 0.4. So its error is the measure, the larger of its two layouts': an engine's, divided by it. Of the two
-# layouts themselves one has 1 to 2 times the other's, and 3 to 11 times in the worst tensor.
+# layouts themselves one has 1 to 2 times the other's, and 3 to 11 times in the worst tensor. Each tensor's error
+# is the largest of five seeds: see `parity.compare.check_in_float32`.
 FLOAT32_RATIO = 1.5  # geometric mean over all tensors
 FLOAT32_RATIO_WORST = 8
 

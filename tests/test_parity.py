@@ -33,11 +33,11 @@ def test_layers(case: Case, precision: str) -> None:
 
 
 @table(cases.SINGLE_VALUES)
-@pytest.mark.parametrize("engine", engines_for(cases.SINGLE_VALUES[0]))
-def test_batch_norm_over_one_value_is_an_error_in_training_only(case: Case, engine: str) -> None:
+def test_batch_norm_over_one_value_is_an_error_in_training_only(case: Case) -> None:
     inputs = make_inputs(case)
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        ENGINES[engine](case, inputs)
+    for engine in engines_for(case):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            ENGINES[engine](case, inputs)
     check(replace(case, train=False))
 
 
@@ -125,9 +125,9 @@ def test_drawn_convolutions(window: dict[str, Any], n: int, channels: tuple[int,
 
 
 @settings(max_examples=10)
-@given(shape=st.tuples(sizes, sizes, sizes), features=sizes)
-def test_drawn_linear_layers(shape: tuple[int, int, int], features: int) -> None:
-    check(Case("drawn-linear", "linear", shape[:2], {"out_features": features}))
+@given(shape=st.tuples(sizes, st.integers(1, 40)), features=sizes)
+def test_drawn_linear_layers(shape: tuple[int, int], features: int) -> None:
+    check(Case("drawn-linear", "linear", shape, {"out_features": features}))
 
 
 @settings(max_examples=10)

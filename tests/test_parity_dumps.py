@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.parity import cases, compare, dump
+from tests.parity.__main__ import main
 from tests.parity.case import Case, Inputs, Results, make_inputs
 from tests.parity.engines import ENGINES
 
@@ -87,6 +88,29 @@ def test_a_failure_names_the_tensor_and_is_replayed_from_its_dump(
     assert done.returncode == 0, done.stderr
     assert "DIFFERS" not in done.stdout
     assert done.stdout.endswith("numpy departs\nverdict now: all agree\n")
+
+
+def test_an_error_in_an_engine_leaves_a_dump_too(folder: Path) -> None:
+    case = cases.SINGLE_VALUES[0]
+    with pytest.raises(ValueError, match="more than 1 value") as caught:
+        compare.check(case)
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"{case.name}, float64; replay it: python -m tests.parity replay {folder}")
+    done = run(*note.partition("replay it: python ")[2].split())
+    assert done.returncode == 1
+    assert "ValueError('batch norm needs more than 1 value" in done.stdout  # recorded
+    assert done.stderr.splitlines()[-1].startswith("ValueError: batch norm needs more than 1 value")
+    assert (
+        main(
+            [
+                "replay",
+                str(
+                    dump.write(replace(case, train=False), make_inputs(case), {"numpy": {}, "torch": {}}, [])
+                ),
+            ]
+        )
+        == 0
+    )
 
 
 def test_a_network_that_is_worse_than_pytorch_in_float32_is_replayed(

@@ -6,6 +6,7 @@ python -m tests.parity replay parity-dumps/CASE
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -25,15 +26,16 @@ def replay(folder: Path) -> int:
     changed = [f"{k} {v}, now {now[k]}" for k, v in versions.items() if now[k] != v]
     print(f"versions: {'; '.join(changed) or 'those of the dump'}")
     print("recorded:", *faults, sep="\n  ")
+    after = compare.compare(case, inputs, run_all(case, inputs, recorded))
     before = {each[:3]: each for each in compare.compare(case, inputs, recorded)}
-    after = compare.compare(case, inputs, run_all(case, inputs, list(recorded)))
     print(f"\n{'tensor':32} {'engines':42} {'recorded':>9} {'now':>9} {'allowed':>9}")
     for each in after:
         pair, mark = f"{each.left} - {each.right}", "  DIFFERS" if each.fault else ""
-        then = before[each[:3]].error
+        then = before[each[:3]].error if each[:3] in before else math.nan  # an engine raised an error
         print(f"{each.tensor:32} {pair:42} {then:9.2e} {each.error:9.2e} {each.allowed:9.1e}{mark}")
     print(*(each.fault for each in after if each.fault), sep="\n")
-    print(f"verdict then: {compare.verdict(list(before.values()))}\nverdict now: {compare.verdict(after)}")
+    print("verdict then:", compare.verdict(list(before.values())) if before else "an engine raised an error")
+    print("verdict now:", compare.verdict(after))
     return int(any(each.fault for each in after))
 
 

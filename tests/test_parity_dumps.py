@@ -174,12 +174,14 @@ def test_nan_a_missing_tensor_and_another_shape_are_no_agreement() -> None:
 
 def test_the_verdict_tells_who_is_wrong() -> None:
     def verdict(**values: float) -> str:
-        results = {name: {"y": np.array([value])} for name, value in values.items()}
+        results = {name.replace("_", "-"): {"y": np.array([value])} for name, value in values.items()}
         return compare.verdict(compare.compare(cases.OTHERS[0], make_inputs(cases.OTHERS[0]), results))
 
     assert verdict(numpy=1, jax=1, torch=1) == "all agree"
     assert verdict(numpy=1, jax=2, torch=1) == "numpy, torch agree; jax departs"
     assert verdict(numpy=1, jax=1, torch=2) == "numpy, jax agree; torch departs"
+    expected = "jax, torch agree; numpy, numpy-plain depart"
+    assert verdict(numpy=2, numpy_plain=2, jax=1, torch=1) == expected
     assert verdict(numpy=1, jax=2, torch=3) == "no two of numpy, jax, torch agree"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from experiment.schedules import make_schedule
 from tests.comparing import random_state
 
 Inputs = dict[str, np.ndarray]
@@ -81,7 +82,7 @@ def make_inputs(case: Case) -> Inputs:
     rng = np.random.default_rng(case.seed)
     if case.kind == "optimizer":
         return _optimizer_inputs(rng, case)
-    from tests.parity import torch_side
+    from tests.parity import torch_side  # which needs what stands above
 
     shapes, output = torch_side.shapes(case)
     state = {f"state/{name}": array for name, array in random_state(shapes, case.seed).items()}
@@ -97,8 +98,6 @@ def make_inputs(case: Case) -> Inputs:
 
 def _optimizer_inputs(rng: np.random.Generator, case: Case) -> Inputs:
     """Gradients whose sizes differ by orders and fade, some of them 0; rates from the project's schedules."""
-    from experiment.schedules import make_schedule
-
     schedule = dict(case.options["schedule"])
     (steps,) = case.shape
     rate = make_schedule(schedule.pop("name"), case.options["learning_rate"], length=steps, **schedule)

@@ -114,7 +114,7 @@ def _compare_with_the_judge(results: Mapping[str, Results], allowed: float) -> l
 
 
 def verdict(comparisons: list[Comparison]) -> str:
-    """Which engines agree in everything, and so who is wrong if only one does not."""
+    """Which engines agree in everything, and so who is wrong. All forms of an engine have one vote."""
     engines = list(dict.fromkeys(name for each in comparisons for name in (each.left, each.right)))
     apart = {frozenset((each.left, each.right)) for each in comparisons if each.fault}
     groups: list[list[str]] = []
@@ -127,8 +127,12 @@ def verdict(comparisons: list[Comparison]) -> str:
             groups.append([engine])
     if len(groups) == 1:
         return "all agree"
-    largest = max(groups, key=len)
-    if len(largest) == 1:
+
+    def votes(members: list[str]) -> int:
+        return len({name.partition("-")[0] for name in members})
+
+    largest = max(groups, key=votes)
+    if votes(largest) == 1:
         return f"no two of {', '.join(engines)} agree"
     others = [engine for members in groups if members is not largest for engine in members]
     return f"{', '.join(largest)} agree; {', '.join(others)} {'depart' if others[1:] else 'departs'}"

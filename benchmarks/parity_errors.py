@@ -16,7 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from tests.parity import cases, dump
 from tests.parity.case import Case, make_inputs
-from tests.parity.compare import JUDGES, errors, ratios
+from tests.parity.compare import JUDGES, errors, mean_ratios, ratios
 from tests.parity.engines import run_all
 
 ENGINES = ["numpy", "jax", *JUDGES]
@@ -56,21 +56,25 @@ def float64(case: Case) -> None:
 def float32(case: Case, seeds: range) -> None:
     """Each engine against the judge in float64, the largest error of each tensor over the seeds."""
     largest: dict[str, dict[str, float]] = {engine: {} for engine in ENGINES}
+    found: dict[str, list[dict[str, float]]] = {"numpy": [], "jax": []}
     for seed in seeds:
         each = replace(case, precision="float32", seed=seed)
         results = run_all(each, make_inputs(each), [*ENGINES, "truth"])
         for engine in ENGINES:
             for name, error in errors(results[engine], results["truth"]).items():
                 largest[engine][name] = max(error, largest[engine].get(name, 0.0))
+        for engine, each_seed in found.items():
+            each_seed.append(ratios(results, engine))
     print(f"\n{heading(f'float32, the worst of {len(seeds)} seeds')}")
     for engine in ENGINES:
         print(row(engine, (worst(largest[engine], prefix) for prefix in PARTS.values())))
     print("\n| error / PyTorch's own | geometric mean over all tensors | worst tensor |\n| --- | --- | --- |")
-    for engine in ("numpy", "jax"):
-        found = ratios(largest, engine)
-        name = max(found, key=lambda name: found[name])
-        mean = statistics.geometric_mean(ratio for ratio in found.values() if ratio)
-        print(f"| {engine} | {mean:.2f} | {found[name]:.1f} (`{name}`) |")
+    for engine, each_seed in found.items():
+        means = mean_ratios(each_seed)
+        name = max(means, key=lambda name: means[name])
+        print(
+            f"| {engine} | {statistics.geometric_mean(means.values()):.2f} | {means[name]:.1f} (`{name}`) |"
+        )
 
 
 def main() -> None:

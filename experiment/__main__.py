@@ -8,6 +8,7 @@ from experiment.errors import UserError
 
 COMMANDS = {
     "convert": "weights from PyTorch's files (.pth, .pt, .th) to safetensors, or back",
+    "parity": "one network in NumPy, JAX and PyTorch: the first stage at which two of them depart",
     "prepare": "download a TFDS data set and bring it into the form that training reads",
 }
 """Each command, a module of `experiment.commands` with a `main(argv) -> int`, and its line of help."""

@@ -6,13 +6,14 @@ import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 
 Batch = Mapping[str, np.ndarray]
 
-ENGINES = {"jax": "jax_resnet.loop", "numpy": "numpy_ref.loop"}
+ENGINES = {"jax": "jax_resnet", "numpy": "numpy_ref"}
 
 
 class Engine(Protocol):
@@ -63,7 +64,12 @@ def set_environment(framework: str, *, deterministic: bool) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
 
+def load_module(framework: str, name: str) -> ModuleType:
+    """A module that every engine has (`loop`, `stages`), imported when it is asked for and not before."""
+    return importlib.import_module(f"{ENGINES[framework]}.{name}")
+
+
 def load_engine(framework: str) -> Callable[..., Engine]:
-    """The class of the engine, imported when it is asked for and not before."""
-    engine: Callable[..., Engine] = importlib.import_module(ENGINES[framework]).Engine
+    """The class of the engine."""
+    engine: Callable[..., Engine] = load_module(framework, "loop").Engine
     return engine

@@ -9,12 +9,44 @@ from typing import Any
 
 import numpy as np
 
+from experiment.errors import UserError
 from experiment.rundir import write_file
+
+TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
+"""The types in a safetensors file as NumPy's. It has none for BF16: the upper half of a float32."""
 
 
 def from_tree(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The state dict of a checkpoint tree: its parameters and batch statistics."""
     return {**tree["params"], **tree["batch_stats"]}
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, from whatever program; bfloat16 as float32, which is exact.
+
+    Raises:
+        UserError: the file is absent, damaged, or has a type that no network here has.
+    """
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        entries = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except SafetensorError as error:
+        remedy = "`python -m experiment convert` makes one of PyTorch's files"
+        raise UserError(f"{path}: no safetensors file, or a damaged one ({error}); {remedy}") from None
+    tensors = {}
+    for name, entry in entries:
+        kind, data = entry["dtype"], entry["data"]
+        if kind == "BF16":
+            array = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        elif kind in TYPES:
+            array = np.frombuffer(data, TYPES[kind])
+        else:
+            raise UserError(f"{path}: {name} is of type {kind}; save it as one of {', '.join(TYPES)}, BF16")
+        tensors[name] = array.reshape(entry["shape"])
+    return tensors
 
 
 def save(path: Path, state_dict: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:

@@ -1,0 +1,278 @@
+"""`python -m experiment parity WEIGHTS [IMAGE]`: one network in three implementations, stage by stage.
+
+For whoever ports a model: the first stage that departs tells where to look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiment import weights
+from experiment.commands.parser import Parser
+from experiment.config import MODELS, parse_image_size
+from experiment.engines import load_module, set_environment
+from experiment.errors import UserError
+from experiment.identify import Network, identify
+from experiment.sources import fit_picture
+
+Stages = Mapping[str, np.ndarray]
+
+# Relative to a tensor's largest magnitude. In ResNet-101 two right answers differ by 1e-5 and 2e-14 with the
+# running statistics. In training mode the last batch norms divide by deviations of few values: 5e-4 and 2e-12
+# with four pictures of 64x64.
+TOLERANCES = {"float32": 1e-4, "float64": 1e-12}
+TOLERANCES_TRAIN = {"float32": 1e-2, "float64": 1e-10}
+STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, by torchvision
+VARIATIONS = 3
+
+
+class Difference(NamedTuple):
+    """How far two tensors of one stage are apart, and where most."""
+
+    size: float  # relative to the largest magnitude in either
+    at: tuple[int, ...]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table; return 0 if all agree, 1 if a stage departs.
+
+    Raises:
+        UserError: a file that is absent or damaged, weights of an unknown network, arguments that do not fit.
+    """
+    options = _parser().parse_args(argv)
+    if options.seed < 0:
+        raise UserError(f"--seed: {options.seed} is below 0")
+    if options.tolerance is not None and not options.tolerance >= 0:
+        raise UserError(f"--tolerance: {options.tolerance} is out of range; give a number of at least 0")
+    if options.dump is not None and (options.dump.exists() or not options.dump.parent.is_dir()):
+        fault = "exists; remove it" if options.dump.exists() else "there is no such folder; make it"
+        raise UserError(f"--dump: {options.dump}: {fault}, or give another name")
+    tensors = weights.load(options.weights)
+    shapes = {name: array.shape for name, array in tensors.items()}
+    try:
+        network = identify(shapes, options.model, stride_in_1x1=options.stride_in_1x1)
+    except UserError as error:
+        raise UserError(f"{options.weights}: {error}") from None
+    image, source = _input(options, network)
+    outputs = _outputs(options, network, tensors, image)
+    if options.dump is not None:
+        ours = {name: _layout(array, options.layout) for name, array in outputs["numpy"].items()}
+        weights.save(options.dump, ours, {"model": network.model, "layout": options.layout})
+    if options.reference is not None:
+        outputs["reference"] = _reference(options, outputs["numpy"])
+    print(f"{options.weights}: {network}\ninput: {source}")
+    if "torch" not in outputs:
+        print("PyTorch is not installed (the extra `test` brings it): two engines, without the judge")
+    tolerances = TOLERANCES_TRAIN if options.train else TOLERANCES
+    tolerance = tolerances[options.precision] if options.tolerance is None else options.tolerance
+    return _report(outputs, tolerance, "training" if options.train else "evaluation", options.precision)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m experiment parity",
+        description="Run one network in every implementation and compare what each of its stages gives: "
+        "NumPy, JAX, PyTorch where it is installed, and with --reference your own program.",
+        epilog="Exit status: 0 if all agree, 1 if a stage departs, 2 for a mistake in the arguments.",
+    )
+    add = parser.add_argument
+    add(
+        "weights",
+        metavar="WEIGHTS",
+        type=Path,
+        help="a safetensors state dict: torchvision's, timm's or ours",
+    )
+    add("image", metavar="IMAGE", type=Path, nargs="?", help="a picture; without one, random numbers")
+    add("--model", choices=MODELS, help="default: what the tensors tell")
+    add("--stride-in-1x1", action="store_true", help="the paper's place of a bottleneck's stride (v1)")
+    add(
+        "--image-size",
+        metavar="SIZE",
+        help="96, or 64x96 (height x width); default 224, or 32 by the 3x3 stem",
+    )
+    add("--mean", type=float, nargs="+", metavar="X", help="a channel, on the scale 0..1; default ImageNet's")
+    add("--std", type=float, nargs="+", metavar="X", help="likewise; for other than three channels 0 and 1")
+    add("--seed", type=int, default=0, help="of random numbers; default 0")
+    add("--train", action="store_true", help="statistics of the batch: the picture and noisy copies of it")
+    add("--precision", choices=list(TOLERANCES), default="float32", help="default float32")
+    add("--tolerance", type=float, help="of a tensor's largest magnitude; default by the precision and mode")
+    add("--reference", type=Path, metavar="FILE", help="a safetensors file of stages that your program gave")
+    add(
+        "--dump",
+        type=Path,
+        metavar="FILE",
+        help="write the input and the NumPy engine's stages as such a file",
+    )
+    add("--layout", choices=["NCHW", "NHWC"], default="NCHW", help="of both files; default PyTorch's NCHW")
+    return parser
+
+
+def _input(options: argparse.Namespace, network: Network) -> tuple[np.ndarray, str]:
+    """What all are given, [N, H, W, C] of the precision, and what it is in words."""
+    size = network.image_size
+    if options.image_size is not None:
+        size = parse_image_size(options.image_size)
+        if network.model == "cnn" and size != network.image_size:
+            raise UserError(f"--image-size: the weights are for pictures of {network.image_size[0]} only")
+    rng = np.random.default_rng(options.seed)
+    count = 1 + VARIATIONS if options.train else 1
+    shape = (*size, network.in_channels)
+    if options.image is None:
+        image = rng.normal(size=(count, *shape))
+        return image.astype(options.precision), f"standard normal numbers of seed {options.seed}"
+    mean, std = _statistics(options, network.in_channels)
+    picture = (_picture(options.image, size, network.in_channels) / 255 - mean) / std
+    # Batch norm over copies of one picture would divide by deviations of nearly nothing
+    image = np.stack([picture, *(picture + rng.normal(size=(count - 1, *shape)))])
+    source = f"{options.image}, mean {_words(mean)}, std {_words(std)}"
+    if options.train:
+        source += f", and {VARIATIONS} copies with standard normal noise of seed {options.seed}"
+    return image.astype(options.precision), source
+
+
+def _words(numbers: Sequence[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
+
+
+def _statistics(options: argparse.Namespace, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel."""
+    usual = STATISTICS if channels == 3 else ((0.0,) * channels, (1.0,) * channels)
+    mean, std = (
+        given if given is None else tuple(given) * (channels if len(given) == 1 else 1)
+        for given in (options.mean, options.std)
+    )
+    for flag, values in (("--mean", mean), ("--std", std)):
+        if values is not None and len(values) != channels:
+            raise UserError(
+                f"{flag}: {len(values)} numbers for {channels} channels; give one, or one for each"
+            )
+    if not all(math.isfinite(value) for value in mean or ()):
+        raise UserError("--mean: give finite numbers")
+    if not all(0 < value < math.inf for value in std or ()):
+        raise UserError("--std: give numbers above 0")
+    return mean or usual[0], std or usual[1]
+
+
+def _picture(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
+    """The picture of any format that Pillow reads, resized: uint8 [H, W, C]."""
+    from PIL import Image
+
+    modes = {1: "L", 3: "RGB"}
+    if channels not in modes:
+        raise UserError(f"IMAGE: no picture has {channels} channels; leave it out for random numbers")
+    try:
+        with Image.open(path) as picture:
+            return fit_picture(picture.convert(modes[channels]), size)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found") from None
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # Pillow's for damaged files
+        raise UserError(f"{path}: no picture that Pillow reads ({error})") from None
+
+
+def _outputs(
+    options: argparse.Namespace, network: Network, tensors: Stages, image: np.ndarray
+) -> dict[str, dict[str, np.ndarray]]:
+    """The input and every stage, of each implementation that is installed."""
+    set_environment("jax", deterministic=False)
+    runs: dict[str, Callable[..., dict[str, np.ndarray]]] = {
+        name: load_module(name, "stages").run_stages for name in ("numpy", "jax")
+    }
+    if importlib.util.find_spec("torch") is not None:
+        import torch_oracle.stages
+
+        runs["torch"] = torch_oracle.stages.run_stages
+    arguments: dict[str, Any] = {"train": options.train, "precision": options.precision, **network.options}
+    outputs = {}
+    for name, run in runs.items():
+        try:
+            stages = run(network.model, tensors, image, network.num_classes, **arguments)
+        except ValueError as error:  # names that do not fit, or batch norm over a single value
+            raise UserError(f"{options.weights}: as {network.model}: {_cut(str(error))}") from None
+        outputs[name] = {"input": image, **stages}
+    return outputs
+
+
+def _cut(message: str) -> str:
+    """A list of names, cut to the first: a model of another depth has hundreds that do not fit."""
+    parts = message.split("; ")
+    return message if len(parts) <= 8 else f"{'; '.join(parts[:8])}; and {len(parts) - 8} more"
+
+
+def _layout(array: np.ndarray, layout: str) -> np.ndarray:
+    """[N, H, W, C] in the layout of the files; arrays without height and width as they are."""
+    return array.transpose(0, 3, 1, 2) if layout == "NCHW" and array.ndim == 4 else array
+
+
+def _reference(options: argparse.Namespace, ours: Stages) -> dict[str, np.ndarray]:
+    """The stages of another program, [N, H, W, C]; it may have left some out."""
+    path = options.reference
+    found = weights.load(path)
+    unknown = [name for name in found if name not in ours]
+    if unknown or not found:
+        fault = f"unknown name {unknown[0]}" if unknown else "it is empty"
+        raise UserError(f"--reference: {path}: {fault}; the names are {', '.join(ours)}")
+    for name, array in found.items():
+        wanted = _layout(ours[name], options.layout).shape
+        if array.shape != wanted:
+            raise UserError(
+                f"--reference: {path}: {name} has shape {list(array.shape)}, not {list(wanted)} "
+                f"({options.layout}; see --layout, --image-size and --train)"
+            )
+    back = (0, 2, 3, 1) if options.layout == "NCHW" else (0, 1, 2, 3)
+    return {name: array.transpose(back) if array.ndim == 4 else array for name, array in found.items()}
+
+
+def compare(a: np.ndarray, b: np.ndarray) -> Difference:
+    """The largest difference of two arrays of one shape; infinite where either is not finite."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    finite = np.isfinite(a) & np.isfinite(b)
+    scale = max(np.abs(a[finite]).max(initial=0), np.abs(b[finite]).max(initial=0)) or 1.0
+    error = np.full(a.shape, np.inf)
+    error[finite] = np.abs(a[finite] - b[finite]) / scale
+    index = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
+    return Difference(float(error[index]), index)
+
+
+def _report(outputs: Mapping[str, Stages], tolerance: float, mode: str, precision: str) -> int:
+    """Print the table and the verdict; return the exit status."""
+    pairs = list(itertools.combinations(outputs, 2))
+    print(f"{precision}, {mode} mode; differences relative to each tensor's largest magnitude\n")
+    titles = [f"{a}-{b}" for a, b in pairs]
+    print(" ".join([f"{'stage':<8}{'shape':<22}{'largest':>9}", *(f"{title:>16}" for title in titles)]))
+    first: tuple[str, str, str, Difference] | None = None
+    for stage, array in outputs["numpy"].items():
+        cells, departed = [], []
+        for a, b in pairs:
+            if stage in outputs[a] and stage in outputs[b]:
+                difference = compare(outputs[a][stage], outputs[b][stage])
+                apart = difference.size > tolerance
+                cells.append(f"{difference.size:.1e}{'!' if apart else ' '}")
+                departed += [(stage, a, b, difference)] if apart else []
+            else:
+                cells.append("- ")
+        shape = "x".join(map(str, array.shape))
+        row = " ".join([f"{stage:<8}{shape:<22}{np.abs(array).max():>9.3g}", *(f"{c:>16}" for c in cells)])
+        print(row.rstrip())
+        if first is None and departed:
+            first = max(departed, key=lambda found: found[3].size)
+    if first is None:
+        print(f"\nall agree within {tolerance:g}")
+        return 0
+    stage, a, b, (size, at) = first
+    values = f"{outputs[a][stage][at]:.9g} and {outputs[b][stage][at]:.9g}"
+    print(f"\n{stage} is the first stage that departs: {a} and {b} by {size:.1e}, allowed are {tolerance:g};")
+    print(f"most at {list(at)} (NHWC): {values}")
+    return 1

@@ -63,9 +63,11 @@ class Conv2d(layers.Conv2d):
 
     Attributes:
         keep_columns: whether the columns of the pictures are kept for backward, and not made anew.
+        needs_dx: whether backward works out dL/dx; where nothing comes before, training has no use for it.
     """
 
     keep_columns = False
+    needs_dx = True
 
     def forward(self, x: Array, train: bool = False) -> Array:
         """x [N, H, W, I] to [N, OH, OW, O]."""
@@ -86,7 +88,7 @@ class Conv2d(layers.Conv2d):
         return y
 
     def backward(self, dy: Array) -> Array:
-        """dL/dx, and the gradients of the parameters, by the form that forward took."""
+        """dL/dx, zeros without `needs_dx`, and the gradients of the parameters, by the form forward took."""
         form, x, *kept = self.kept
         if self.bias is not None:
             self.bias.add_grad(dy.sum((0, 1, 2)))
@@ -105,7 +107,9 @@ class Conv2d(layers.Conv2d):
     def _pointwise_backward(self, x: Array, rows: Array, dy: Array, dx: Array) -> None:
         (sh, sw), dy = self.stride, dy.reshape(len(rows), -1)
         self.weight.add_grad_product(rows.T, dy)
-        if (sh, sw) == (1, 1):
+        if not self.needs_dx:
+            dx.fill(0)
+        elif (sh, sw) == (1, 1):
             np.matmul(dy, self._matrix.T, out=dx.reshape(rows.shape))
         else:
             dx.fill(0)
@@ -126,7 +130,7 @@ class Conv2d(layers.Conv2d):
     def _by_taps_backward(self, x: Array, taps: list[Tap], dy: Array, dx: Array) -> None:
         dx.fill(0)
         weight = self.weight.value.reshape(-1, *self.weight.value.shape[2:])
-        for tap, out, inner in taps:
+        for tap, out, inner in taps if self.needs_dx else ():
             inputs, outputs = dx[:, *inner], dy[:, *out]
             inputs += (outputs.reshape(-1, dy.shape[-1]) @ weight[tap].T).reshape(inputs.shape)
 
@@ -159,6 +163,8 @@ class Conv2d(layers.Conv2d):
             columns = kept[index] if self.keep_columns else self._columns(x[part], dy[part])
             rows = dy[part].reshape(len(columns), -1)
             self.weight.add_grad_product(columns.T, rows)
+            if not self.needs_dx:
+                continue
             dcolumns = empty_like(columns) if self.keep_columns else columns
             np.matmul(rows, self._matrix.T, out=dcolumns)
             each = dcolumns.reshape(*dy[part].shape[:3], -1, x.shape[-1])

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from numpy_ref import resnet
-from numpy_ref.fast import BatchNorm
+from numpy_ref.fast import BatchNorm, Conv2d
 from numpy_ref.layers import Array, Layer, Parameter, cross_entropy, no_grad
 from numpy_ref.memory import trim
 from numpy_ref.optimizers import make_optimizer
@@ -94,6 +94,9 @@ class Replica:
         for norm in self.norms:
             norm.all_reduce = communicator.all_reduce
             norm.keeps_running = communicator.rank == 0
+        first = next(layer for _, layer in self.network.body())
+        assert isinstance(first, Conv2d)
+        first.needs_dx = False
         self.groups = update_groups(self.network)
         self.index = {id(parameter): i for i, parameter in enumerate(self.parameters.values())}
         self.gradients: list[list[Array]] | None = None

@@ -193,6 +193,21 @@ def test_fast_conv2d_in_many_tiles(monkeypatch, keep):
     check(Case("many-tiles", "conv", (7, 8, 8, 4), options), engines=["numpy", "torch"])
 
 
+@pytest.mark.parametrize(("kernel", "size"), [(1, (5, 4)), (3, (2, 2)), (3, (9, 8))])
+def test_a_first_convolution_may_leave_out_dx(kernel, size):
+    """In each of the three forms: the parameters' gradients are the same, and dx is zeros."""
+    options = {"padding": kernel // 2, "bias": True, "dtype": np.float64}
+    whole, first = (fast.Conv2d(3, 4, kernel, **options, rng=rng()) for _ in range(2))
+    first.needs_dx = False
+    x, dy = numbers(2, *size, 3), numbers(2, *size, 4, seed=1)
+    for layer in (whole, first):
+        layer.forward(x, True)
+    assert np.abs(whole.backward(dy)).min() > 0
+    np.testing.assert_array_equal(first.backward(dy), np.zeros_like(x))
+    for mine, others in zip(first.parameters(), whole.parameters(), strict=True):
+        np.testing.assert_array_equal(mine.grad, others.grad)
+
+
 def test_batch_norm_in_many_tiles(monkeypatch):
     monkeypatch.setattr(fast, "TILE", 1000)
     check(Case("many-tiles", "batch_norm", (3, 7, 11, 5)), engines=["numpy", "torch"])

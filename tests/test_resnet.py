@@ -5,7 +5,6 @@ held against NumPy's and PyTorch's in `test_parity.py`.
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from safetensors.numpy import load_file
 
 import jax_resnet
 import torch_oracle
@@ -31,13 +29,10 @@ from jax_resnet.state_dict import (
 from tests.comparing import (
     assert_all_close,
     assert_close,
-    nchw,
-    quick_jit,
     random_state,
 )
 from tests.tolerances import (
     FLOAT32_NETWORK,
-    FLOAT32_TRAINED,
     FLOAT64_NETWORK,
 )
 
@@ -403,30 +398,3 @@ def test_nnx_grad_works_on_the_model_itself() -> None:
         {name: to_torch_layout(value) for name, value in expected.items()},
         FLOAT32_NETWORK,
     )
-
-
-# A network trained elsewhere
-
-
-@pytest.fixture
-def trained(data_dir: Path) -> dict[str, np.ndarray]:
-    path = data_dir.parent / "checkpoints" / "resnet20-12fca82f.safetensors"
-    if not path.is_file():
-        pytest.skip(f"no checkpoints/{path.name} beside the directory that THREEWAY_DATA_DIR names")
-    return load_file(path)
-
-
-def test_the_trained_resnet20_gives_the_judges_logits(trained: dict[str, np.ndarray]) -> None:
-    # smooth pictures, as real ones are, in the range of normalised pixels
-    corners = np.random.default_rng(0).uniform(-2, 2, size=(4, 4, 4, 3)).astype(np.float32)
-    x = np.asarray(jax.image.resize(corners, (4, 32, 32, 3), "bicubic"))
-    model, judge = MODELS["resnet20"](10, rngs=nnx.Rngs(0)), torch_oracle.resnet20(10).eval()
-    load_state_dict(model, trained)
-    torch_oracle.load_state_dict(judge, trained)
-    parts = split(model)
-    with torch.no_grad():
-        expected = judge(torch.from_numpy(nchw(x)))
-    assert np.ptp(np.asarray(expected).argmax(1)) > 0  # it tells them apart
-    with jax.default_matmul_precision("highest"):
-        logits, _ = quick_jit(partial(apply, parts.eval))(parts.params, parts.batch_stats, x)
-    assert_close("logits", logits, expected, FLOAT32_TRAINED)

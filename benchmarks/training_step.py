@@ -5,8 +5,8 @@
 
 Every contestant is a process of its own with the same number of threads. They take turns, one step each,
 round after round, so that a machine whose speed drifts is the same for all; medians and the ratio to
-PyTorch's fastest eager form are printed, and the memory each takes. PyTorch runs in four forms: NCHW or
-channels_last, Adam as it comes or fused.
+PyTorch's fastest eager form are printed, and the peak of the memory each takes. PyTorch runs in four forms:
+NCHW or channels_last, Adam as it comes or fused.
 """
 
 from __future__ import annotations
@@ -102,18 +102,29 @@ def torch_step(name: str, batch: int, shape: tuple[int, int, int], model: str, i
     return step
 
 
-def memory(pids: list[int]) -> int:
-    """Bytes that processes hold, pages that they share counted once (Linux: proportional set size)."""
-    total = 0
-    for pid in pids:
+def memory(pid: int | None) -> int:
+    """Bytes that a process and its children hold, libraries left out, pages that they share counted once
+    (Linux: proportional set size). 0 once it has ended."""
+    try:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
-        total += int(re.search(r"^Pss: +(\d+) kB", rollup, re.MULTILINE)[1]) * 1024  # type: ignore[index]
-    return total
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    own = sum(int(kb) for kb in re.findall(r"^Pss_(?:Anon|Shmem): +(\d+) kB", rollup, re.MULTILINE)) * 1024
+    return own + sum(memory(int(child)) for child in children)
+
+
+def peak_memory(pid: int | None, pipe: Connection) -> int:
+    """The most bytes that a contestant holds until it answers; looking takes it time."""
+    peak = 0
+    while not pipe.poll(0.01):
+        peak = max(peak, memory(pid))
+    pipe.recv()
+    return peak
 
 
 def work(name: str, threads: int, pipe: Connection, *what: Any) -> None:
-    """A contestant: gets ready, then takes a step whenever it is asked and answers with its seconds; in the
-    end with the bytes it holds, less those it held after its imports."""
+    """A contestant: gets ready, then takes a step whenever it is asked and answers with its seconds."""
     os.sched_setaffinity(
         0, sorted(os.sched_getaffinity(0))[:threads]
     )  # XLA has a thread for each processor it sees
@@ -126,44 +137,47 @@ def work(name: str, threads: int, pipe: Connection, *what: Any) -> None:
         importlib.import_module("torch_oracle")
         torch.set_num_threads(threads)
         make = torch_step
-    before = memory([os.getpid()])
+    pipe.send("imported")
     step = make(name, *what)
     step()
     step()
-    pipe.send(None)
+    pipe.send("ready")
     while pipe.recv():
         begun = time.perf_counter()
         step()
         pipe.send(time.perf_counter() - begun)
-    processes = [os.getpid(), *(process.pid for process in multiprocessing.active_children() if process.pid)]
-    pipe.send(memory(processes) - before * len(processes))
 
 
 def measure(names: list[str], threads: int, rounds: int, *what: Any) -> tuple[Seconds, dict[str, int]]:
-    """Seconds of `rounds` steps of each contestant, taken in turns, and the bytes of memory of each."""
+    """Seconds of `rounds` steps of each contestant, taken in turns; and its peak memory from its start to
+    the end of its second step, and in one more step, less what it holds after its imports, in bytes."""
     context = multiprocessing.get_context("spawn")
-    workers = {}
+    workers: dict[str, tuple[Any, Connection]] = {}
+    peaks: dict[str, int] = {}
+    before: dict[str, int] = {}
     for name in names:
         here, there = context.Pipe()
         process = context.Process(target=work, args=(name, threads, there, *what))
         process.start()
-        here.recv()
         workers[name] = (process, here)
+        here.recv()
+        before[name] = memory(process.pid)
+        peaks[name] = peak_memory(process.pid, here)
     seconds: Seconds = {name: [] for name in names}
     for _ in range(rounds):
         for name, (_, pipe) in workers.items():
             pipe.send(True)
             seconds[name].append(pipe.recv())
-    sizes = {}
     for name, (process, pipe) in workers.items():
+        pipe.send(True)
+        peaks[name] = max(peaks[name], peak_memory(process.pid, pipe))
         pipe.send(False)
-        sizes[name] = pipe.recv()
         process.join()
-    return seconds, sizes
+    return seconds, {name: peaks[name] - before[name] for name in names}
 
 
 def report(title: str, seconds: Seconds, sizes: dict[str, int], threads: int) -> None:
-    """Print medians, memory, and the ratios to PyTorch's fastest and default form."""
+    """Print medians, peak memory, and the ratios to PyTorch's fastest and default form."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     fastest = min(TORCH_FORMS, key=lambda name: medians[name])
     rounds = len(seconds[fastest])

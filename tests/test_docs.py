@@ -25,6 +25,13 @@ def test_the_tour_runs(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_links_lead_to_files_of_the_tree():
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+            if not target.startswith("https://"):
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
 def test_the_pictures_of_convolution_can_be_drawn(tmp_path):
     script = runpy.run_path(str(ROOT / "docs" / "draw_convolution.py"))
     for draw in ("draw_windows", "draw_columns"):

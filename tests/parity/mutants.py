@@ -1,0 +1,252 @@
+"""Deliberate faults: does the suite notice? One at a time, in a copy of the tree.
+
+    python -m tests.parity.mutants                 # all of them, about 15 minutes on two cores
+    python -m tests.parity.mutants jax-epsilon     # those named
+
+Each mutant is one small mistake of the kind that porting makes. The parity suite is run until its first
+failure, which is printed; a mutant that nothing catches is printed as SURVIVED, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+SUITE = ["tests/test_parity.py", "tests/test_parity_optimizers.py", "tests/test_parity_trajectory.py"]
+
+
+class Mutant(NamedTuple):
+    """In `file`, the text `right`, which occurs once, becomes `wrong`."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+
+
+LAYOUT, JAX_RESNET, JAX_LOOP = "jax_resnet/state_dict.py", "jax_resnet/resnet.py", "jax_resnet/loop.py"
+NUMPY_RESNET, BASE = "numpy_ref/resnet.py", "numpy_ref/optimizer_base.py"
+JAX, JAX_OPTIMIZERS = "jax_resnet/layers.py", "jax_resnet/optimizers.py"
+PLAIN, FAST, NUMPY_BOUND = "numpy_ref/layers.py", "numpy_ref/fast.py", "numpy_ref/adabound.py"
+BOUND, NUMPY_OPTIMIZERS = "jax_resnet/adabound.py", "numpy_ref/optimizers.py"
+
+MUTANTS = [
+    Mutant(
+        "jax-im2col-padding",
+        JAX,
+        "((0, 0), (ph, ph), (pw, pw), (0, 0))",
+        "((0, 0), (0, 2 * ph), (pw, pw), (0, 0))",
+    ),
+    Mutant("jax-conv-padding", JAX, "((ph, ph), (pw, pw)), dim", "((ph, ph), (0, 2 * pw)), dim"),
+    Mutant(
+        "jax-kernel-transposed",
+        JAX,
+        "weight.reshape(kh * kw * i, o)",
+        "weight.swapaxes(0, 1).reshape(kh * kw * i, o)",
+    ),
+    Mutant("jax-epsilon", JAX, "eps: float = 1e-5", "eps: float = 1e-3"),
+    Mutant("jax-momentum", JAX, "momentum: float = 0.1", "momentum: float = 0.01"),
+    Mutant("jax-biased-running-variance", JAX, "var * (n / (n - 1))", "var"),
+    Mutant(
+        "jax-variance-is-constant",
+        JAX,
+        "var = jnp.square(x32 - mean)",
+        "var = jnp.square(lax.stop_gradient(x32 - mean))",
+    ),
+    Mutant("jax-bias-sign", JAX, "* scale + self.bias[...]).astype", "* scale - self.bias[...]).astype"),
+    Mutant("jax-max-pool-padding", JAX, "-jnp.inf,", "0.0,"),
+    Mutant("jax-option-A-zeros-behind", JAX, "(extra // 2, extra - extra // 2)", "(0, extra)"),
+    Mutant("jax-layout", LAYOUT, "{4: (3, 2, 0, 1), 2: (1, 0)}", "{4: (3, 2, 1, 0), 2: (1, 0)}"),
+    Mutant(
+        "jax-stride-placement",
+        JAX_RESNET,
+        "(stride, 1) if stride_in_1x1 else (1, stride)",
+        "(1, stride) if stride_in_1x1 else (stride, 1)",
+    ),
+    Mutant(
+        "jax-shortcut-lost",
+        JAX_RESNET,
+        "self.conv3(y))\n        return jax.nn.relu(y + _",
+        "self.conv3(y))\n        return jax.nn.relu(y + 0 * _",
+    ),
+    Mutant("jax-loss-is-a-sum", JAX_LOOP, "(logits, label).mean()", "(logits, label).sum()"),
+    Mutant(
+        "jax-adabound-corrected-root",
+        BOUND,
+        "(jnp.sqrt(v) + eps)",
+        "(jnp.sqrt(v) + eps * correction.astype(v.dtype))",
+    ),
+    Mutant(
+        "jax-amsbound-forgets-maximum",
+        BOUND,
+        "nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)",
+        "nu_max = nu",
+    ),
+    Mutant(
+        "jax-amsgrad-forgets-maximum",
+        JAX_OPTIMIZERS,
+        "nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)",
+        "nu_max = nu",
+    ),
+    Mutant(
+        "jax-sgd-nesterov",
+        JAX_OPTIMIZERS,
+        "optax.sgd(learning_rate, momentum)",
+        "optax.sgd(learning_rate, momentum, nesterov=True)",
+    ),
+    Mutant(
+        "jax-decay-not-decoupled",
+        JAX_OPTIMIZERS,
+        "optax.adamw(learning_rate, **adam, weight_decay=weight_decay)",
+        "optax.chain(l2, optax.adam(learning_rate, **adam))",
+    ),
+    Mutant("numpy-epsilon", PLAIN, "eps: float = 1e-5", "eps: float = 1e-3"),
+    Mutant("numpy-momentum", PLAIN, "momentum: float = 0.1", "momentum: float = 0.01"),
+    Mutant("numpy-biased-running-variance", PLAIN, "var * (n / (n - 1))", "var"),
+    Mutant("numpy-plain-norm-sign", PLAIN, "d = d - (dbias + z * dweight)", "d = d - (dbias - z * dweight)"),
+    Mutant("numpy-fast-norm-sign", FAST, "b, c = -scale * inverse_std**2", "b, c = scale * inverse_std**2"),
+    Mutant(
+        "numpy-kernel-transposed",
+        PLAIN,
+        "return self.weight.value.reshape",
+        "return self.weight.value.swapaxes(0, 1).reshape",
+    ),
+    Mutant("numpy-fast-padding", FAST, "padded[:, ph : ph + h, pw : pw + w] = x", "padded[:, :h, :w] = x"),
+    Mutant("numpy-tap-turned", FAST, "@ weight[tap].T", "@ weight[-1 - tap].T"),
+    Mutant(
+        "numpy-strided-1x1-shifted",
+        FAST,
+        "rows = x[:, ::sh, ::sw]",
+        "rows = x[:, sh - 1 :: sh, ::sw][:, : -(-x.shape[1] // sh)]",
+    ),
+    Mutant("numpy-max-pool-ties-share", FAST, "left[:, *out] -= taken", "pass"),
+    Mutant("numpy-max-pool-padding", FAST, "y.fill(-np.inf)", "y.fill(0)"),
+    Mutant("numpy-loss-sign", PLAIN, "dlogits[picked] -= 1", "dlogits[picked] += 1"),
+    Mutant(
+        "numpy-flatten-order", PLAIN, "x.transpose(0, 3, 1, 2)).reshape(len(x), -1)", "x).reshape(len(x), -1)"
+    ),
+    Mutant("numpy-option-A-front", PLAIN, "front = self.pad[0]", "front = self.pad[1]"),
+    Mutant(
+        "numpy-shortcut-gradient-lost",
+        NUMPY_RESNET,
+        "dy += dshortcut if self.downsample is None",
+        "dy += 0 * dshortcut if self.downsample is None",
+    ),
+    Mutant(
+        "numpy-relu-passes-all",
+        FAST,
+        "np.multiply(d[part], y[part] > 0,",
+        "np.multiply(d[part], y[part] >= 0,",
+    ),
+    Mutant("numpy-adabound-upper-bound", NUMPY_BOUND, "ratio * (1 + 1 / x)", "ratio * (1 + 2 / x)"),
+    Mutant(
+        "numpy-adabound-correction",
+        NUMPY_BOUND,
+        "/ (1 - self.b1**self.count)",
+        "/ (1 - self.b1 ** (self.count + 1))",
+    ),
+    Mutant(
+        "numpy-amsbound-forgets-maximum",
+        NUMPY_BOUND,
+        "return np.maximum(moments[2], moments[1], out=moments[2])",
+        "return moments[1]",
+    ),
+    Mutant("numpy-adam-epsilon", NUMPY_OPTIMIZERS, "self.eps * root", "self.eps"),
+    Mutant("numpy-sgd-dampening", NUMPY_OPTIMIZERS, "trace += grad", "trace += 0.9 * grad"),
+    Mutant(
+        "numpy-decay-unscaled",
+        BASE,
+        "change += self.lr * self.weight_decay * value",
+        "change += self.weight_decay * value",
+    ),
+    Mutant("numpy-second-moment-decay", BASE, "scratch *= 1 - b2", "scratch *= 1 - b1"),
+]
+
+
+def copy_of_tree(to: Path) -> Path:
+    """What git would commit, in `to`."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, to / name)
+    return to
+
+
+def first_failure(tree: Path, mutant: Mutant) -> str | None:
+    """The test that catches a mutant, or None. The tree is as before afterwards.
+
+    Raises ValueError if its text does not occur just once; RuntimeError if the suite could not be run.
+    """
+    file = tree / mutant.file
+    source = file.read_text(encoding="utf-8")
+    if source.count(mutant.right) != 1:
+        raise ValueError(
+            f"{mutant.name}: {source.count(mutant.right)} times in {mutant.file}: {mutant.right}"
+        )
+    optimizers_first = "optimizer" in mutant.file or "adabound" in mutant.file
+    suite = sorted(SUITE, key=lambda name: "optimizers" in name, reverse=True) if optimizers_first else SUITE
+    file.write_text(source.replace(mutant.right, mutant.wrong), encoding="utf-8")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *suite],
+            cwd=tree,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+    finally:
+        file.write_text(source, encoding="utf-8")
+    if done.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"{mutant.name}: the suite could not be run:\n{done.stdout}{done.stderr}")
+    return found[1]
+
+
+def main(names: Sequence[str]) -> int:
+    """Run the mutants named, or all; two at a time, each in a tree of its own."""
+    unknown = set(names) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        print(f"error: no mutant {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as executor:
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for number in "01":
+            trees.put(copy_of_tree(Path(folder) / number))
+
+        def run(mutant: Mutant) -> str | None:
+            tree = trees.get()
+            try:
+                return first_failure(tree, mutant)
+            finally:
+                trees.put(tree)
+
+        survived = 0
+        for mutant, caught_by in zip(chosen, executor.map(run, chosen), strict=True):
+            survived += caught_by is None
+            print(f"{mutant.name:32} {caught_by or 'SURVIVED'}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

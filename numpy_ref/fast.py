@@ -9,6 +9,7 @@ A ResNet's training step moves more bytes than it multiplies numbers, so these f
   copy within the cache is cheaper than to write nine times the picture to memory and to read it back. With
   `keep_columns` they are kept, as in the plain form.
 - **Only what meets the picture.** On pictures of a pixel or four, most of a padded kernel lies outside.
+- **Fewer products.** Winograd's convolution, where channels and pixels are many.
 """
 
 from __future__ import annotations
@@ -31,6 +32,49 @@ def tiles(rows: Array) -> Iterator[slice]:
     """Slices of the first axis of so many rows as `TILE` bytes hold, at least one."""
     step = max(1, TILE * len(rows) // max(rows.nbytes, 1))
     return (slice(i, i + step) for i in range(0, len(rows), step))
+
+
+def even_tiles(n: int, nbytes: int) -> Iterator[slice]:
+    """Even slices of n pictures of `COLUMNS_TILE` bytes, if all take `nbytes`."""
+    count = min(n, math.ceil(nbytes / COLUMNS_TILE))
+    bounds = [n * i // count for i in range(count + 1)]
+    return (slice(*each) for each in pairwise(bounds))
+
+
+# B', G and A' of Winograd's F(2x2, 3x3), Lavin & Gray 2016, arXiv 1509.09308, equation 7, for both axes
+WINOGRAD_INPUT, WINOGRAD_KERNEL, WINOGRAD_OUTPUT = (
+    np.kron(matrix, matrix)
+    for matrix in (
+        np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]),
+        np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]),
+        np.array([[1, 1, 1, 0], [0, 1, -1, -1]]),
+    )
+)
+WINOGRAD_CHANNELS, WINOGRAD_ROWS = 64, 200  # from which on it pays, by measurement
+
+
+def transform(matrix: Array, a: Array) -> Array:
+    """matrix [P, Q] @ a [Q, M, C]: [P, M, C]."""
+    out = empty((len(matrix), *a.shape[1:]), a.dtype)
+    np.matmul(matrix.astype(a.dtype), a.reshape(len(a), -1), out=out.reshape(len(out), -1))
+    return out
+
+
+def product(a: Array, b: Array) -> Array:
+    """a [16, P, Q] @ b [16, Q, R]."""
+    return np.matmul(a, b, out=empty((len(a), a.shape[1], b.shape[2]), a.dtype))
+
+
+def padded_fields(x: Array) -> tuple[Array, Array]:
+    """Zeros for x [N, H, W, C] and a pixel all round it (after odd sides two); and the view of its fields of
+    4x4 pixels, two rows or columns apart: [4, 4, N, TH, TW, C] with TH = ceil(H / 2), TW = ceil(W / 2).
+    """
+    n, h, w, c = x.shape
+    th, tw = -(-h // 2), -(-w // 2)
+    padded = empty((n, 2 * th + 2, 2 * tw + 2, c), x.dtype)
+    padded.fill(0)
+    (bn, bh, bw, bc) = padded.strides
+    return padded, np.ndarray((4, 4, n, th, tw, c), x.dtype, padded, 0, (bh, bw, bn, 2 * bh, 2 * bw, bc))
 
 
 Tap = tuple[int, tuple[slice, slice], tuple[slice, slice]]  # number, outputs, inputs
@@ -59,7 +103,7 @@ def clipped_taps(kernel: Pair, stride: Pair, padding: Pair, size: Pair, out_size
 
 
 class Conv2d(layers.Conv2d):
-    """`layers.Conv2d` in one of three forms, whichever suits the shapes.
+    """`layers.Conv2d` in one of four forms, whichever suits the shapes.
 
     Attributes:
         keep_columns: whether the columns of the pictures are kept for backward, and not made anew.
@@ -79,6 +123,8 @@ class Conv2d(layers.Conv2d):
         met = sum((rows.stop - rows.start) * (cols.stop - cols.start) for _, (rows, cols), _ in taps)
         if self.kernel == (1, 1) and self.padding == (0, 0):
             self._pointwise(x, y)
+        elif self._suits_winograd(x):
+            self._by_winograd(x, y)
         elif met <= 0.5 * math.prod(self.kernel) * math.prod(size):
             self._by_taps(x, y, taps)
         else:
@@ -144,6 +190,74 @@ class Conv2d(layers.Conv2d):
 
         self.weight.add_written(dweight)
 
+    # Winograd's F(2x2, 3x3) (Lavin & Gray 2016, arXiv 1509.09308): of a field of 4x4 pixels, 2x2 outputs of a
+    # 3x3 kernel take 36 products a pair of channels, and only 16 between fields and kernels transformed:
+    # y = A'[(G g G') * (B' d B)]A. A field is a column of 16 numbers here and a transform one matrix product;
+    # so every backward step is the product with the transpose.
+
+    def _suits_winograd(self, x: Array) -> bool:
+        """Whether the products saved outweigh the transforms: many channels, and pixels enough for them."""
+        rows = math.prod(x.shape[:3])
+        square = (self.kernel, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))
+        return square and min(self.weight.value.shape[2:]) >= WINOGRAD_CHANNELS and rows >= WINOGRAD_ROWS
+
+    def _by_winograd(self, x: Array, y: Array) -> None:
+        kernels, kept = self._kernels(), []
+        for part in even_tiles(len(x), 4 * x.nbytes):
+            fields = self._fields(x[part])
+            outputs = transform(WINOGRAD_OUTPUT, product(fields, kernels))
+            for corner, values in self._corners(y[part], outputs):
+                corner[...] = values
+            if self.keep_columns:
+                kept.append(fields)
+        self.keep(self._by_winograd_backward, x, kept)
+
+    def _by_winograd_backward(self, x: Array, kept: list[Array], dy: Array, dx: Array) -> None:
+        kernels, dkernels = self._kernels(), np.zeros(())
+        for index, part in enumerate(even_tiles(len(x), 4 * x.nbytes)):
+            fields = kept[index] if self.keep_columns else self._fields(x[part])
+            doutputs = empty((4, fields.shape[1], dy.shape[-1]), dy.dtype)
+            doutputs.fill(0)  # where a field reaches over the edge
+            for corner, values in self._corners(dy[part], doutputs):
+                values[...] = corner
+            dproducts = transform(WINOGRAD_OUTPUT.T, doutputs)
+            own = product(fields.swapaxes(1, 2), dproducts)
+            dkernels = own if index == 0 else np.add(dkernels, own, out=own)
+            if self.needs_dx:
+                dfields = product(dproducts, kernels.swapaxes(1, 2))
+                self._add_fields(transform(WINOGRAD_INPUT.T, dfields), dx[part])
+            else:
+                dx[part] = 0
+        self.weight.add_grad_product(WINOGRAD_KERNEL.T.astype(dy.dtype), dkernels.reshape(16, -1))
+
+    def _kernels(self) -> Array:
+        """The kernels, transformed: [16, I, O]."""
+        return transform(WINOGRAD_KERNEL, self.weight.value.reshape(9, *self.weight.value.shape[2:]))
+
+    def _fields(self, x: Array) -> Array:
+        """The T = N * TH * TW fields of x [N, H, W, I], transformed: [16, T, I]."""
+        padded, fields = padded_fields(x)
+        padded[:, 1 : x.shape[1] + 1, 1 : x.shape[2] + 1] = x
+        columns = empty(fields.shape, x.dtype)
+        np.copyto(columns, fields)
+        return transform(WINOGRAD_INPUT, columns.reshape(16, -1, x.shape[-1]))
+
+    def _add_fields(self, dfields: Array, dx: Array) -> None:
+        """Write to dx [N, H, W, I] the sum of the fields' gradients [16, T, I]: fields overlap."""
+        padded, fields = padded_fields(dx)
+        each = dfields.reshape(fields.shape)
+        for pixel in np.ndindex(4, 4):
+            fields[pixel] += each[pixel]
+        dx[...] = padded[:, 1 : dx.shape[1] + 1, 1 : dx.shape[2] + 1]
+
+    def _corners(self, y: Array, outputs: Array) -> Iterator[tuple[Array, Array]]:
+        """Where each of the 2x2 outputs of all fields lies in y [N, H, W, O], and in outputs [4, T, O]."""
+        n, h, w, o = y.shape
+        each = outputs.reshape(2, 2, n, -(-h // 2), -(-w // 2), o)
+        for i, j in np.ndindex(2, 2):
+            corner = y[:, i::2, j::2]
+            yield corner, each[i, j, :, : corner.shape[1], : corner.shape[2]]
+
     # The matrix product of the plain form, a tile of pictures at a time.
 
     def _by_columns(self, x: Array, y: Array, taps: list[Tap]) -> None:
@@ -172,11 +286,8 @@ class Conv2d(layers.Conv2d):
                 dx[part, *inner] += each[:, *out, tap]
 
     def _tiles(self, y: Array) -> Iterator[slice]:
-        """Even slices of the batch whose columns make a tile."""
-        whole = y.nbytes // y.shape[-1] * len(self._matrix)
-        count = min(len(y), math.ceil(whole / COLUMNS_TILE))
-        bounds = [len(y) * i // count for i in range(count + 1)]
-        return (slice(*each) for each in pairwise(bounds))
+        """Slices of the batch whose columns make a tile."""
+        return even_tiles(len(y), y.nbytes // y.shape[-1] * len(self._matrix))
 
     def _columns(self, x: Array, y: Array) -> Array:
         """`layers.im2col` as a matrix. The pixels of a kernel's row lie side by side in the picture."""

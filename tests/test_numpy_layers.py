@@ -193,9 +193,30 @@ def test_fast_conv2d_in_many_tiles(monkeypatch, keep):
     check(Case("many-tiles", "conv", (7, 8, 8, 4), options), engines=["numpy", "torch"])
 
 
-@pytest.mark.parametrize(("kernel", "size"), [(1, (5, 4)), (3, (2, 2)), (3, (9, 8))])
-def test_a_first_convolution_may_leave_out_dx(kernel, size):
-    """In each of the three forms: the parameters' gradients are the same, and dx is zeros."""
+@settings(max_examples=20)
+@given(n=sizes, height=st.integers(1, 7), width=st.integers(1, 7), keep=st.booleans(), many=st.booleans())
+def test_winograd_in_many_tiles(n, height, width, keep, many):
+    """Even and odd sides, columns kept or made anew, of one picture or of all."""
+    options = {"out_channels": 6, "kernel_size": 3, "padding": 1, "bias": True}
+    with pytest.MonkeyPatch.context() as patch:
+        force_winograd(patch)
+        patch.setattr(fast, "COLUMNS_TILE", 1 if many else 1 << 22)
+        patch.setattr(fast.Conv2d, "keep_columns", keep)
+        check(Case("winograd", "conv", (n, height, width, 4), options), engines=["numpy", "torch"])
+
+
+def force_winograd(patch: pytest.MonkeyPatch) -> None:
+    """Whatever the shapes, 3x3 kernels with stride 1 take Winograd's form."""
+    patch.setattr(fast, "WINOGRAD_CHANNELS", 1)
+    patch.setattr(fast, "WINOGRAD_ROWS", 1)
+
+
+@pytest.mark.parametrize(("kernel", "size"), [(1, (5, 4)), (3, (2, 2)), (3, (9, 8)), ("winograd", (9, 8))])
+def test_a_first_convolution_may_leave_out_dx(monkeypatch, kernel, size):
+    """In each of the four forms: the parameters' gradients are the same, and dx is zeros."""
+    if kernel == "winograd":
+        force_winograd(monkeypatch)
+        kernel = 3
     options = {"padding": kernel // 2, "bias": True, "dtype": np.float64}
     whole, first = (fast.Conv2d(3, 4, kernel, **options, rng=rng()) for _ in range(2))
     first.needs_dx = False

@@ -29,6 +29,8 @@ CONVOLUTIONS = [
     _conv("conv-3x3-one-pixel", (2, 1, 1, 8), 8, 3, padding=1),
     _conv("conv-3x3-two-pixels", (2, 2, 2, 8), 4, 3, padding=1, bias=False),
     _conv("conv-3x3-stride-2-two-pixels", (2, 2, 2, 8), 4, 3, stride=2, padding=1),
+    _conv("conv-3x3-many-channels", (3, 8, 10, 64), 72, 3, padding=1, bias=False),
+    _conv("conv-3x3-many-channels-odd", (4, 9, 7, 72), 64, 3, padding=1),
     _conv("conv-3x3-mostly-padding", (8, 3, 5, 4), 2, 3, padding=3),
     _conv("conv-1x1", (2, 5, 4, 8), 6, 1, bias=False),
     _conv("conv-1x1-stride-2", (2, 5, 4, 8), 6, 1, stride=2),

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-Example = tuple[bytes, int]
+Example = tuple[Any, ...]
+"""The bytes of a picture's file, its label, and where the features have `bbox` the numbers of its box."""
 
 
 def encoded(picture: Any, form: str = "png") -> bytes:
@@ -44,7 +45,7 @@ def write(
     Args:
         root: the TFDS data directory.
         name: the data set's name; TFDS need not know it.
-        splits: for each split, pairs of an encoded picture and a label, 0 or 1.
+        splits: for each split, encoded pictures, each with a label, 0 or 1, and perhaps a box.
         shape: what the features say of the pictures; None for sizes that differ.
         features: instead of a picture `image` and a class `label`.
     """
@@ -62,10 +63,12 @@ def write(
     for split, examples in splits.items():
         path = directory / f"{name}-{split}.array_record-00000-of-00001"
         writer = ArrayRecordWriter(str(path), "group_size:1")
-        for picture, number in examples:
+        for picture, number, *box in examples:
             example = tf_example_pb2.Example()
             example.features.feature["image"].bytes_list.value.append(picture)
             example.features.feature["label"].int64_list.value.append(number)
+            if box:
+                example.features.feature["bbox"].float_list.value.extend(box[0])
             writer.write(example.SerializeToString())
         writer.close()
         described.append(

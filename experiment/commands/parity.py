@@ -21,7 +21,7 @@ from experiment.config import MODELS, parse_image_size
 from experiment.engines import load_module, set_environment
 from experiment.errors import UserError
 from experiment.identify import Network, identify
-from experiment.sources import fit_picture
+from experiment.transforms import fit_picture
 
 Stages = Mapping[str, np.ndarray]
 

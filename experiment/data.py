@@ -20,7 +20,7 @@ import numpy.typing as npt
 from experiment.errors import UserError
 from experiment.sources import Batch, Dataset, Labels, Source, digits, grey_already, no_boxes, synthetic
 from experiment.tfds_source import tfds_dataset
-from experiment.transforms import Augmentation, Pixels, Size
+from experiment.transforms import Augmentation, Pixels, Size, fill_color
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -195,11 +195,8 @@ def load(
         name, data_dir, image_size, min(resize, default=None), grayscale=grayscale, crop_to_bbox=crop_to_bbox
     )
     size = dataset.image_shape[:2]
-    if resize and min(resize) < max(size):
-        raise UserError(
-            f"--resize: {min(resize)} is smaller than the crop of {size[0]}x{size[1]}; give {max(size)} or "
-            "more, or a smaller --image-size"
-        )
+    # Sets that are grey of themselves are drawings on black: MNIST, Fashion-MNIST, digits
+    fill = fill_color(dataset.mean, drawn_on_black=len(dataset.mean) == 1 and not grayscale)
     if augment == "crop-flip-pca" and dataset.image_shape[2] == 1:
         raise UserError("--augment: crop-flip-pca changes colours, and the pictures are grey; use crop-flip")
     train, val = _split(len(dataset.train), seed, train_subset, val_fraction)
@@ -219,7 +216,7 @@ def load(
         test_size=len(dataset.test),
         batch_size=batch_size,
         seed=seed,
-        augmentation=Augmentation(augment, seed, size, (min(resize), max(resize)) if resize else None),
+        augmentation=Augmentation(augment, seed, size, (min(resize), max(resize)) if resize else None, fill),
         parts={
             "train": (dataset.train, train),
             "val": (dataset.train, val),

@@ -1,17 +1,20 @@
-"""Pictures by index: what a source is, and the data sets that need no files.
+"""Pictures by index: what a source is, and the data sets that need no files. And single pictures in files.
 
 A source hands out uint8 pictures of one fixed shape and knows nothing of splits by seed, shuffling or
 batches, which are in `experiment.data`. The data sets of TFDS are in `experiment.tfds_source`.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from experiment.errors import UserError
 from experiment.transforms import Pixels, Size, fit_picture, picture_of, to_grey
 
 if TYPE_CHECKING:
@@ -33,6 +36,9 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 #              x = d.read(range(len(d)))['image'] / 255; print(x.mean(), x.std())"
 DIGITS_STATISTICS: Statistics = ((0.3057,), (0.3235,))
 SYNTHETIC_STATISTICS: Statistics = ((0.5, 0.5, 0.5), (0.15, 0.15, 0.15))
+
+MOST_PIXELS = 50_000_000
+"""Of a picture in a file of its own: 150 MB when decoded."""
 
 CACHE_BYTES = 2**29
 """A split whose pictures fit into so many bytes is decoded only once."""
@@ -62,6 +68,59 @@ class Dataset:
     image_shape: tuple[int, int, int]  # height, width, channels
     mean: tuple[float, ...]  # a channel, on the scale 0..1
     std: tuple[float, ...]
+
+
+def read_picture(path: Path, channels: int) -> "Image":
+    """A picture of any format that Pillow reads, upright, mode `L` for 1 channel and `RGB` for 3.
+
+    The camera's orientation (EXIF) is obeyed, what is transparent becomes white, and of a moving picture the
+    first is taken.
+
+    Raises:
+        UserError: no such file, no picture, a damaged one, one of more than `MOST_PIXELS` (told before it is
+            decoded), or one of more than 8 bits a channel that are not 16 of grey.
+    """
+    from PIL import Image, ImageOps
+
+    mode = "L" if channels == 1 else "RGB"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of large pictures and of odd metadata
+            with Image.open(path) as file:
+                if file.width * file.height > MOST_PIXELS:
+                    raise UserError(
+                        f"{path}: {file.width}x{file.height} pixels are too many; make it at most "
+                        f"{MOST_PIXELS:,} pixels"
+                    )
+                picture = ImageOps.exif_transpose(file)
+                if picture.mode.startswith("I;16"):
+                    picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+                elif picture.mode in ("I", "F"):
+                    raise UserError(f"{path}: pixels of 32 bits; save it with 8 bits a channel")
+                if picture.has_transparency_data:
+                    picture = picture.convert("RGBA")
+                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+                return picture.convert(mode)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found") from None
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Pillow has several for damaged files
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: no picture that Pillow reads ({text})") from None
+
+
+def fit_to(size: Size, resize: int | None, fill: tuple[int, ...] | None = None) -> Fit:
+    """`fit_picture` with these arguments.
+
+    Raises:
+        UserError: the crop is larger than the resized picture.
+    """
+    if resize is not None and resize < max(size):
+        raise UserError(
+            f"--resize: {resize} is smaller than the crop of {size[0]}x{size[1]}; give {max(size)} or more"
+        )
+    return partial(fit_picture, size=size, shorter_side=resize, fill=fill)
 
 
 def no_boxes(name: str) -> str:
@@ -137,7 +196,7 @@ def digits(image_size: Size | None, resize: int | None = None) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     size = image_size or (32, 32)
-    fit = partial(fit_picture, size=size, shorter_side=resize)
+    fit = fit_to(size, resize)
     pictures, labels = load_digits(return_X_y=True)
     images = np.rint(pictures.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     labels = labels.astype(np.int32)
@@ -196,7 +255,7 @@ def synthetic(image_size: Size | None, resize: int | None = None, *, grayscale: 
     """Made pictures for tests and timings: 2,048 to train on, 512 to test on, 10 classes, RGB, 32x32."""
     size = image_size or (32, 32)
     shape = (*size, 1 if grayscale else 3)
-    fit = partial(fit_picture, size=size, shorter_side=resize)
+    fit = fit_to(size, resize)
     train, test = (
         cached(SyntheticSource(first, count, size, grayscale=grayscale, fit=fit), shape)
         for first, count in ((0, 2048), (2048, 512))

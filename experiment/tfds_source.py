@@ -8,7 +8,6 @@ import difflib
 import io
 import re
 import shlex
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,10 +23,11 @@ from experiment.sources import (
     Source,
     Statistics,
     cached,
+    fit_to,
     grey_already,
     no_boxes,
 )
-from experiment.transforms import Size, crop_to_box, fill_color, fit_picture, to_grey
+from experiment.transforms import Size, crop_to_box, fill_color, to_grey
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -226,7 +226,7 @@ def tfds_dataset(
     size = image_size or own_size or VARIABLE_SIZES.get(name, (224, 224))
     shape = (*size, channels)
     fill = fill_color(statistics[0]) if crop_to_bbox else None
-    fit = partial(fit_picture, size=size, shorter_side=resize, fill=fill)
+    fit = fit_to(size, resize, fill)
     splits = builder.info.splits
     sources: list[Source] = []
     for split in ("train", TEST_SPLITS.get(name, "test" if "test" in splits else "validation")):

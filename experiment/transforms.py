@@ -25,6 +25,9 @@ Pixels = npt.NDArray[np.uint8]
 Size = tuple[int, int]
 """Height and width in pixels."""
 
+Color = tuple[int, ...]
+"""A number of uint8 for each channel."""
+
 LUMA = (0.299, 0.587, 0.114)
 """What red, green and blue add to a grey pixel (ITU-R 601), as Pillow's conversion to `L` has it."""
 
@@ -47,9 +50,12 @@ def to_grey(statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> tuple[tu
     return (mean,), (std,)
 
 
-def fill_color(mean: Sequence[float]) -> tuple[int, ...]:
-    """The mean, on the scale 0..1, as a colour of uint8: what normalises to (nearly) zero."""
-    return tuple(round(255 * value) for value in mean)
+def fill_color(mean: Sequence[float], *, drawn_on_black: bool = False) -> Color:
+    """What surrounds a picture that does not fill its frame: the mean, on the scale 0..1, as one of uint8.
+
+    It normalises to (nearly) zero, which is what He et al. pad with. Black for pictures drawn on black.
+    """
+    return (0,) if drawn_on_black else tuple(round(255 * value) for value in mean)
 
 
 def pixels_of(picture: Image) -> Pixels:
@@ -66,7 +72,7 @@ def picture_of(pixels: Pixels) -> Image:
 
 
 def fit_picture(
-    picture: Image, size: Size, shorter_side: int | None = None, fill: tuple[int, ...] | None = None
+    picture: Image, size: Size, shorter_side: int | None = None, fill: Color | None = None
 ) -> Pixels:
     """Bring a picture to `size`: the one transform of validation, test, and training that is not augmented.
 
@@ -155,16 +161,15 @@ def generators(seed: int, epoch: int, examples: npt.NDArray[np.int64]) -> Iterat
         yield generator
 
 
-def pad_crop(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """Pad a picture [H, W, C] with zeros by an eighth of its sides all round, and cut its size at random.
+def pad_crop(image: Pixels, fill: Color, rng: np.random.Generator) -> Pixels:
+    """Pad a picture [H, W, C] with `fill` by an eighth of its sides all round, and cut its size at random.
 
-    At 32x32 these are the four pixels of He et al. 2015 (arXiv 1512.03385, section 4.2). They pad after
-    subtracting the mean, thus with the mean colour; black is what most others pad with.
+    At 32x32 these are the four pixels of He et al. 2015 (arXiv 1512.03385, section 4.2).
     """
     height, width, _ = image.shape
     down = int(rng.random() * (2 * (height // 8) + 1)) - height // 8
     right = int(rng.random() * (2 * (width // 8) + 1)) - width // 8
-    moved = np.zeros_like(image)
+    moved = np.full_like(image, fill)
     moved[max(-down, 0) : height - down, max(-right, 0) : width - right] = image[
         max(down, 0) : height + down, max(right, 0) : width + right
     ]
@@ -208,12 +213,14 @@ class Augmentation:
         seed: the run's.
         size: height and width of the results.
         shorter_side: the range that is drawn from; None for pictures that are padded and cropped instead.
+        fill: what surrounds a picture that is padded, shifted or turned.
     """
 
     name: str
     seed: int
     size: Size
     shorter_side: Size | None
+    fill: Color
 
     def batch(self, source: Source, examples: npt.NDArray[np.int64], epoch: int) -> Batch:
         """Read the examples [N] of a source and change them by the numbers that are theirs in this epoch."""
@@ -232,12 +239,40 @@ class Augmentation:
     def _change(self, picture: Any, rng: np.random.Generator) -> Pixels:
         """Change one picture: pixels of the final size, or a Pillow picture of any size."""
         if self.shorter_side is None:
-            image = pad_crop(picture, rng)
+            image = pad_crop(picture, self.fill, rng)
         else:
             image = random_crop(picture, self.size, self.shorter_side, rng)
         image = flip(image, rng)
         if self.name == "crop-flip-pca":
             image = pca_color(image, rng)
         elif self.name in POLICIES:
-            image = pixels_of(autoaugment(picture_of(image), POLICIES[self.name], rng))
+            image = pixels_of(autoaugment(picture_of(image), POLICIES[self.name], self.fill, rng))
         return image
+
+
+def ten_crops(picture: Image, size: Size, shorter_side: int) -> Pixels:
+    """The four corners and the centre of a resized picture, and their mirror images: uint8 [10, H, W, C].
+
+    Krizhevsky et al. 2012, section 4.1.
+
+    Args:
+        picture: of mode `L` or `RGB`.
+        size: height and width of a crop.
+        shorter_side: of the picture before it is cut, at least the larger of them.
+    """
+    whole, (height, width) = whole_picture(picture, shorter_side), size
+    down, right = whole.shape[0] - height, whole.shape[1] - width
+    places = ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2))
+    crops = np.stack([whole[top : top + height, left : left + width] for top, left in places])
+    return np.concatenate([crops, crops[:, :, ::-1]])
+
+
+def whole_picture(picture: Image, shorter_side: int, multiple: int = 1) -> Pixels:
+    """All of a picture, resized to `shorter_side`, aspect kept: uint8 [H, W, C].
+
+    The longer side becomes a multiple of `multiple`, so that many pictures share a shape.
+    """
+    height, width = resized_size(picture, shorter_side)
+    longer = max(shorter_side, round(max(height, width) / multiple) * multiple)
+    size = (shorter_side, longer) if height <= width else (longer, shorter_side)
+    return cut_resized(picture, size, 0, 0, size)

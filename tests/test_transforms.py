@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from experiment import data as data_module
-from experiment.autoaugment import CIFAR10, GREY, IMAGENET, Policy, apply, autoaugment
+from experiment.autoaugment import CIFAR10, IMAGENET, Policy, apply, autoaugment
 from experiment.config import AUGMENTATIONS
 from experiment.data import Data, load
 from experiment.errors import UserError
@@ -37,6 +37,9 @@ from experiment.transforms import (
 from tests import made_tfds
 
 Pixels = npt.NDArray[np.uint8]
+
+
+FILL = (100, 128, 150)
 
 
 class Scripted:
@@ -155,12 +158,13 @@ def test_grey_statistics() -> None:
 
 def test_pad_crop_is_a_window_of_the_padded_picture() -> None:
     image = noise(32, 48, 3)
-    padded = np.pad(image, ((4, 4), (6, 6), (0, 0)))
+    padded = np.full((40, 60, 3), (1, 2, 3), np.uint8)
+    padded[4:36, 6:54] = image
     for top, left in itertools.product(range(9), range(13)):
-        found = pad_crop(image, scripted((top + 0.5) / 9, (left + 0.5) / 13))
+        found = pad_crop(image, (1, 2, 3), scripted((top + 0.5) / 9, (left + 0.5) / 13))
         np.testing.assert_array_equal(found, padded[top : top + 32, left : left + 48])
     for draw, (top, left) in (((0.0, 0.0), (0, 0)), ((0.9999, 0.9999), (8, 12))):
-        found = pad_crop(image, scripted(*draw))
+        found = pad_crop(image, (1, 2, 3), scripted(*draw))
         np.testing.assert_array_equal(found, padded[top : top + 32, left : left + 48])
 
 
@@ -265,7 +269,7 @@ def by_hand(name: str, x: Pixels, strength: float, sign: int) -> npt.NDArray[Any
     down, across = np.floor(down).astype(int), np.floor(across).astype(int)
     inside = (down >= 0) & (down < height) & (across >= 0) & (across < width)
     moved = x[np.clip(down, 0, height - 1), np.clip(across, 0, width - 1)]
-    return np.where(inside[..., None], moved, GREY)
+    return np.where(inside[..., None], moved, FILL)
 
 
 def equalized(x: Pixels) -> npt.NDArray[Any]:
@@ -287,7 +291,7 @@ OPERATIONS = (
 def test_an_operation_is_what_it_is_by_hand(name: str, strength: float) -> None:
     image = noise(48, 64, 3) // 2 + 40
     for backwards, sign in ((False, 1), (True, -1)):
-        found = pixels_of(apply(name, picture_of(image), strength, backwards, 0.5)).astype(int)
+        found = pixels_of(apply(name, picture_of(image), strength, backwards, 0.5, FILL)).astype(int)
         apart = np.abs(found - by_hand(name, image, strength, sign))
         if name == "Rotate":  # a pixel whose place is on the edge of two may go either way
             assert (apart > 0).mean() < 0.01
@@ -300,7 +304,7 @@ def test_sharpness_is_pillows_between_0_1_and_1_9() -> None:
     picture = picture_of(noise(32, 32, 3))
     for strength, factor in ((0.0, 0.1), (0.5, 1.0), (1.0, 1.9)):
         want = ImageEnhance.Sharpness(picture).enhance(factor)
-        np.testing.assert_array_equal(apply("Sharpness", picture, strength, False, 0.5), want)
+        np.testing.assert_array_equal(apply("Sharpness", picture, strength, False, 0.5, FILL), want)
 
 
 @pytest.mark.parametrize("policy", [CIFAR10, IMAGENET])
@@ -313,10 +317,12 @@ def test_every_step_of_a_policy_works_on_colour_and_grey(policy: Policy) -> None
             assert (magnitude is None) == (name in ("AutoContrast", "Equalize", "Invert"))
             for shape in ((32, 40, 3), (32, 40, 1)):
                 image = noise(*shape)
-                changed = apply(name, picture_of(image), (magnitude or 0) / 9, True, policy.translation)
+                changed = apply(
+                    name, picture_of(image), (magnitude or 0) / 9, True, policy.translation, FILL[: shape[2]]
+                )
                 assert pixels_of(changed).shape == shape
     with pytest.raises(ValueError, match="Cutout"):
-        apply("Cutout", picture_of(noise(32, 32, 3)), 0, False, 0)
+        apply("Cutout", picture_of(noise(32, 32, 3)), 0, False, 0, FILL)
 
 
 def test_rows_of_the_published_tables() -> None:
@@ -337,10 +343,10 @@ def test_autoaugment_does_the_steps_whose_probability_is_met() -> None:
     """The second row of Table 7: Rotate with 0.7 at 2, then TranslateX with 0.3 at 9, which is 10 pixels."""
     picture = picture_of(noise(32, 32, 3))
     row = 1.5 / 25
-    turned = picture.rotate(30 * 2 / 9, fillcolor=(GREY,) * 3)
+    turned = picture.rotate(30 * 2 / 9, fillcolor=FILL)
 
     def shifted(of: Image.Image, by: int) -> Image.Image:
-        out = Image.new("RGB", of.size, (GREY,) * 3)
+        out = Image.new("RGB", of.size, FILL)
         out.paste(of, (-by, 0))
         return out
 
@@ -350,7 +356,7 @@ def test_autoaugment_does_the_steps_whose_probability_is_met() -> None:
         ((row, 0.69, 0.9, 0.29, 0.9), shifted(turned, 10)),
         ((row, 0.7, 0.9, 0.29, 0.1), shifted(picture, -10)),
     ):
-        np.testing.assert_array_equal(autoaugment(picture, CIFAR10, scripted(*draws)), want)
+        np.testing.assert_array_equal(autoaugment(picture, CIFAR10, FILL, scripted(*draws)), want)
 
 
 # The whole, in batches
@@ -443,6 +449,14 @@ def test_training_at_one_size_is_the_evaluations_transform() -> None:
     assert {image.tobytes() for image in batch["image"]} <= fitted
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "fill"),
+    [("digits", {}, (0,)), ("synthetic", {}, (128,) * 3), ("synthetic", {"grayscale": True}, (127,))],
+)
+def test_what_surrounds_a_picture(name: str, options: dict[str, Any], fill: tuple[int, ...]) -> None:
+    assert load(name, data_dir=None, batch_size=4, seed=0, **options).augmentation.fill == fill
+
+
 def test_mean_only() -> None:
     data, usual = made(mean_only=True), made()
     assert (data.mean, data.std) == (usual.mean, (1.0, 1.0, 1.0))
@@ -467,7 +481,7 @@ def boxed(tmp_path: Path) -> Path:
         top, left, bottom, right = 10 + number, 5 * number, 40 + number, 5 * number + 40
         image[top:bottom, left:right] = (250, 200, 150)
         box = (top / len(image), left / 80, bottom / len(image), right / 80)
-        examples.append((made_tfds.encoded(image), number % 2, box))
+        examples.append({"image": made_tfds.encoded(image), "label": number % 2, "bbox": box})
     made_tfds.write(tmp_path, "made", {"train": examples[:6], "test": examples[6:]}, features=features)
     return tmp_path
 
@@ -504,11 +518,39 @@ def test_crop_to_bbox_needs_boxes(tmp_path: Path) -> None:
         load("grey", data_dir=str(tmp_path), batch_size=2, seed=0, grayscale=True)
 
 
+def write_as_tfds_does(root: Path, name: str, images: list[Pixels], **fields: Any) -> None:
+    """Write pictures as a data set with the features and splits that it has in TFDS."""
+    import tensorflow_datasets as tfds
+
+    features = dict(tfds.builder(name, data_dir=root / "absent").info.features)
+    examples = [{"image": made_tfds.encoded(image), "label": n, **fields} for n, image in enumerate(images)]
+    test = "validation" if name == "imagenet2012" else "test"
+    made_tfds.write(root, name, {"train": examples, test: examples}, features=features)
+
+
+def test_cifar100(tmp_path: Path) -> None:
+    images = [noise(32, 32, 3, seed=number) for number in range(20)]
+    write_as_tfds_does(tmp_path, "cifar100", images, id=b"a", coarse_label=3)
+    data = load(
+        "cifar100",
+        data_dir=str(tmp_path),
+        batch_size=9,
+        seed=0,
+        augment="autoaugment-cifar10",
+        mean_only=True,
+    )
+    assert (data.num_classes, data.image_shape) == (100, (32, 32, 3))
+    assert (data.train_size, data.val_size) == (18, 2)
+    assert (data.mean, data.std) == ((0.5071, 0.4865, 0.4409), (1, 1, 1))
+    assert next(data.train_batches())["image"].shape == (9, 32, 32, 3)
+    for image, label in zip(*next(data.eval_batches("test", 20)).values(), strict=True):
+        np.testing.assert_array_equal(image, images[label])
+
+
 def test_imagenets_training_crops_come_from_the_whole_picture(tmp_path: Path) -> None:
-    """Pictures of several sizes under ImageNet's name: each crop is part of its picture at a drawn size."""
+    """Pictures of several sizes in ImageNet's own features: each crop is a part at a drawn size."""
     sizes = [(300, 400), (375, 280), (256, 256), (500, 333)]
-    files = [(made_tfds.encoded(smooth(*size)), number % 2) for number, size in enumerate(sizes)]
-    made_tfds.write(tmp_path, "imagenet2012", {"train": files, "validation": files})
+    write_as_tfds_does(tmp_path, "imagenet2012", [smooth(*size) for size in sizes], file_name=b"a.JPEG")
     data = load(
         "imagenet2012",
         data_dir=str(tmp_path),
@@ -518,7 +560,7 @@ def test_imagenets_training_crops_come_from_the_whole_picture(tmp_path: Path) ->
         resize=(256, 480),
         augment="crop-flip-pca",
     )
-    assert data.image_shape == (224, 224, 3)
+    assert (data.image_shape, data.num_classes) == ((224, 224, 3), 1000)
     batches = list(itertools.islice(data.train_batches(), 10))
     assert {batch["image"].shape for batch in batches} == {(4, 224, 224, 3)}
     # The slope of the second channel across tells the size: 255 levels a width, less of it the larger

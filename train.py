@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment import rundir
-from experiment.config import Config, parse, parse_image_size, resolve
+from experiment.config import Config, parse, resolve
 from experiment.engines import Engine, load_engine, set_environment
 from experiment.errors import UserError
 from experiment.schedules import make_schedule
@@ -63,15 +63,7 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
     from experiment.console import Console, conclude, describe
     from experiment.training import RunFailedError, Trainer, begin, restore
 
-    data = data_module.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        train_subset=config.train_subset,
-        val_fraction=config.val_fraction,
-        image_size=parse_image_size(config.image_size) if config.image_size else None,
-    )
+    data = data_module.load(config.dataset, **config.data_options())
     resolved = resolve_lengths(config, data, stored, given)
     engine = make_engine(config, data, resolved)
     run_dir = rundir.create(

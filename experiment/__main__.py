@@ -8,7 +8,9 @@ from experiment.errors import UserError
 
 COMMANDS = {
     "convert": "weights from PyTorch's files (.pth, .pt, .th) to safetensors, or back",
+    "evaluate": "test a finished run: one crop, ten crops, or whole pictures at several scales",
     "parity": "one network in NumPy, JAX and PyTorch: the first stage at which two of them depart",
+    "predict": "the most likely classes of pictures in files, by a finished run",
     "prepare": "download a TFDS data set and bring it into the form that training reads",
 }
 """Each command, a module of `experiment.commands` with a `main(argv) -> int`, and its line of help."""

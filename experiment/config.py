@@ -22,6 +22,7 @@ MODELS = (
 OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "amsgrad", "adamw", "sgd")
 SCHEDULES = ("cosine", "constant", "multistep")
 PRECISIONS = ("float32", "bfloat16", "float64")
+AUGMENTATIONS = ("none", "crop-flip", "crop-flip-pca", "autoaugment", "autoaugment-cifar10")
 MIN_IMAGE_SIZE = 32
 
 # The published defaults: PyTorch's, and for AdaBound those of the reference code.
@@ -86,6 +87,20 @@ class Config:
     )
     val_fraction: float = option(0.1, "part of it kept for validation", group="data", least=0, below=1)
     image_size: str | None = option(None, "96, or 64x96 (height x width); at least 32", group="data")
+    resize: tuple[int, ...] = option(
+        (),
+        "shorter side before the crop to --image-size; of two, training draws from between them",
+        group="data",
+        least=MIN_IMAGE_SIZE,
+    )
+    grayscale: bool = option(False, "pictures of one channel from a set of colour", group="data")
+    crop_to_bbox: bool = option(False, "only what is inside a picture's bounding box", group="data")
+    mean_only: bool = option(
+        False, "subtract the mean, do not divide by the standard deviation", group="data"
+    )
+    augment: str = option(
+        "none", "random changes of the training pictures", group="data", choices=AUGMENTATIONS
+    )
 
     optimizer: str = option("adam", "optimizer", group="optimizer", choices=OPTIMIZERS)
     lr: float | None = option(None, "learning rate (default 0.001; sgd 0.1)", group="optimizer", above=0)
@@ -159,6 +174,14 @@ class Config:
                     _check_limits(flag_of(field), number, field.metadata["limits"])
         if self.image_size is not None:
             parse_image_size(self.image_size)
+        if len(self.resize) > 2 or list(self.resize) != sorted(self.resize):
+            raise UserError(
+                f"--resize: {' '.join(map(str, self.resize))}: give one number, or two, the smaller first"
+            )
+        if len(self.resize) == 2 and self.augment == "none":
+            raise UserError(
+                "--resize: a range is for training at random sizes; give one number, or --augment crop-flip"
+            )
         if list(self.milestones) != sorted(set(self.milestones)):
             raise UserError(f"--milestones: {' '.join(map(str, self.milestones))} must increase")
         if self.milestones and self.schedule != "multistep":
@@ -190,6 +213,12 @@ class Config:
                 f"--batch-size: 1 is too few for batch norm, as {self.model} brings {height}x{width} "
                 "pictures down to 1x1; use 2 or more"
             )
+
+    def data_options(self) -> dict[str, Any]:
+        """The keyword arguments of `data.load`, beside the data set's name."""
+        names = ("data_dir", "batch_size", "seed", "train_subset", "val_fraction", "resize", "grayscale")
+        options = {name: getattr(self, name) for name in (*names, "crop_to_bbox", "mean_only", "augment")}
+        return {**options, "image_size": parse_image_size(self.image_size) if self.image_size else None}
 
     def model_options(self) -> dict[str, Any]:
         """The keyword arguments of the network's builder that differ from its defaults."""
@@ -297,7 +326,7 @@ def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
         dest=field.name,
         type=kind,
         nargs="+" if many else None,
-        metavar="STEP" if many else {int: "N", float: "X", str: "NAME"}[kind],
+        metavar={int: "N", float: "X", str: "NAME"}[kind],
         help=text,
     )
 
@@ -305,9 +334,7 @@ def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
 def parse(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The flags that were given, as {name of the field: value}. Raises UserError."""
     given = vars(make_parser().parse_args(argv))
-    if "milestones" in given:
-        given["milestones"] = tuple(given["milestones"])
-    return given
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Config:

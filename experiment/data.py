@@ -5,21 +5,25 @@
         ...  # {"image": uint8 [128, 32, 32, 1], "label": int32 [128]}
 
 Pictures stay uint8: the engines compute (x / 255 - mean) / std with `data.mean` and `data.std`, the same for
-training, validation and test. Training batch k is a function of (seed, k) and nothing else: to resume, the
-step is enough, and the number of threads changes only the speed.
+training, validation and test. Training batch k is a function of (seed, k) and nothing else, and so is what
+`--augment` does to it: to resume, the step is enough, and the number of threads changes only the speed.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from experiment.errors import UserError
-from experiment.sources import Batch, Dataset, Source, digits, synthetic
+from experiment.sources import Batch, Dataset, Labels, Source, digits, grey_already, no_boxes, synthetic
 from experiment.tfds_source import tfds_dataset
+from experiment.transforms import Augmentation, Pixels, Size, fill_color
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Split = Literal["train", "val", "test"]
 Part = tuple[Source, npt.NDArray[np.int64]]
@@ -51,6 +55,7 @@ class Data:
     test_size: int
     batch_size: int
     seed: int
+    augmentation: Augmentation
     parts: Mapping[Split, Part] = field(repr=False)
 
     @property
@@ -82,7 +87,11 @@ class Data:
             .shuffle()
             .batch(self.batch_size, drop_remainder=True)
             .repeat()
-            .map(lambda positions: source.read(indices[positions]))
+            .map_with_index(
+                lambda step, positions: self.augmentation.batch(
+                    source, indices[positions], step // self.steps_per_epoch
+                )
+            )
         )
         return self._prefetched(batches[start_step:])
 
@@ -102,7 +111,26 @@ class Data:
         batches = grain.MapDataset.range(len(indices)).batch(batch_size)
         return self._prefetched(batches.map(lambda positions: source.read(indices[positions])))
 
-    def _prefetched(self, batches: Any) -> Iterator[Batch]:
+    def eval_pictures(
+        self, split: Split, change: Callable[["Image"], Pixels], batch_size: int
+    ) -> Iterator[tuple[list[Pixels], Labels]]:
+        """Yield what `change` makes of every picture of a part, each once, in a fixed order; and labels [N].
+
+        It is given the pictures before they are brought to size; what it makes may differ in shape.
+        """
+        import grain
+
+        source, indices = self.parts[split]
+        if not len(indices):
+            return iter(())
+
+        def read(positions: npt.NDArray[np.int64]) -> tuple[list[Pixels], Labels]:
+            pictures, labels = source.pictures(indices[positions])
+            return [change(picture) for picture in pictures], labels
+
+        return self._prefetched(grain.MapDataset.range(len(indices)).batch(batch_size).map(read))
+
+    def _prefetched(self, batches: Any) -> Iterator[Any]:
         """Yield the batches of a Grain MapDataset in order, the next ones being read meanwhile."""
         import grain
 
@@ -123,7 +151,12 @@ def load(
     seed: int,
     train_subset: float = 1.0,
     val_fraction: float = 0.1,
-    image_size: tuple[int, int] | None = None,
+    image_size: Size | None = None,
+    resize: Sequence[int] = (),
+    grayscale: bool = False,
+    crop_to_bbox: bool = False,
+    mean_only: bool = False,
+    augment: str = "none",
 ) -> Data:
     """Open a data set and split it.
 
@@ -140,11 +173,17 @@ def load(
         train_subset: the fraction of the training split to use, in (0, 1].
         val_fraction: the fraction of that to keep for validation, in [0, 1).
         image_size: height and width in pixels, each at least 32; None is the data set's default.
+        resize: the shorter side before the picture is cropped to that size, and up to which it is drawn at
+            random for training; empty: what covers the size.
+        grayscale: pictures of one channel from a set of colour.
+        crop_to_bbox: only the part of a picture inside its bounding box.
+        mean_only: the engines subtract the mean and do not divide by the standard deviation.
+        augment: one of `config.AUGMENTATIONS`.
 
     Raises:
         UserError: an unknown name; data that is not prepared or is damaged; features that do not fit; a size
-            under 32; fractions that leave nothing to train on; a batch larger than the training part. Nothing
-            is created on disk.
+            under 32, or larger than `resize`; no boxes, or no colour, where they are needed; fractions that
+            leave nothing to train on; a batch larger than the training part. Nothing is created on disk.
     """
     if not 0 < train_subset <= 1:
         raise UserError(f"--train-subset {train_subset:g}: use a fraction above 0 and up to 1")
@@ -152,7 +191,14 @@ def load(
         raise UserError(f"--val-fraction {val_fraction:g}: use a fraction from 0 to below 1")
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed}: use a number from 0 to 2**32 - 1")
-    dataset = open_dataset(name, data_dir, image_size)
+    dataset = open_dataset(
+        name, data_dir, image_size, min(resize, default=None), grayscale=grayscale, crop_to_bbox=crop_to_bbox
+    )
+    size = dataset.image_shape[:2]
+    # Sets that are grey of themselves are drawings on black: MNIST, Fashion-MNIST, digits
+    fill = fill_color(dataset.mean, drawn_on_black=len(dataset.mean) == 1 and not grayscale)
+    if augment == "crop-flip-pca" and dataset.image_shape[2] == 1:
+        raise UserError("--augment: crop-flip-pca changes colours, and the pictures are grey; use crop-flip")
     train, val = _split(len(dataset.train), seed, train_subset, val_fraction)
     if not 1 <= batch_size <= len(train):
         raise UserError(
@@ -164,12 +210,13 @@ def load(
         class_names=dataset.class_names,
         image_shape=dataset.image_shape,
         mean=dataset.mean,
-        std=dataset.std,
+        std=(1.0,) * len(dataset.std) if mean_only else dataset.std,
         train_size=len(train),
         val_size=len(val),
         test_size=len(dataset.test),
         batch_size=batch_size,
         seed=seed,
+        augmentation=Augmentation(augment, seed, size, (min(resize), max(resize)) if resize else None, fill),
         parts={
             "train": (dataset.train, train),
             "val": (dataset.train, val),
@@ -178,16 +225,30 @@ def load(
     )
 
 
-def open_dataset(name: str, data_dir: str | None, image_size: tuple[int, int] | None) -> Dataset:
+def open_dataset(
+    name: str,
+    data_dir: str | None,
+    image_size: Size | None,
+    resize: int | None = None,
+    *,
+    grayscale: bool = False,
+    crop_to_bbox: bool = False,
+) -> Dataset:
     """Open a data set by the name that `--dataset` takes, unsplit; the arguments are those of `load`."""
     if image_size is not None and min(image_size) < SMALLEST_SIZE:
         height, width = image_size
         raise UserError(f"--image-size {height}x{width}: use {SMALLEST_SIZE} pixels or more on each side")
-    if name == "digits":
-        return digits(image_size)
+    if name not in ("digits", "synthetic"):
+        return tfds_dataset(
+            name, data_dir, image_size, resize, grayscale=grayscale, crop_to_bbox=crop_to_bbox
+        )
+    if crop_to_bbox:
+        raise UserError(no_boxes(name))
     if name == "synthetic":
-        return synthetic(image_size)
-    return tfds_dataset(name, data_dir, image_size)
+        return synthetic(image_size, resize, grayscale=grayscale)
+    if grayscale:
+        raise UserError(grey_already(name))
+    return digits(image_size, resize)
 
 
 def _split(

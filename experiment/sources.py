@@ -1,20 +1,32 @@
-"""Pictures by index: what a source is, the one transform of them all, and the data sets that need no files.
+"""Pictures by index: what a source is, and the data sets that need no files. And single pictures in files.
 
 A source hands out uint8 pictures of one fixed shape and knows nothing of splits by seed, shuffling or
 batches, which are in `experiment.data`. The data sets of TFDS are in `experiment.tfds_source`.
 """
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from experiment.errors import UserError
+from experiment.transforms import Pixels, Size, fit_picture, picture_of, to_grey
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Batch = dict[str, npt.NDArray[Any]]
 """`{"image": uint8 [N, H, W, C], "label": int32 [N]}`."""
+
+Labels = npt.NDArray[np.int32]
+
+Fit = Callable[["Image"], Pixels]
+"""Brings a picture of any size to the one shape of a source: `fit_picture`, its other arguments given."""
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation a channel, on the scale 0..1."""
@@ -24,6 +36,9 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 #              x = d.read(range(len(d)))['image'] / 255; print(x.mean(), x.std())"
 DIGITS_STATISTICS: Statistics = ((0.3057,), (0.3235,))
 SYNTHETIC_STATISTICS: Statistics = ((0.5, 0.5, 0.5), (0.15, 0.15, 0.15))
+
+MOST_PIXELS = 50_000_000
+"""Of a picture in a file of its own: 150 MB when decoded."""
 
 CACHE_BYTES = 2**29
 """A split whose pictures fit into so many bytes is decoded only once."""
@@ -35,7 +50,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: npt.NDArray[np.int64]) -> Batch:
-        """Return the examples at `indices` [N], in that order, as a new batch."""
+        """Return the examples at `indices` [N], in that order, brought to one shape, as a new batch."""
+        ...
+
+    def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
+        """Return the pictures at `indices` [N] in sizes of their own, mode `L` or `RGB`, and labels [N]."""
         ...
 
 
@@ -51,38 +70,84 @@ class Dataset:
     std: tuple[float, ...]
 
 
-def fit_picture(picture: "Image", size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Bring a picture to `size` (height, width): the one transform of training, validation and test.
+def read_picture(path: Path, channels: int) -> "Image":
+    """A picture of any format that Pillow reads, upright, mode `L` for 1 channel and `RGB` for 3.
 
-    The largest centred part with the target's proportions is resized (bilinear, antialiased): the picture
-    covers the target, and its centre is kept. MNIST's 28x28 is padded with zeros to 32x32 instead, so that
-    its pixels stay as they are, whether 32x32 was asked for or is the default.
+    The camera's orientation (EXIF) is obeyed, what is transparent becomes white, and of a moving picture the
+    first is taken.
 
-    Returns:
-        uint8 [H, W, C]; C is 1 for a picture of mode `L` and 3 for `RGB`.
+    Raises:
+        UserError: no such file, no picture, a damaged one, one of more than `MOST_PIXELS` (told before it is
+            decoded), or one of more than 8 bits a channel that are not 16 of grey.
     """
     from PIL import Image, ImageOps
 
-    height, width = size
-    if picture.size == (28, 28) and size == (32, 32):
-        picture = ImageOps.expand(picture, border=2)
-    elif picture.size != (width, height):
-        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
-    pixels = np.asarray(picture)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+    mode = "L" if channels == 1 else "RGB"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of large pictures and of odd metadata
+            with Image.open(path) as file:
+                if file.width * file.height > MOST_PIXELS:
+                    raise UserError(
+                        f"{path}: {file.width}x{file.height} pixels are too many; make it at most "
+                        f"{MOST_PIXELS:,} pixels"
+                    )
+                picture = ImageOps.exif_transpose(file)
+                if picture.mode.startswith("I;16"):
+                    picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+                elif picture.mode in ("I", "F"):
+                    raise UserError(f"{path}: pixels of 32 bits; save it with 8 bits a channel")
+                if picture.has_transparency_data:
+                    picture = picture.convert("RGBA")
+                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+                return picture.convert(mode)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found") from None
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Pillow has several for damaged files
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: no picture that Pillow reads ({text})") from None
+
+
+def fit_to(size: Size, resize: int | None, fill: tuple[int, ...] | None = None) -> Fit:
+    """`fit_picture` with these arguments.
+
+    Raises:
+        UserError: the crop is larger than the resized picture.
+    """
+    if resize is not None and resize < max(size):
+        raise UserError(
+            f"--resize: {resize} is smaller than the crop of {size[0]}x{size[1]}; give {max(size)} or more"
+        )
+    return partial(fit_picture, size=size, shorter_side=resize, fill=fill)
+
+
+def no_boxes(name: str) -> str:
+    """The line that refuses `--crop-to-bbox`."""
+    return f"--crop-to-bbox: {name} has no bounding boxes; leave the flag out, or use a set like cars196"
+
+
+def grey_already(name: str) -> str:
+    """The line that refuses `--grayscale`."""
+    return f"--grayscale: {name} is grey already; leave the flag out"
 
 
 class ArraySource:
-    """Pictures that are already in memory."""
+    """Pictures that are in memory, uint8 [N, h, w, C], and brought to size once."""
 
-    def __init__(self, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int32]) -> None:
+    def __init__(self, images: Pixels, labels: Labels, fit: Fit) -> None:
         self._images, self._labels = images, labels
+        self._fitted = np.stack([fit(picture_of(image)) for image in images])
 
     def __len__(self) -> int:
         return len(self._images)
 
     def read(self, indices: npt.NDArray[np.int64]) -> Batch:
-        return {"image": self._images[indices], "label": self._labels[indices]}
+        return {"image": self._fitted[indices], "label": self._labels[indices]}
+
+    def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
+        return [picture_of(image) for image in self._images[indices]], self._labels[indices]
 
 
 class CachedSource:
@@ -112,6 +177,9 @@ class CachedSource:
             self._present[missing] = True
         return {"image": self._images[indices], "label": self._labels[indices]}
 
+    def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
+        return self._source.pictures(indices)
+
 
 def cached(source: Source, image_shape: tuple[int, int, int]) -> Source:
     """Return the source with a cache in front, or as it is when its pictures would not fit into one."""
@@ -119,24 +187,23 @@ def cached(source: Source, image_shape: tuple[int, int, int]) -> Source:
     return CachedSource(source, image_shape) if fits else source
 
 
-def digits(image_size: tuple[int, int] | None) -> Dataset:
+def digits(image_size: Size | None, resize: int | None = None) -> Dataset:
     """scikit-learn's 1,797 handwritten digits of 8x8, resized to 32x32 (or `image_size`), one channel.
 
     A fifth, stratified by class and the same for every seed, is the test part.
     """
-    from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     size = image_size or (32, 32)
+    fit = fit_to(size, resize)
     pictures, labels = load_digits(return_X_y=True)
-    pixels = np.rint(pictures.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    images = np.stack([fit_picture(Image.fromarray(each), size) for each in pixels])
+    images = np.rint(pictures.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     labels = labels.astype(np.int32)
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     return Dataset(
-        ArraySource(images[train], labels[train]),
-        ArraySource(images[test], labels[test]),
+        ArraySource(images[train], labels[train], fit),
+        ArraySource(images[test], labels[test], fit),
         tuple("0123456789"),
         (*size, 1),
         *DIGITS_STATISTICS,
@@ -150,18 +217,25 @@ class SyntheticSource:
     label is the index modulo 10, so that the classes are balanced.
     """
 
-    def __init__(self, first: int, count: int, size: tuple[int, int]) -> None:
+    def __init__(
+        self, first: int, count: int, size: Size, *, grayscale: bool = False, fit: Fit | None = None
+    ) -> None:
         self._first, self._count, self._size = first, count, size
+        self._grayscale, self._fit = grayscale, fit or partial(fit_picture, size=size)
 
     def __len__(self) -> int:
         return self._count
 
     def read(self, indices: npt.NDArray[np.int64]) -> Batch:
+        pictures, labels = self.pictures(indices)
+        return {"image": np.stack([self._fit(picture) for picture in pictures]), "label": labels}
+
+    def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
         numbers = indices + self._first
-        return {
-            "image": np.stack([self._picture(int(number)) for number in numbers]),
-            "label": (numbers % 10).astype(np.int32),
-        }
+        pictures = [picture_of(self._picture(int(number))) for number in numbers]
+        if self._grayscale:
+            pictures = [picture.convert("L") for picture in pictures]
+        return pictures, (numbers % 10).astype(np.int32)
 
     def _picture(self, number: int) -> npt.NDArray[np.uint8]:
         height, width = self._size
@@ -177,14 +251,15 @@ class SyntheticSource:
         return picture + noise  # at most 96 + 60 + 63
 
 
-def synthetic(image_size: tuple[int, int] | None) -> Dataset:
+def synthetic(image_size: Size | None, resize: int | None = None, *, grayscale: bool = False) -> Dataset:
     """Made pictures for tests and timings: 2,048 to train on, 512 to test on, 10 classes, RGB, 32x32."""
     size = image_size or (32, 32)
-    shape = (*size, 3)
-    return Dataset(
-        cached(SyntheticSource(0, 2048, size), shape),
-        cached(SyntheticSource(2048, 512, size), shape),
-        tuple(f"stripes at {18 * index} degrees" for index in range(10)),
-        shape,
-        *SYNTHETIC_STATISTICS,
+    shape = (*size, 1 if grayscale else 3)
+    fit = fit_to(size, resize)
+    train, test = (
+        cached(SyntheticSource(first, count, size, grayscale=grayscale, fit=fit), shape)
+        for first, count in ((0, 2048), (2048, 512))
     )
+    names = tuple(f"stripes at {18 * index} degrees" for index in range(10))
+    statistics = to_grey(SYNTHETIC_STATISTICS) if grayscale else SYNTHETIC_STATISTICS
+    return Dataset(train, test, names, shape, *statistics)

@@ -9,13 +9,28 @@ import io
 import re
 import shlex
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from experiment.errors import UserError
-from experiment.sources import Batch, Dataset, Source, Statistics, cached, fit_picture
+from experiment.sources import (
+    Batch,
+    Dataset,
+    Fit,
+    Labels,
+    Source,
+    Statistics,
+    cached,
+    fit_to,
+    grey_already,
+    no_boxes,
+)
+from experiment.transforms import Size, crop_to_box, fill_color, to_grey
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 GREY: Statistics = ((0.5,), (0.5,))
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -116,11 +131,18 @@ class TfdsSource:
     """
 
     def __init__(
-        self, builder: Any, split: str, image_shape: tuple[int, int, int], data_dir: str | None
+        self,
+        builder: Any,
+        split: str,
+        data_dir: str | None,
+        *,
+        channels: int,
+        fit: Fit,
+        crop_to_bbox: bool = False,
     ) -> None:
         import tensorflow_datasets as tfds
 
-        self._shape = image_shape
+        self._mode, self._fit, self._crop_to_bbox = "L" if channels == 1 else "RGB", fit, crop_to_bbox
         self._classes: int = builder.info.features["label"].num_classes
         self._complaint = f"--data-dir: cannot read {builder.name} ({split}) in {builder.data_dir}: "
         self._remedy = f"; delete that folder and run `{prepare_command(builder.name, data_dir)}`"
@@ -138,9 +160,14 @@ class TfdsSource:
         Raises:
             UserError: bytes that do not decode, or a label that is not one of the classes.
         """
+        pictures, labels = self.pictures(indices)
+        return {"image": np.stack([self._fit(picture) for picture in pictures]), "label": labels}
+
+    def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
+        """Return the pictures at `indices`, cut to their boxes if that was asked for; raises as `read`."""
         try:
             records = self._records.__getitems__(indices.tolist())
-            images = np.stack([self._decode(record["image"]) for record in records])
+            pictures = [self._decode(record) for record in records]
             labels = np.array([record["label"] for record in records], np.int32)
             if labels.min() < 0 or labels.max() >= self._classes:
                 raise ValueError(f"labels outside of 0..{self._classes - 1}")
@@ -148,18 +175,26 @@ class TfdsSource:
             raise
         except Exception as error:  # array_record, protobuf and Pillow each have their own for bad bytes
             raise UserError(f"{self._complaint}{one_line(error)}{self._remedy}") from error
-        return {"image": images, "label": labels}
+        return pictures, labels
 
-    def _decode(self, encoded: bytes) -> npt.NDArray[np.uint8]:
+    def _decode(self, record: dict[str, Any]) -> "Image":
         from PIL import Image
 
-        height, width, channels = self._shape
-        with Image.open(io.BytesIO(encoded)) as picture:
+        with Image.open(io.BytesIO(record["image"])) as picture:
             # Colour sets hold grey, CMYK and palette files too; ImageNet has the first two.
-            return fit_picture(picture.convert("L" if channels == 1 else "RGB"), (height, width))
+            converted = picture.convert(self._mode)
+        return crop_to_box(converted, record["bbox"]) if self._crop_to_bbox else converted
 
 
-def tfds_dataset(name: str, data_dir: str | None, image_size: tuple[int, int] | None) -> Dataset:
+def tfds_dataset(
+    name: str,
+    data_dir: str | None,
+    image_size: Size | None,
+    resize: int | None = None,
+    *,
+    grayscale: bool = False,
+    crop_to_bbox: bool = False,
+) -> Dataset:
     """Open a prepared data set.
 
     Args:
@@ -167,6 +202,10 @@ def tfds_dataset(name: str, data_dir: str | None, image_size: tuple[int, int] | 
         data_dir: the TFDS data directory; None is TFDS' own default.
         image_size: height and width, or None for the default: the pictures' own size if they all have one (at
             least 32), else `VARIABLE_SIZES`.
+        resize: the shorter side before the picture is cropped to that size; None: what covers it.
+        grayscale: pictures of one channel from a set of colour.
+        crop_to_bbox: only the part of a picture inside its bounding box, which is the feature `bbox`. What
+            does not fill the size is then filled with the mean colour, unless `resize` is given.
 
     Raises:
         UserError: an unknown name, data that is missing or damaged, features or splits that do not fit.
@@ -176,17 +215,27 @@ def tfds_dataset(name: str, data_dir: str | None, image_size: tuple[int, int] | 
     if builder is None:
         _refuse(name, data_dir)
     (height, width, channels), class_names = _features(name, builder)
+    if crop_to_bbox and not _has_bbox(builder):
+        raise UserError(no_boxes(name))
+    statistics = STATISTICS.get(name, GREY if channels == 1 else IMAGENET)
+    if grayscale:
+        if channels == 1:
+            raise UserError(grey_already(name))
+        channels, statistics = 1, to_grey(statistics)
     own_size = (max(height, 32), max(width, 32)) if height and width else None
-    shape = (*(image_size or own_size or VARIABLE_SIZES.get(name, (224, 224))), channels)
+    size = image_size or own_size or VARIABLE_SIZES.get(name, (224, 224))
+    shape = (*size, channels)
+    fill = fill_color(statistics[0]) if crop_to_bbox else None
+    fit = fit_to(size, resize, fill)
     splits = builder.info.splits
     sources: list[Source] = []
     for split in ("train", TEST_SPLITS.get(name, "test" if "test" in splits else "validation")):
         if split not in splits or not splits[split].num_examples:
             raise UserError(f"--dataset {name} has no examples in a split named {split}; use another")
-        source = cached(TfdsSource(builder, split, shape, data_dir), shape)
+        pictures = TfdsSource(builder, split, data_dir, channels=channels, fit=fit, crop_to_bbox=crop_to_bbox)
+        source = cached(pictures, shape)
         source.read(np.array([0]))  # opens the file: what is cut or foreign is noticed before a run begins
         sources.append(source)
-    statistics = STATISTICS.get(name, GREY if channels == 1 else IMAGENET)
     return Dataset(sources[0], sources[1], class_names, shape, *statistics)
 
 
@@ -209,6 +258,13 @@ def _features(name: str, builder: Any) -> tuple[tuple[int | None, int | None, in
             f"{np.dtype(image.np_dtype).name}; use another"
         )
     return (height, width, channels), tuple(label.names)
+
+
+def _has_bbox(builder: Any) -> bool:
+    """Whether every picture has one bounding box, `bbox`."""
+    import tensorflow_datasets as tfds
+
+    return isinstance(dict(builder.info.features).get("bbox"), tfds.features.BBoxFeature)
 
 
 def _refuse(name: str, data_dir: str | None) -> NoReturn:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-Example = tuple[bytes, int]
+Example = tuple[bytes, int] | Mapping[str, Any]
+"""The bytes of a picture's file and its label; or by name what the features have: bytes, an int, floats."""
 
 
 def encoded(picture: Any, form: str = "png") -> bytes:
@@ -23,7 +24,7 @@ def encoded(picture: Any, form: str = "png") -> bytes:
     return buffer.getvalue()
 
 
-def pictures(count: int, shape: tuple[int, ...], seed: int = 0) -> list[Example]:
+def pictures(count: int, shape: tuple[int, ...], seed: int = 0) -> list[tuple[bytes, int]]:
     """Random pictures, the first two bytes of which are their number; labels 0, 1, 0, 1, ..."""
     images = np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
     for number, image in enumerate(images):
@@ -44,7 +45,7 @@ def write(
     Args:
         root: the TFDS data directory.
         name: the data set's name; TFDS need not know it.
-        splits: for each split, pairs of an encoded picture and a label, 0 or 1.
+        splits: for each split, its examples.
         shape: what the features say of the pictures; None for sizes that differ.
         features: instead of a picture `image` and a class `label`.
     """
@@ -62,10 +63,17 @@ def write(
     for split, examples in splits.items():
         path = directory / f"{name}-{split}.array_record-00000-of-00001"
         writer = ArrayRecordWriter(str(path), "group_size:1")
-        for picture, number in examples:
+        for each in examples:
             example = tf_example_pb2.Example()
-            example.features.feature["image"].bytes_list.value.append(picture)
-            example.features.feature["label"].int64_list.value.append(number)
+            named = each if isinstance(each, Mapping) else {"image": each[0], "label": each[1]}
+            for field, value in named.items():
+                feature = example.features.feature[field]
+                if isinstance(value, bytes):
+                    feature.bytes_list.value.append(value)
+                elif isinstance(value, int):
+                    feature.int64_list.value.append(value)
+                else:
+                    feature.float_list.value.extend(value)
             writer.write(example.SerializeToString())
         writer.close()
         described.append(

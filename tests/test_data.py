@@ -32,7 +32,8 @@ from experiment import data as data_module
 from experiment import sources, tfds_source
 from experiment.data import Data, Split, load
 from experiment.errors import UserError
-from experiment.sources import Batch, CachedSource, Dataset, SyntheticSource, cached, fit_picture
+from experiment.sources import Batch, CachedSource, Dataset, Labels, SyntheticSource, cached
+from experiment.transforms import fit_picture, picture_of
 from tests import made_tfds
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,10 @@ class Numbered:
         images = np.zeros((len(indices), 32, 32, 1), np.uint8)
         images[:, 0, :4, 0] = indices.astype("<u4").view(np.uint8).reshape(-1, 4)
         return {"image": images, "label": (indices % 7).astype(np.int32)}
+
+    def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list[Image.Image], Labels]:
+        batch = self.read(indices)
+        return [picture_of(image) for image in batch["image"]], batch["label"]
 
 
 def numbers(batch: Batch) -> list[int]:
@@ -82,7 +87,7 @@ def load_numbered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Data]:
     ) -> Data:
         parts = (Numbered(train, delay), Numbered(test, delay))
         dataset = Dataset(*parts, tuple("abcdefg"), (32, 32, 1), (0.5,), (0.5,))
-        monkeypatch.setattr(data_module, "open_dataset", lambda *_: dataset)
+        monkeypatch.setattr(data_module, "open_dataset", lambda *_, **__: dataset)
         return load("numbered", data_dir=None, **({"seed": 0, "batch_size": 1} | options))
 
     return load_it
@@ -699,6 +704,16 @@ def test_an_unfinished_preparation_is_no_data_set(root: Path) -> None:
         ("digits", {"image_size": (31, 32)}, ["--image-size 31x32", "32"]),
         ("synthetic", {"image_size": (64, 8)}, ["--image-size 64x8"]),
         ("mnist", {"image_size": (28, 28)}, ["--image-size 28x28"]),
+        ("digits", {"resize": (32,), "image_size": (40, 48)}, ["--resize: 32", "40x48", "48 or more"]),
+        ("digits", {"crop_to_bbox": True}, ["--crop-to-bbox: digits", "leave the flag out"]),
+        ("synthetic", {"crop_to_bbox": True}, ["--crop-to-bbox: synthetic", "cars196"]),
+        ("digits", {"grayscale": True}, ["--grayscale: digits", "leave the flag out"]),
+        ("digits", {"augment": "crop-flip-pca"}, ["--augment: crop-flip-pca", "use crop-flip"]),
+        (
+            "synthetic",
+            {"augment": "crop-flip-pca", "grayscale": True},
+            ["--augment: crop-flip-pca", "use crop-flip"],
+        ),
         ("digits", {"seed": -1}, ["--seed -1"]),
         ("digits", {"seed": 2**32}, ["--seed 4294967296"]),
     ],
@@ -843,6 +858,6 @@ def test_data_is_frozen(small: dict[str, Data]) -> None:
 def test_messages_name_existing_flags() -> None:
     """What the messages tell the user to change is what the command line has."""
     flags = {f"--{name}" for name in ("dataset", "data-dir", "batch-size", "seed", "image-size")}
-    flags |= {"--train-subset", "--val-fraction"}
-    text = "".join(Path(module.__file__ or "").read_text() for module in (data_module, tfds_source))
+    flags |= {"--train-subset", "--val-fraction", "--augment", "--resize", "--crop-to-bbox", "--grayscale"}
+    text = "".join(Path(module.__file__ or "").read_text() for module in (data_module, sources, tfds_source))
     assert set(re.findall(r"--[a-z][a-z-]+", text)) == flags

@@ -32,6 +32,19 @@ def test_links_lead_to_files_of_the_tree():
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
+def test_the_sheet_of_augmented_pictures_can_be_drawn(tmp_path, monkeypatch):
+    from experiment.data import load
+
+    script = runpy.run_path(str(ROOT / "docs" / "draw_augmentation.py"))
+    monkeypatch.setitem(script["rows"].__globals__, "COLUMNS", 2)
+    for name, count in (("digits", 8), ("synthetic", 10)):
+        data = load(name, data_dir=None, batch_size=8, seed=0)
+        assert len(script["rows"](data)) == count
+    script["draw"](tmp_path / "sheet.png", data, "synthetic")
+    for path in (tmp_path / "sheet.png", ROOT / "docs" / "augmentation.png"):
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
 def test_the_pictures_of_convolution_can_be_drawn(tmp_path):
     script = runpy.run_path(str(ROOT / "docs" / "draw_convolution.py"))
     for draw in ("draw_windows", "draw_columns"):

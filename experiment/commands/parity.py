@@ -21,7 +21,8 @@ from experiment.config import MODELS, parse_image_size
 from experiment.engines import load_module, set_environment
 from experiment.errors import UserError
 from experiment.identify import Network, identify
-from experiment.sources import fit_picture
+from experiment.sources import read_picture
+from experiment.transforms import fit_picture
 
 Stages = Mapping[str, np.ndarray]
 
@@ -163,23 +164,9 @@ def _statistics(options: argparse.Namespace, channels: int) -> tuple[tuple[float
 
 def _picture(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
     """The picture of any format that Pillow reads, resized: uint8 [H, W, C]."""
-    from PIL import Image
-
-    modes = {1: "L", 3: "RGB"}
-    if channels not in modes:
+    if channels not in (1, 3):
         raise UserError(f"IMAGE: no picture has {channels} channels; leave it out for random numbers")
-    try:
-        with Image.open(path) as picture:
-            return fit_picture(picture.convert(modes[channels]), size)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found") from None
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # Pillow's for damaged files
-        raise UserError(f"{path}: no picture that Pillow reads ({error})") from None
+    return fit_picture(read_picture(path, channels), size)
 
 
 def _outputs(

@@ -1,0 +1,117 @@
+"""Time the input pipeline of recipes alone, and the training step that it feeds.
+
+    python -m benchmarks.input_pipeline --data-dir DIR
+    python -m benchmarks.input_pipeline --data-dir DIR --framework numpy --only cifar10 imagenet
+
+Prints pictures a second in the first pass over the data, in which files are read and decoded; in later ones,
+in which small sets come from memory; of the training step on this machine (0 seconds: not measured); and how
+many times its appetite the later passes are. ImageNet's pictures are made: 500x375 JPEG files, in a TFDS
+directory of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from experiment.config import Config, parse, resolve
+from experiment.data import Data, load
+from experiment.engines import load_engine, set_environment
+from experiment.sources import SyntheticSource
+from tests import made_tfds
+
+CIFAR = "--dataset cifar10 --train-subset 0.2 --model resnet20 --batch-size 128"
+CARS = "--dataset cars196 --crop-to-bbox --image-size 64x96 --model resnet101"
+IMAGENET = "--dataset imagenet2012 --val-fraction 0 --model resnet34 --resize 256 480"
+RECIPES = {
+    "digits": "--dataset digits --model resnet101",
+    "fashion_mnist": "--dataset fashion_mnist --train-subset 0.2 --model resnet20 --batch-size 128 "
+    "--augment crop-flip",
+    "cifar10": f"{CIFAR} --augment crop-flip",
+    "cifar10, autoaugment": f"{CIFAR} --augment autoaugment-cifar10",
+    "cars196": f"{CARS} --grayscale",
+    "cars196, crop-flip": f"{CARS} --augment crop-flip",
+    "imagenet": f"{IMAGENET} --augment crop-flip",
+    "imagenet, pca": f"{IMAGENET} --augment crop-flip-pca",
+    "imagenet, autoaugment": f"{IMAGENET} --augment autoaugment",
+}
+
+
+def make_imagenet(root: Path, count: int = 256) -> None:
+    """Write a TFDS data set imagenet2012 of made photographs: smooth, with noise; about 100 kB each."""
+    source = SyntheticSource(0, count, (375, 500))
+    pictures, _ = source.pictures(np.arange(count))
+    files = [(made_tfds.encoded(Image.blend(p, p.resize((500, 375)), 0.5), "jpeg"), 0) for p in pictures]
+    made_tfds.write(root, "imagenet2012", {"train": files, "validation": files[:2]})
+
+
+def passes(data: Data, seconds: float) -> tuple[float, float]:
+    """Pictures a second in the first pass and in later ones, each for `seconds` at most."""
+    batches = data.train_batches()
+    first = rate(itertools.islice(batches, data.steps_per_epoch), data.batch_size, seconds)
+    return first, rate(batches, data.batch_size, seconds)
+
+
+def rate(batches: Iterator[Any], batch_size: int, seconds: float) -> float:
+    """Pictures a second that an iterator gives."""
+    begun, count = time.perf_counter(), 0
+    for _ in batches:
+        count += batch_size
+        if time.perf_counter() - begun > seconds:
+            break
+    return count / (time.perf_counter() - begun)
+
+
+def appetite(config: Config, data: Data, seconds: float) -> float:
+    """Pictures a second of the training step, fed with one batch again and again."""
+    engine = load_engine(config.framework)(
+        model=config.model,
+        model_options=config.model_options(),
+        num_classes=data.num_classes,
+        image_shape=data.image_shape,
+        mean=data.mean,
+        std=data.std,
+        optimizer=config.optimizer,
+        optimizer_options=config.optimizer_options(),
+        learning_rate=lambda step: 1e-3,
+    )
+    batches = itertools.repeat(next(data.train_batches()))
+    losses = (float(metrics["loss"]) for _, metrics in engine.train(engine.init(), batches))
+    next(losses)
+    return rate(losses, config.batch_size, seconds)
+
+
+def main() -> None:
+    """Print a row for each recipe."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", required=True, help="a TFDS data directory")
+    parser.add_argument("--framework", default="jax", choices=["jax", "numpy"])
+    parser.add_argument("--only", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each pass (default 5)")
+    parser.add_argument("--step-seconds", type=float, default=10.0, help="for training steps (default 10)")
+    options = parser.parse_args()
+    set_environment(options.framework, deterministic=False)
+    print("recipe                    first pass   later   training step   later / step")
+    with tempfile.TemporaryDirectory() as made:
+        if any(name.startswith("imagenet") for name in options.only):
+            make_imagenet(Path(made))
+        for name in options.only:
+            directory = made if name.startswith("imagenet") else options.data_dir
+            flags = [*RECIPES[name].split(), "--data-dir", directory, "--framework", options.framework]
+            config = resolve(parse(flags))
+            data = load(config.dataset, **config.data_options())
+            first, later = passes(data, options.seconds)
+            step = appetite(config, data, options.step_seconds) if options.step_seconds else float("nan")
+            print(f"{name:<25} {first:>10.0f} {later:>7.0f} {step:>15.1f} {later / step:>14.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""`python -m experiment evaluate RUN`: loss, top-1, top-5 and macro F1 of a finished run, on either engine.
+
+One crop of each picture, as in training's own test; ten crops; or whole pictures at several scales. What is
+averaged over crops and scales are class probabilities, as AlexNet averages them: no crop counts for more
+because its logits are large, and the mean is a distribution again, of which the loss is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from experiment import rundir
+from experiment.commands.parser import Parser
+from experiment.config import FRAMEWORKS, MIN_IMAGE_SIZE
+from experiment.errors import UserError
+from experiment.finished import WEIGHTS, FinishedRun, open_run
+from experiment.metrics import Metrics
+from experiment.transforms import Pixels, ten_crops, whole_picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from experiment.data import Data
+    from experiment.sources import Labels
+
+Views = Callable[["Image"], Pixels]
+"""Pictures [V, H, W, C] to be classified in place of one; they differ in shape from picture to picture."""
+
+STRIDE = 32
+"""Pixels of the input to one of the last map of most networks: the longer side of a whole picture becomes a
+multiple of it, so that there are few shapes to compile for."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate a run and print its metrics; return 0.
+
+    Raises:
+        UserError: no finished run; arguments that do not fit it; data that is missing, damaged or another.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    run = open_run(options.run, which=options.weights, framework=options.framework, data_dir=options.data_dir)
+    resize = _resize(options, run)
+    from experiment import data as data_module
+
+    arguments = run.config.data_options()
+    if resize:
+        arguments["resize"] = (resize,)
+    data = data_module.load(run.config.dataset, **{**arguments, "augment": "none"})
+    rundir.check_same_data(run.resolved, {name: getattr(data, name) for name in rundir.DATA_FACTS})
+    if not len(data.parts[options.split][1]):
+        raise UserError(f"--split: the run has no {options.split} part; choose another")
+    pixels = run.image_shape[0] * run.image_shape[1] * (options.batch_size or run.config.eval_batch_size)
+    metrics = Metrics(data.num_classes)
+    for logits, labels in _scores(options, run, data, resize, pixels):
+        metrics.update(logits, labels)
+    result = metrics.compute()
+    print(f"{options.run}, {options.weights} weights, on {run.engine.device}")
+    print(f"{options.split} of {data.name}, {metrics.examples} pictures, {_what(options, run, resize)}")
+    print(
+        f"loss {result['loss']:.4f}, top-1 {result['accuracy']:.4f}, top-5 {result['top5']:.4f}, "
+        f"macro F1 {result['f1']:.4f}"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m experiment evaluate",
+        description="Loss, top-1, top-5 and macro F1 of a finished run. Over crops and scales the class "
+        "probabilities are averaged.",
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", type=Path, help="the folder of a run")
+    add("--framework", choices=FRAMEWORKS, help="engine that computes (default: the run's)")
+    add("--weights", choices=list(WEIGHTS), default="final", help="which of the run's (default final)")
+    add("--split", choices=["test", "val", "train"], default="test", help="default test")
+    add("--crops", type=int, choices=[1, 10], default=1, help="10: corners, centre, mirrored (default 1)")
+    add("--resize", type=int, metavar="N", help="shorter side before a crop (10 crops: 256 for one of 224)")
+    add("--scales", type=int, metavar="N", nargs="+", help="whole pictures whose shorter sides are these")
+    add("--batch-size", type=int, metavar="N", help="pictures of the run's size (default: the run's)")
+    add("--data-dir", metavar="DIR", help="where TFDS keeps its data (default: the run's)")
+    return parser
+
+
+def _resize(options: argparse.Namespace, run: FinishedRun) -> int | None:
+    """The shorter side before a crop, where it is not the run's own way; refuses what does not fit."""
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UserError(f"--batch-size: {options.batch_size} is out of range; give a number of at least 1")
+    height, width, _ = run.image_shape
+    if options.scales:
+        for flag, given in (("--crops", options.crops > 1), ("--resize", options.resize is not None)):
+            if given:
+                raise UserError(f"{flag}: --scales takes whole pictures; leave one of the two out")
+        if min(options.scales) < MIN_IMAGE_SIZE:
+            raise UserError(f"--scales: {min(options.scales)} is too small; give at least {MIN_IMAGE_SIZE}")
+        if run.config.model == "cnn":
+            raise UserError(f"--scales: cnn takes pictures of {height}x{width} only; use --crops")
+        return None
+    resize: int | None = options.resize
+    if resize is None and options.crops > 1:
+        resize = run.config.resize[0] if run.config.resize else round(max(height, width) * 256 / 224)
+    return resize
+
+
+def _what(options: argparse.Namespace, run: FinishedRun, resize: int | None) -> str:
+    """What of a picture is looked at, in words."""
+    if options.scales:
+        return f"whole, shorter sides {' '.join(map(str, options.scales))}, probabilities averaged"
+    height, width, _ = run.image_shape
+    crops = f"10 crops of {height}x{width}" if options.crops > 1 else f"{height}x{width}"
+    resized = f" from a shorter side of {resize}" if resize else ""
+    return f"{crops}{resized}{', probabilities averaged' if options.crops > 1 else ''}"
+
+
+def _scores(
+    options: argparse.Namespace, run: FinishedRun, data: Data, resize: int | None, pixels: int
+) -> Iterator[tuple[np.ndarray, Labels]]:
+    """Scores [N, num_classes] whose softmax are the class probabilities, and labels [N]."""
+    if options.crops == 1 and not options.scales:
+        size = pixels // (run.image_shape[0] * run.image_shape[1])
+        for_engine, for_labels = itertools.tee(data.eval_batches(options.split, size))
+        found = run.logits(batch["image"] for batch in for_engine)
+        yield from zip(found, (batch["label"] for batch in for_labels), strict=True)
+    else:
+        views: list[Views] = [_whole(scale) for scale in options.scales or ()]
+        if not views:
+            assert resize is not None
+            views = [partial(ten_crops, size=run.image_shape[:2], shorter_side=resize)]
+        yield average(run.logits, data, options.split, views, pixels)
+
+
+def _whole(scale: int) -> Views:
+    return lambda picture: whole_picture(picture, scale, STRIDE)[None]
+
+
+def average(
+    logits: Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]],
+    data: Data,
+    split: Any,
+    views: Sequence[Views],
+    pixels: int,
+) -> tuple[np.ndarray, Labels]:
+    """The logarithm of the mean of all views' class probabilities, of each picture of a part, and labels.
+
+    Fully convolutional testing (He et al. 2015, arXiv 1512.03385, section 4.1) is the network on the whole
+    picture: its average pooling takes a map of any size.
+
+    Args:
+        logits: gives the logits [N, num_classes] of batches of pictures, uint8 [N, H, W, C].
+        data: the data set.
+        split: which part of it.
+        views: what to make of a picture; one or more, each of which counts the same.
+        pixels: about how many to classify at once.
+
+    Returns:
+        float64 [N, num_classes], int32 [N].
+    """
+    count = len(data.parts[split][1])
+    total = np.full((count, data.num_classes), -np.inf)
+    labels = np.empty(count, np.int32)
+    for change in views:
+        for places, images, found in _by_shape(data, split, change, pixels):
+            each = images.reshape(-1, *images.shape[2:])
+            scores = _log_softmax(next(logits([each]))).reshape(*images.shape[:2], -1)
+            mean = np.logaddexp.reduce(scores, axis=1) - np.log(images.shape[1])
+            total[places] = np.logaddexp(total[places], mean)
+            labels[places] = found
+    return total - np.log(len(views)), labels
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    z = logits.astype(np.float64)
+    return z - np.logaddexp.reduce(z, axis=1, keepdims=True)
+
+
+def _by_shape(
+    data: Data, split: Any, change: Views, pixels: int
+) -> Iterator[tuple[list[int], np.ndarray, list[int]]]:
+    """Yield views of one shape, [N, V, H, W, C], with the places of their pictures and their labels."""
+    from tqdm import tqdm
+
+    waiting: dict[tuple[int, ...], list[tuple[int, Pixels, int]]] = defaultdict(list)
+    place = 0
+    bar = tqdm(total=len(data.parts[split][1]), unit=" pictures", disable=None, leave=False)
+    for views, labels in data.eval_pictures(split, change, batch_size=16):
+        for view, label in zip(views, labels, strict=True):
+            group = waiting[view.shape]
+            group.append((place, view, int(label)))
+            place += 1
+            if (len(group) + 1) * view.size // view.shape[-1] > pixels:
+                yield _stacked(waiting.pop(view.shape))
+        bar.update(len(views))
+    bar.close()
+    for group in waiting.values():
+        yield _stacked(group)
+
+
+def _stacked(group: list[tuple[int, Pixels, int]]) -> tuple[list[int], np.ndarray, list[int]]:
+    places, views, labels = zip(*group, strict=True)
+    return list(places), np.stack(views), list(labels)

@@ -1,0 +1,54 @@
+"""`python -m experiment predict RUN IMAGE...`: the most likely classes of pictures, by a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiment.commands.parser import Parser
+from experiment.config import FRAMEWORKS
+from experiment.errors import UserError
+from experiment.finished import WEIGHTS, open_run
+from experiment.sources import read_picture
+from experiment.transforms import fill_color, fit_picture
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the classes of each picture with their probabilities; return 0. All pictures are read first.
+
+    Raises:
+        UserError: no finished run, or a file that is no picture, damaged or too large.
+    """
+    parser = Parser(
+        prog="python -m experiment predict",
+        description="The most likely classes of pictures, of any format that Pillow reads. They are brought "
+        "to the run's size as its test pictures were; a run with --crop-to-bbox wants the object alone.",
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", type=Path, help="the folder of a run")
+    add("images", metavar="IMAGE", type=Path, nargs="+", help="a file")
+    add("--top", type=int, metavar="N", default=5, help="how many classes (default 5)")
+    add("--framework", choices=FRAMEWORKS, help="engine that computes (default: the run's)")
+    add("--weights", choices=list(WEIGHTS), default="final", help="which of the run's (default final)")
+    options = parser.parse_args(argv)
+    if options.top < 1:
+        raise UserError(f"--top: {options.top} is out of range; give a number of at least 1")
+    run = open_run(options.run, which=options.weights, framework=options.framework)
+    height, width, channels = run.image_shape
+    resize = run.config.resize[0] if run.config.resize else None
+    fill = fill_color(run.resolved["mean"]) if run.config.crop_to_bbox else None
+    pictures = np.stack(
+        [fit_picture(read_picture(path, channels), (height, width), resize, fill) for path in options.images]
+    )
+    size = run.config.eval_batch_size
+    batches = (pictures[start : start + size] for start in range(0, len(pictures), size))
+    logits = np.concatenate(list(run.logits(batches))).astype(np.float64)
+    scores = np.exp(logits - logits.max(1, keepdims=True))
+    probabilities = scores / scores.sum(1, keepdims=True)
+    for path, row in zip(options.images, probabilities, strict=True):
+        print(path)
+        for index in np.argsort(-row, kind="stable")[: options.top]:
+            print(f"  {row[index]:.4f}  {run.resolved['class_names'][index]}")
+    return 0

@@ -1,0 +1,104 @@
+"""A run that is over, opened for use: its options, and its network with what it learned, on either engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiment import rundir, weights
+from experiment.checkpoint import differences
+from experiment.config import Config, resolve
+from experiment.engines import Engine, load_engine, set_environment
+from experiment.errors import UserError
+
+WEIGHTS = {"final": "weights.safetensors", "best": "weights-best.safetensors"}
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What `open_run` gives.
+
+    Attributes:
+        config: the run's options.
+        resolved: what followed from them and the data: `class_names`, `image_shape`, `mean`, `std`, ...
+        engine: what computes.
+        state: its state, with the weights.
+    """
+
+    config: Config
+    resolved: dict[str, Any]
+    engine: Engine
+    state: Any
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the pictures it was trained on."""
+        height, width, channels = self.resolved["image_shape"]
+        return height, width, channels
+
+    def logits(self, images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The logits [N, num_classes] of each batch of pictures, uint8 [N, H, W, C]."""
+        return self.engine.evaluate(self.state, ({"image": image} for image in images))
+
+
+def open_run(
+    run_dir: Path, *, which: str = "final", framework: str | None = None, data_dir: str | None = None
+) -> FinishedRun:
+    """Open the folder of a run; nothing in it is changed.
+
+    Args:
+        run_dir: the folder.
+        which: "final", the weights after the last step, or "best", the best on validation.
+        framework: the engine, by default the run's own.
+        data_dir: where TFDS keeps its data, by default as when the run began.
+
+    Raises:
+        UserError: no folder of a run; its files are damaged; the weights are absent, or of another network;
+            an engine that cannot do the run's precision.
+    """
+    if not (run_dir / "config.json").is_file():
+        raise UserError(f"{run_dir}: is not the folder of a run (it has no config.json); name another")
+    record = rundir.read_record(run_dir)
+    given = {"framework": framework, "data_dir": data_dir}
+    config = resolve({name: value for name, value in given.items() if value is not None}, record["config"])
+    set_environment(config.framework, deterministic=config.deterministic)
+    path = run_dir / WEIGHTS[which]
+    if not path.is_file():
+        remedy = {
+            "final": "the run has not come to its end: continue it with --resume, or take --weights best",
+            "best": "without validation there is no best; take --weights final",
+        }
+        raise UserError(f"{path}: not found; {remedy[which]}")
+    tensors = weights.load(path)
+    resolved = record["resolved"]
+    try:
+        engine = load_engine(config.framework)(
+            model=config.model,
+            model_options=config.model_options(),
+            num_classes=resolved["num_classes"],
+            image_shape=tuple(resolved["image_shape"]),
+            mean=resolved["mean"],
+            std=resolved["std"],
+            optimizer="sgd",  # none is needed
+            optimizer_options={},
+            learning_rate=lambda step: 0.0,
+            precision=config.precision,
+            seed=config.seed,
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{run_dir / 'config.json'}: is not what a run writes ({error}); restore it"
+        ) from None
+    tree = engine.to_tree(engine.init())
+    network = {name: tree[name] for name in ("params", "batch_stats")}
+    found = {part: {name: tensors[name] for name in network[part] if name in tensors} for part in network}
+    surplus = tensors.keys() - weights.from_tree(network).keys()
+    lines = [*differences(network, found), *(f"{name} is surplus" for name in sorted(surplus))]
+    if lines:
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise UserError(f"{path}: is of another network: {'; '.join(lines[:3])}{more}; restore the file")
+    return FinishedRun(config, resolved, engine, engine.from_tree({**tree, **found}))

@@ -1,0 +1,278 @@
+"""What happens to a picture before an engine normalises it: to size, cut, and for training changed at random.
+
+Everything here works on uint8, with NumPy and Pillow alone, and is the same for both engines. A function
+that draws takes a generator from `generators`, whose numbers depend on (seed, epoch, example) and on nothing
+else: not on the batch, the thread, or where the run resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from experiment.autoaugment import CIFAR10, IMAGENET, autoaugment
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from experiment.sources import Batch, Source
+
+Pixels = npt.NDArray[np.uint8]
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+Color = tuple[int, ...]
+"""A number of uint8 for each channel."""
+
+LUMA = (0.299, 0.587, 0.114)
+"""What red, green and blue add to a grey pixel (ITU-R 601), as Pillow's conversion to `L` has it."""
+
+# The principal components of ImageNet's RGB pixels on the scale 0..1: eigenvalues, eigenvectors in columns.
+# Not in AlexNet's paper; these numbers are facebookarchive/fb.resnet.torch's (datasets/imagenet.lua).
+PCA_VALUES = np.array([0.2175, 0.0188, 0.0045])
+PCA_VECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+PCA_DEVIATION = 0.1
+
+POLICIES = {"autoaugment": IMAGENET, "autoaugment-cifar10": CIFAR10}
+
+
+def to_grey(statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> tuple[tuple[float], tuple[float]]:
+    """Mean and deviation of grey pictures from those of the three channels.
+
+    The mean is exact. The deviation is that of channels which rise and fall together; CIFAR-10's own is 3 %
+    smaller.
+    """
+    mean, std = (sum(w * x for w, x in zip(LUMA, values, strict=True)) for values in statistics)
+    return (mean,), (std,)
+
+
+def fill_color(mean: Sequence[float], *, drawn_on_black: bool = False) -> Color:
+    """What surrounds a picture that does not fill its frame: the mean, on the scale 0..1, as one of uint8.
+
+    It normalises to (nearly) zero, which is what He et al. pad with. Black for pictures drawn on black.
+    """
+    return (0,) if drawn_on_black else tuple(round(255 * value) for value in mean)
+
+
+def pixels_of(picture: Image) -> Pixels:
+    """The pixels [H, W, C] of a picture; C is 1 for mode `L` and 3 for `RGB`."""
+    pixels = np.asarray(picture)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def picture_of(pixels: Pixels) -> Image:
+    """The inverse of `pixels_of`."""
+    from PIL import Image
+
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def fit_picture(
+    picture: Image, size: Size, shorter_side: int | None = None, fill: Color | None = None
+) -> Pixels:
+    """Bring a picture to `size`: the one transform of validation, test, and training that is not augmented.
+
+    The picture is resized (bilinear, antialiased) to cover the target, or with `shorter_side` so that its
+    shorter side has that many pixels; aspect is kept, and the target cut from the centre. With `fill`, and no
+    `shorter_side`, nothing is cut: the picture is made to fit inside, and `fill` surrounds it. MNIST's 28x28
+    is padded with zeros to 32x32, so that its pixels stay as they are.
+
+    Args:
+        picture: of mode `L` or `RGB`.
+        size: height and width.
+        shorter_side: at least the larger of them.
+        fill: a colour, one number a channel.
+
+    Returns:
+        uint8 [H, W, C].
+    """
+    from PIL import Image, ImageOps
+
+    height, width = size
+    if shorter_side is not None:
+        whole = resized_size(picture, shorter_side)
+        return cut_resized(picture, whole, (whole[0] - height) // 2, (whole[1] - width) // 2, size)
+    if picture.size == (28, 28) and size == (32, 32):
+        picture = ImageOps.expand(picture, border=2)
+    elif fill is not None:
+        color = fill if len(fill) > 1 else fill[0]
+        picture = ImageOps.pad(picture, (width, height), Image.Resampling.BILINEAR, color)
+    elif picture.size != (width, height):
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
+    return pixels_of(picture)
+
+
+def crop_to_box(picture: Image, box: Iterable[float]) -> Image:
+    """The part of a picture inside a box (ymin, xmin, ymax, xmax) on the scale 0..1, in whole pixels.
+
+    Raises:
+        ValueError: the box is empty, or not inside the picture.
+    """
+    top, left, bottom, right = (float(edge) for edge in box)
+    if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+        raise ValueError(f"no box inside the picture: {top:g} {left:g} {bottom:g} {right:g}")
+    width, height = picture.size
+    # Boxes are stored as float32: the edge of a pixel may come out a millionth beyond it
+    near, far = 1e-4, 1 - 1e-4
+    return picture.crop(
+        (
+            int(left * width + near),
+            int(top * height + near),
+            int(right * width + far),
+            int(bottom * height + far),
+        )
+    )
+
+
+def resized_size(picture: Image, shorter_side: int) -> Size:
+    """The height and width of a picture whose shorter side is resized to `shorter_side`, aspect kept."""
+    width, height = picture.size
+    scale = shorter_side / min(width, height)
+    return max(shorter_side, round(height * scale)), max(shorter_side, round(width * scale))
+
+
+def cut_resized(picture: Image, whole: Size, top: int, left: int, size: Size) -> Pixels:
+    """The part of `size` at (top, left) of a picture resized to `whole`; no more than that is computed."""
+    from PIL import Image
+
+    down, across = picture.height / whole[0], picture.width / whole[1]
+    box = (left * across, top * down, (left + size[1]) * across, (top + size[0]) * down)
+    box = (*box[:2], min(box[2], picture.width), min(box[3], picture.height))  # rounding
+    return pixels_of(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
+
+
+def generators(seed: int, epoch: int, examples: npt.NDArray[np.int64]) -> Iterator[np.random.Generator]:
+    """Yield a generator for each of the examples [N]: number k it gives is a function of (seed, epoch,
+    example, k).
+
+    Philox hashes a counter, which here begins with epoch and example (Salmon et al. 2011, "Parallel random
+    numbers: as easy as 1, 2, 3"). It is one object that moves, made anew for each call: draw what an example
+    needs before asking for the next.
+    """
+    bits = np.random.Philox(key=[seed, 0])
+    state, generator = bits.state, np.random.Generator(bits)
+    for example in examples:
+        state["state"]["counter"][:] = (0, example, epoch, 0)
+        bits.state = state
+        yield generator
+
+
+def pad_crop(image: Pixels, fill: Color, rng: np.random.Generator) -> Pixels:
+    """Pad a picture [H, W, C] with `fill` by an eighth of its sides all round, and cut its size at random.
+
+    At 32x32 these are the four pixels of He et al. 2015 (arXiv 1512.03385, section 4.2).
+    """
+    height, width, _ = image.shape
+    down = int(rng.random() * (2 * (height // 8) + 1)) - height // 8
+    right = int(rng.random() * (2 * (width // 8) + 1)) - width // 8
+    moved = np.full_like(image, fill)
+    moved[max(-down, 0) : height - down, max(-right, 0) : width - right] = image[
+        max(down, 0) : height + down, max(right, 0) : width + right
+    ]
+    return moved
+
+
+def random_crop(picture: Image, size: Size, shorter_side: Size, rng: np.random.Generator) -> Pixels:
+    """Resize a picture's shorter side to a length from the range `shorter_side`; cut `size` at random.
+
+    Aspect is kept, and both ends of the range are included. The scale augmentation of Simonyan & Zisserman
+    2014, arXiv 1409.1556.
+    """
+    least, most = shorter_side
+    whole = resized_size(picture, least + int(rng.random() * (most - least + 1)))
+    top, left = (int(rng.random() * (whole[axis] - size[axis] + 1)) for axis in (0, 1))
+    return cut_resized(picture, whole, top, left, size)
+
+
+def flip(image: Pixels, rng: np.random.Generator) -> Pixels:
+    """Mirror a picture [H, W, C] left to right, every other time."""
+    return image[:, ::-1] if rng.random() < 0.5 else image
+
+
+def pca_color(image: Pixels, rng: np.random.Generator) -> Pixels:
+    """AlexNet's colour augmentation (Krizhevsky et al. 2012, section 4.1) of a picture [H, W, 3].
+
+    To every pixel is added [p1 p2 p3] [a1 l1, a2 l2, a3 l3], where p and l are the principal components of
+    ImageNet's pixels and each a is normal with deviation 0.1, drawn once a picture.
+    """
+    shift = PCA_VECTORS @ (rng.normal(scale=PCA_DEVIATION, size=3) * PCA_VALUES)
+    changed: Pixels = np.clip(np.rint(image + 255 * shift), 0, 255).astype(np.uint8)
+    return changed
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What `--augment` does to the pictures of a training batch.
+
+    Attributes:
+        name: one of `config.AUGMENTATIONS`.
+        seed: the run's.
+        size: height and width of the results.
+        shorter_side: the range that is drawn from; None for pictures that are padded and cropped instead.
+        fill: what surrounds a picture that is padded, shifted or turned.
+    """
+
+    name: str
+    seed: int
+    size: Size
+    shorter_side: Size | None
+    fill: Color
+
+    def batch(self, source: Source, examples: npt.NDArray[np.int64], epoch: int) -> Batch:
+        """Read the examples [N] of a source and change them by the numbers that are theirs in this epoch."""
+        if self.name == "none":
+            return source.read(examples)
+        pictures: Any
+        if self.shorter_side is None:
+            batch = source.read(examples)
+            pictures, labels = batch["image"], batch["label"]
+        else:
+            pictures, labels = source.pictures(examples)
+        rngs = generators(self.seed, epoch, examples)
+        images = [self._change(picture, rng) for picture, rng in zip(pictures, rngs, strict=True)]
+        return {"image": np.stack(images), "label": labels}
+
+    def _change(self, picture: Any, rng: np.random.Generator) -> Pixels:
+        """Change one picture: pixels of the final size, or a Pillow picture of any size."""
+        if self.shorter_side is None:
+            image = pad_crop(picture, self.fill, rng)
+        else:
+            image = random_crop(picture, self.size, self.shorter_side, rng)
+        image = flip(image, rng)
+        if self.name == "crop-flip-pca":
+            image = pca_color(image, rng)
+        elif self.name in POLICIES:
+            image = pixels_of(autoaugment(picture_of(image), POLICIES[self.name], self.fill, rng))
+        return image
+
+
+def ten_crops(picture: Image, size: Size, shorter_side: int) -> Pixels:
+    """The four corners and the centre of a resized picture, and their mirror images: uint8 [10, H, W, C].
+
+    Krizhevsky et al. 2012, section 4.1.
+
+    Args:
+        picture: of mode `L` or `RGB`.
+        size: height and width of a crop.
+        shorter_side: of the picture before it is cut, at least the larger of them.
+    """
+    whole, (height, width) = whole_picture(picture, shorter_side), size
+    down, right = whole.shape[0] - height, whole.shape[1] - width
+    places = ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2))
+    crops = np.stack([whole[top : top + height, left : left + width] for top, left in places])
+    return np.concatenate([crops, crops[:, :, ::-1]])
+
+
+def whole_picture(picture: Image, shorter_side: int, multiple: int = 1) -> Pixels:
+    """All of a picture, resized to `shorter_side`, aspect kept: uint8 [H, W, C].
+
+    The longer side becomes a multiple of `multiple`, so that many pictures share a shape.
+    """
+    height, width = resized_size(picture, shorter_side)
+    longer = max(shorter_side, round(max(height, width) / multiple) * multiple)
+    size = (shorter_side, longer) if height <= width else (longer, shorter_side)
+    return cut_resized(picture, size, 0, 0, size)

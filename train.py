@@ -65,7 +65,8 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
 
     data = data_module.load(config.dataset, **config.data_options())
     resolved = resolve_lengths(config, data, stored, given)
-    engine = make_engine(config, data, resolved)
+    validations: list[tuple[int, float]] = []  # what a plateau is seen in
+    engine = make_engine(config, data, resolved, validations)
     run_dir = rundir.create(
         Path(config.run_dir) if config.run_dir else None,
         f"{config.model}-{config.dataset}-{config.optimizer}",
@@ -84,7 +85,9 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
             record = {"config": dataclasses.asdict(config), "resolved": resolved, "sessions": sessions}
             rundir.write_json(run_dir / "config.json", record)
             describe(record, engine.device, run_dir, console)
-            trainer = Trainer(config, data, engine, run_dir, checkpoints, console, resolved["total_steps"])
+            trainer = Trainer(
+                config, data, engine, run_dir, checkpoints, console, resolved["total_steps"], validations
+            )
             summary = trainer.fit(start)
             if summary is None:
                 assert trainer.stopped_by is not None
@@ -149,7 +152,9 @@ def resolve_lengths(
     }
 
 
-def make_engine(config: Config, data: Data, resolved: dict[str, Any]) -> Engine:
+def make_engine(
+    config: Config, data: Data, resolved: dict[str, Any], validations: Sequence[tuple[int, float]] = ()
+) -> Engine:
     """The engine of a run. Raises UserError for a batch that the devices cannot share."""
     config.check_pictures(*data.image_shape[:2])
     engine = load_engine(config.framework)(
@@ -167,6 +172,9 @@ def make_engine(config: Config, data: Data, resolved: dict[str, Any]) -> Engine:
             length=resolved["schedule_steps"],
             milestones=config.milestones,
             factor=config.decay_factor,
+            patience=config.patience,
+            cooldown=config.cooldown,
+            validations=validations,
             warmup_steps=resolved["warmup_steps"],
         ),
         precision=config.precision,

@@ -20,7 +20,7 @@ MODELS = (
     *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "cnn"),
 )
 OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "amsgrad", "adamw", "sgd")
-SCHEDULES = ("cosine", "constant", "multistep")
+SCHEDULES = ("cosine", "constant", "multistep", "plateau")
 PRECISIONS = ("float32", "bfloat16", "float64")
 AUGMENTATIONS = ("none", "crop-flip", "crop-flip-pca", "autoaugment", "autoaugment-cifar10")
 MIN_IMAGE_SIZE = 32
@@ -37,6 +37,7 @@ CHANGEABLE = frozenset(
     {
         *("framework", "steps", "epochs", "data_dir", "run_dir", "resume"),
         *("checkpoint_every", "eval_every", "log_every", "keep_checkpoints"),
+        "early_stopping_patience",  # like steps: when the run ends
         "schedule_steps",  # train.py sees to it that the schedule stays as long as it was
     }
 )
@@ -123,7 +124,11 @@ class Config:
     milestones: tuple[int, ...] = option(
         (), "multistep: steps at which the rate is multiplied", group="schedule", least=1
     )
-    decay_factor: float = option(0.1, "multistep: the factor", group="schedule", above=0, most=1)
+    decay_factor: float = option(0.1, "multistep, plateau: the factor", group="schedule", above=0, most=1)
+    patience: int = option(
+        10, "plateau: validations without a better loss before the factor", group="schedule", least=0
+    )
+    cooldown: int = option(0, "plateau: validations after it that do not count", group="schedule", least=0)
     warmup_steps: int | None = option(
         None,
         "linear warm-up before any schedule (default: an epoch at most, never over a tenth)",
@@ -146,6 +151,9 @@ class Config:
     )
     batch_size: int = option(32, "training batch", group="run", least=1)
     eval_batch_size: int = option(128, "evaluation batch", group="run", least=1)
+    early_stopping_patience: int | None = option(
+        None, "end the run after so many validations without a new lowest loss", group="run", least=1
+    )
     seed: int = option(0, "seed of weights, split and order", group="run", least=0, most=2**32 - 1)
     deterministic: bool = option(False, "bit-exact GPU kernels (slower)", group="run")
 
@@ -190,6 +198,12 @@ class Config:
             )
         if self.schedule == "multistep" and not self.milestones:
             raise UserError("--schedule multistep: needs --milestones STEP [STEP ...]")
+        for flag, asked in (
+            ("--schedule plateau", self.schedule == "plateau"),
+            ("--early-stopping-patience", self.early_stopping_patience is not None),
+        ):
+            if asked and not self.val_fraction:
+                raise UserError(f"{flag}: needs validation; give a --val-fraction above 0, or leave it out")
         if self.run_dir == "":
             raise UserError("--run-dir: is empty; name a folder")
         if self.resume and self.run_dir is None:
@@ -359,7 +373,9 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
         config = Config(**{**stored, **given})
         for field in dataclasses.fields(Config):
             old, new = stored.get(field.name, field.default), getattr(config, field.name)
-            if field.name not in CHANGEABLE and old != new:
+            # A plateau is counted in validations: other intervals would change the rates.
+            fixed = config.schedule == "plateau" and field.name == "eval_every"
+            if (field.name not in CHANGEABLE or fixed) and old != new:
                 remedy = "leave the flag out, or start a fresh run"
                 raise UserError(f"{flag_of(field)}: the run has {old}, not {new}; {remedy}")
     config.check()

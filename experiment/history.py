@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from experiment.rundir import finite
 
 
 class History:
-    """The lines of `path`, and the length and SHA-256 of what is written so far.
+    """The lines of `path`, and the length and SHA-256 of what is written so far; `validations` are the
+    (step, loss) of those that were there at the start.
 
     The lines hold nothing that depends on the clock, so that a resumed run writes the same bytes as one that
     was never stopped.
@@ -25,6 +27,10 @@ class History:
         Raises UserError if those bytes are not the ones with the hash `sha256`.
         """
         kept = unchanged_start(path, length, sha256)
+        lines = (json.loads(line) for line in kept.splitlines() if b'"split": "val"' in line)
+        self.validations: list[tuple[int, float]] = [
+            (line["step"], math.nan if line["loss"] is None else line["loss"]) for line in lines
+        ]
         self._hash = hashlib.sha256(kept)
         self.length = length
         self._file = open(path, "ab")  # noqa: SIM115 - held for the whole run, closed by close()

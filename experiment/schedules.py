@@ -1,4 +1,9 @@
-"""Learning-rate schedules: pure functions of the step, in Python floats, the same for every engine."""
+"""Learning-rate schedules: pure functions of the step, in Python floats, the same for every engine.
+
+`plateau` and early stopping look at the run's validations too: a list of (step, loss) that grows as the run
+goes on. What they say of a step depends on the validations up to it and on nothing else, so that a resumed
+run, which reads them back, goes on as if it had never stopped.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,11 @@ import math
 from collections.abc import Callable, Sequence
 
 Schedule = Callable[[int], float]
+Validations = Sequence[tuple[int, float]]
+"""The step, and the loss on the validation part after so many steps; in order."""
+
+THRESHOLD = 1e-4  # PyTorch's: plateau takes a loss for better if it is lower by this fraction of the best
+SMALLEST_CHANGE = 1e-8  # PyTorch's `eps`: plateau leaves the rate where it is if it would fall by less
 
 
 def constant(lr: float) -> Schedule:
@@ -27,6 +37,37 @@ def multistep(lr: float, milestones: Sequence[int], factor: float) -> Schedule:
     return lambda step: lr * factor ** bisect.bisect_right(milestones, step)
 
 
+def plateau(lr: float, validations: Validations, *, patience: int, factor: float, cooldown: int) -> Schedule:
+    """lr times factor for each time that validation has come to rest, as PyTorch's ReduceLROnPlateau has it.
+
+    More than `patience` validations in a row whose loss is not below the best so far times (1 - THRESHOLD)
+    are a plateau; the `cooldown` validations after one do not count. The rate of step s, which counts from 0,
+    follows from the validations made after s steps and before. `validations` may grow between calls.
+    """
+
+    def rate(step: int) -> float:
+        value, best, bad, cooling = lr, math.inf, 0, 0
+        for after, loss in validations:
+            if after > step:
+                break
+            better = loss < best * (1 - THRESHOLD)  # never so for not-a-number
+            best, bad = (loss, 0) if better else (best, bad + 1)
+            if cooling:
+                cooling, bad = cooling - 1, 0
+            if bad > patience:
+                cooling, bad = cooldown, 0
+                value = value * factor if value - value * factor > SMALLEST_CHANGE else value
+        return value
+
+    return rate
+
+
+def has_converged(validations: Validations, patience: int) -> bool:
+    """Early stopping: whether the last `patience` validations brought no loss below all before them."""
+    losses = [loss if math.isfinite(loss) else math.inf for _, loss in validations]
+    return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+
+
 def warmup(schedule: Schedule, steps: int) -> Schedule:
     """The first `steps` steps rise linearly to the schedule's value there; step s takes (s + 1) / (steps +
     1) of it.
@@ -43,12 +84,30 @@ def make_schedule(
     length: int,
     milestones: Sequence[int] = (),
     factor: float = 0.1,
+    patience: int = 10,
+    cooldown: int = 0,
+    validations: Validations = (),
     warmup_steps: int = 0,
 ) -> Schedule:
-    """The schedule of a run: the learning rate as a function of the step, which counts from 0."""
+    """The schedule of a run: the learning rate as a function of the step, which counts from 0.
+
+    Args:
+        name: "constant", "cosine", "multistep" or "plateau".
+        lr: the rate it starts from, after the warm-up.
+        length: cosine: the steps until it is 0.
+        milestones: multistep: the steps at which the rate is multiplied by `factor`.
+        factor: multistep, plateau.
+        patience, cooldown: plateau: in validations.
+        validations: plateau: those of the run; the caller adds to them as they are made.
+        warmup_steps: the linear rise before it.
+
+    Raises:
+        KeyError: the name is unknown.
+    """
     schedules = {
         "constant": lambda: constant(lr),
         "cosine": lambda: cosine(lr, length),
         "multistep": lambda: multistep(lr, milestones, factor),
+        "plateau": lambda: plateau(lr, validations, patience=patience, factor=factor, cooldown=cooldown),
     }
     return warmup(schedules[name](), warmup_steps)

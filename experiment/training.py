@@ -29,6 +29,7 @@ from experiment.engines import Engine
 from experiment.errors import UserError
 from experiment.history import History, unchanged_start
 from experiment.metrics import Metrics
+from experiment.schedules import has_converged
 
 
 class RunFailedError(Exception):
@@ -102,6 +103,7 @@ class Trainer:
         run_dir: where everything is written.
         checkpoints: where checkpoints are.
         total_steps: the last step.
+        validations: the list that the engine's schedule looks at; filled here.
     """
 
     def __init__(
@@ -113,10 +115,11 @@ class Trainer:
         checkpoints: Checkpoints,
         console: Console,
         total_steps: int,
+        validations: list[tuple[int, float]],
     ) -> None:
         self.config, self.data, self.engine = config, data, engine
         self.run_dir, self.checkpoints, self.console = run_dir, checkpoints, console
-        self.total_steps = total_steps
+        self.total_steps, self.validations = total_steps, validations
         self.steps_per_epoch = data.steps_per_epoch
         self.checkpoint_every = config.checkpoint_every or self.steps_per_epoch
         self.eval_every = config.eval_every or self.steps_per_epoch
@@ -136,10 +139,17 @@ class Trainer:
             Metrics.from_json(start.epoch_metrics) if start.epoch_metrics else Metrics(classes)
         )
         self.history = History(self.run_dir / "metrics.jsonl", **start.history)
+        # The one at the end of a run that got more steps later is off the beat: it must not change the rest.
+        self.validations[:] = [each for each in self.history.validations if not each[0] % self.eval_every]
         try:
             with self._signals():
                 self._train(start.step)
-                if self.stopped_by is not None and self.step < self.total_steps:
+                if self._converged():
+                    self.console.say(
+                        f"step {self.step}: no better validation loss for "
+                        f"{self.config.early_stopping_patience} validations, the run ends early"
+                    )
+                elif self.stopped_by is not None and self.step < self.total_steps:
                     self.checkpoints.wait()
                     return None
                 return self._finish()
@@ -149,7 +159,7 @@ class Trainer:
 
     def _train(self, start_step: int) -> None:
         remaining = max(self.total_steps - start_step, 0)
-        if not remaining:
+        if not remaining or self._converged():
             return
         self.console.say(
             f"compiling the training step of {self.config.model}: nothing moves meanwhile; "
@@ -192,9 +202,10 @@ class Trainer:
             pending.clear()
             if evaluate:
                 self._validate()
-            if save or stop:
+            converged = self._converged()
+            if save or stop or converged:
                 self._save()
-            if stop:
+            if stop or converged:
                 break
             begun, measured = time.monotonic(), 0
         self.console.stop()
@@ -255,11 +266,17 @@ class Trainer:
         if not self.data.val_size:
             return
         result = self._evaluate("val")
+        if self.step % self.eval_every == 0:
+            self.validations.append((self.step, result["loss"]))
         self.history.append({**self._line("val", "epoch", self.step), **result})
         self.console.say(f"step {self.step}: validation {_words(result)}")
         if result["loss"] < (self.best["loss"] if self.best else math.inf):  # never so for not-a-number
             self.best = {"step": self.step, **result}
             self._write_weights("weights-best.safetensors", self.engine.to_tree(self.state))
+
+    def _converged(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return patience is not None and has_converged(self.validations, patience)
 
     def _save(self) -> None:
         run = {

@@ -25,6 +25,7 @@ from jax_resnet.state_dict import apply, from_torch_layout, split, to_torch_layo
 
 Batch = Mapping[str, np.ndarray]
 State = dict[str, Any]  # {params, batch_stats, optimizer, step, bad_step}
+Params = dict[str, jax.Array]
 Metrics = dict[str, Any]
 Tree = dict[str, Any]
 
@@ -44,6 +45,7 @@ class Engine:
         learning_rate: the rate as a function of the step, which counts from 0.
         precision: "float32", "bfloat16" (compute only) or "float64".
         seed: seed of the initial weights.
+        freeze_backbone: only the head `fc` is trained; everything before it computes as in evaluation.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Engine:
         learning_rate: Callable[[int], float],
         precision: str = "float32",
         seed: int = 0,
+        freeze_backbone: bool = False,
     ) -> None:
         self.learning_rate = learning_rate
         self._x64 = precision == "float64"
@@ -74,11 +77,11 @@ class Engine:
             **model_options,
             dtype=jnp.dtype(precision),
         )
-        self._seed = seed
+        self._seed, self._frozen = seed, freeze_backbone
         with self._precision():
             self._dtype = parameter_dtype(precision)
             abstract = split(nnx.eval_shape(lambda: self._build(rngs=nnx.Rngs(seed))))
-        self._graph = {"train": abstract.train, "eval": abstract.eval}
+        self._graph = {"train": abstract.eval if freeze_backbone else abstract.train, "eval": abstract.eval}
         mesh = Mesh(np.array(jax.devices()), ("data",))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._sharded = NamedSharding(mesh, PartitionSpec("data"))
@@ -103,7 +106,7 @@ class Engine:
             state = {
                 "params": parts.params,
                 "batch_stats": parts.batch_stats,
-                "optimizer": self._make_optimizer(self.learning_rate(0)).init(parts.params),
+                "optimizer": self._make_optimizer(self.learning_rate(0)).init(self._trained(parts.params)),
                 "step": jnp.zeros((), jnp.int32),
                 "bad_step": jnp.full((), -1, jnp.int32),
             }
@@ -156,7 +159,8 @@ class Engine:
             native = jax.tree.map(
                 from_torch_layout, {k: tree[k] for k in ("params", "batch_stats", "optimizer")}
             )
-            template = jax.eval_shape(self._make_optimizer(self.learning_rate(0)).init, native["params"])
+            init = self._make_optimizer(self.learning_rate(0)).init
+            template = jax.eval_shape(init, self._trained(native["params"]))
             state = {
                 "params": jax.tree.map(jnp.array, native["params"]),
                 "batch_stats": jax.tree.map(jnp.array, native["batch_stats"]),
@@ -168,6 +172,10 @@ class Engine:
 
     def _make_optimizer(self, lr: float | jax.Array) -> optax.GradientTransformation:
         return make_optimizer(self._optimizer, lr, **self._optimizer_options)
+
+    def _trained(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters that are trained; the optimizer knows of no others."""
+        return {name: p for name, p in params.items() if not self._frozen or name.startswith("fc.")}
 
     def _precision(self) -> Any:
         return jax.enable_x64(self._x64)
@@ -187,20 +195,27 @@ class Engine:
         return apply(self._graph["eval"], params, stats, self._normalize(image))[0]
 
     def _step(self, state: State, batch: Mapping[str, jax.Array], lr: jax.Array) -> tuple[State, Metrics]:
-        """One step of gradient descent, pure: forward, backward, update."""
-        image = self._normalize(batch["image"])
+        """One step of gradient descent, pure: forward, backward, update.
 
-        def loss_fn(params: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
+        Only parameters that are trained are differentiated by: there is no backward through a frozen part.
+        """
+        image = self._normalize(batch["image"])
+        trained = self._trained(state["params"])
+
+        def loss_fn(
+            trained: dict[str, jax.Array],
+        ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
+            params = {**state["params"], **trained}
             logits, stats = apply(self._graph["train"], params, state["batch_stats"], image)
             return cross_entropy(logits, batch["label"]), (logits, stats)
 
-        (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"])
-        updates, optimizer = self._make_optimizer(lr).update(grads, state["optimizer"], state["params"])
+        (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        updates, optimizer = self._make_optimizer(lr).update(grads, state["optimizer"], trained)
         grad_norm = optax.tree.norm(grads)
         step = state["step"] + 1
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         new_state = {
-            "params": optax.apply_updates(state["params"], updates),
+            "params": {**state["params"], **optax.apply_updates(trained, updates)},
             "batch_stats": batch_stats,
             "optimizer": optimizer,
             "step": step,

@@ -44,11 +44,12 @@ class Setup:
     optimizer_options: Mapping[str, Any]
     dtype: str
     seed: int
+    freeze_backbone: bool
 
     def network(self, *, initial: bool) -> Network:
         """The network with its initial weights, or with zeros."""
         extra = {"image_size": self.image_shape[:2]} if self.model == "cnn" else {}
-        return resnet.MODELS[self.model](
+        network = resnet.MODELS[self.model](
             self.num_classes,
             self.image_shape[2],
             **extra,
@@ -56,6 +57,9 @@ class Setup:
             rng=np.random.default_rng(self.seed) if initial else None,
             dtype=np.dtype(self.dtype),
         )
+        if self.freeze_backbone:
+            network.freeze_backbone()
+        return network
 
     def normalise(self, image: Array) -> Array:
         """Pictures of type uint8 become (x / 255 - mean) / std; others are taken as they are."""
@@ -86,7 +90,8 @@ class Replica:
     ) -> None:
         self.setup, self.communicator = setup, communicator
         self.network = setup.network(initial=initial)
-        self.parameters = self.network.named_parameters()
+        named = self.network.named_parameters()
+        self.parameters = {name: p for name, p in named.items() if p.trainable}
         self.optimizer = make_optimizer(
             setup.optimizer, self.parameters.values(), 0.0, **setup.optimizer_options
         )
@@ -109,15 +114,15 @@ class Replica:
         def shared(array: Array) -> Array:
             return memory.empty(array.shape, array.dtype)
 
-        parameters = list(self.parameters.values())
-        for parameter in parameters:
+        for parameter in self.network.parameters():
             parameter.value = shared(parameter.value)
         for norm in self.norms:
             norm.running_mean, norm.running_var = shared(norm.running_mean), shared(norm.running_var)
         for arrays in self.optimizer.moments.values():
             arrays[:] = [shared(array) for array in arrays]
         self.gradients = [self._lay_out(memory) for _ in range(self.communicator.size)]
-        for parameter, gradient in zip(parameters, self.gradients[self.communicator.rank], strict=True):
+        own = self.gradients[self.communicator.rank]
+        for parameter, gradient in zip(self.parameters.values(), own, strict=True):
             parameter.keep_grad_in(gradient)
 
     def _lay_out(self, memory: SharedMemory) -> list[Array]:
@@ -229,6 +234,7 @@ class Engine:
         learning_rate: the rate as a function of the step, which counts from 0.
         precision: "float32" or "float64".
         seed: seed of the initial weights, which are those of the JAX engine.
+        freeze_backbone: only the head `fc` is trained; everything before it computes as in evaluation.
         processes: how many share a batch; by default as many as there are cores.
     """
 
@@ -246,6 +252,7 @@ class Engine:
         learning_rate: Callable[[int], float],
         precision: str = "float32",
         seed: int = 0,
+        freeze_backbone: bool = False,
         processes: int | None = None,
     ) -> None:
         self.learning_rate = learning_rate
@@ -261,6 +268,7 @@ class Engine:
             optimizer_options=dict(optimizer_options),
             dtype=precision,
             seed=seed,
+            freeze_backbone=freeze_backbone,
         )
         make_optimizer(optimizer, [], 0.0, **optimizer_options)  # refuses what is out of range
 
@@ -343,9 +351,9 @@ class Engine:
 
 def update_groups(network: Network) -> dict[int, list[Parameter]]:
     """The parameters in groups that are updated at once, each under the id of the layer that backward is then
-    done with: as many layers of the body as have `GROUP` bytes of gradients, or one that has more."""
+    done with: as many trained layers as have `GROUP` bytes of gradients, or one that has more."""
     groups: list[tuple[int, list[Parameter]]] = []
-    for _, layer in reversed(list(network.body())):
+    for layer in reversed(network.trained_layers()):
         parameters = layer.parameters()
         if groups and size_of(groups[-1][1] + parameters) <= GROUP:
             parameters = groups.pop()[1] + parameters

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from numpy_ref.layers import (
     OptionA,
     ReLU,
     Sequential,
+    no_grad,
 )
 
 Norm = BatchNorm | NoNorm
@@ -158,9 +160,15 @@ Block = type[BasicBlock] | type[Bottleneck]
 
 
 class Network(Layer):
-    """Layers one after another, from pictures to logits, in stages that have names."""
+    """Layers one after another, from pictures to logits, in stages that have names.
+
+    Attributes:
+        dtype: of every array.
+        frozen: how many layers of the body, from the first, are held: see `freeze_backbone`.
+    """
 
     dtype: np.dtype[Any]
+    frozen = 0
 
     def body(self) -> Iterator[tuple[str, Layer]]:
         """The layers in order, each with the name of the stage it belongs to."""
@@ -174,20 +182,34 @@ class Network(Layer):
             x = out[stage] = layer.forward(x, train)
         return out
 
+    def freeze_backbone(self) -> None:
+        """Hold everything but the head `fc`: those layers always compute as in evaluation, keep nothing for
+        backward, and have no part in it."""
+        for name, parameter in self.named_parameters().items():
+            parameter.trainable = name.startswith("fc.")
+        self.frozen = len(list(self.body())) - 1
+
+    def trained_layers(self) -> list[Layer]:
+        """The layers of the body that are not held, in order."""
+        return [layer for _, layer in self.body()][self.frozen :]
+
     def forward(self, x: Array, train: bool = False) -> Array:
         """Pictures [N, H, W, C] to logits [N, num_classes]."""
         x = x.astype(self.dtype, copy=False)
-        for _, layer in self.body():
+        for _, layer in islice(self.body(), self.frozen):
+            with no_grad():
+                x = layer.forward(x)
+        for layer in self.trained_layers():
             x = layer.forward(x, train)
         return x
 
     def backward(self, dy: Array, done: Callable[[Layer], object] = lambda layer: None) -> Array:
-        """dL/dlogits [N, num_classes] to dL/dx [N, H, W, C].
+        """dL/dlogits [N, num_classes] to dL/dx [N, H, W, C], or to that of the first layer that is not held.
 
         Layers forget their forward pass on the way. `done(layer)` is called when backward needs nothing of a
         layer of the body any more and its gradients are complete.
         """
-        for _, layer in reversed(list(self.body())):
+        for layer in reversed(self.trained_layers()):
             dy = layer.backward(dy)
             layer.forget()
             done(layer)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 
+import jax_resnet
+import numpy_ref
 from experiment.config import (
     CHANGEABLE,
     MODELS,
@@ -21,7 +28,7 @@ from experiment.config import (
     resolve,
 )
 from experiment.errors import UserError
-from experiment.schedules import make_schedule
+from experiment.schedules import has_converged, make_schedule
 from tests.tolerances import FLOAT64_LAYER
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -57,12 +64,15 @@ VALUES: dict[str, tuple[list[str], object]] = {
     "schedule": (["multistep"], "multistep"),
     "milestones": (["30", "60"], (30, 60)),
     "decay_factor": (["1"], 1.0),
+    "patience": (["0"], 0),
+    "cooldown": (["4"], 4),
     "warmup_steps": (["0"], 0),
     "schedule_steps": (["7"], 7),
     "epochs": (["3"], 3),
     "steps": (["0"], 0),
     "batch_size": (["1"], 1),
     "eval_batch_size": (["7"], 7),
+    "early_stopping_patience": (["3"], 3),
     "seed": (["4294967295"], 2**32 - 1),
     "deterministic": ([], True),
     "run_dir": (["runs/a"], "runs/a"),
@@ -141,6 +151,15 @@ MISTAKES = [
     (["--schedule", "multistep", "--milestones", "10", "10"], "--milestones", "increase"),
     (["--schedule", "multistep"], "--schedule", "--milestones"),
     (["--milestones", "10"], "--milestones", "--schedule multistep"),
+    (["--patience", "-1"], "--patience", "at least 0"),
+    (["--cooldown", "-1"], "--cooldown", "at least 0"),
+    (["--early-stopping-patience", "0"], "--early-stopping-patience", "at least 1"),
+    (["--schedule", "plateau", "--val-fraction", "0"], "--schedule plateau", "--val-fraction"),
+    (
+        ["--early-stopping-patience", "2", "--val-fraction", "0"],
+        "--early-stopping-patience",
+        "--val-fraction",
+    ),
     (["--warmup-steps", "-1"], "--warmup-steps", "at least 0"),
     (["--schedule-steps", "0"], "--schedule-steps", "at least 1"),
     (["--epochs", "-1"], "--epochs", "at least 0"),
@@ -206,8 +225,10 @@ def test_flag_parses(name):
 
 
 def test_all_flags_together():
-    argv = [word for name, (written, _) in VALUES.items() for word in [flag_of(FIELDS[name]), *written]]
-    expected = {name: value for name, (_, value) in VALUES.items()}
+    left_out = {"val_fraction"}  # 0 goes with no early stopping
+    values = {name: value for name, value in VALUES.items() if name not in left_out}
+    argv = [word for name, (written, _) in values.items() for word in [flag_of(FIELDS[name]), *written]]
+    expected = {name: VALUES[name][1] for name in values} | {n: FIELDS[n].default for n in left_out}
     assert dataclasses.asdict(resolve(parse(argv))) == expected
 
 
@@ -350,6 +371,13 @@ def test_resume_checks_the_ranges_of_what_changes():
     assert "--log-every" in refusal(["--resume", "--run-dir", "r", "--log-every", "0"], stored_options())
 
 
+def test_resume_keeps_the_validations_that_a_plateau_counts():
+    argv = ["--resume", "--run-dir", "r", "--eval-every", "6"]
+    stored = stored_options("--schedule", "plateau", "--eval-every", "5")
+    assert refusal(argv, stored).startswith("--eval-every: the run has 5, not 6")
+    assert resolve(parse(argv[:3]), stored).eval_every == 5
+
+
 def test_options_of_a_later_version_are_passed_over():
     stored = {**stored_options(), "from_the_future": 1}
     assert resolve(parse(["--resume", "--run-dir", "r"]), stored).seed == 0
@@ -419,6 +447,92 @@ def test_multistep_is_pytorchs(factor):
     assert [schedule(step) for step in range(31)] == pytest.approx(expected, rel=FLOAT64_LAYER, abs=0)
 
 
+LOSSES = {
+    "falls": [2.0 - 0.01 * k for k in range(60)],
+    "rests": [1.0] * 60,
+    "rises": [1.0 + 0.01 * k for k in range(60)],
+    "falls by less than the threshold": [1.0 * (1 - 0.9e-4) ** (k % 2) for k in range(60)],
+    "falls by just more": [(1 - 1.1e-4) ** k for k in range(60)],
+    "wavers": list(np.random.default_rng(0).normal(size=400).cumsum() * 0.05 + 3),
+    "is no number at times": [math.nan if k % 3 else 3.0 - 0.02 * k for k in range(60)],
+    "is infinite": [math.inf] * 30,
+}
+
+
+@pytest.mark.parametrize("losses", LOSSES)
+@pytest.mark.parametrize(
+    ("patience", "factor", "cooldown"), [(10, 0.1, 0), (5, 0.1, 5), (5, 0.1, 25), (0, 0.5, 0), (1, 0.9, 2)]
+)
+def test_plateau_is_pytorchs(losses, patience, factor, cooldown):
+    """A validation every third step. With its fall by less than 1e-8 left out, as PyTorch leaves it out."""
+    optimizer = torch.optim.SGD([torch.zeros(1, dtype=torch.float64)], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=factor, patience=patience, cooldown=cooldown
+    )
+    validations: list[tuple[int, float]] = []
+    schedule = make_schedule(
+        "plateau", 0.1, length=9, factor=factor, patience=patience, cooldown=cooldown, validations=validations
+    )
+    expected = [0.1] * 3
+    assert [schedule(step) for step in range(3)] == expected
+    for number, loss in enumerate(LOSSES[losses], start=1):
+        validations.append((3 * number, loss))
+        scheduler.step(loss)
+        expected += [optimizer.param_groups[0]["lr"]] * 3
+        assert schedule(3 * number) == pytest.approx(expected[-1], rel=FLOAT64_LAYER, abs=0)
+    # What came later changes nothing of what was before
+    assert [schedule(step) for step in range(len(expected))] == pytest.approx(
+        expected, rel=FLOAT64_LAYER, abs=0
+    )
+
+
+def test_plateau_worked_out_by_hand():
+    """Patience 1, so two in a row; then one that does not count."""
+    losses = [3.0, 2.0, 2.0, 2.0, 5.0, 2.0, 2.0, 1.0]
+    validations = [(10 * number, loss) for number, loss in enumerate(losses, start=1)]
+    schedule = make_schedule(
+        "plateau", 1.0, length=9, factor=0.5, patience=1, cooldown=1, validations=validations, warmup_steps=4
+    )
+    steps = [0, 3, 4, 39, 40, 69, 70, 1000]
+    assert [schedule(step) for step in steps] == pytest.approx([0.2, 0.8, 1, 1, 0.5, 0.5, 0.25, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "stops_at"),
+    [
+        ([3, 2, 1, 1, 1], 2, 5),  # as low is not lower
+        ([3, 2, 1, 1, 0.99, 1], 2, None),
+        ([1, 2], 1, 2),
+        ([1], 1, None),
+        ([], 1, None),
+        ([math.nan, math.nan, 1, 2, math.nan, 3], 3, 6),
+        ([5, 6, 4, 7, 3, 8, 2], 2, None),
+    ],
+)
+def test_early_stopping_worked_out_by_hand(losses, patience, stops_at):
+    validations = list(enumerate(losses, start=1))
+    stops = [k for k in range(len(losses) + 1) if has_converged(validations[:k], patience)]
+    assert (stops[0] if stops else None) == stops_at
+
+
+def test_the_bounds_of_adabound_follow_a_plateau():
+    """Once the bounds have closed, an update is lr / base_lr * final_lr * gradient, in both engines."""
+    validations = [(2, 1.0), (4, 1.0)]
+    schedule = make_schedule("plateau", 0.01, length=9, patience=0, validations=validations)
+    options: dict[str, Any] = {"b1": 0.0, "final_lr": 0.5, "base_lr": 0.01, "gamma": 1e9}
+    gradient = np.array([2.0, -3.0, 1e-3])
+    for step, factor in ((3, 0.5), (4, 0.05)):
+        parameter = numpy_ref.layers.Parameter(np.zeros(3))
+        parameter.add_grad(gradient)
+        numpy_ref.make_optimizer("adabound", [parameter], schedule(step), **options).step()
+        np.testing.assert_allclose(parameter.value, -factor * gradient, rtol=1e-8)
+        with jax.enable_x64(True):
+            tx = jax_resnet.make_optimizer("adabound", jnp.asarray(schedule(step)), **options)
+            params = {"w": jnp.zeros(3, jnp.float64)}
+            updates, _ = tx.update({"w": jnp.asarray(gradient)}, tx.init(params), params)
+        np.testing.assert_allclose(updates["w"], -factor * gradient, rtol=1e-8)
+
+
 def test_constant():
     assert {make_schedule("constant", 0.1, length=3)(step) for step in range(9)} == {0.1}
 
@@ -438,9 +552,11 @@ def test_warmup_worked_out_by_hand():
     assert [schedule(step) for step in range(9)] == pytest.approx(expected, rel=FLOAT64_LAYER)
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "multistep"])
+@pytest.mark.parametrize("name", ["constant", "cosine", "multistep", "plateau"])
 def test_a_schedule_is_a_function_of_the_step_alone(name):
-    schedule = make_schedule(name, 0.1, length=20, milestones=[3, 9], warmup_steps=5)
+    schedule = make_schedule(
+        name, 0.1, length=20, milestones=[3, 9], validations=[(7, 1.0), (9, 1.0)], patience=0, warmup_steps=5
+    )
     forward = [schedule(step) for step in range(25)]
     assert [schedule(step) for step in reversed(range(25))] == forward[::-1]
     assert all(isinstance(rate, float) for rate in forward)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -455,3 +456,97 @@ def test_a_summary_is_json_whatever_the_numbers(tmp_path):
     assert run.summary["test"]["loss"] is run.lines("test")[0]["loss"] is None
     assert run.lines("val")[0]["loss"] is None
     assert run.summary["best"] is None  # what is not a number is not the best
+
+
+PLATEAU = [
+    *("--schedule", "plateau", "--patience", "0", "--decay-factor", "0.5", "--cooldown", "1"),
+    *("--lr", "0.05", "--optimizer", "adabound", "--warmup-steps", "3", "--eval-every", "2"),
+]
+
+
+def interrupt(monkeypatch, at):
+    """SIGTERM when the batch of the step after `at` is asked for; it takes effect after that step."""
+
+    class Interrupting(experiment.data.Data):
+        def train_batches(self, start_step=0):
+            for step, batch in enumerate(super().train_batches(start_step), start_step):
+                if step == at:
+                    signal.raise_signal(signal.SIGTERM)
+                yield batch
+
+    def change(data):
+        return Interrupting(**{f.name: getattr(data, f.name) for f in dataclasses.fields(data)})
+
+    patch_data(monkeypatch, change)
+
+
+@pytest.mark.parametrize("framework", ["jax", "numpy"])
+def test_a_plateau_run_stopped_in_the_middle_ends_as_one_that_was_not(tmp_path, monkeypatch, framework):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    argv = [*PLATEAU, "--framework", framework, "--steps", "25", "--checkpoint-every", "9"]
+    whole = start(tmp_path / "whole", *argv)
+    rates = [line["lr"] for line in whole.lines("train", "step")]
+    assert rates[:3] == pytest.approx([0.05 / 4, 0.05 / 2, 0.05 * 3 / 4])
+    # What PyTorch makes of the validations, and each fall at once after the one that brought it
+    expected = make_schedule(
+        *("plateau", 0.05),
+        length=25,
+        factor=0.5,
+        patience=0,
+        cooldown=1,
+        validations=[(line["step"], line["loss"]) for line in whole.lines("val") if line["step"] % 2 == 0],
+        warmup_steps=3,
+    )
+    assert rates == [expected(step) for step in range(25)]
+    falls = [step for step in range(4, 25) if rates[step] < rates[step - 1]]
+    assert len(falls) > 1
+
+    stop = falls[0]  # the first step at a lower rate is the last before the stop
+    interrupt(monkeypatch, stop)
+    parted = start(tmp_path / "parted", *argv, status=128 + signal.SIGTERM)
+    assert parted.checkpoints[-1] == stop + 1
+    monkeypatch.undo()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert train.main(["--resume", "--run-dir", str(parted.folder)]) == 0
+    for name in ("metrics.jsonl", "weights.safetensors", "weights-best.safetensors"):
+        assert parted.content(name) == whole.content(name), name
+
+
+def test_a_longer_plateau_run_does_not_count_the_validation_at_the_end_of_the_shorter(tmp_path):
+    """At step 7 of a validation every second step."""
+    whole = start(tmp_path / "whole", *PLATEAU, "--steps", "21")
+    parted = start(tmp_path / "parted", *PLATEAU, "--steps", "7")
+    assert train.main(["--resume", "--run-dir", str(parted.folder), "--steps", "21"]) == 0
+    assert parted.lines("train") == whole.lines("train")
+    assert parted.content("weights.safetensors") == whole.content("weights.safetensors")
+
+
+EARLY = [
+    *("--lr", "0.3", "--schedule", "constant", "--steps", "40", "--eval-every", "2"),
+    *("--early-stopping-patience", "3"),
+]
+
+
+def test_early_stopping_keeps_the_best_weights(tmp_path, capsys):
+    run = start(tmp_path / "run", *EARLY)
+    out = capsys.readouterr().out
+    losses = [line["loss"] for line in run.lines("val")]
+    steps = run.summary["steps"]
+    assert steps == 2 * len(losses) < 40
+    assert min(losses) == losses[-4]  # then three that were no better
+    assert run.summary["best"]["step"] == steps - 6
+    assert run.checkpoints[-1] == steps
+    assert f"step {steps}: no better validation loss for 3 validations, the run ends early" in out
+    expected = judged(run.weights("weights-best"), *pictures("val"))
+    assert run.summary["best"]["loss"] == pytest.approx(expected["loss"], rel=FLOAT32_LAYER)
+    assert run.summary["test"] == pytest.approx(judged(run.weights(), *pictures("test")), rel=FLOAT32_LAYER)
+
+    # Resumed, it has come to its end; with more patience it goes on as a run that had it from the start
+    before = run.content("metrics.jsonl")
+    resume = ["--resume", "--run-dir", str(run.folder)]
+    assert train.main(resume) == 0
+    assert run.content("metrics.jsonl") == before
+    assert train.main([*resume, "--early-stopping-patience", "40"]) == 0
+    patient = start(tmp_path / "patient", *EARLY, "--early-stopping-patience", "40")
+    assert run.content("metrics.jsonl") == patient.content("metrics.jsonl")
+    assert run.content("weights-best.safetensors") == patient.content("weights-best.safetensors")

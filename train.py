@@ -4,6 +4,7 @@
     python train.py --optimizer adabound --seed 1
     python train.py --framework numpy                           # the same, from scratch in NumPy
     python train.py --dataset mnist --data-dir DIR --model resnet18 --epochs 1
+    python train.py --recipe cifar10-resnet20 --data-dir DIR    # the options of recipes/cifar10-resnet20.toml
     python train.py --run-dir runs/mine --resume                # continue, bit for bit
 
 Everything the run writes is under --run-dir: config.json, metrics.jsonl, summary.json, weights and
@@ -26,7 +27,9 @@ from experiment import rundir
 from experiment.config import Config, parse, resolve
 from experiment.engines import Engine, load_engine, set_environment
 from experiment.errors import UserError
+from experiment.recipes import with_recipe
 from experiment.schedules import make_schedule
+from experiment.transfer import initial_tree, sha256
 
 if TYPE_CHECKING:
     from experiment.data import Data
@@ -40,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stored = None
         if given.get("resume") and given.get("run_dir"):
             stored = rundir.read_record(Path(given["run_dir"]))
+        if stored is None:  # a resumed run has its options, whatever has become of the recipe
+            given = with_recipe(given)
         config = resolve(given, stored and stored["config"])
         if config.run_dir is not None and not config.resume:
             rundir.check_fresh(Path(config.run_dir))
@@ -67,6 +72,8 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
     resolved = resolve_lengths(config, data, stored, given)
     validations: list[tuple[int, float]] = []  # what a plateau is seen in
     engine = make_engine(config, data, resolved, validations)
+    said: list[str] = []
+    tree = initial_tree(engine, config, resolved, said.append) if stored is None else None
     run_dir = rundir.create(
         Path(config.run_dir) if config.run_dir else None,
         f"{config.model}-{config.dataset}-{config.optimizer}",
@@ -75,16 +82,19 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
         checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
         console = Console(run_dir / "log.txt")
         try:
-            if stored is None:
-                start = begin(engine)
-            else:
+            start = None
+            if stored is not None:
                 start = restore(engine, checkpoints, run_dir, resolved["total_steps"], console)
+            if start is None:  # fresh, or killed before its first checkpoint
+                start = begin(engine, tree or initial_tree(engine, config, resolved, said.append))
             session = rundir.session(start.step, engine.device, argv)
             sessions = [*(stored["sessions"] if stored else []), session]
             config = dataclasses.replace(config, resume=False, run_dir=None)
             record = {"config": dataclasses.asdict(config), "resolved": resolved, "sessions": sessions}
             rundir.write_json(run_dir / "config.json", record)
             describe(record, engine.device, run_dir, console)
+            for line in said:
+                console.say(line)
             trainer = Trainer(
                 config, data, engine, run_dir, checkpoints, console, resolved["total_steps"], validations
             )
@@ -141,6 +151,7 @@ def resolve_lengths(
                 f"add --schedule-steps {old} to keep it"
             )
         length = old
+    initial = stored["resolved"].get("init_from_sha256") if stored else sha256(config.init_from)
     warmup = min(data.steps_per_epoch, length // 10) if config.warmup_steps is None else config.warmup_steps
     return {
         "total_steps": total_steps,
@@ -148,6 +159,7 @@ def resolve_lengths(
         "schedule_steps": length,
         "warmup_steps": warmup,
         "optimizer_options": config.optimizer_options(),
+        "init_from_sha256": initial,
         **facts,
     }
 
@@ -179,6 +191,7 @@ def make_engine(
         ),
         precision=config.precision,
         seed=config.seed,
+        freeze_backbone=config.freeze_backbone,
     )
     if config.batch_size % engine.device_count:
         raise UserError(

@@ -139,6 +139,13 @@ class Config:
         None, "length of the schedule (default: the run's)", group="schedule", least=1
     )
 
+    init_from: str | None = option(
+        None, "begin from the weights of a safetensors FILE of torchvision's names", group="transfer"
+    )
+    freeze_backbone: bool = option(
+        False, "train the head alone, batch statistics frozen too", group="transfer"
+    )
+
     epochs: int | None = option(
         None,
         "passes over the training data (default 8 on digits, else 1)",
@@ -157,6 +164,7 @@ class Config:
     seed: int = option(0, "seed of weights, split and order", group="run", least=0, most=2**32 - 1)
     deterministic: bool = option(False, "bit-exact GPU kernels (slower)", group="run")
 
+    recipe: str | None = option(None, "options of recipes/NAME.toml; flags override them", group="output")
     run_dir: str | None = option(None, "folder of the run (default: a fresh one under runs/)", group="output")
     resume: bool = option(False, "continue the run in --run-dir", group="output")
     checkpoint_every: int | None = option(
@@ -204,6 +212,10 @@ class Config:
         ):
             if asked and not self.val_fraction:
                 raise UserError(f"{flag}: needs validation; give a --val-fraction above 0, or leave it out")
+        if self.freeze_backbone and self.init_from is None:
+            raise UserError(
+                "--freeze-backbone: needs trained weights; give them with --init-from FILE, or leave it out"
+            )
         if self.run_dir == "":
             raise UserError("--run-dir: is empty; name a folder")
         if self.resume and self.run_dir is None:
@@ -364,7 +376,7 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
         hints = typing.get_type_hints(Config)
         stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in hints}
         for name, value in stored.items():
-            if not _fits(value, hints[name]):
+            if not fits(value, hints[name]):
                 raise UserError(
                     f"config.json: {name} cannot be {value!r}; restore the file, or start a fresh run"
                 )
@@ -390,8 +402,8 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
     )
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value that was read from JSON is of the type that its field is annotated with."""
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value that was read from JSON or TOML is of the type that its field is annotated with."""
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(type(item) is int for item in value)
     kinds = typing.get_args(hint) or (hint,)

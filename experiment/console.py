@@ -105,10 +105,11 @@ def describe(record: dict[str, Any], device: str, run_dir: Path, console: Consol
 
 def conclude(summary: dict[str, Any], run_dir: Path, console: Console) -> None:
     """Say what was learned and where it is; `summary` is what summary.json holds."""
-    test, best = summary["test"], summary["best"]
+    test, best, frozen = summary["test"], summary["best"], summary["frozen_parameters"]
+    count = f"{summary['parameters']:,} parameters" + (f", {frozen:,} of them frozen," if frozen else "")
     console.say(
         f"test: accuracy {test['accuracy']:.4f}, macro F1 {test['f1']:.4f}, top-5 {test['top5']:.4f}, "
-        f"loss {test['loss']:.4f}; {summary['parameters']:,} parameters after {summary['steps']} steps, "
+        f"loss {test['loss']:.4f}; {count} after {summary['steps']} steps, "
         f"{summary['images_per_second']:.0f} images/s, {summary['wall_seconds']:.0f} s"
     )
     if best:

@@ -30,6 +30,7 @@ from experiment.errors import UserError
 from experiment.history import History, unchanged_start
 from experiment.metrics import Metrics
 from experiment.schedules import has_converged
+from experiment.transfer import count_parameters
 
 
 class RunFailedError(Exception):
@@ -58,27 +59,26 @@ class Clock:
     train_steps: int = 0
 
 
-def begin(engine: Engine) -> Start:
-    """The start of a fresh run."""
-    return Start(engine.init())
+def begin(engine: Engine, tree: dict[str, Any] | None = None) -> Start:
+    """The start of a fresh run, from the engine's own weights or those of a tree."""
+    return Start(engine.init() if tree is None else engine.from_tree(tree))
 
 
 def restore(
     engine: Engine, checkpoints: Checkpoints, run_dir: Path, total_steps: int, console: Console
-) -> Start:
-    """The start of a resumed run: its newest checkpoint that is whole, or step 0 if there is none.
+) -> Start | None:
+    """The start of a resumed run: its newest checkpoint that is whole, or None if there is none yet.
 
     Raises UserError if the checkpoint is of another model, optimizer or number of classes, if it is beyond
     `total_steps`, or if the history it belongs to was changed. Nothing is written before these checks.
     """
     found = checkpoints.load_newest(console.say)
-    start = begin(engine)
     if found is None:
         checkpoints.remove_incomplete()
         console.say("no checkpoint yet: starting at step 0")
-        return start
+        return None
     step, tree, run = found
-    lines = differences(engine.to_tree(start.state), tree)
+    lines = differences(engine.to_tree(engine.init()), tree)
     if lines:
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise UserError(
@@ -143,6 +143,8 @@ class Trainer:
         self.validations[:] = [each for each in self.history.validations if not each[0] % self.eval_every]
         try:
             with self._signals():
+                if self.config.init_from is not None and not start.history:
+                    self._save()  # so that resume has no need of the file
                 self._train(start.step)
                 if self._converged():
                     self.console.say(
@@ -295,15 +297,16 @@ class Trainer:
         tree = self.engine.to_tree(self.state)
         self._write_weights("weights.safetensors", tree)
         self.checkpoints.wait()
-        parameters = sum(array.size for array in tree["params"].values())
+        trained, frozen = count_parameters(tree["params"], freeze_backbone=self.config.freeze_backbone)
         return {
             "framework": self.config.framework,
             "model": self.config.model,
             "dataset": self.config.dataset,
             "optimizer": self.config.optimizer,
             "seed": self.config.seed,
-            "parameters": parameters,
-            "trainable_parameters": parameters,
+            "parameters": trained + frozen,
+            "trainable_parameters": trained,
+            "frozen_parameters": frozen,
             "steps": self.step,
             "epochs": self.step / self.steps_per_epoch,
             "test": test,

@@ -239,7 +239,7 @@ def test_the_summary(run):
     assert summary["wall_seconds"] > summary["compile_seconds"]
     times = {"images_per_second", "compile_seconds", "wall_seconds"}
     assert summary.keys() == described.keys() | times | {
-        *("parameters", "trainable_parameters", "steps", "epochs", "test", "best")
+        *("parameters", "trainable_parameters", "frozen_parameters", "steps", "epochs", "test", "best")
     }
 
 

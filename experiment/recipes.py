@@ -1,0 +1,64 @@
+"""Ready recipes: options of `train.py` by their names in config.json, in a TOML file of recipes/.
+
+    python train.py --recipe cifar10-resnet20 --data-dir DIR --epochs 2      # flags override the recipe
+
+A file opens with a comment: its command, what it reproduces, the source, the result and the time to expect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any
+
+from experiment.config import Config, fits
+from experiment.errors import UserError
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+OWN = frozenset({"recipe", "run_dir", "resume", "data_dir"})  # of a run or a machine, in no recipe
+
+
+def names() -> list[str]:
+    """The recipes there are."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def with_recipe(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given, {field of Config: value}, and below them those of their recipe.
+
+    A length that is given, --epochs or --steps, takes the place of the recipe's, and with another --schedule
+    its milestones go.
+
+    Raises:
+        UserError: there is no such recipe, or it is no TOML, or it has an unknown option or one of another
+            type. Ranges are for `Config.check`.
+    """
+    if given.get("recipe") is None:
+        return given
+    recipe = _load(given["recipe"])
+    if {"epochs", "steps"} & given.keys():
+        recipe = {name: value for name, value in recipe.items() if name not in ("epochs", "steps")}
+    if given.get("schedule", "multistep") != "multistep":
+        recipe.pop("milestones", None)
+    return recipe | given
+
+
+def _load(name: str) -> dict[str, Any]:
+    """The options of a recipe."""
+    if name not in names():
+        raise UserError(f"--recipe: unknown recipe {name!r}; choose one of {', '.join(names())}")
+    path = FOLDER / f"{name}.toml"
+    try:
+        options = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--recipe: {path} cannot be read ({error}); restore the file") from None
+    hints = typing.get_type_hints(Config)
+    known = {field.name for field in dataclasses.fields(Config)} - OWN
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    for key, value in options.items():
+        if key not in known or not fits(value, hints[key]):
+            problem = f"{key} cannot be {value!r}" if key in known else f"{key} is no option of a recipe"
+            raise UserError(f"--recipe: {path}: {problem}; mend the file, or choose another")
+    return options

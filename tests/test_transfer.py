@@ -1,0 +1,302 @@
+"""Transfer learning: what a file of weights becomes in another network, and training the head alone.
+
+Numbers are checked by PyTorch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import torch.nn.functional as F
+
+import torch_oracle
+import train
+from experiment.checkpoint import Checkpoints
+from experiment.transfer import adapt_channels, count_parameters
+from tests.comparing import assert_all_close, assert_close, nchw
+from tests.test_loop import CLASSES, THIN, assert_same_bits, make_batches
+from tests.test_loop import make_engine as make_jax_engine
+from tests.test_loop import train as take_steps
+from tests.test_numpy_loop import make_engine as make_numpy_engine
+from tests.tolerances import FLOAT64_LAYER, FLOAT64_NETWORK
+
+SMALL = ["--model", "resnet20", "--train-subset", "0.1", "--batch-size", "16", "--warmup-steps", "0"]
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch, tmp_path_factory):
+    """The NumPy engine's others would take a second to start."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
+
+
+def frozen_engine(framework: str, model: str = "resnet18", optimizer: str = "adam", **options: Any) -> Any:
+    make: Any = make_jax_engine if framework == "jax" else make_numpy_engine
+    return make(model, optimizer, freeze_backbone=True, **options)
+
+
+def begun(engine: Any) -> Any:
+    """A state whose statistics and weights are far from what a batch would make of them."""
+    tree = engine.to_tree(engine.init())
+    rng = np.random.default_rng(3)
+    for name, array in tree["batch_stats"].items():
+        tree["batch_stats"][name] = array + rng.uniform(0.1, 0.5, array.shape)
+    return engine.from_tree(tree)
+
+
+@pytest.mark.parametrize("framework", ["jax", "numpy", "numpy in two processes"])
+@pytest.mark.parametrize(
+    ("model", "optimizer"), [("resnet18", "adamw"), ("resnet20", "sgd"), ("cnn", "amsbound")]
+)
+def test_the_head_alone_is_trained_as_by_pytorch(framework, model, optimizer):
+    """PyTorch's way: the backbone in eval mode, its parameters without a gradient."""
+    options: dict[str, Any] = {"optimizer_options": {"base_lr": 1e-3, "weight_decay": 0.05}}
+    if "two" in framework:
+        options["processes"] = 2
+    engine = frozen_engine(framework.split()[0], model, optimizer, **options)
+    state = begun(engine)
+    before = engine.to_tree(state)
+    batches = make_batches(4)
+
+    extra = {"image_size": (16, 16)} if model == "cnn" else {}
+    network = torch_oracle.MODELS[model](CLASSES, 3, **THIN[model], **extra).double().eval()
+    torch_oracle.load_state_dict(network, {**before["params"], **before["batch_stats"]})
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.startswith("fc."))
+    head = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    judge = torch_oracle.make_optimizer(optimizer, head, 1e-3, base_lr=1e-3, weight_decay=0.05)
+
+    state, metrics = take_steps(engine, state, batches)
+    for step, (batch, found) in enumerate(zip(batches, metrics, strict=True)):
+        judge.param_groups[0]["lr"] = engine.learning_rate(step)
+        judge.zero_grad()
+        logits = network(torch.from_numpy(nchw(batch["image"])))
+        loss = F.cross_entropy(logits, torch.from_numpy(batch["label"]).long())
+        loss.backward()
+        assert_close("logits", found["logits"], logits.detach(), FLOAT64_NETWORK)
+        assert_close("loss", found["loss"], loss.detach(), FLOAT64_NETWORK)
+        norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in head if p.grad is not None]))
+        assert_close("grad_norm", found["grad_norm"], norm, FLOAT64_NETWORK)
+        judge.step()
+
+    after = engine.to_tree(state)
+    changed = torch_oracle.state_dict(network)
+    for name, array in after["params"].items():
+        if name.startswith("fc."):
+            assert (array != before["params"][name]).any()
+            assert_close(name, array, changed[name], FLOAT64_NETWORK)
+        else:
+            assert array.tobytes() == before["params"][name].tobytes(), name
+    assert_same_bits(after["batch_stats"], before["batch_stats"])
+    moments = [value for value in after["optimizer"].values() if isinstance(value, dict)]
+    assert moments
+    assert all(moment.keys() == {"fc.weight", "fc.bias"} for moment in moments)
+
+
+def test_a_frozen_run_goes_on_in_the_other_engine():
+    batches = make_batches(6)
+    engines = {"jax": frozen_engine("jax"), "numpy": frozen_engine("numpy")}
+    whole, _ = take_steps(engines["jax"], begun(engines["jax"]), batches)
+    for first, second in (("jax", "numpy"), ("numpy", "jax")):
+        state, _ = take_steps(engines[first], begun(engines[first]), batches[:3])
+        state = engines[second].from_tree(engines[first].to_tree(state))
+        state, _ = take_steps(engines[second], state, batches[3:])
+        tree, expected = engines[second].to_tree(state), engines["jax"].to_tree(whole)
+        for part in ("params", "batch_stats"):
+            assert_all_close(part, tree[part], expected[part], FLOAT64_NETWORK)
+        for field in ("mu", "nu"):
+            assert_all_close(field, tree["optimizer"][field], expected["optimizer"][field], FLOAT64_NETWORK)
+
+
+def test_there_is_no_backward_through_the_frozen_part(monkeypatch):
+    """JAX multiplies a third as often, as in forward alone; NumPy calls no convolution's backward."""
+
+    def flops(engine) -> float:
+        batch = make_batches(1)[0]
+        with engine._precision():
+            args = (engine.init(), engine._place(batch), np.float64(0.1))
+            return engine._train_step.lower(*args).compile().cost_analysis()["flops"]
+
+    assert flops(frozen_engine("jax")) < 0.45 * flops(make_jax_engine())
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("backward of a convolution")
+
+    monkeypatch.setattr("numpy_ref.fast.Conv2d.backward", refuse)
+    engine = frozen_engine("numpy")
+    take_steps(engine, engine.init(), make_batches(1))
+    with pytest.raises(AssertionError, match="backward of a convolution"):
+        take_steps(whole := make_numpy_engine(), whole.init(), make_batches(1))
+
+
+def test_a_grey_picture_gets_the_response_it_had_in_three_channels():
+    rng = np.random.default_rng(0)
+    grey = torch.from_numpy(rng.normal(size=(2, 1, 9, 9)))
+    kernel = rng.normal(size=(4, 3, 3, 3))
+    expected = F.conv2d(grey.expand(-1, 3, -1, -1), torch.from_numpy(kernel))
+    found = F.conv2d(grey, torch.from_numpy(adapt_channels(kernel, 1)))
+    assert_close("3 to 1", found, expected, FLOAT64_LAYER)
+    colour = torch.from_numpy(rng.normal(size=(2, 3, 9, 9)))
+    single = rng.normal(size=(4, 1, 3, 3))
+    expected = F.conv2d(colour.mean(1, keepdim=True), torch.from_numpy(single))
+    found = F.conv2d(colour, torch.from_numpy(adapt_channels(single, 3)))
+    assert_close("1 to 3", found, expected, FLOAT64_LAYER)
+    for channels in (3, 4):
+        assert adapt_channels(kernel, channels) is kernel
+
+
+def make_file(path: Path, classes: int = 10, channels: int = 1, change: Any = lambda state: state) -> Path:
+    """A ResNet-20 of PyTorch's, in a file."""
+    torch.manual_seed(0)
+    state = torch_oracle.state_dict(torch_oracle.resnet20(classes, channels))
+    for name in state:
+        if "running" in name:
+            state[name] = state[name] + np.float32(0.25)
+    safetensors.numpy.save_file(change(state), path)
+    return path
+
+
+def tree_of(folder: Path, step: int) -> dict:
+    return Checkpoints(folder / "checkpoints", 1).load(step)[0]
+
+
+@pytest.mark.parametrize(("classes", "channels"), [(10, 1), (7, 3)])
+def test_both_engines_begin_from_the_same_tensors(tmp_path, capsys, classes, channels):
+    path = make_file(tmp_path / "weights.safetensors", classes, channels)
+    given = safetensors.numpy.load_file(path)
+    trees = {}
+    for framework in ("jax", "numpy"):
+        argv = ["--framework", framework, "--init-from", str(path), "--steps", "0"]
+        assert train.main([*SMALL, *argv, "--run-dir", str(tmp_path / framework)]) == 0
+        trees[framework] = tree_of(tmp_path / framework, 0)
+        out = capsys.readouterr().out
+        assert ("the head is new: 10 classes, where the file has 7" in out) == (classes == 7)
+        assert ("conv1.weight: summed over its 3 input channels" in out) == (channels == 3)
+    assert_same_bits(trees["numpy"], trees["jax"])
+    params = {**trees["jax"]["params"], **trees["jax"]["batch_stats"]}
+    assert params.keys() == given.keys()
+    for name, array in params.items():
+        if name.startswith("fc.") and classes == 7:
+            continue
+        wanted = given[name].sum(1, keepdims=True) if name == "conv1.weight" else given[name]
+        np.testing.assert_allclose(array, wanted, rtol=1e-6, atol=1e-7, err_msg=name)
+    if classes == 7:  # the head of a fresh run
+        assert train.main([*SMALL, "--steps", "0", "--run-dir", str(tmp_path / "fresh")]) == 0
+        fresh = safetensors.numpy.load_file(tmp_path / "fresh" / "weights.safetensors")
+        for name in ("fc.weight", "fc.bias"):
+            assert params[name].tobytes() == fresh[name].tobytes()
+
+
+def test_names_of_others_are_read(tmp_path):
+    """akamaster's `linear`, and PyTorch's `num_batches_tracked`."""
+
+    def change(state):
+        renamed = {name.replace("fc.", "linear."): array for name, array in state.items()}
+        return {**renamed, "bn1.num_batches_tracked": np.array(3)}
+
+    path = make_file(tmp_path / "weights.safetensors", change=change)
+    argv = ["--init-from", str(path), "--steps", "0", "--run-dir", str(tmp_path / "run")]
+    assert train.main([*SMALL, *argv]) == 0
+    saved = safetensors.numpy.load_file(tmp_path / "run" / "weights.safetensors")
+    assert saved["fc.bias"].tobytes() == safetensors.numpy.load_file(path)["linear.bias"].tobytes()
+
+
+@pytest.mark.parametrize("framework", ["jax", "numpy"])
+def test_a_frozen_run_and_its_resume_without_the_file(tmp_path, capsys, framework):
+    path = make_file(tmp_path / "weights.safetensors", classes=7)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    argv = ["--framework", framework, "--init-from", str(path), "--freeze-backbone", "--schedule", "constant"]
+    for name, steps in (("whole", "5"), ("parted", "2")):
+        assert train.main([*SMALL, *argv, "--steps", steps, "--run-dir", str(tmp_path / name)]) == 0
+    out = capsys.readouterr().out
+    assert "650 parameters are trained, 268,784 are frozen" in out
+    assert "269,434 parameters, 268,784 of them frozen, after 5 steps" in out
+    record = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert record["config"]["init_from"] == str(path)
+    assert record["resolved"]["init_from_sha256"] == digest
+    path.unlink()
+    resume = ["--resume", "--run-dir", str(tmp_path / "parted"), "--steps", "5"]
+    assert train.main(resume) == 0
+    for name in ("weights.safetensors",):
+        assert (tmp_path / "parted" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert_same_bits(tree_of(tmp_path / "parted", 5), tree_of(tmp_path / "whole", 5))
+    record = json.loads((tmp_path / "parted" / "config.json").read_text())
+    assert record["resolved"]["init_from_sha256"] == digest
+    summary = json.loads((tmp_path / "parted" / "summary.json").read_text())
+    counts = [summary[f"{kind}parameters"] for kind in ("", "trainable_", "frozen_")]
+    assert counts == [269434, 650, 268784]
+
+
+def test_killed_before_its_first_checkpoint_a_run_wants_the_same_file(tmp_path, capsys):
+    path = make_file(tmp_path / "weights.safetensors")
+    run_dir = tmp_path / "run"
+    argv = [*SMALL, "--init-from", str(path), "--steps", "0", "--run-dir", str(run_dir)]
+    assert train.main(argv) == 0
+    weights = (run_dir / "weights.safetensors").read_bytes()
+    shutil.rmtree(run_dir / "checkpoints")
+    resume = ["--resume", "--run-dir", str(run_dir)]
+    assert train.main(resume) == 0
+    assert (run_dir / "weights.safetensors").read_bytes() == weights
+    shutil.rmtree(run_dir / "checkpoints")
+    make_file(path, change=lambda state: {name: 2 * array for name, array in state.items()})
+    capsys.readouterr()
+    assert train.main(resume) == 2
+    assert "was changed since the run began" in capsys.readouterr().err
+
+
+def without_some(state):
+    del state["layer2.0.bn1.weight"]
+    return {**state, "stray.weight": state["fc.bias"], "layer1.0.bn1.bias": np.zeros(3, np.float32)}
+
+
+UNFIT = {
+    "another model": (
+        ["--model", "resnet18"],
+        ["missing", "layer4.0.conv1.weight", "resnet20, 10 classes, 1 channels", "--model"],
+    ),
+    "names": (
+        [],
+        [
+            "missing layer2.0.bn1.weight",
+            "surplus stray.weight",
+            "misshapen layer1.0.bn1.bias [3], not [16]",
+            "--model",
+        ],
+    ),
+    "no such file": (["--init-from", "absent.safetensors"], ["absent.safetensors", "No such file"]),
+    "no safetensors": (["--init-from", "notes.txt"], ["notes.txt", "python -m experiment convert"]),
+    "a folder": (["--init-from", "folder"], ["folder", "directory"]),
+    "frozen without a file": (["--freeze-backbone"], ["--freeze-backbone", "--init-from FILE"]),
+}
+
+
+@pytest.mark.parametrize("mistake", UNFIT)
+def test_a_file_that_does_not_fit_is_refused_in_a_line(tmp_path, monkeypatch, capsys, mistake):
+    monkeypatch.chdir(tmp_path)
+    argv, words = UNFIT[mistake]
+    change = without_some if mistake == "names" else lambda state: state
+    path = make_file(tmp_path / "weights.safetensors", change=change)
+    (tmp_path / "notes.txt").write_text("no tensors here")
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    init = [] if mistake == "frozen without a file" else ["--init-from", str(path)]
+    assert train.main([*SMALL, "--steps", "1", *init, *argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: error: --")
+    for word in words:
+        assert word in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_counts():
+    params = {"conv1.weight": np.zeros((2, 3)), "fc.weight": np.zeros(5), "fc.bias": np.zeros(1)}
+    assert count_parameters(params, freeze_backbone=False) == (12, 0)
+    assert count_parameters(params, freeze_backbone=True) == (6, 6)

@@ -169,6 +169,7 @@ def make_engine(
 ) -> Engine:
     """The engine of a run. Raises UserError for a batch that the devices cannot share."""
     config.check_pictures(*data.image_shape[:2])
+    memory = {"accumulate": config.accumulate, "remat": config.remat} if config.framework == "jax" else {}
     engine = load_engine(config.framework)(
         model=config.model,
         model_options=config.model_options(),
@@ -192,10 +193,12 @@ def make_engine(
         precision=config.precision,
         seed=config.seed,
         freeze_backbone=config.freeze_backbone,
+        **memory,
     )
-    if config.batch_size % engine.device_count:
+    if config.batch_size // config.accumulate % engine.device_count:
+        parts = f" in {config.accumulate} micro-batches" if config.accumulate > 1 else ""
         raise UserError(
-            f"--batch-size: {config.batch_size} is no multiple of the {engine.device_count} devices"
+            f"--batch-size: {config.batch_size}{parts} is no multiple of the {engine.device_count} devices"
         )
     return engine
 

@@ -162,6 +162,10 @@ class Config:
         None, "end the run after so many validations without a new lowest loss", group="run", least=1
     )
     seed: int = option(0, "seed of weights, split and order", group="run", least=0, most=2**32 - 1)
+    accumulate: int = option(
+        1, "JAX: micro-batches that a batch is taken in, for the memory of one", group="run", least=1
+    )
+    remat: bool = option(False, "JAX: less memory, residual blocks computed twice", group="run")
     deterministic: bool = option(False, "bit-exact GPU kernels (slower)", group="run")
 
     recipe: str | None = option(None, "options of recipes/NAME.toml; flags override them", group="output")
@@ -222,6 +226,15 @@ class Config:
             raise UserError("--resume: name the run to continue with --run-dir DIR")
         if self.framework == "numpy" and self.precision == "bfloat16":
             raise UserError("--precision: bfloat16 needs --framework jax; NumPy has float32 and float64")
+        for flag, asked in (("--accumulate", self.accumulate > 1), ("--remat", self.remat)):
+            if asked and self.framework == "numpy":
+                raise UserError(f"{flag}: needs --framework jax; use that, or leave the flag out")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"--accumulate: {self.accumulate} does not divide --batch-size {self.batch_size}; change one"
+            )
+        if self.model == "cnn" and self.remat:
+            raise UserError("--remat: cnn has no residual blocks; leave the flag out")
         if self.model == "cnn" and not self.batch_norm:
             raise UserError("--no-batch-norm: cnn has no batch norm; leave the flag out")
         if self.stride_in_1x1 and self.model not in ("resnet50", "resnet101", "resnet152"):
@@ -234,9 +247,13 @@ class Config:
     def check_pictures(self, height: int, width: int) -> None:
         """Raise UserError if pictures of this size leave batch norm a single value, whose variance is 0."""
         shrinks = self.model in MODELS[:5] and not self.small_images  # by 32
-        if self.batch_size == 1 and self.batch_norm and shrinks and max(height, width) <= 32:
+        single = self.batch_size == self.accumulate and not self.freeze_backbone
+        if single and self.batch_norm and shrinks and max(height, width) <= 32:
+            flag = (
+                "--batch-size: 1" if self.batch_size == 1 else f"--accumulate: {self.batch_size} parts of 1"
+            )
             raise UserError(
-                f"--batch-size: 1 is too few for batch norm, as {self.model} brings {height}x{width} "
+                f"{flag} is too few for batch norm, as {self.model} brings {height}x{width} "
                 "pictures down to 1x1; use 2 or more"
             )
 

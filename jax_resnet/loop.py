@@ -46,6 +46,9 @@ class Engine:
         precision: "float32", "bfloat16" (compute only) or "float64".
         seed: seed of the initial weights.
         freeze_backbone: only the head `fc` is trained; everything before it computes as in evaluation.
+        accumulate: how many micro-batches a batch is taken in, one after another, for the memory of one.
+            Gradients are averaged; batch norm sees a micro-batch, and its running statistics move with each.
+        remat: backward computes each residual block anew instead of keeping what is inside.
     """
 
     def __init__(
@@ -63,12 +66,15 @@ class Engine:
         precision: str = "float32",
         seed: int = 0,
         freeze_backbone: bool = False,
+        accumulate: int = 1,
+        remat: bool = False,
     ) -> None:
         self.learning_rate = learning_rate
         self._x64 = precision == "float64"
         self._mean, self._std = np.asarray(mean), np.asarray(std)
         self._optimizer, self._optimizer_options = optimizer, dict(optimizer_options)
-        extra = {"image_size": image_shape[:2]} if model == "cnn" else {}
+        extra = {"image_size": image_shape[:2]} if model == "cnn" else {"remat": remat}
+        self._accumulate = accumulate
         self._build = partial(
             resnet.MODELS[model],
             num_classes,
@@ -195,21 +201,12 @@ class Engine:
         return apply(self._graph["eval"], params, stats, self._normalize(image))[0]
 
     def _step(self, state: State, batch: Mapping[str, jax.Array], lr: jax.Array) -> tuple[State, Metrics]:
-        """One step of gradient descent, pure: forward, backward, update.
-
-        Only parameters that are trained are differentiated by: there is no backward through a frozen part.
-        """
-        image = self._normalize(batch["image"])
+        """One step of gradient descent, pure: forward, backward, update."""
         trained = self._trained(state["params"])
-
-        def loss_fn(
-            trained: dict[str, jax.Array],
-        ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
-            params = {**state["params"], **trained}
-            logits, stats = apply(self._graph["train"], params, state["batch_stats"], image)
-            return cross_entropy(logits, batch["label"]), (logits, stats)
-
-        (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        if self._accumulate == 1:
+            loss, logits, grads, batch_stats = self._gradient(state, state["batch_stats"], batch)
+        else:
+            loss, logits, grads, batch_stats = self._gradient_of_parts(state, batch)
         updates, optimizer = self._make_optimizer(lr).update(grads, state["optimizer"], trained)
         grad_norm = optax.tree.norm(grads)
         step = state["step"] + 1
@@ -228,6 +225,44 @@ class Engine:
             "update_norm": optax.tree.norm(updates),
         }
         return new_state, metrics
+
+    def _gradient(
+        self, state: State, stats: Params, batch: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, Params, Params]:
+        """The mean loss of a batch, its logits, the gradient, and the batch statistics after it.
+
+        Only parameters that are trained are differentiated by: there is no backward through a frozen part.
+        """
+        image = self._normalize(batch["image"])
+
+        def loss_fn(trained: Params) -> tuple[jax.Array, tuple[jax.Array, Params]]:
+            logits, after = apply(self._graph["train"], {**state["params"], **trained}, stats, image)
+            return cross_entropy(logits, batch["label"]), (logits, after)
+
+        trained = self._trained(state["params"])
+        (loss, (logits, after)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        return loss, logits, grads, after
+
+    def _gradient_of_parts(
+        self, state: State, batch: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, Params, Params]:
+        """What `_gradient` gives, from `accumulate` micro-batches in a loop, of which one is in memory.
+
+        Micro-batch i has the examples i, i + accumulate, ...: each device has its share of every one.
+        """
+        k = self._accumulate
+
+        def add(carry: tuple[Any, Params], part: dict[str, jax.Array]) -> tuple[Any, jax.Array]:
+            sums, stats = carry
+            loss, logits, grads, stats = self._gradient(state, stats, part)
+            return (jax.tree.map(jnp.add, sums, (loss, grads)), stats), logits
+
+        parts = {name: jnp.moveaxis(x.reshape(-1, k, *x.shape[1:]), 1, 0) for name, x in batch.items()}
+        zeros = jax.tree.map(jnp.zeros_like, self._trained(state["params"]))
+        start = (jnp.zeros((), self._dtype), zeros), state["batch_stats"]
+        (sums, stats), logits = jax.lax.scan(add, start, parts)
+        loss, grads = jax.tree.map(lambda total: total / k, sums)
+        return loss, jnp.moveaxis(logits, 0, 1).reshape(-1, logits.shape[-1]), grads, stats
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:

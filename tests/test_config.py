@@ -76,6 +76,8 @@ VALUES: dict[str, tuple[list[str], object]] = {
     "eval_batch_size": (["7"], 7),
     "early_stopping_patience": (["3"], 3),
     "seed": (["4294967295"], 2**32 - 1),
+    "accumulate": (["2"], 2),
+    "remat": ([], True),
     "deterministic": ([], True),
     "recipe": (["cifar10-resnet20"], "cifar10-resnet20"),
     "run_dir": (["runs/a"], "runs/a"),
@@ -163,6 +165,11 @@ MISTAKES = [
         "--early-stopping-patience",
         "--val-fraction",
     ),
+    (["--accumulate", "0"], "--accumulate", "at least 1"),
+    (["--accumulate", "3"], "--accumulate", "--batch-size 32"),
+    (["--accumulate", "2", "--framework", "numpy"], "--accumulate", "--framework jax"),
+    (["--remat", "--framework", "numpy"], "--remat", "--framework jax"),
+    (["--remat", "--model", "cnn"], "--remat", "leave"),
     (["--freeze-backbone"], "--freeze-backbone", "--init-from"),
     (["--warmup-steps", "-1"], "--warmup-steps", "at least 0"),
     (["--schedule-steps", "0"], "--schedule-steps", "at least 1"),
@@ -229,7 +236,7 @@ def test_flag_parses(name):
 
 
 def test_all_flags_together():
-    left_out = {"val_fraction"}  # 0 goes with no early stopping
+    left_out = {"val_fraction", "accumulate", "remat"}  # 0 goes with no early stopping; NumPy has neither
     values = {name: value for name, value in VALUES.items() if name not in left_out}
     argv = [word for name, (written, _) in values.items() for word in [flag_of(FIELDS[name]), *written]]
     expected = {name: VALUES[name][1] for name in values} | {n: FIELDS[n].default for n in left_out}
@@ -267,6 +274,9 @@ def test_the_length_of_a_run():
         (["--model", "resnet101"], (32, 32), False),
         (["--model", "resnet18"], (32, 33), True),
         (["--model", "resnet18", "--batch-size", "2"], (32, 32), True),
+        (["--model", "resnet18", "--batch-size", "4", "--accumulate", "4"], (32, 32), False),
+        (["--model", "resnet18", "--batch-size", "4", "--accumulate", "2"], (32, 32), True),
+        (["--model", "resnet18", "--init-from", "w", "--freeze-backbone"], (32, 32), True),
         (["--model", "resnet18", "--small-images"], (32, 32), True),
         (["--model", "resnet18", "--no-batch-norm"], (32, 32), True),
         (["--model", "resnet20"], (32, 32), True),
@@ -278,7 +288,7 @@ def test_batch_norm_over_a_single_value_is_refused(argv, size, fits):
     if fits:
         config.check_pictures(*size)
     else:
-        with pytest.raises(UserError, match=r"^--batch-size: "):
+        with pytest.raises(UserError, match=r"^--(batch-size|accumulate): "):
             config.check_pictures(*size)
 
 

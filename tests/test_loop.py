@@ -402,7 +402,8 @@ def test_pictures_of_uint8_are_normalised_as_the_mean_and_deviation_say():
 
 
 def train_on_devices() -> dict[str, np.ndarray]:
-    """20 steps and an evaluation of 5 pictures: the losses, the tree after step 10, and the logits."""
+    """20 steps and an evaluation of 5 pictures: the losses, the tree after step 10, and the logits; then
+    losses of batches in two micro-batches."""
     engine = shared()
     batches = make_batches(20)
     state, metrics = train(engine, engine.init(), batches[:10])
@@ -410,7 +411,10 @@ def train_on_devices() -> dict[str, np.ndarray]:
     state, rest = train(engine, state, batches[10:])
     (logits,) = engine.evaluate(state, make_batches(1, size=5, seed=1))
     losses = np.array([step["loss"] for step in [*metrics, *rest]])
-    return {"losses": losses, "logits": logits, **flat(tree)}
+    accumulating = make_engine(accumulate=2)
+    _, metrics = train(accumulating, accumulating.init(), make_batches(3, size=16))
+    parts = np.array([step["loss"] for step in metrics])
+    return {"losses": losses, "logits": logits, "parts": parts, **flat(tree)}
 
 
 ON_DEVICES = """
@@ -423,7 +427,7 @@ numpy.savez(path, **train_on_devices())
 
 
 def test_any_number_of_devices_trains_alike_and_continues_on_another(tmp_path):
-    """Batch norm sees the whole batch, of which each of 8 devices has a single picture."""
+    """Batch norm sees the whole batch or micro-batch, of which each of 8 devices has a single picture."""
     processes = {}
     for devices in (2, 8):
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
@@ -441,7 +445,9 @@ def test_any_number_of_devices_trains_alike_and_continues_on_another(tmp_path):
     assert (found[8]["losses"] != one["losses"]).any()  # they did sum in another order
 
     engine = shared()
-    tree = nested({name: value for name, value in found[8].items() if name not in ("losses", "logits")})
+    tree = nested(
+        {name: value for name, value in found[8].items() if name not in ("losses", "logits", "parts")}
+    )
     _, metrics = train(engine, engine.from_tree(tree), make_batches(20)[10:])
     losses = [step["loss"] for step in metrics]
     assert_close("begun on 8 devices", losses, one["losses"][10:], FLOAT64_DEVICES)

@@ -1,0 +1,82 @@
+"""Gradient accumulation and rematerialisation in the JAX engine: the same numbers, in less memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import torch_oracle
+from jax_resnet import Engine
+from tests.comparing import assert_all_close, assert_close, nchw
+from tests.test_loop import THIN, flat, learning_rate, make_batches, make_engine, oracle, train
+from tests.tolerances import FLOAT64_NETWORK
+
+WITHOUT = {"model_options": {**THIN["resnet18"], "batch_norm": False}}
+
+
+def temporary_bytes(engine: Engine, batch: dict[str, np.ndarray]) -> int:
+    """What the compiled training step needs beside its arguments and results."""
+    with engine._precision():
+        step = engine._train_step.lower(engine.init(), engine._place(batch), np.float64(0.1)).compile()
+    return int(step.memory_analysis().temp_size_in_bytes)
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+@pytest.mark.parametrize("model", ["resnet18", "cnn"])
+def test_without_batch_norm_micro_batches_are_the_whole_batch(model, accumulate):
+    options: dict[str, Any] = WITHOUT if model == "resnet18" else {}
+    batches = make_batches(4)
+    whole, parts = make_engine(model, **options), make_engine(model, accumulate=accumulate, **options)
+    (state, metrics), (other, found) = (train(engine, engine.init(), batches) for engine in (whole, parts))
+    for step, wanted in zip(found, metrics, strict=True):
+        assert_all_close("metrics", step, wanted, FLOAT64_NETWORK)  # the logits in the order of the batch
+    assert_all_close("tree", flat(parts.to_tree(other)), flat(whole.to_tree(state)), FLOAT64_NETWORK)
+
+
+def test_batch_norm_sees_micro_batches_as_in_a_loop_of_pytorchs():
+    """The tutorials' loop: backward of each part's loss / k, then one step."""
+    engine = make_engine(accumulate=4)
+    state, batches = engine.init(), make_batches(3)
+    network = oracle("resnet18", engine.to_tree(state))
+    optimizer = torch.optim.Adam(network.parameters())
+    state, metrics = train(engine, state, batches)
+    for step, (batch, found) in enumerate(zip(batches, metrics, strict=True)):
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        optimizer.zero_grad()
+        losses = []
+        for part in range(4):
+            logits = network(torch.from_numpy(nchw(batch["image"][part::4])))
+            loss = F.cross_entropy(logits, torch.from_numpy(batch["label"][part::4]).long())
+            (loss / 4).backward()
+            losses.append(loss.item())
+            assert_close("logits", found["logits"][part::4], logits.detach(), FLOAT64_NETWORK)
+        assert_close("loss", found["loss"], np.mean(losses), FLOAT64_NETWORK)
+        optimizer.step()
+    tree = engine.to_tree(state)
+    after = {**tree["params"], **tree["batch_stats"]}
+    assert_all_close("after 3 steps", after, torch_oracle.state_dict(network), FLOAT64_NETWORK)
+
+
+@pytest.mark.parametrize(("model", "options"), [("resnet18", {}), ("resnet50", {"accumulate": 2})])
+def test_remat_changes_no_number(model, options):
+    batches = make_batches(3)
+    engines = [make_engine(model, remat=remat, **options) for remat in (False, True)]
+    (state, metrics), (other, found) = (train(engine, engine.init(), batches) for engine in engines)
+    for step, wanted in zip(found, metrics, strict=True):
+        assert_all_close("metrics", step, wanted, FLOAT64_NETWORK)
+    assert_all_close(
+        "tree", flat(engines[1].to_tree(other)), flat(engines[0].to_tree(state)), FLOAT64_NETWORK
+    )
+
+
+def test_the_compiled_step_needs_less_memory():
+    """Eight blocks of one shape: of them remat keeps the inputs, and accumulation the tenth part."""
+    options: dict[str, Any] = {"model_options": {"width": 4, "stage_sizes": (8,), "small_images": True}}
+    (batch,) = make_batches(1, size=32)
+    plain = temporary_bytes(make_engine(**options), batch)
+    assert temporary_bytes(make_engine(remat=True, **options), batch) < 0.6 * plain
+    assert temporary_bytes(make_engine(accumulate=8, **options), batch) < 0.4 * plain

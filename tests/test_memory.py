@@ -22,7 +22,9 @@ def temporary_bytes(engine: Engine, batch: dict[str, np.ndarray]) -> int:
     """What the compiled training step needs beside its arguments and results."""
     with engine._precision():
         step = engine._train_step.lower(engine.init(), engine._place(batch), np.float64(0.1)).compile()
-    return int(step.memory_analysis().temp_size_in_bytes)
+    analysis = step.memory_analysis()
+    assert analysis is not None
+    return int(analysis.temp_size_in_bytes)
 
 
 @pytest.mark.parametrize("accumulate", [2, 8])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,33 @@ import torch.nn.functional as F
 import torch_oracle
 import train
 from experiment.checkpoint import Checkpoints
-from experiment.transfer import adapt_channels, count_parameters
+from experiment.config import Config
+from experiment.transfer import adapt_channels, count_parameters, initial_tree, sha256
 from tests.comparing import assert_all_close, assert_close, nchw
 from tests.test_loop import CLASSES, THIN, assert_same_bits, make_batches
 from tests.test_loop import make_engine as make_jax_engine
 from tests.test_loop import train as take_steps
 from tests.test_numpy_loop import make_engine as make_numpy_engine
+from tests.test_training import compiled
 from tests.tolerances import FLOAT64_LAYER, FLOAT64_NETWORK
 
-SMALL = ["--model", "resnet20", "--train-subset", "0.1", "--batch-size", "16", "--warmup-steps", "0"]
+__all__ = ["compiled"]  # the fixture, for every test here
+
+OPTIONS: dict[str, Any] = {"base_lr": 1e-3, "weight_decay": 0.05}
 
 
 @pytest.fixture(autouse=True)
-def one_process(monkeypatch, tmp_path_factory):
+def one_process(monkeypatch):
     """The NumPy engine's others would take a second to start."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
 
 
-def frozen_engine(framework: str, model: str = "resnet18", optimizer: str = "adam", **options: Any) -> Any:
-    make: Any = make_jax_engine if framework == "jax" else make_numpy_engine
-    return make(model, optimizer, freeze_backbone=True, **options)
+@cache
+def frozen_engine(framework: str, model: str = "resnet18", optimizer: str = "adamw") -> Any:
+    options: dict[str, Any] = {"freeze_backbone": True, "optimizer_options": OPTIONS}
+    if framework == "jax":
+        return make_jax_engine(model, optimizer, **options)
+    return make_numpy_engine(model, optimizer, processes=1 + ("two" in framework), **options)
 
 
 def begun(engine: Any) -> Any:
@@ -52,16 +59,19 @@ def begun(engine: Any) -> Any:
     return engine.from_tree(tree)
 
 
-@pytest.mark.parametrize("framework", ["jax", "numpy", "numpy in two processes"])
 @pytest.mark.parametrize(
-    ("model", "optimizer"), [("resnet18", "adamw"), ("resnet20", "sgd"), ("cnn", "amsbound")]
+    ("framework", "model", "optimizer"),
+    [
+        ("jax", "resnet18", "adamw"),
+        ("jax", "cnn", "amsbound"),
+        ("numpy", "resnet18", "adamw"),
+        ("numpy", "cnn", "amsbound"),
+        ("numpy in two processes", "resnet20", "sgd"),
+    ],
 )
 def test_the_head_alone_is_trained_as_by_pytorch(framework, model, optimizer):
     """PyTorch's way: the backbone in eval mode, its parameters without a gradient."""
-    options: dict[str, Any] = {"optimizer_options": {"base_lr": 1e-3, "weight_decay": 0.05}}
-    if "two" in framework:
-        options["processes"] = 2
-    engine = frozen_engine(framework.split()[0], model, optimizer, **options)
+    engine = frozen_engine(framework, model, optimizer)
     state = begun(engine)
     before = engine.to_tree(state)
     batches = make_batches(4)
@@ -72,7 +82,7 @@ def test_the_head_alone_is_trained_as_by_pytorch(framework, model, optimizer):
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name.startswith("fc."))
     head = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    judge = torch_oracle.make_optimizer(optimizer, head, 1e-3, base_lr=1e-3, weight_decay=0.05)
+    judge = torch_oracle.make_optimizer(optimizer, head, 1e-3, **OPTIONS)
 
     state, metrics = take_steps(engine, state, batches)
     for step, (batch, found) in enumerate(zip(batches, metrics, strict=True)):
@@ -123,7 +133,7 @@ def test_there_is_no_backward_through_the_frozen_part(monkeypatch):
         batch = make_batches(1)[0]
         with engine._precision():
             args = (engine.init(), engine._place(batch), np.float64(0.1))
-            return engine._train_step.lower(*args).compile().cost_analysis()["flops"]
+            return engine._train_step.lower(*args).cost_analysis()["flops"]
 
     assert flops(frozen_engine("jax")) < 0.45 * flops(make_jax_engine())
 
@@ -131,8 +141,8 @@ def test_there_is_no_backward_through_the_frozen_part(monkeypatch):
         raise AssertionError("backward of a convolution")
 
     monkeypatch.setattr("numpy_ref.fast.Conv2d.backward", refuse)
-    engine = frozen_engine("numpy")
-    take_steps(engine, engine.init(), make_batches(1))
+    held = frozen_engine("numpy")
+    take_steps(held, held.init(), make_batches(1))
     with pytest.raises(AssertionError, match="backward of a convolution"):
         take_steps(whole := make_numpy_engine(), whole.init(), make_batches(1))
 
@@ -153,10 +163,13 @@ def test_a_grey_picture_gets_the_response_it_had_in_three_channels():
         assert adapt_channels(kernel, channels) is kernel
 
 
-def make_file(path: Path, classes: int = 10, channels: int = 1, change: Any = lambda state: state) -> Path:
-    """A ResNet-20 of PyTorch's, in a file."""
+SMALL = ["--model", "cnn", "--train-subset", "0.1", "--batch-size", "16", "--warmup-steps", "0"]
+
+
+def make_file(path: Path, model: str, classes: int, channels: int, change: Any = lambda state: state) -> Path:
+    """A network of PyTorch's, in a file."""
     torch.manual_seed(0)
-    state = torch_oracle.state_dict(torch_oracle.resnet20(classes, channels))
+    state = torch_oracle.state_dict(torch_oracle.MODELS[model](classes, channels, **THIN[model]))
     for name in state:
         if "running" in name:
             state[name] = state[name] + np.float32(0.25)
@@ -164,35 +177,43 @@ def make_file(path: Path, classes: int = 10, channels: int = 1, change: Any = la
     return path
 
 
-def tree_of(folder: Path, step: int) -> dict:
-    return Checkpoints(folder / "checkpoints", 1).load(step)[0]
+def cnn_file(path: Path, classes: int = 10, change: Any = lambda state: state) -> Path:
+    """The weights of the CNN that SMALL names."""
+    torch.manual_seed(0)
+    state = torch_oracle.state_dict(torch_oracle.cnn(classes, 1))
+    safetensors.numpy.save_file(change(state), path)
+    return path
 
 
-@pytest.mark.parametrize(("classes", "channels"), [(10, 1), (7, 3)])
-def test_both_engines_begin_from_the_same_tensors(tmp_path, capsys, classes, channels):
-    path = make_file(tmp_path / "weights.safetensors", classes, channels)
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("classes", [CLASSES, 7])
+def test_both_engines_begin_from_the_same_tensors(tmp_path, classes, channels):
+    path = make_file(tmp_path / "weights.safetensors", "resnet20", classes, channels)
     given = safetensors.numpy.load_file(path)
-    trees = {}
-    for framework in ("jax", "numpy"):
-        argv = ["--framework", framework, "--init-from", str(path), "--steps", "0"]
-        assert train.main([*SMALL, *argv, "--run-dir", str(tmp_path / framework)]) == 0
-        trees[framework] = tree_of(tmp_path / framework, 0)
-        out = capsys.readouterr().out
-        assert ("the head is new: 10 classes, where the file has 7" in out) == (classes == 7)
-        assert ("conv1.weight: summed over its 3 input channels" in out) == (channels == 3)
-    assert_same_bits(trees["numpy"], trees["jax"])
-    params = {**trees["jax"]["params"], **trees["jax"]["batch_stats"]}
+    config, resolved = Config(init_from=str(path)), {"init_from_sha256": sha256(str(path))}
+    engines: list[Any] = [make_jax_engine("resnet20"), make_numpy_engine("resnet20")]
+    trees, said = [], []
+    for engine in engines:
+        lines: list[str] = []
+        tree = initial_tree(engine, config, resolved, lines.append)
+        assert tree is not None
+        trees.append(engine.to_tree(engine.from_tree(tree)))
+        said.append(lines)
+    assert_same_bits(trees[1], trees[0])
+    assert said[0] == said[1]
+    assert ("the head is new: 5 classes, where the file has 7" in said[0]) == (classes == 7)
+    told = "conv1.weight: a third of it for each of the 3 channels of the pictures"
+    assert (told in said[0]) == (channels == 1)
+    fresh = engines[0].to_tree(engines[0].init())["params"]
+    params = {**trees[0]["params"], **trees[0]["batch_stats"]}
     assert params.keys() == given.keys()
     for name, array in params.items():
-        if name.startswith("fc.") and classes == 7:
-            continue
-        wanted = given[name].sum(1, keepdims=True) if name == "conv1.weight" else given[name]
-        np.testing.assert_allclose(array, wanted, rtol=1e-6, atol=1e-7, err_msg=name)
-    if classes == 7:  # the head of a fresh run
-        assert train.main([*SMALL, "--steps", "0", "--run-dir", str(tmp_path / "fresh")]) == 0
-        fresh = safetensors.numpy.load_file(tmp_path / "fresh" / "weights.safetensors")
-        for name in ("fc.weight", "fc.bias"):
-            assert params[name].tobytes() == fresh[name].tobytes()
+        if name.startswith("fc.") and classes == 7:  # the head of a fresh run
+            assert array.tobytes() == fresh[name].tobytes()
+        elif name == "conv1.weight" and channels == 1:
+            np.testing.assert_array_equal(array, given[name].repeat(3, 1).astype(np.float64) / 3)
+        else:
+            np.testing.assert_array_equal(array, given[name], err_msg=name)
 
 
 def test_names_of_others_are_read(tmp_path):
@@ -202,7 +223,7 @@ def test_names_of_others_are_read(tmp_path):
         renamed = {name.replace("fc.", "linear."): array for name, array in state.items()}
         return {**renamed, "bn1.num_batches_tracked": np.array(3)}
 
-    path = make_file(tmp_path / "weights.safetensors", change=change)
+    path = cnn_file(tmp_path / "weights.safetensors", change=change)
     argv = ["--init-from", str(path), "--steps", "0", "--run-dir", str(tmp_path / "run")]
     assert train.main([*SMALL, *argv]) == 0
     saved = safetensors.numpy.load_file(tmp_path / "run" / "weights.safetensors")
@@ -211,66 +232,57 @@ def test_names_of_others_are_read(tmp_path):
 
 @pytest.mark.parametrize("framework", ["jax", "numpy"])
 def test_a_frozen_run_and_its_resume_without_the_file(tmp_path, capsys, framework):
-    path = make_file(tmp_path / "weights.safetensors", classes=7)
+    path = cnn_file(tmp_path / "weights.safetensors", classes=7)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     argv = ["--framework", framework, "--init-from", str(path), "--freeze-backbone", "--schedule", "constant"]
     for name, steps in (("whole", "5"), ("parted", "2")):
         assert train.main([*SMALL, *argv, "--steps", steps, "--run-dir", str(tmp_path / name)]) == 0
     out = capsys.readouterr().out
-    assert "650 parameters are trained, 268,784 are frozen" in out
-    assert "269,434 parameters, 268,784 of them frozen, after 5 steps" in out
+    assert "81,930 parameters are trained, 80 are frozen" in out
+    assert "82,010 parameters, 80 of them frozen, after 5 steps" in out
     record = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert record["config"]["init_from"] == str(path)
     assert record["resolved"]["init_from_sha256"] == digest
     path.unlink()
-    resume = ["--resume", "--run-dir", str(tmp_path / "parted"), "--steps", "5"]
-    assert train.main(resume) == 0
-    for name in ("weights.safetensors",):
-        assert (tmp_path / "parted" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert_same_bits(tree_of(tmp_path / "parted", 5), tree_of(tmp_path / "whole", 5))
+    assert train.main(["--resume", "--run-dir", str(tmp_path / "parted"), "--steps", "5"]) == 0
+    whole, parted = (
+        Checkpoints(tmp_path / name / "checkpoints", 1).load(5)[0] for name in ("whole", "parted")
+    )
+    assert_same_bits(parted, whole)
     record = json.loads((tmp_path / "parted" / "config.json").read_text())
     assert record["resolved"]["init_from_sha256"] == digest
     summary = json.loads((tmp_path / "parted" / "summary.json").read_text())
     counts = [summary[f"{kind}parameters"] for kind in ("", "trainable_", "frozen_")]
-    assert counts == [269434, 650, 268784]
+    assert counts == [82010, 81930, 80]
 
 
-def test_killed_before_its_first_checkpoint_a_run_wants_the_same_file(tmp_path, capsys):
-    path = make_file(tmp_path / "weights.safetensors")
-    run_dir = tmp_path / "run"
+def test_the_first_checkpoint_is_of_step_0_and_before_it_the_same_file_is_wanted(tmp_path, capsys):
+    path, run_dir = cnn_file(tmp_path / "weights.safetensors"), tmp_path / "run"
     argv = [*SMALL, "--init-from", str(path), "--steps", "0", "--run-dir", str(run_dir)]
     assert train.main(argv) == 0
-    weights = (run_dir / "weights.safetensors").read_bytes()
+    assert Checkpoints(run_dir / "checkpoints", 1).steps() == [0]
+    weights, resume = (run_dir / "weights.safetensors").read_bytes(), ["--resume", "--run-dir", str(run_dir)]
     shutil.rmtree(run_dir / "checkpoints")
-    resume = ["--resume", "--run-dir", str(run_dir)]
     assert train.main(resume) == 0
     assert (run_dir / "weights.safetensors").read_bytes() == weights
     shutil.rmtree(run_dir / "checkpoints")
-    make_file(path, change=lambda state: {name: 2 * array for name, array in state.items()})
+    cnn_file(path, change=lambda state: {name: 2 * array for name, array in state.items()})
     capsys.readouterr()
     assert train.main(resume) == 2
     assert "was changed since the run began" in capsys.readouterr().err
 
 
 def without_some(state):
-    del state["layer2.0.bn1.weight"]
-    return {**state, "stray.weight": state["fc.bias"], "layer1.0.bn1.bias": np.zeros(3, np.float32)}
+    del state["conv.weight"]
+    return {**state, "stray.weight": state["fc.bias"], "conv.bias": np.zeros(3, np.float32)}
 
 
 UNFIT = {
     "another model": (
-        ["--model", "resnet18"],
-        ["missing", "layer4.0.conv1.weight", "resnet20, 10 classes, 1 channels", "--model"],
+        ["--model", "resnet20"],
+        ["missing conv1.weight, ", " more; ", "surplus conv.weight", "it is of cnn, 10 classes, 1 channels"],
     ),
-    "names": (
-        [],
-        [
-            "missing layer2.0.bn1.weight",
-            "surplus stray.weight",
-            "misshapen layer1.0.bn1.bias [3], not [16]",
-            "--model",
-        ],
-    ),
+    "names": ([], ["missing conv.weight", "surplus stray.weight", "misshapen conv.bias [3], not [8]"]),
     "no such file": (["--init-from", "absent.safetensors"], ["absent.safetensors", "No such file"]),
     "no safetensors": (["--init-from", "notes.txt"], ["notes.txt", "python -m experiment convert"]),
     "a folder": (["--init-from", "folder"], ["folder", "directory"]),
@@ -282,8 +294,9 @@ UNFIT = {
 def test_a_file_that_does_not_fit_is_refused_in_a_line(tmp_path, monkeypatch, capsys, mistake):
     monkeypatch.chdir(tmp_path)
     argv, words = UNFIT[mistake]
-    change = without_some if mistake == "names" else lambda state: state
-    path = make_file(tmp_path / "weights.safetensors", change=change)
+    path = cnn_file(
+        tmp_path / "weights.safetensors", change=without_some if mistake == "names" else lambda state: state
+    )
     (tmp_path / "notes.txt").write_text("no tensors here")
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.rglob("*"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def make_batches(count: int, size: int = 8, seed: int = 0) -> list[dict[str, np.
     ]
 
 
-def train(engine: Any, state: Any, batches: Iterable[dict[str, np.ndarray]]) -> tuple[Any, list[dict]]:
+def train(engine: Any, state: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> tuple[Any, list[dict]]:
     """All steps; the last state, and the metrics of each step as NumPy arrays."""
     metrics = []
     for latest in engine.train(state, batches):

@@ -224,6 +224,10 @@ class Config:
             raise UserError("--run-dir: is empty; name a folder")
         if self.resume and self.run_dir is None:
             raise UserError("--resume: name the run to continue with --run-dir DIR")
+        self._check_network()
+
+    def _check_network(self) -> None:
+        """Raise UserError for what the engine or the network does not have."""
         if self.framework == "numpy" and self.precision == "bfloat16":
             raise UserError("--precision: bfloat16 needs --framework jax; NumPy has float32 and float64")
         for flag, asked in (("--accumulate", self.accumulate > 1), ("--remat", self.remat)):

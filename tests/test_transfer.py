@@ -280,7 +280,13 @@ def without_some(state):
 UNFIT = {
     "another model": (
         ["--model", "resnet20"],
-        ["missing conv1.weight, ", " more; ", "surplus conv.weight", "it is of cnn, 10 classes, 1 channels"],
+        [
+            "missing ",
+            "bn1.weight",
+            " more; surplus ",
+            "conv.weight",
+            "the file is of cnn, 10 classes, 1 channels",
+        ],
     ),
     "names": ([], ["missing conv.weight", "surplus stray.weight", "misshapen conv.bias [3], not [8]"]),
     "no such file": (["--init-from", "absent.safetensors"], ["absent.safetensors", "No such file"]),

@@ -10,9 +10,14 @@ import torch
 import torch.nn.functional as F
 
 import torch_oracle
+import train as command
+from experiment.finished import open_run
 from tests.comparing import assert_all_close, assert_close, nchw, quick_jit
 from tests.test_loop import THIN, flat, learning_rate, make_batches, make_engine, oracle, train
+from tests.test_training import compiled
 from tests.tolerances import FLOAT64_NETWORK
+
+__all__ = ["compiled"]  # the fixture, for every test here
 
 WITHOUT = {"model_options": {**THIN["resnet18"], "batch_norm": False}}
 
@@ -87,3 +92,14 @@ def test_the_compiled_step_needs_less_memory():
     plain = temporary_bytes(quick_engine(**options), batch)
     assert temporary_bytes(quick_engine(remat=True, **options), batch) < 0.6 * plain
     assert temporary_bytes(quick_engine(accumulate=8, **options), batch) < 0.4 * plain
+
+
+def test_a_run_in_micro_batches_is_opened_in_the_other_engine(tmp_path, monkeypatch):
+    """Which has none, and refuses to go on with it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    argv = ["--model", "cnn", "--train-subset", "0.1", "--steps", "1", "--accumulate", "2"]
+    assert command.main([*argv, "--run-dir", str(tmp_path / "run")]) == 0
+    resume = ["--resume", "--run-dir", str(tmp_path / "run"), "--framework", "numpy"]
+    assert command.main(resume) == 2
+    (logits,) = open_run(tmp_path / "run", framework="numpy").logits([np.zeros((3, 32, 32, 1), np.uint8)])
+    assert logits.shape == (3, 10)

@@ -25,6 +25,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if ON_GPU else "cpu")
 if ON_GPU:  # tests start training processes beside this one on the same GPU
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+# With `-n 2` two processes of tests share the cores. NumPy and PyTorch read this when they are imported.
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if workers > 1:
+    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, str(max(1, (os.cpu_count() or 1) // workers)))
+
 # Compilation makes the first example slow, and a failure must come again at the next run.
 hypothesis.settings.register_profile("threeway", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("threeway")

@@ -1,8 +1,8 @@
 """A ResNet-20 that others trained on CIFAR-10 gives the same answers in every implementation.
 
-The file is loaded as it is, with `linear.*` for `fc.*`. The pictures are the `cifar10` test set of
-THREEWAY_DATA_DIR, whose pixels are JPEG re-encoded: the network knows 81.03 % of them, and 91.73 % of the
-original ones.
+The file is loaded as it is, with `linear.*` for `fc.*`. The pictures are a fifth of the `cifar10` test set of
+THREEWAY_DATA_DIR, or, among the slow tests, all of it. Its pixels are JPEG re-encoded: the network knows
+81.03 % of them, and 91.73 % of the original ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from experiment.tfds_source import tfds_dataset
 from tests.comparing import assert_all_close, assert_close, nchw
 from tests.tolerances import FLOAT32_TRAINED
 
-RIGHT = 8_103  # of 10,000, found with PyTorch elsewhere; pictures between two classes may go either way
+RIGHT = {10_000: 8_103, 2_000: 1_631}  # found with PyTorch; pictures between two classes may go either way
 MARGIN = 1e-3  # below it, the best logit less the second, rounding decides which is the best
 BATCH = 500
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, with which it was trained
@@ -34,8 +34,8 @@ Weights = dict[str, np.ndarray]
 
 
 class Pictures(NamedTuple):
-    image: np.ndarray  # uint8 [10000, 32, 32, 3]
-    label: np.ndarray  # int32 [10000]
+    image: np.ndarray  # uint8 [N, 32, 32, 3]
+    label: np.ndarray  # int32 [N]
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +52,17 @@ def trained(folder: Path) -> Weights:
     return weights.load(folder / "resnet20-12fca82f.safetensors")
 
 
-@pytest.fixture(scope="module")
-def pictures(data_dir: Path) -> Pictures:
-    """The test set, decoded by Pillow."""
+ALL = pytest.param(1, marks=pytest.mark.slow, id="all")
+A_FIFTH = pytest.param(5, id="a-fifth")
+
+
+@pytest.fixture(scope="module", params=[A_FIFTH, ALL])
+def pictures(data_dir: Path, request: pytest.FixtureRequest) -> Pictures:
+    """Every first or fifth picture of the test set, decoded by Pillow."""
     if not (data_dir / "cifar10").is_dir():
         pytest.skip("no cifar10 in the directory that THREEWAY_DATA_DIR names")
     test = tfds_dataset("cifar10", str(data_dir), None).test
-    batch = test.read(np.arange(len(test)))
+    batch = test.read(np.arange(0, len(test), request.param))
     return Pictures(batch["image"], batch["label"])
 
 
@@ -68,7 +72,7 @@ def batches(pictures: Pictures) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def expected(trained: Weights, pictures: Pictures) -> np.ndarray:
-    """The judge's logits [10000, 10]."""
+    """The judge's logits [N, 10]."""
     model = torch_oracle.resnet20(10).eval()
     torch_oracle.load_state_dict(model, trained)
     mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
@@ -78,7 +82,7 @@ def expected(trained: Weights, pictures: Pictures) -> np.ndarray:
 
 
 def engine_logits(package: Any, model: Any, trained: Weights, pictures: Pictures) -> np.ndarray:
-    """An engine's logits [10000, 10], by its own way of evaluating: from pictures of uint8."""
+    """An engine's logits [N, 10], by its own way of evaluating: from pictures of uint8."""
     package.load_state_dict(model, trained)
     state_dict = package.state_dict(model)
     engine = package.Engine(
@@ -99,9 +103,13 @@ def engine_logits(package: Any, model: Any, trained: Weights, pictures: Pictures
         return np.concatenate(list(found))
 
 
+def assert_right(logits: np.ndarray, pictures: Pictures) -> None:
+    right = int((logits.argmax(1) == pictures.label).sum())
+    assert abs(right - RIGHT[len(logits)]) <= 2
+
+
 def test_the_judge_knows_as_many_as_is_known_of_it(expected: np.ndarray, pictures: Pictures) -> None:
-    assert len(expected) == 10_000
-    assert abs(int((expected.argmax(1) == pictures.label).sum()) - RIGHT) <= 2
+    assert_right(expected, pictures)
 
 
 @pytest.mark.parametrize("framework", ["numpy", "jax"])
@@ -112,12 +120,12 @@ def test_an_engine_knows_as_many_and_gives_the_judges_logits(
         logits = engine_logits(numpy_ref, numpy_ref.resnet20(10, rng=None), trained, pictures)
     else:
         logits = engine_logits(jax_resnet, jax_resnet.resnet20(10, rngs=nnx.Rngs(0)), trained, pictures)
-    assert abs(int((logits.argmax(1) == pictures.label).sum()) - RIGHT) <= 2
+    assert_right(logits, pictures)
     # Absolute here, which is stricter: the largest is 38
     assert_close("logits", logits, expected, FLOAT32_TRAINED / float(np.abs(expected).max()))
     second, first = np.sort(expected, axis=1)[:, -2:].T
     clear = first - second > MARGIN
-    assert clear.sum() > 9_900
+    assert clear.mean() > 0.99
     others = np.flatnonzero(clear & (logits.argmax(1) != expected.argmax(1)))
     assert others.size == 0, f"another class for the pictures {others[:10]}"
 

@@ -60,7 +60,7 @@ def make_engine(
     return Engine(model=model, optimizer=optimizer, processes=processes, **(defaults | options))
 
 
-@pytest.mark.parametrize("model", THIN)
+@pytest.mark.parametrize("model", ["resnet50", "cnn"])
 def test_steps_equal_the_jax_engines(model):
     """From the same seed: the same weights, and then the same losses, logits, norms, parameters, moments."""
     batches = make_batches(5)
@@ -80,7 +80,8 @@ def test_steps_equal_the_jax_engines(model):
 @pytest.mark.parametrize("optimizer", FIELDS)
 def test_a_run_changes_engines_twice(optimizer):
     """JAX, NumPy, JAX: losses and parameters of 20 steps as without a change."""
-    options: dict[str, Any] = {"optimizer": optimizer, "model": "resnet18"}
+    model = "resnet18" if optimizer in ("adam", "adabound") else "cnn"
+    options: dict[str, Any] = {"optimizer": optimizer, "model": model}
     batches = make_batches(20)
     jax_engine, numpy_engine = make_jax_engine(**options), make_engine(**options)
     state, expected = train(jax_engine, jax_engine.init(), batches)

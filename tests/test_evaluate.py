@@ -141,7 +141,7 @@ def test_scores_of_all_views_are_averaged(tmp_path: Path) -> None:
 
 # Eight layers: a place in the last map sees 12 pixels to each side. What is drawn is 32 and more from every
 # border, so that border and drawing never meet, and crops are 4 pixels apart, the network's stride.
-NETWORK = {"stage_sizes": (1, 1, 1), "small_images": True, "width": 4}
+NETWORK = {"stage_sizes": (1, 1, 1), "small_images": True, "width": 8}
 SIDE, CROP, DRAWN = 88, 80, 8
 
 
@@ -155,7 +155,7 @@ def test_ten_crops_of_a_centred_picture_score_as_one(framework: str, tmp_path: P
         middle = slice((SIDE - DRAWN) // 2, (SIDE + DRAWN) // 2)
         image[middle, middle] = np.concatenate([half, half[:, ::-1]], 1)
         if number == 3:
-            image[:50, :20] = noise(50, 20, 3)
+            image[:, :10] = 255 - image[:, :10]
         files.append((made_tfds.encoded(image), number % 2))
     made_tfds.write(tmp_path, "made", {"train": files, "test": files})
     data = load("made", data_dir=str(tmp_path), batch_size=2, seed=0, image_size=(CROP, CROP), resize=(SIDE,))
@@ -182,7 +182,7 @@ def test_ten_crops_of_a_centred_picture_score_as_one(framework: str, tmp_path: P
     scores, _ = average(logits, data, "test", [lambda p: ten_crops(p, (CROP, CROP), SIDE)], 40 * CROP**2)
     apart = np.abs(np.exp(scores) - one).max(1)
     assert apart[:3].max() < 1e-6
-    assert apart[3] > 1e-4, "nor does the last picture's score depend on the crop"
+    assert apart[3] > 1e-3, "nor does the last picture's score depend on the crop"
     assert np.ptp(one[:3, 0]) > 1e-3, "the pictures score alike"
 
 

@@ -110,7 +110,7 @@ def oracle_tree(network: torch.nn.Module, optimizer: torch.optim.Optimizer, step
     state = {name: np.array(array) for name, array in torch_oracle.state_dict(network).items()}
     parameters = dict(network.named_parameters())
     trace = {
-        name: np.array(optimizer.state[p]["momentum_buffer"]) if step else np.zeros_like(state[name])
+        name: optimizer.state[p]["momentum_buffer"].numpy().copy() if step else np.zeros_like(state[name])
         for name, p in parameters.items()
     }
     return {

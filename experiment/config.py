@@ -30,7 +30,7 @@ DEFAULT_LR = {"sgd": 0.1}
 DEFAULT_WEIGHT_DECAY = {"adamw": 0.01}
 # As many epochs as reach 0.97 on digits in a few minutes of two CPU cores; one epoch of a larger set is
 # longer.
-DEFAULT_EPOCHS = {"digits": 8}
+DEFAULT_EPOCHS = {"digits": 7}
 
 # What a resumed run may change: nothing here moves a number of a step that both runs take.
 CHANGEABLE = frozenset(
@@ -148,7 +148,7 @@ class Config:
 
     epochs: int | None = option(
         None,
-        "passes over the training data (default 8 on digits, else 1)",
+        "passes over the training data (default 7 on digits, else 1)",
         group="run",
         least=0,
         most=2**31 - 1,

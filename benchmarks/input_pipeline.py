@@ -24,9 +24,10 @@ from PIL import Image
 
 from experiment.config import Config, parse, resolve
 from experiment.data import Data, load
-from experiment.engines import load_engine, set_environment
+from experiment.engines import set_environment
 from experiment.sources import SyntheticSource
 from tests import made_tfds
+from train import make_engine, resolve_lengths
 
 CIFAR = "--dataset cifar10 --train-subset 0.2 --model resnet20 --batch-size 128"
 CARS = "--dataset cars196 --crop-to-bbox --image-size 64x96 --model resnet101"
@@ -72,17 +73,7 @@ def rate(batches: Iterator[Any], batch_size: int, seconds: float) -> float:
 
 def appetite(config: Config, data: Data, seconds: float) -> float:
     """Pictures a second of the training step, fed with one batch again and again."""
-    engine = load_engine(config.framework)(
-        model=config.model,
-        model_options=config.model_options(),
-        num_classes=data.num_classes,
-        image_shape=data.image_shape,
-        mean=data.mean,
-        std=data.std,
-        optimizer=config.optimizer,
-        optimizer_options=config.optimizer_options(),
-        learning_rate=lambda step: 1e-3,
-    )
+    engine = make_engine(config, data, resolve_lengths(config, data, None, {}))
     batches = itertools.repeat(next(data.train_batches()))
     losses = (float(metrics["loss"]) for _, metrics in engine.train(engine.init(), batches))
     next(losses)

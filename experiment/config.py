@@ -140,7 +140,7 @@ class Config:
     )
 
     init_from: str | None = option(
-        None, "begin from the weights of a safetensors FILE of torchvision's names", group="transfer"
+        None, "begin from the weights in a safetensors file of torchvision's names", group="transfer"
     )
     freeze_backbone: bool = option(
         False, "train the head alone, batch statistics frozen too", group="transfer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from experiment import rundir, weights
 from experiment.checkpoint import differences
-from experiment.config import Config, resolve
+from experiment.config import FRAMEWORKS, Config, resolve
 from experiment.engines import Engine, load_engine, set_environment
 from experiment.errors import UserError
 
@@ -45,6 +46,14 @@ class FinishedRun:
         return self.engine.evaluate(self.state, ({"image": image} for image in images))
 
 
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a command that say which run it opens, and how: RUN, --framework, --weights."""
+    add = parser.add_argument
+    add("run", metavar="RUN", type=Path, help="the folder of a run")
+    add("--framework", choices=FRAMEWORKS, help="engine that computes (default: the run's)")
+    add("--weights", choices=list(WEIGHTS), default="final", help="which of the run's (default final)")
+
+
 def open_run(
     run_dir: Path, *, which: str = "final", framework: str | None = None, data_dir: str | None = None
 ) -> FinishedRun:
@@ -70,7 +79,7 @@ def open_run(
     path = run_dir / WEIGHTS[which]
     if not path.is_file():
         remedy = {
-            "final": "the run has not come to its end: continue it with --resume, or take --weights best",
+            "final": "a run has it at its end: continue it with --resume, or take --weights best",
             "best": "without validation there is no best; take --weights final",
         }
         raise UserError(f"{path}: not found; {remedy[which]}")

@@ -12,16 +12,15 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from experiment import rundir
 from experiment.commands.parser import Parser
-from experiment.config import FRAMEWORKS, MIN_IMAGE_SIZE
+from experiment.config import MIN_IMAGE_SIZE
 from experiment.errors import UserError
-from experiment.finished import WEIGHTS, FinishedRun, open_run
+from experiment.finished import FinishedRun, add_run, open_run
 from experiment.metrics import Metrics
 from experiment.transforms import Pixels, ten_crops, whole_picture
 
@@ -79,9 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "probabilities are averaged.",
     )
     add = parser.add_argument
-    add("run", metavar="RUN", type=Path, help="the folder of a run")
-    add("--framework", choices=FRAMEWORKS, help="engine that computes (default: the run's)")
-    add("--weights", choices=list(WEIGHTS), default="final", help="which of the run's (default final)")
+    add_run(parser)
     add("--split", choices=["test", "val", "train"], default="test", help="default test")
     add("--crops", type=int, choices=[1, 10], default=1, help="10: corners, centre, mirrored (default 1)")
     add("--resize", type=int, metavar="N", help="shorter side before a crop (10 crops: 256 for one of 224)")

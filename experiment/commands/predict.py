@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from experiment.commands.parser import Parser
-from experiment.config import FRAMEWORKS
 from experiment.errors import UserError
-from experiment.finished import WEIGHTS, open_run
+from experiment.finished import add_run, open_run
 from experiment.sources import read_picture
 from experiment.transforms import fill_color, fit_picture
 
@@ -27,11 +26,9 @@ def main(argv: Sequence[str]) -> int:
         "to the run's size as its test pictures were; a run with --crop-to-bbox wants the object alone.",
     )
     add = parser.add_argument
-    add("run", metavar="RUN", type=Path, help="the folder of a run")
+    add_run(parser)
     add("images", metavar="IMAGE", type=Path, nargs="+", help="a file")
     add("--top", type=int, metavar="N", default=5, help="how many classes (default 5)")
-    add("--framework", choices=FRAMEWORKS, help="engine that computes (default: the run's)")
-    add("--weights", choices=list(WEIGHTS), default="final", help="which of the run's (default final)")
     options = parser.parse_args(argv)
     if options.top < 1:
         raise UserError(f"--top: {options.top} is out of range; give a number of at least 1")

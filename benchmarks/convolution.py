@@ -4,17 +4,22 @@
     python -m benchmarks.convolution layers     # every convolution of ResNet-101, forward and backward
     python -m benchmarks.convolution loops      # a pass of ResNet-101 by loops, extrapolated from its layers
 
-Contestants take turns in one process; medians are printed. PyTorch, in `micro` alone (the threads of two
-libraries in one process would stand in each other's way), runs with --threads threads, NumPy's matrix
-products with those it began with (OMP_NUM_THREADS).
+Contestants take turns; medians are printed. In `layers` each has a process and one thread of its own, as
+the NumPy engine has in training, where every process takes a part of the batch. In `micro` all are in one
+process: PyTorch runs with --threads threads, NumPy's matrix products with those it began with
+(OMP_NUM_THREADS).
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
@@ -96,35 +101,105 @@ def named(layer: layers.Layer, prefix: str = "") -> Iterator[tuple[str, layers.L
         yield from named(part, f"{prefix}{name}.")
 
 
-def every_layer(rounds: int, size: int, channels: int, batch: int) -> None:
-    """Forward and backward of each kind of convolution, in the plain form and in the fast one; the sums."""
-    kinds: dict[tuple[object, ...], list[tuple[str, layers.Conv2d, Shape]]] = {}
-    for name, layer, shape in convolutions(size, channels, batch):
-        kinds.setdefault((shape, layer.weight.value.shape, layer.stride), []).append((name, layer, shape))
-    total = {"plain": 0.0, "fast": 0.0}
-    print(
-        f"  {'first of its kind':22} {'kernel':18} {'times':>5} {'plain ms':>9} {'fast ms':>9} {'ratio':>6}"
+FORMS = ("plain", "fast", "torch NCHW", "torch channels_last")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a convolution is, and the shape of its input [N, H, W, I]."""
+
+    shape: Shape
+    outputs: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
+def both_ways(form: str, kind: Kind) -> Call:
+    """Forward and backward, input gradient included."""
+    x = np.random.default_rng(0).standard_normal(kind.shape, np.float32)
+    channels = kind.shape[-1]
+    if form.startswith("torch"):
+        layout = torch.channels_last if form.endswith("last") else torch.contiguous_format
+        conv = torch.nn.Conv2d(channels, kind.outputs, kind.kernel, kind.stride, kind.padding, bias=False)
+        conv = conv.to(memory_format=layout)  # type: ignore[call-overload]
+        tensor = torch.tensor(x.transpose(0, 3, 1, 2)).contiguous(memory_format=layout).requires_grad_()
+        dy = torch.ones_like(conv(tensor))
+        return lambda: torch.autograd.grad(conv(tensor), [tensor, *conv.parameters()], dy)
+    make = fast.Conv2d if form == "fast" else layers.Conv2d
+    layer = make(
+        channels,
+        kind.outputs,
+        kind.kernel,
+        stride=kind.stride,
+        padding=kind.padding,
+        rng=np.random.default_rng(0),
     )
-    for group in kinds.values():
-        name, layer, shape = group[0]
-        i, o = layer.weight.value.shape[2:]
-        plain = layers.Conv2d(i, o, layer.kernel, stride=layer.stride, padding=layer.padding, rng=None)
-        x = np.random.default_rng(0).standard_normal(shape, np.float32)
+    backward = numpy_backward(layer, x)
+    return lambda: (layer.forward(x, True), backward())
 
-        def both(each: layers.Conv2d, x: np.ndarray = x) -> Call:
-            backward = numpy_backward(each, x)
-            return lambda: (each.forward(x, True), backward())
 
-        each = interleaved({"plain": both(plain), "fast": both(layer)}, rounds)
-        for form in total:
-            total[form] += len(group) * each[form]
-        kernel = "x".join(map(str, layer.weight.value.shape))
-        print(
-            f"  {name:22} {kernel:18} {len(group):5} {1e3 * each['plain']:9.2f} {1e3 * each['fast']:9.2f} "
-            f"{each['fast'] / each['plain']:6.2f}"
-        )
-    ratio = total["fast"] / total["plain"]
-    print(f"  all convolutions: plain {total['plain']:.3f} s, fast {total['fast']:.3f} s, ratio {ratio:.2f}")
+def work(form: str, pipe: Connection) -> None:
+    """Answer every kind with the seconds of one call, after one that is not timed."""
+    torch.set_num_threads(1)
+    before: Kind | None = None
+    while (kind := pipe.recv()) is not None:
+        if kind != before:
+            before, call = kind, both_ways(form, kind)
+        call()
+        begun = time.perf_counter()
+        call()
+        pipe.send(time.perf_counter() - begun)
+
+
+def every_layer(rounds: int, size: int, channels: int, batch: int) -> None:
+    """Forward and backward of each kind of convolution, each form in a process and with a thread of its own;
+    the sums over the network."""
+    kinds: dict[Kind, list[str]] = {}
+    for name, layer, shape in convolutions(size, channels, batch):
+        kind = Kind(shape, layer.weight.value.shape[-1], layer.kernel, layer.stride, layer.padding)
+        kinds.setdefault(kind, []).append(name)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    spawn = multiprocessing.get_context("spawn")
+    pipes = {}
+    for form in FORMS:
+        pipes[form], theirs = spawn.Pipe()
+        spawn.Process(target=work, args=(form, theirs), daemon=True).start()
+
+    def ask(form: str, kind: Kind) -> float:
+        pipes[form].send(kind)
+        return float(pipes[form].recv())
+
+    total = dict.fromkeys(FORMS, 0.0)
+    best_total = 0.0
+    print(
+        f"  {'first of its kind':22} {'kernel':16} {'times':>5}",
+        *(f"{form:>19}" for form in FORMS),
+        "ms",
+        end="",
+    )
+    print("   fast / best of PyTorch")
+    for kind, names in kinds.items():
+        seconds: dict[str, list[float]] = {form: [] for form in FORMS}
+        for _ in range(rounds):
+            for form in FORMS:
+                seconds[form].append(ask(form, kind))
+        median = {form: statistics.median(values) for form, values in seconds.items()}
+        best = min(median[form] for form in FORMS if form.startswith("torch"))
+        best_total += len(names) * best
+        for form in FORMS:
+            total[form] += len(names) * median[form]
+        kernel = "x".join(map(str, (*kind.kernel, kind.shape[-1], kind.outputs)))
+        print(f"  {names[0]:22} {kernel:16} {len(names):5}", end="")
+        print(*(f"{1e3 * median[form]:20.2f}" for form in FORMS), f"{median['fast'] / best:24.2f}")
+    print("  all convolutions, s:", ", ".join(f"{form} {value:.3f}" for form, value in total.items()), end="")
+    print(f", best of PyTorch a layer {best_total:.3f}")
+    fastest = min(total[form] for form in FORMS if form.startswith("torch"))
+    print(f"  fast / PyTorch's better layout: {total['fast'] / fastest:.2f}")
+    print(f"  fast / PyTorch's better layout of each layer: {total['fast'] / best_total:.2f}")
+    print(f"  fast / plain: {total['fast'] / total['plain']:.2f}")
+    for pipe in pipes.values():
+        pipe.send(None)
 
 
 def loops(size: int, channels: int, batch: int) -> None:
@@ -164,7 +239,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"{args.what}, {args.threads} threads, median of {args.rounds} interleaved rounds")
+    threads = 1 if args.what == "layers" else args.threads
+    print(f"{args.what}, {threads} thread{'s' * (threads > 1)}, median of {args.rounds} interleaved rounds")
     match args.what:
         case "micro":
             micro(args.rounds)

@@ -37,18 +37,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what we report in a line
     try:
-        given = parse(argv)
-        stored = None
-        if given.get("resume") and given.get("run_dir"):
-            stored = rundir.read_record(Path(given["run_dir"]))
-        if stored is None:  # a resumed run has its options, whatever has become of the recipe
-            given = with_recipe(given)
-        config = resolve(given, stored and stored["config"])
-        if config.run_dir is not None and not config.resume:
-            rundir.check_fresh(Path(config.run_dir))
-        return run(config, stored, given, list(sys.argv[1:] if argv is None else argv))
+        return start(parse(argv), list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
@@ -58,6 +48,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the first step, or the second Ctrl-C
         print("train.py: interrupted at once; what was saved before is whole", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def start(given: dict[str, Any], argv: list[str]) -> int:
+    """Begin or resume the run of the options that were given; returns the exit status. Raises UserError.
+
+    Args:
+        given: {field of Config: value}, as `experiment.config.parse` makes them of flags.
+        argv: those flags, for config.json.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what we report in a line
+    stored = None
+    if given.get("resume") and given.get("run_dir"):
+        stored = rundir.read_record(Path(given["run_dir"]))
+    if stored is None:  # a resumed run has its options, whatever has become of the recipe
+        given = with_recipe(given)
+    config = resolve(given, stored and stored["config"])
+    if config.run_dir is not None and not config.resume:
+        rundir.check_fresh(Path(config.run_dir))
+    return run(config, stored, given, argv)
 
 
 def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], argv: list[str]) -> int:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_resnet import resnet
 from jax_resnet.layers import parameter_dtype
-from jax_resnet.optimizers import make_optimizer, state_from_dict, state_to_dict
+from jax_resnet.optimizers import bound_metrics, make_optimizer, state_from_dict, state_to_dict
 from jax_resnet.state_dict import apply, from_torch_layout, split, to_torch_layout
 
 Batch = Mapping[str, np.ndarray]
@@ -223,6 +223,7 @@ class Engine:
             "logits": logits,
             "grad_norm": grad_norm,
             "update_norm": optax.tree.norm(updates),
+            **bound_metrics(self._optimizer, optimizer, lr, **self._optimizer_options),
         }
         return new_state, metrics
 

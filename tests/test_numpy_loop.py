@@ -101,7 +101,7 @@ def test_bounds_and_what_they_hold_are_told_alike(optimizer):
     if optimizer == "sgdbound":  # the lower bound passes the rate at the third step
         assert [told["at_lower"] for told in reference] == [0, 0, *[1] * 6]
     else:
-        assert all(0 < each for each in fractions), fractions
+        assert all(each > 0 for each in fractions), fractions
         assert any(each < 1 for each in fractions), fractions
     assert "at_lower" not in train(make_engine("cnn"), make_engine("cnn").init(), make_batches(1))[1][0]
 

@@ -45,7 +45,10 @@ def _draw_variant(study: Json, folder: Path, variant: str) -> Path:
         for axes, key in ((lower, "at_lower"), (upper, "at_upper")):
             if next(lines(runs[0], "train", "step"), {}).get(key) is not None:
                 _band(axes, smooth(curve(runs, "train", "step", key)), color, style, label)
-    loss.set(title="training loss (running mean)", yscale="log", xlabel="step")
+    means = [y for line in loss.lines for y in line.get_ydata() if y > 0]
+    if means:  # an interval may reach below 0
+        loss.set(yscale="log", ylim=(min(means) / 1.5, max(means) * 1.5))
+    loss.set(title="training loss (running mean)", xlabel="step")
     accuracy.set(title="validation accuracy", xlabel="step")
     lower.set(title="fraction of coordinates at the lower bound", xlabel="step", ylim=(-0.02, 1.02))
     upper.set(title="fraction of coordinates at the upper bound", xlabel="step", ylim=(-0.02, 1.02))

@@ -2,6 +2,7 @@
 
     seeds = [1, 2, 3, 4, 5]
     tuning_seeds = [101]                # none of `seeds`
+    compare_with = ["adam"]             # the optimizers that all others are compared with, seed by seed
 
     [base]                              # options as in recipes/, the same for all
     model = "resnet8"
@@ -20,7 +21,7 @@
     name = "without-batch-norm"
     batch_norm = false
 
-The first optimizer is the one that all others are compared with, seed by seed; of variants likewise.
+By default all are compared with the first optimizer. Of variants each is compared with the first.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study. The baseline of comparisons is the first contestant of each variant."""
+    """A study; `compare_with` are labels of optimizers."""
 
     name: str
     seeds: tuple[int, ...]
     tuning_seeds: tuple[int, ...]
+    compare_with: tuple[str, ...]
     contestants: tuple[Contestant, ...]
 
     @property
@@ -72,17 +74,22 @@ class Plan:
         return len(self.contestants[0].candidates)
 
     def comparisons(self) -> list[tuple[str, str]]:
-        """The pairs (contestant, what it is compared with): the variant's first optimizer, and the same
-        optimizer in the first variant."""
-        first = self.contestants[0]
-        pairs = []
-        for each in self.contestants:
-            for other in self.contestants:
-                same_variant = other.variant == each.variant and other.optimizer == first.optimizer
-                same_optimizer = other.optimizer == each.optimizer and other.variant == first.variant
-                if other != each and (same_variant or same_optimizer):
-                    pairs.append((each.name, other.name))
-        return pairs
+        """The pairs (contestant, what it is compared with): optimizers of `compare_with` in its variant, and
+        its own optimizer in the first variant."""
+        first = self.contestants[0].variant
+        pairs = [
+            (each.name, other.name)
+            for label in self.compare_with
+            for each in self.contestants
+            for other in self.contestants
+            if other != each and (other.optimizer, other.variant) == (label, each.variant)
+        ]
+        return pairs + [
+            (each.name, other.name)
+            for each in self.contestants
+            for other in self.contestants
+            if other != each and (other.optimizer, other.variant) == (each.optimizer, first)
+        ]
 
 
 def read(path: Path, given: Options) -> Plan:
@@ -107,7 +114,7 @@ def read(path: Path, given: Options) -> Plan:
 
 
 def _plan(name: str, table: dict[str, Any], given: Options) -> Plan:
-    unknown = table.keys() - {"seeds", "tuning_seeds", "base", "optimizers", "variants"}
+    unknown = table.keys() - {"seeds", "tuning_seeds", "compare_with", "base", "optimizers", "variants"}
     if unknown:
         raise UserError(f"{min(unknown)} is nothing that a study has")
     seeds, tuning_seeds = (_seeds(table, key) for key in ("seeds", "tuning_seeds"))
@@ -141,7 +148,11 @@ def _plan(name: str, table: dict[str, Any], given: Options) -> Plan:
         raise UserError("tuning_seeds: candidates are chosen between with seeds of their own; give some")
     if budget > 1 and not all(resolve(each.candidates[0]).val_fraction for each in contestants):
         raise UserError("val_fraction: candidates are chosen between on validation; it must be above 0")
-    return Plan(name, seeds, tuning_seeds if budget > 1 else (), tuple(contestants))
+    labels = [label for label, _ in optimizers]
+    compare_with = table.get("compare_with", labels[:1])
+    if not isinstance(compare_with, list) or not all(label in labels for label in compare_with):
+        raise UserError(f"compare_with: must be names of optimizers, not {compare_with!r}")
+    return Plan(name, seeds, tuning_seeds if budget > 1 else (), tuple(compare_with), tuple(contestants))
 
 
 def _seeds(table: dict[str, Any], key: str) -> tuple[int, ...]:

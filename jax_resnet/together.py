@@ -52,7 +52,8 @@ class Together:
 
     def stack(self, states: Sequence[State]) -> State:
         """One state whose arrays have a leading axis [S]."""
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        with self._main._precision():
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
     def step(self, stacked: State, parts: Sequence[Batch], step: int) -> tuple[State, Metrics]:
         """The step after `step` steps; as in `train`."""
@@ -62,16 +63,16 @@ class Together:
             stacked, metrics = self._step(stacked, batch, rates, self._mean, self._std)
         return stacked, {**metrics, "label": batch["label"]}
 
+    def one(self, stacked: Any, index: int) -> Any:
+        """Of a tree whose arrays have a leading axis [S], that of one engine."""
+        with self._main._precision():
+            return jax.tree.map(lambda array: array[index], stacked)
+
     def _one_step(
         self, state: State, batch: dict[str, jax.Array], lr: jax.Array, mean: jax.Array, std: jax.Array
     ) -> tuple[State, Metrics]:
         image = normalize(batch["image"], mean, std, self._main._dtype)
         return self._main._step(state, {**batch, "image": image}, lr)
-
-
-def one(stacked: Any, index: int) -> Any:
-    """Of a tree whose arrays have a leading axis [S], that of one seed."""
-    return jax.tree.map(lambda array: array[index], stacked)
 
 
 class Meeting:
@@ -107,11 +108,11 @@ class Meeting:
         """Take part in a step; `state` is None from the second on. Returns the member's metrics."""
         self._asked[index] = state, batch
         self._all_ready.wait()
-        return one(self._metrics, index)
+        return self._together.one(self._metrics, index)
 
     def state(self, index: int) -> State:
         """A member's state, as it is until its driver asks for the next step."""
-        return one(self._stacked, index)
+        return self._together.one(self._stacked, index)
 
     def _unite(self) -> None:
         self._together = Together([self._engines[i] for i in sorted(self._engines)])
@@ -120,7 +121,11 @@ class Meeting:
         """Done by one driver while the others wait."""
         states, batches = zip(*(self._asked[i] for i in sorted(self._asked)), strict=True)
         if states[0] is not None:
-            self._steps = int(states[0]["step"])
+            self._steps, *others = (int(state["step"]) for state in states)
+            if others != [self._steps] * len(others):
+                raise ValueError(
+                    f"states that train together must be at one step, not {self._steps}, {others}"
+                )
             self._stacked = self._together.stack(states)
         self._stacked, self._metrics = self._together.step(self._stacked, batches, self._steps)
         self._steps += 1

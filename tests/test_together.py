@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_resnet import Engine
-from jax_resnet.together import Meeting, Together, one
+from jax_resnet.together import Meeting, Together
 from tests.comparing import assert_all_close, assert_close
 from tests.test_loop import CLASSES, SHAPE, flat, make_batches, make_engine, train
 
@@ -45,18 +45,17 @@ def pictures(steps: int, seed: int) -> list[dict[str, Any]]:
 def test_five_seeds_together_equal_five_alone(precision: str, steps: int, tolerance: float) -> None:
     engines = make_engines(precision=precision)
     batches = [pictures(steps, seed) for seed in range(SEEDS)]
-    together, losses = Together(engines), []
-    stacked: Any = None
-    for stacked, metrics in together.train([e.init() for e in engines], zip(*batches, strict=True)):
-        losses.append(np.asarray(metrics["loss"]))
+    together = Together(engines)
+    taken = list(together.train([e.init() for e in engines], zip(*batches, strict=True)))
+    losses, stacked = np.array([metrics["loss"] for _, metrics in taken]), taken[-1][0]
     assert len(set(losses[0])) == SEEDS
     for index, engine in enumerate(engines):
         program = engine if index == 1 else engines[0]  # one compilation for all that have its constants
         state, alone = train(program, engine.init(), batches[index])
         expected = [float(each["loss"]) for each in alone]
-        assert_close(f"losses of seed {index}", np.array(losses)[:, index], expected, tolerance)
+        assert_close(f"losses of seed {index}", losses[:, index], expected, tolerance)
         if precision == "float64":
-            tree, wanted = engine.to_tree(one(stacked, index)), engine.to_tree(state)
+            tree, wanted = engine.to_tree(together.one(stacked, index)), engine.to_tree(state)
             assert_all_close("tree", flat(tree), flat(wanted), 1e-8)
 
 

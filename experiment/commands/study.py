@@ -5,6 +5,7 @@ Every run is an ordinary run folder; the same command again continues where it s
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ from pathlib import Path
 from experiment import rundir
 from experiment.commands.parser import Parser
 from experiment.config import FRAMEWORKS
+from experiment.engines import set_environment
 from experiment.errors import UserError
 from experiment.study import running
-from experiment.study.plan import Plan, read
+from experiment.study.plan import Plan, framework_of, read
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,6 +37,11 @@ def main(argv: Sequence[str]) -> int:
     add("--run-dir", metavar="DIR", type=Path, help="folder of the study (default: runs/study-NAME)")
     add("--framework", choices=FRAMEWORKS, help="engine that trains (default: the file's)")
     add("--data-dir", metavar="DIR", help="where TFDS keeps its data (default: TFDS' own)")
+    add(
+        "--vmap",
+        action=argparse.BooleanOptionalAction,
+        help="JAX: all seeds in one program (default: on a GPU; on a CPU separate runs)",
+    )
     add("--report-only", action="store_true", help="train nothing; tables of the runs that there are")
     options = parser.parse_args(argv)
     given = {"framework": options.framework, "data_dir": options.data_dir}
@@ -46,10 +53,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             f"--run-dir: there is no {folder}; name the study's folder, or leave --report-only out"
         )
+    if options.vmap and framework_of(plan) != "jax":
+        raise UserError("--vmap: needs --framework jax; add it, or leave the flag out")
     status = 0
     if not options.report_only:
+        together = _on_gpu(plan) if options.vmap is None else options.vmap
         try:
-            _carry_out(plan, folder)
+            _carry_out(plan, folder, together=together)
         except running.StudyStoppedError as stopped:
             print(f"{stopped}\nthe same command continues", file=sys.stderr)
             status = stopped.status
@@ -58,36 +68,60 @@ def main(argv: Sequence[str]) -> int:
     return status
 
 
-def _carry_out(plan: Plan, folder: Path) -> None:
-    """Tuning, then seed by seed all contestants, so that a study that was stopped half way is balanced."""
-    import train
+def _on_gpu(plan: Plan) -> bool:
+    """Whether JAX trains, and on a GPU: there seeds together take little more time than one."""
+    if framework_of(plan) != "jax":
+        return False
+    set_environment("jax", deterministic=False)
+    import jax
 
-    tuning = running.tuning_runs(plan, folder)
-    total = len(tuning) + len(plan.seeds) * len(plan.contestants)
+    return jax.default_backend() == "gpu"
+
+
+def _carry_out(plan: Plan, folder: Path, *, together: bool) -> None:
+    """Tuning, then seed by seed all contestants, so that a study that was stopped half way is balanced; with
+    `together` contestant by contestant all seeds."""
+    settings = [
+        running.candidate(plan, folder, each, k)
+        for each in plan.contestants
+        for k in range(plan.budget)
+        if plan.tuning_seeds
+    ]
+    total = sum(map(len, settings)) + len(plan.seeds) * len(plan.contestants)
     print(
         f"{plan.name}: {len(plan.contestants)} contestants, {plan.budget} settings each with "
         f"{len(plan.tuning_seeds)} tuning seeds, {len(plan.seeds)} seeds: {total} runs in {folder}",
         flush=True,
     )
-    for index, run in enumerate(tuning):
-        _make(run, train.start, f"{index + 1}/{total}")
+    done = 0
+    for runs in settings:
+        done = _make(runs, done, total, together=together)
     chosen = {each.name: running.choose(plan, folder, each) for each in plan.contestants}
-    columns = [running.final_runs(plan, folder, each, chosen[each.name]) for each in plan.contestants]
-    runs = [run for same_seed in zip(*columns, strict=True) for run in same_seed]
-    for index, run in enumerate(runs, len(tuning)):
-        _make(run, train.start, f"{index + 1}/{total}")
+    groups = [running.final_runs(plan, folder, each, chosen[each.name]) for each in plan.contestants]
+    for runs in groups if together else zip(*groups, strict=True):
+        done = _make(runs, done, total, together=together)
 
 
-def _make(run: running.Run, start: running.Start, count: str) -> None:
-    if running.is_done(run):
-        return
+def _make(runs: Sequence[running.Run], done: int, total: int, *, together: bool) -> int:
+    """Carry out those runs that have not ended; returns how many of the study have ended then."""
+    import train
+
     begun = time.monotonic()
-    running.carry_out(run, start)
-    outcome = "diverged"
-    if not running.has_diverged(run.folder):
-        test = rundir.read_json(run.folder / "summary.json")["test"]
-        outcome = f"test accuracy {test['accuracy']:.4f}, loss {test['loss']:.4f}"
-    print(f"{count} {run.label}: {outcome} ({time.monotonic() - begun:.0f} s)", flush=True)
+    waiting = [run for run in runs if not running.is_done(run)]
+    if together and running.can_go_together(waiting):
+        running.carry_out_together(waiting, train.start)
+    for run in waiting:
+        if not running.is_done(run):
+            running.carry_out(run, train.start)
+        if running.has_diverged(run.folder):
+            outcome = "diverged"
+        else:
+            test = rundir.read_json(run.folder / "summary.json")["test"]
+            outcome = f"test accuracy {test['accuracy']:.4f}, loss {test['loss']:.4f}"
+        place = done + runs.index(run) + 1
+        print(f"{place}/{total} {run.label}: {outcome} ({time.monotonic() - begun:.0f} s)", flush=True)
+        begun = time.monotonic()
+    return done + len(runs)
 
 
 def _report(plan: Plan, folder: Path, argv: Sequence[str]) -> None:

@@ -11,17 +11,21 @@ import gc
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import BrokenBarrierError, Thread
 from typing import Any
 
 from experiment import rundir
+from experiment.checkpoint import Checkpoints
 from experiment.config import flags, resolve
+from experiment.engines import load_module
 from experiment.errors import UserError
 from experiment.study.plan import Contestant, Options, Plan
 
-Start = Callable[[Options, list[str]], int]
+Start = Callable[..., int]  # train.start
 NOT_FINITE = "was not finite at step"  # what `training.Trainer` says of a run that has diverged
 
 
@@ -42,14 +46,8 @@ class Run:
     label: str
 
 
-def tuning_runs(plan: Plan, folder: Path) -> list[Run]:
-    """What is run to choose settings; none where each contestant has one."""
-    settings = ((each, k) for each in plan.contestants for k in range(plan.budget))
-    return [run for each, k in settings for run in candidate(plan, folder, each, k)]
-
-
 def candidate(plan: Plan, folder: Path, contestant: Contestant, k: int) -> list[Run]:
-    """The tuning runs of one setting, one for each tuning seed."""
+    """The tuning runs of setting number `k`, one for each tuning seed."""
     where = folder / "tuning" / contestant.name / f"candidate-{k + 1}"
     return [_run(where, contestant, k, seed) for seed in plan.tuning_seeds]
 
@@ -138,12 +136,67 @@ def carry_out(run: Run, start: Start) -> None:
 
     Raises StudyStoppedError if it was interrupted, or failed in another way than by diverging.
     """
+    with _quiet():
+        status = _begin(run, start)
+    gc.collect()  # the engine's processes and memory end with it
+    if status and not has_diverged(run.folder):
+        raise StudyStoppedError(f"{run.label}: {_last_words(run.folder).partition(' ')[2]}", status)
+
+
+def can_go_together(runs: Sequence[Run]) -> bool:
+    """Whether runs of one contestant can train in one program: they stand at the same step, and none may end
+    before the others."""
+    steps = {max(Checkpoints(run.folder / "checkpoints", 1).steps(), default=0) for run in runs}
+    return len(runs) > 1 and len(steps) == 1 and "early_stopping_patience" not in runs[0].options
+
+
+def carry_out_together(runs: Sequence[Run], start: Start) -> None:
+    """Make or continue runs that differ in the seed alone, in one program of JAX's.
+
+    When one of them ends before its last step all stop: they can be continued one by one.
+    Raises what one of them raised, and StudyStoppedError at Ctrl-C.
+    """
+    meeting = load_module("jax", "together").Meeting(len(runs))
+    errors: list[Exception] = []
+
+    def drive(index: int, run: Run) -> None:
+        status = 1
+        try:
+            status = _begin(run, start, partial(meeting.join, index))
+        except BrokenBarrierError:
+            pass
+        except Exception as error:
+            errors.append(error)
+        finally:
+            if status:
+                meeting.leave()
+
+    threads = [Thread(target=drive, args=each) for each in enumerate(runs)]
+    with _quiet():
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:
+            meeting.leave()
+            for thread in threads:
+                thread.join()
+            raise StudyStoppedError("interrupted; every run is whole at its last checkpoint", 130) from None
+    gc.collect()
+    if errors:
+        raise errors[0]
+
+
+def _begin(run: Run, start: Start, *join: Any) -> int:
     options = dict(run.options)
     if (run.folder / "config.json").exists():
         options["resume"] = True
     (run.folder / "summary.json").unlink(missing_ok=True)  # of a shorter run
+    return start(options, flags(options), *join)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        status = start(options, flags(options))
-    gc.collect()  # the engine's processes and memory end with it
-    if status and not has_diverged(run.folder):
-        raise StudyStoppedError(f"{run.label}: {_last_words(run.folder).partition(' ')[2]}", status)
+        yield

@@ -64,7 +64,11 @@ def main(argv: Sequence[str]) -> int:
             print(f"{stopped}\nthe same command continues", file=sys.stderr)
             status = stopped.status
     if folder.is_dir():
-        _report(plan, folder, argv)
+        command = [str(options.file)]
+        command += [f"--framework {options.framework}"] if options.framework else []
+        command += ["--vmap"] if options.vmap else []
+        command += ["--data-dir DIR"] if options.data_dir else []
+        _report(plan, folder, command)
     return status
 
 
@@ -124,10 +128,10 @@ def _make(runs: Sequence[running.Run], done: int, total: int, *, together: bool)
     return done + len(runs)
 
 
-def _report(plan: Plan, folder: Path, argv: Sequence[str]) -> None:
+def _report(plan: Plan, folder: Path, command: Sequence[str]) -> None:
     from experiment.study import curves, results, tables
 
-    study = results.collect(plan, folder, argv)
+    study = results.collect(plan, folder, command)
     rundir.write_json(folder / "study.json", study)
     study = rundir.read_json(folder / "study.json")  # as anyone else reads it
     text = tables.markdown(study)

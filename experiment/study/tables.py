@@ -117,33 +117,36 @@ def _percent(accuracies: Sequence[float]) -> str:
 
 def markdown(study: Json) -> str:
     """The tables in Markdown."""
-    parts = [f"# Study: {study['name']}", _head(study)]
-    for table in tables(study):
-        head = [table.columns, ["---"] * len(table.columns)]
-        rows = [" | ".join(cell.replace("|", r"\|") for cell in row) for row in [*head, *table.rows]]
-        parts += [f"## {table.title}", table.text, "\n".join(f"| {row} |" for row in rows)]
+    parts = [f"# Study: {study['name']}", head(study), *(in_markdown(table, "##") for table in tables(study))]
     return "\n\n".join(parts) + "\n"
+
+
+def in_markdown(table: Table, level: str) -> str:
+    """One table under its heading, whose signs are `level`."""
+    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
+    lines = (" | ".join(cell.replace("|", r"\|") for cell in row) for row in rows)
+    return f"{level} {table.title}\n\n{table.text}\n\n" + "\n".join(f"| {line} |" for line in lines)
 
 
 def page(study: Json, pictures: Sequence[Path]) -> str:
     """The tables, and PNG files, as one HTML file."""
     title = html.escape(f"Study: {study['name']}")
-    parts = [f"<h1>{title}</h1>", f"<p>{html.escape(_head(study))}</p>"]
+    parts = [f"<h1>{title}</h1>", f"<p>{html.escape(head(study))}</p>"]
     for table in tables(study):
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
+        names = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
         rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table.rows]
-        body = "".join(f"<tr>{row}</tr>" for row in [head, *rows])
+        body = "".join(f"<tr>{row}</tr>" for row in [names, *rows])
         parts += [f"<h2>{html.escape(table.title)}</h2>", f"<p>{html.escape(table.text)}</p>"]
         parts.append(f"<div><table>{body}</table></div>")
     for path in pictures:
         data = base64.b64encode(path.read_bytes()).decode()
         parts.append(f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>')
     viewport = '<meta name="viewport" content="width=device-width">'
-    head = f'<meta charset="utf-8">{viewport}<title>{title}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    meta = f'<meta charset="utf-8">{viewport}<title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{meta}</head><body>{"".join(parts)}</body></html>\n'
 
 
-def _head(study: Json) -> str:
+def head(study: Json) -> str:
     """The command, and what the runs were made with."""
     found = study["made_with"]
     devices = "; ".join(sorted({f"{each['device']}, {each['cpu_count']} cores" for each in found}))

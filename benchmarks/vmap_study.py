@@ -2,8 +2,8 @@
 
 python -m benchmarks.vmap_study --model resnet8 --seeds 5 --batch-size 32 --rounds 9
 
-A step of all seeds, the contestants in turns, medians. Compilation is told beside it: a study compiles anew for
-each optimizer, and for each seed of separate runs, whose statistics of the data are constants of the program.
+A step of all seeds, the contestants in turns, medians. The first step shows what compilation takes: separate
+runs compile for each seed, whose statistics of the data are constants of the program.
 """
 
 from __future__ import annotations
@@ -75,9 +75,8 @@ def main() -> None:
             step()
             seconds[name].append(time.perf_counter() - begun)
     medians = {name: statistics.median(each[1:]) for name, each in seconds.items()}
-    print(
-        f"{args.model}, {args.seeds} seeds, batch {args.batch_size} of 32x32x1, {jax.devices()[0].device_kind}"
-    )
+    device = jax.devices()[0].device_kind
+    print(f"{args.model}, {args.seeds} seeds, batch {args.batch_size} of 32x32x1, {device}")
     for name, median in medians.items():
         print(f"{name}: {median:.3f} s for a step of all seeds, first step {seconds[name][0]:.1f} s")
     print(f"together / separate: {medians['together'] / medians['separate']:.2f}")

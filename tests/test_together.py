@@ -19,10 +19,10 @@ SEEDS = 5
 FLOAT64, FLOAT32 = 1e-10, 1e-5
 
 
-def make_engines(count: int = SEEDS, **options: Any) -> list[Engine]:
+def make_engines(count: int = SEEDS, model: str = "cnn", **options: Any) -> list[Engine]:
     """Each with a seed of its own, and the second with another mean of the data, as each has in a study."""
     return [
-        make_engine("resnet18", "adabound", seed=seed, mean=(0.45 if seed == 1 else 0.5, 0.4, 0.3), **options)
+        make_engine(model, "adabound", seed=seed, mean=(0.45 if seed == 1 else 0.5, 0.4, 0.3), **options)
         for seed in range(count)
     ]
 
@@ -40,10 +40,17 @@ def pictures(steps: int, seed: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("precision", "steps", "tolerance"), [("float64", 20, FLOAT64), ("float32", 3, FLOAT32)]
+    ("model", "precision", "steps", "tolerance"),
+    [
+        ("resnet18", "float64", 20, FLOAT64),
+        ("cnn", "float32", 3, FLOAT32),
+        pytest.param("resnet18", "float32", 3, FLOAT32, marks=pytest.mark.slow),
+    ],
 )
-def test_five_seeds_together_equal_five_alone(precision: str, steps: int, tolerance: float) -> None:
-    engines = make_engines(precision=precision)
+def test_five_seeds_together_equal_five_alone(
+    model: str, precision: str, steps: int, tolerance: float
+) -> None:
+    engines = make_engines(model=model, precision=precision)
     batches = [pictures(steps, seed) for seed in range(SEEDS)]
     together = Together(engines)
     taken = list(together.train([e.init() for e in engines], zip(*batches, strict=True)))

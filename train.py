@@ -18,7 +18,7 @@ import dataclasses
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,18 +37,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what we report in a line
     try:
-        given = parse(argv)
-        stored = None
-        if given.get("resume") and given.get("run_dir"):
-            stored = rundir.read_record(Path(given["run_dir"]))
-        if stored is None:  # a resumed run has its options, whatever has become of the recipe
-            given = with_recipe(given)
-        config = resolve(given, stored and stored["config"])
-        if config.run_dir is not None and not config.resume:
-            rundir.check_fresh(Path(config.run_dir))
-        return run(config, stored, given, list(sys.argv[1:] if argv is None else argv))
+        return start(parse(argv), list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
@@ -60,7 +50,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], argv: list[str]) -> int:
+def start(
+    given: dict[str, Any], argv: list[str], join: Callable[[Engine], Engine] = lambda engine: engine
+) -> int:
+    """Begin or resume the run of the options that were given; returns the exit status. Raises UserError.
+
+    Args:
+        given: {field of Config: value}, as `experiment.config.parse` makes them of flags.
+        argv: those flags, for config.json.
+        join: gives the engine to use in place of the run's own, for runs that train together.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what we report in a line
+    stored = None
+    if given.get("resume") and given.get("run_dir"):
+        stored = rundir.read_record(Path(given["run_dir"]))
+    if stored is None:  # a resumed run has its options, whatever has become of the recipe
+        given = with_recipe(given)
+    config = resolve(given, stored and stored["config"])
+    if config.run_dir is not None and not config.resume:
+        rundir.check_fresh(Path(config.run_dir))
+    return run(config, stored, given, argv, join)
+
+
+def run(
+    config: Config,
+    stored: dict[str, Any] | None,
+    given: dict[str, Any],
+    argv: list[str],
+    join: Callable[[Engine], Engine],
+) -> int:
     """Train or resume by a checked config; what can be refused is refused before the disk is touched."""
     set_environment(config.framework, deterministic=config.deterministic)
     from experiment import data as data_module
@@ -71,7 +89,7 @@ def run(config: Config, stored: dict[str, Any] | None, given: dict[str, Any], ar
     data = data_module.load(config.dataset, **config.data_options())
     resolved = resolve_lengths(config, data, stored, given)
     validations: list[tuple[int, float]] = []  # what a plateau is seen in
-    engine = make_engine(config, data, resolved, validations)
+    engine = join(make_engine(config, data, resolved, validations))
     said: list[str] = []
     tree = initial_tree(engine, config, resolved, said.append) if stored is None else None
     run_dir = rundir.create(

@@ -17,9 +17,9 @@ from experiment.errors import UserError
 FRAMEWORKS = ("jax", "numpy")
 MODELS = (
     *("resnet101", "resnet18", "resnet34", "resnet50", "resnet152"),
-    *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "cnn"),
+    *("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "cnn"),
 )
-OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "amsgrad", "adamw", "sgd")
+OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "sgdbound", "amsgrad", "adamw", "sgd")
 SCHEDULES = ("cosine", "constant", "multistep", "plateau")
 PRECISIONS = ("float32", "bfloat16", "float64")
 AUGMENTATIONS = ("none", "crop-flip", "crop-flip-pca", "autoaugment", "autoaugment-cifar10")
@@ -382,6 +382,18 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The flags that were given, as {name of the field: value}. Raises UserError."""
     given = vars(make_parser().parse_args(argv))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """The inverse of `parse`: the flags that give these options, None left out."""
+    words: list[str] = []
+    for field in dataclasses.fields(Config):
+        value = options.get(field.name)
+        if isinstance(field.default, bool):
+            words += [flag_of(field)] if value is not None and value != field.default else []
+        elif value is not None and value != ():
+            words += [flag_of(field), *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
 def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Config:

@@ -19,7 +19,8 @@ IMAGENET = {  # name: (has bottlenecks, blocks of each stage)
     "resnet101": (True, (3, 4, 23, 3)),
     "resnet152": (True, (3, 8, 36, 3)),
 }
-CIFAR = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}  # blocks of each stage
+# Blocks of each stage.
+CIFAR = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,22 @@ def _load(name: str) -> dict[str, Any]:
         options = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--recipe: {path} cannot be read ({error}); restore the file") from None
+    try:
+        return checked(options)
+    except UserError as error:
+        raise UserError(f"--recipe: {path}: {error}; mend the file, or choose another") from None
+
+
+def checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as TOML has them, lists made tuples. Raises UserError for an unknown or misshapen one.
+
+    Ranges are for `Config.check`.
+    """
     hints = typing.get_type_hints(Config)
     known = {field.name for field in dataclasses.fields(Config)} - OWN
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     for key, value in options.items():
         if key not in known or not fits(value, hints[key]):
             problem = f"{key} cannot be {value!r}" if key in known else f"{key} is no option of a recipe"
-            raise UserError(f"--recipe: {path}: {problem}; mend the file, or choose another")
+            raise UserError(problem)
     return options

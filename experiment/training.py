@@ -32,6 +32,9 @@ from experiment.metrics import Metrics
 from experiment.schedules import has_converged
 from experiment.transfer import count_parameters
 
+# What an engine tells of a step beside loss and logits; the last four of AdaBound and its kin alone.
+STEP_NUMBERS = ("grad_norm", "update_norm", "lower_bound", "upper_bound", "at_lower", "at_upper")
+
 
 class RunFailedError(Exception):
     """The run cannot go on; one line says why and what is safe. Exit status 1."""
@@ -220,9 +223,9 @@ class Trainer:
             batch.update(logits, label, loss)
             self.epoch_metrics.update(logits, label, loss)
             line = self._line("train", "step", step)
-            norms = {name: float(metrics[name]) for name in ("grad_norm", "update_norm")}
+            numbers = {name: float(metrics[name]) for name in STEP_NUMBERS if name in metrics}
             self.history.append(
-                {**line, **batch.compute(), "lr": self.engine.learning_rate(step - 1), **norms}
+                {**line, **batch.compute(), "lr": self.engine.learning_rate(step - 1), **numbers}
             )
             if step % self.steps_per_epoch == 0:
                 self.history.append({**self._line("train", "epoch", step), **self.epoch_metrics.compute()})

@@ -11,6 +11,8 @@ from jax_resnet.adabound import (
     amsbound,
     scale_by_adabound,
     scale_by_amsbound,
+    scale_by_sgdbound,
+    sgdbound,
 )
 from jax_resnet.loop import Engine
 from jax_resnet.optimizers import make_optimizer
@@ -21,6 +23,7 @@ from jax_resnet.resnet import (
     Bottleneck,
     ResNet,
     cnn,
+    resnet8,
     resnet18,
     resnet20,
     resnet32,
@@ -51,6 +54,7 @@ __all__ = [
     "load_state_dict",
     "make_optimizer",
     "parameter_count",
+    "resnet8",
     "resnet18",
     "resnet20",
     "resnet32",
@@ -65,5 +69,7 @@ __all__ = [
     "resnet_imagenet",
     "scale_by_adabound",
     "scale_by_amsbound",
+    "scale_by_sgdbound",
+    "sgdbound",
     "state_dict",
 ]

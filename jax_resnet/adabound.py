@@ -1,5 +1,7 @@
 """AdaBound, AMSBound and AdaBoundW: Adam whose step sizes are clipped between bounds that close on SGD's.
 
+And their control, SGDBound: a momentum SGD whose one rate is clipped between the same bounds.
+
 Implementation of "Adaptive Gradient Methods with Dynamic Bound of Learning Rate"
 (https://arxiv.org/abs/1902.09843) by Liangchen Luo, Yuanhao Xiong, Yan Liu and Xu Sun, ICLR 2019.
 The authors' code: https://github.com/Luolc/AdaBound
@@ -54,6 +56,13 @@ class ScaleByAmsBoundState(NamedTuple):
     mu: optax.Updates
     nu: optax.Updates
     nu_max: optax.Updates
+
+
+class ScaleBySgdBoundState(NamedTuple):
+    """State of SGDBound: AdaBound's `count` and `mu`."""
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
+    mu: optax.Updates
 
 
 def check_hyperparameters(**values: Any) -> None:
@@ -117,6 +126,16 @@ def adabound_bounds(
     return ratio * (x / (x + 1)), ratio * (1 + 1 / x)
 
 
+def unclipped_size(nu: jax.Array, count: jax.Array, b1: Scalar, b2: Scalar, eps: Scalar) -> jax.Array:
+    """Adam's step size of every coordinate in units of the learning rate, which the bounds then clip.
+
+    sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(nu_t) + eps), of the second moment or its maximum, in its shape.
+    """
+    correction = jnp.sqrt(one_minus_power(b2, count)) / one_minus_power(b1, count)
+    # eps stands beside the *uncorrected* root, so this is not optax.scale_by_adam and a clip
+    return correction.astype(nu.dtype) / (jnp.sqrt(nu) + eps)
+
+
 def _clipped_step(
     ratio: Scalar, b1: Scalar, b2: Scalar, gamma: Scalar, eps: Scalar
 ) -> Callable[[optax.Updates, optax.Updates, optax.Updates, jax.Array], optax.Updates]:
@@ -124,12 +143,10 @@ def _clipped_step(
     check_hyperparameters(ratio=ratio, b1=b1, b2=b2, gamma=gamma, eps=eps)
 
     def step(grads: optax.Updates, mu: optax.Updates, nu: optax.Updates, count: jax.Array) -> optax.Updates:
-        correction = jnp.sqrt(one_minus_power(b2, count)) / one_minus_power(b1, count)
         lower, upper = adabound_bounds(count, ratio, gamma)
 
         def leaf(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-            # eps stands beside the *uncorrected* root, so this is not optax.scale_by_adam and a clip
-            size = correction.astype(v.dtype) / (jnp.sqrt(v) + eps)
+            size = unclipped_size(v, count, b1, b2, eps)
             return (jnp.clip(size, lower.astype(v.dtype), upper.astype(v.dtype)) * m).astype(g.dtype)
 
         return jax.tree.map(leaf, grads, mu, nu)
@@ -208,7 +225,29 @@ def scale_by_amsbound(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _ratio(learning_rate: optax.ScalarOrSchedule, final_lr: Scalar, base_lr: Scalar | None) -> Scalar:
+def scale_by_sgdbound(
+    ratio: Scalar = 100.0, b1: Scalar = 0.9, gamma: Scalar = 1e-3
+) -> optax.GradientTransformation:
+    """Rescale updates according to SGDBound; see :func:`sgdbound`, and :func:`scale_by_adabound`."""
+    check_hyperparameters(ratio=ratio, b1=b1, gamma=gamma)
+
+    def init_fn(params: optax.Params) -> ScaleBySgdBoundState:
+        return ScaleBySgdBoundState(jnp.zeros([], jnp.int32), zero_moments(params))
+
+    def update_fn(
+        updates: optax.Updates, state: ScaleBySgdBoundState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleBySgdBoundState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(optax.tree.cast_like(updates, state.mu), state.mu, b1, 1)
+        size = jnp.clip(1.0, *adabound_bounds(count, ratio, gamma))
+        scaled = jax.tree.map(lambda g, m: (size.astype(m.dtype) * m).astype(g.dtype), updates, mu)
+        return scaled, ScaleBySgdBoundState(count, mu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def bound_ratio(learning_rate: optax.ScalarOrSchedule, final_lr: Scalar, base_lr: Scalar | None) -> Scalar:
     """final_lr / base_lr, where base_lr is the learning rate itself only if that is a Python number."""
     check_hyperparameters(learning_rate=learning_rate, final_lr=final_lr)
     if base_lr is None:
@@ -275,7 +314,7 @@ def adabound(
     check_hyperparameters(weight_decay=weight_decay)
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
-        scale_by_adabound(_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps),
+        scale_by_adabound(bound_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -299,7 +338,7 @@ def amsbound(
     check_hyperparameters(weight_decay=weight_decay)
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
-        scale_by_amsbound(_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps),
+        scale_by_amsbound(bound_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -330,7 +369,37 @@ def adaboundw(
     """
     check_hyperparameters(weight_decay=weight_decay)
     return optax.chain(
-        scale_by_adabound(_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps),
+        scale_by_adabound(bound_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps),
         optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def sgdbound(
+    learning_rate: optax.ScalarOrSchedule,
+    final_lr: Scalar = 0.1,
+    *,
+    base_lr: Scalar | None = None,
+    b1: Scalar = 0.9,
+    gamma: Scalar = 1e-3,
+    weight_decay: Scalar = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SGDBound: :func:`adabound` without the second moment, the control that shows what adaptivity adds.
+
+    One step size for all coordinates, clipped to AdaBound's bounds:
+
+    $$ \theta_t = \theta_{t-1} - \operatorname{clip}(\alpha_t, \text{lower}_t, \text{upper}_t) \, m_t $$
+
+    With the defaults the lower bound passes the learning rate at the eleventh step, and from there on this is
+    momentum SGD whose rate is the lower bound. Arguments and errors are those of :func:`adabound`.
+
+    References:
+        Savarese, `On the Convergence of AdaBound and its Connection to SGD
+        <https://arxiv.org/abs/1908.04457>`_, 2019, whose idea this follows
+    """
+    check_hyperparameters(weight_decay=weight_decay)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        scale_by_sgdbound(bound_ratio(learning_rate, final_lr, base_lr), b1, gamma),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -17,10 +17,11 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from jax_resnet import resnet
 from jax_resnet.layers import parameter_dtype
-from jax_resnet.optimizers import make_optimizer, state_from_dict, state_to_dict
+from jax_resnet.optimizers import bound_metrics, make_optimizer, state_from_dict, state_to_dict
 from jax_resnet.state_dict import apply, from_torch_layout, split, to_torch_layout
 
 Batch = Mapping[str, np.ndarray]
@@ -190,10 +191,7 @@ class Engine:
         return jax.device_put(dict(batch), self._sharded)
 
     def _normalize(self, image: jax.Array) -> jax.Array:
-        if image.dtype != jnp.uint8:
-            return image.astype(self._dtype)
-        mean, std = (jnp.asarray(a, self._dtype) for a in (self._mean, self._std))
-        return (image.astype(self._dtype) / 255 - mean) / std
+        return normalize(image, self._mean, self._std, self._dtype)
 
     def _logits(
         self, params: Mapping[str, jax.Array], stats: Mapping[str, jax.Array], image: jax.Array
@@ -223,6 +221,7 @@ class Engine:
             "logits": logits,
             "grad_norm": grad_norm,
             "update_norm": optax.tree.norm(updates),
+            **bound_metrics(self._optimizer, optimizer, lr, **self._optimizer_options),
         }
         return new_state, metrics
 
@@ -263,6 +262,13 @@ class Engine:
         (sums, stats), logits = jax.lax.scan(add, start, parts)
         loss, grads = jax.tree.map(lambda total: total / k, sums)
         return loss, jnp.moveaxis(logits, 0, 1).reshape(-1, logits.shape[-1]), grads, stats
+
+
+def normalize(image: jax.Array, mean: ArrayLike, std: ArrayLike, dtype: Any) -> jax.Array:
+    """Pictures [N, H, W, C] of type uint8 as (x / 255 - mean) / std, per channel; others as they are."""
+    if image.dtype != jnp.uint8:
+        return image.astype(dtype)
+    return (image.astype(dtype) / 255 - jnp.asarray(mean, dtype)) / jnp.asarray(std, dtype)
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:

@@ -17,15 +17,20 @@ import optax
 from jax_resnet.adabound import (
     Scalar,
     adabound,
+    adabound_bounds,
     adaboundw,
     amsbound,
+    bound_ratio,
     check_hyperparameters,
     one_minus_power,
+    sgdbound,
+    unclipped_size,
     update_moments,
     zero_moments,
 )
 
-OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "amsgrad", "adamw", "sgd")
+OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "sgdbound", "amsgrad", "adamw", "sgd")
+BOUNDED = ("adabound", "amsbound", "adaboundw", "sgdbound")
 
 
 class ScaleByAmsgradState(NamedTuple):
@@ -113,13 +118,13 @@ def make_optimizer(
     Args:
         name: one of `OPTIMIZERS`.
         learning_rate: a number or a scalar array, of this step; a schedule is evaluated by the caller.
-        base_lr: adabound, amsbound, adaboundw: the rate that `final_lr` goes with, usually the schedule's
+        base_lr: the four of `BOUNDED`: the rate that `final_lr` goes with, usually the schedule's
             peak. Required unless `learning_rate` is a Python number.
-        final_lr: the same three: SGD's step size, which the bounds converge to.
-        gamma: the same three: how fast the bounds converge, per step.
+        final_lr: the same four: SGD's step size, which the bounds converge to.
+        gamma: the same four: how fast the bounds converge, per step.
         b1: all but sgd: decay rate, per step, of the exponential average of the gradients.
-        b2: all but sgd: the same of the squared gradients.
-        eps: all but sgd: added to the root of the second moment; in units of the gradient.
+        b2: all but sgd and sgdbound: the same of the squared gradients.
+        eps: all but sgd and sgdbound: added to the root of the second moment; in units of the gradient.
         momentum: sgd: the factor, per step, of the sum of past gradients, as in `torch.optim.SGD`.
         weight_decay: for the names that end in w, decoupled from the gradient and scaled by the learning
             rate; for the others, L2: added to the gradient. Of all parameters, as in PyTorch. The default,
@@ -155,6 +160,8 @@ def make_optimizer(
             return amsbound(learning_rate, **bound)
         case "adaboundw":
             return adaboundw(learning_rate, **bound)
+        case "sgdbound":
+            return sgdbound(learning_rate, **{k: v for k, v in bound.items() if k not in ("b2", "eps")})
         case "amsgrad":
             return optax.chain(l2, scale_by_amsgrad(**adam), optax.scale_by_learning_rate(learning_rate))
         case "adamw":
@@ -162,6 +169,49 @@ def make_optimizer(
         case "sgd":
             return optax.chain(l2, optax.sgd(learning_rate, momentum))
     raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
+
+
+def bound_metrics(
+    name: str,
+    opt_state: optax.OptState,
+    learning_rate: Scalar,
+    *,
+    base_lr: Scalar | None = None,
+    final_lr: Scalar = 0.1,
+    gamma: Scalar = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    **others: Scalar | None,
+) -> dict[str, jax.Array]:
+    """The bounds of the step just made, and how much they held; nothing for an optimizer that has none.
+
+    Args:
+        name, learning_rate, base_lr, ...: the arguments of `make_optimizer`.
+        opt_state: the optimizer's state after the step, of flat parameters {name: array}.
+
+    Returns:
+        Scalars: `lower_bound` and `upper_bound` of the step size, `at_lower` and `at_upper`, the fractions of
+        all coordinates that were clipped to each. Inside a jitted step, what the update itself needs is
+        computed once.
+    """
+    del others
+    if name not in BOUNDED:
+        return {}
+    fields = state_to_dict(opt_state)
+    count = fields["count"]
+    lower, upper = adabound_bounds(count, bound_ratio(learning_rate, final_lr, base_lr), gamma)
+    sizes = [jnp.ones(())]  # sgdbound: one for all
+    if "nu" in fields:
+        second = fields.get("nu_max", fields["nu"])
+        sizes = [unclipped_size(nu, count, b1, b2, eps) for nu in jax.tree.leaves(second)]
+    total = sum(size.size for size in sizes)
+    held = {
+        "at_lower": sum(jnp.sum(size < lower.astype(size.dtype)) for size in sizes),
+        "at_upper": sum(jnp.sum(size > upper.astype(size.dtype)) for size in sizes),
+    }
+    bounds = {"lower_bound": learning_rate * lower, "upper_bound": learning_rate * upper}
+    return {**bounds, **{key: jnp.asarray(n, lower.dtype) / total for key, n in held.items()}}
 
 
 def _fields(opt_state: optax.OptState) -> Iterator[tuple[str, Any]]:

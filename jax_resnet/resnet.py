@@ -345,6 +345,7 @@ resnet34 = partial(resnet_imagenet, BasicBlock, (3, 4, 6, 3))
 resnet50 = partial(resnet_imagenet, Bottleneck, (3, 4, 6, 3))
 resnet101 = partial(resnet_imagenet, Bottleneck, (3, 4, 23, 3))
 resnet152 = partial(resnet_imagenet, Bottleneck, (3, 8, 36, 3))
+resnet8 = partial(resnet_cifar, 1)
 resnet20 = partial(resnet_cifar, 3)
 resnet32 = partial(resnet_cifar, 5)
 resnet44 = partial(resnet_cifar, 7)
@@ -357,6 +358,7 @@ MODELS: dict[str, Callable[..., Any]] = {
     "resnet34": resnet34,
     "resnet50": resnet50,
     "resnet152": resnet152,
+    "resnet8": resnet8,
     "resnet20": resnet20,
     "resnet32": resnet32,
     "resnet44": resnet44,

@@ -1,6 +1,6 @@
 """ResNets, their optimizers and the loop that trains them, in plain NumPy."""
 
-from numpy_ref.adabound import AdaBound, AdaBoundW, AMSBound, adabound_bounds
+from numpy_ref.adabound import AdaBound, AdaBoundW, AMSBound, SGDBound, adabound_bounds
 from numpy_ref.layers import Parameter, cross_entropy, no_grad
 from numpy_ref.loop import Engine
 from numpy_ref.optimizers import OPTIMIZERS, SGD, Adam, AdamW, AMSGrad, make_optimizer
@@ -11,6 +11,7 @@ from numpy_ref.resnet import (
     Bottleneck,
     ResNet,
     cnn,
+    resnet8,
     resnet18,
     resnet20,
     resnet32,
@@ -42,6 +43,7 @@ __all__ = [
     "Engine",
     "Parameter",
     "ResNet",
+    "SGDBound",
     "adabound_bounds",
     "cnn",
     "cross_entropy",
@@ -49,6 +51,7 @@ __all__ = [
     "make_optimizer",
     "no_grad",
     "parameter_count",
+    "resnet8",
     "resnet18",
     "resnet20",
     "resnet32",

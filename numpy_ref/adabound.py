@@ -1,5 +1,7 @@
 """AdaBound, AMSBound and AdaBoundW: Adam whose step sizes are clipped to an interval that closes on SGD's.
 
+And their control, SGDBound: a momentum SGD whose one rate is clipped to the same interval.
+
 Luo, Xiong, Liu, Sun 2019, "Adaptive Gradient Methods with Dynamic Bound of Learning Rate", arXiv 1902.09843,
 algorithms 1 and 2, and the authors' code. The same names stand in `jax_resnet/adabound.py`, where the
 meaning of each argument, and what a schedule does to the bounds, is set out at length.
@@ -74,15 +76,24 @@ class AdaBound(Optimizer):
         self._correction = math.sqrt(1 - self.b2**self.count) / (1 - self.b1**self.count)
         self._bounds = adabound_bounds(self.count, self.ratio, self.gamma)
 
-    def update(self, grad: Array, moments: Sequence[Array], change: Array) -> None:
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The interval of the step sizes."""
+        lower, upper = self._bounds
+        return self.lr * lower, self.lr * upper
+
+    def update(self, grad: Array, moments: Sequence[Array], change: Array) -> tuple[int, int]:
         """See the class."""
         update_moments(grad, moments[0], moments[1], self.b1, self.b2, change)
         size = np.sqrt(self.second_moment(moments), out=change)
         size += self.eps
         np.divide(self._correction, size, out=size)
-        np.clip(size, *self._bounds, out=size)
+        lower, upper = self._bounds
+        held = np.count_nonzero(size < lower), np.count_nonzero(size > upper)
+        np.clip(size, lower, upper, out=size)
         size *= moments[0]
         size *= self.lr
+        return held
 
     def second_moment(self, moments: Sequence[Array]) -> Array:
         """nu_t; AMSBound takes its maximum."""
@@ -103,3 +114,25 @@ class AdaBoundW(AdaBound):
     """AdaBoundW: AdaBound with decoupled weight decay, scaled by the learning rate as in AdamW."""
 
     decoupled = True
+
+
+class SGDBound(AdaBound):
+    """SGDBound: AdaBound without the second moment, the control that shows what adaptivity adds.
+
+    One step size for all numbers, after Savarese 2019, arXiv 1908.04457:
+
+        value -= lr * clip(1, lower_t, upper_t) * mu_t
+
+    Arguments are those of AdaBound; b2 and eps are of no use.
+    """
+
+    fields = ("mu",)
+
+    def update(self, grad: Array, moments: Sequence[Array], change: Array) -> tuple[int, int]:
+        """See the class."""
+        (mu,) = moments
+        mu *= self.b1
+        mu += np.multiply(grad, 1 - self.b1, out=change)
+        lower, upper = self._bounds
+        np.multiply(mu, min(max(1.0, lower), upper) * self.lr, out=change)
+        return mu.size * (lower > 1), mu.size * (upper < 1)

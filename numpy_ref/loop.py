@@ -103,6 +103,7 @@ class Replica:
         assert isinstance(first, Conv2d)
         first.needs_dx = False
         self.groups = update_groups(self.network)
+        self.size = sum(parameter.value.size for parameter in self.parameters.values())
         self.index = {id(parameter): i for i, parameter in enumerate(self.parameters.values())}
         self.gradients: list[list[Array]] | None = None
         if memory is not None:
@@ -166,14 +167,18 @@ class Replica:
         self.optimizer.lr, self.optimizer.count = lr, step - 1
         self.optimizer.begin()
         self.optimizer.zero_grad()
-        norms: list[Array] = []
+        sums: list[Array] = []
         with np.errstate(all="ignore"):  # loss and norms tell
             logits = self.network.forward(self.setup.normalise(image), train=True)
             loss, dlogits = cross_entropy(logits, label, batch_size)
-            self.network.backward(dlogits, lambda layer: norms.append(self._update(layer)))
-            loss, *norms = self.communicator.all_reduce(np.append(np.sum(norms, 0), loss)[[2, 0, 1]])
-            grad_norm, update_norm = np.sqrt(norms)
-        return {"loss": loss, "logits": logits, "grad_norm": grad_norm, "update_norm": update_norm}
+            self.network.backward(dlogits, lambda layer: sums.append(self._update(layer)))
+            total = self.communicator.all_reduce(np.append(np.sum(sums, 0), loss))
+            grad_norm, update_norm = np.sqrt(total[:2])
+        metrics = {"loss": total[4], "logits": logits, "grad_norm": grad_norm, "update_norm": update_norm}
+        if self.optimizer.bounds is not None:
+            metrics["lower_bound"], metrics["upper_bound"] = self.optimizer.bounds
+            metrics["at_lower"], metrics["at_upper"] = total[2:4] / self.size
+        return metrics
 
     def _update(self, layer: Layer) -> Array:
         """Update this process's share of the group that ends with this layer, if one does: see `change`."""
@@ -182,9 +187,9 @@ class Replica:
             return self.optimizer.change(which)
         active, rank = self.communicator.active, self.communicator.rank
         self.communicator.wait()  # until all parts' gradients are there
-        norms = self.optimizer.change(which, self.gradients[:active], (rank, active))
+        sums = self.optimizer.change(which, self.gradients[:active], (rank, active))
         self.communicator.wait()  # until nobody reads them any more
-        return norms
+        return sums
 
     def evaluate(self, image: Array) -> Array:
         """The logits of this process's part of a batch, with the running statistics."""

@@ -95,7 +95,8 @@ class Optimizer:
             share: (i, n): only every n-th tile, from the i-th on; the others are somebody else's.
 
         Returns:
-            The sums of the squares of the gradients, without decay, and of the changes: float64 [2].
+            float64 [4]: the sums of the squares of the gradients, without decay, and of the changes; and how
+            many step sizes were clipped to a lower and to an upper bound (AdaBound and its kin).
         """
         tiles = []
         for index in which:
@@ -113,30 +114,40 @@ class Optimizer:
         return np.asarray(sum(_pool.map(lambda each: self._step_tiles(each, parts), work)))
 
     def _step_tiles(self, tiles: Sequence[Sequence[Array]], parts: int) -> Array:
-        norms = np.zeros(2)
+        sums = np.zeros(4)
         if not tiles:
-            return norms
+            return sums
         scratch = np.empty((2, TILE), tiles[0][0].dtype)
         for arrays in tiles:
             (grad, *others), (value, *moments) = arrays[:parts], arrays[parts:]
             change, total = scratch[:, : len(value)]
             for other in others:
                 grad = np.add(grad, other, out=total)
-            norms[0] += grad @ grad
+            sums[0] += grad @ grad
             if self.weight_decay and not self.decoupled:
                 grad = grad + self.weight_decay * value
-            self.update(grad, moments, change)
+            held = self.update(grad, moments, change)
+            if held:
+                sums[2:] += held
             if self.weight_decay and self.decoupled:
                 change += self.lr * self.weight_decay * value
             value -= change
-            norms[1] += change @ change
-        return norms
+            sums[1] += change @ change
+        return sums
 
     def prepare(self) -> None:
         """Work out what is the same for every number in step `count`."""
 
-    def update(self, grad: Array, moments: Sequence[Array], change: Array) -> None:
-        """Advance the moments in place, and write what is to be subtracted from the value into `change`."""
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The interval of the step sizes in step `count`, or None if they have no bounds."""
+        return None
+
+    def update(self, grad: Array, moments: Sequence[Array], change: Array) -> tuple[int, int] | None:
+        """Advance the moments in place, and write what is to be subtracted from the value into `change`.
+
+        Returns how many step sizes were clipped to the lower bound and to the upper, or None.
+        """
         raise NotImplementedError
 
 

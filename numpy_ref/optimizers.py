@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from numpy_ref.adabound import AdaBound, AdaBoundW, AMSBound
+from numpy_ref.adabound import AdaBound, AdaBoundW, AMSBound, SGDBound
 from numpy_ref.layers import Array, Parameter
 from numpy_ref.optimizer_base import Optimizer, check_hyperparameters, update_moments
 
@@ -121,7 +121,7 @@ class AdamW(Adam):
         super().__init__(parameters, lr, weight_decay=weight_decay, **options)
 
 
-OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "amsgrad", "adamw", "sgd")
+OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "sgdbound", "amsgrad", "adamw", "sgd")
 
 
 def make_optimizer(
@@ -157,6 +157,8 @@ def make_optimizer(
             return AMSBound(parameters, learning_rate, **bound)  # type: ignore[arg-type]
         case "adaboundw":
             return AdaBoundW(parameters, learning_rate, **bound)  # type: ignore[arg-type]
+        case "sgdbound":
+            return SGDBound(parameters, learning_rate, **bound)  # type: ignore[arg-type]
         case "amsgrad":
             return AMSGrad(parameters, learning_rate, **adam)
         case "adamw":

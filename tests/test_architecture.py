@@ -33,6 +33,7 @@ HEAVY = frozenset(
         "jax",
         "matplotlib",
         "orbax",
+        "scipy",
         "sklearn",
         "tensorboard",
         "tensorboardX",
@@ -59,6 +60,7 @@ ROOMS = {
         lazily={
             "experiment/commands/parity.py": TORCH,
             "experiment/commands/convert.py": TORCH,
+            "experiment/commands/study.py": frozenset({"train"}),
             "experiment/commands/prepare.py": TENSORFLOW | {"importlib_resources"},
         },
     ),

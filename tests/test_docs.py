@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -53,3 +54,33 @@ def test_the_pictures_of_convolution_can_be_drawn(tmp_path):
     for name in ("convolution.png", "im2col.png"):
         assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert (ROOT / "docs" / name).is_file()
+
+
+def test_the_picture_of_adabounds_bounds_can_be_drawn(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs" / "draw_adabound.py"))
+    script["draw"].__globals__["FOLDER"] = tmp_path
+    script["draw"]()
+    assert (tmp_path / "adabound_bounds.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_results_of_a_study_take_their_place_in_the_document(tmp_path):
+    summary = {"n": 2, "mean": 0.9, "sd": 0.01, "low": 0.81, "high": 0.99}
+    measures = dict.fromkeys(("accuracy", "f1", "loss"), summary)
+    contestant = {"chosen": 0, "setting": {"lr": 0.1}, "runs": {}, "diverged": [], "tuning": [], **measures}
+    study = {"name": "mnist-tenth", "command": ["FILE"], "made_with": [], "seeds": [1, 2], "tuning_seeds": []}
+    study |= {"contestants": {"adam": contestant}, "comparisons": []}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    (tmp_path / "curves.png").write_bytes(b"picture")
+    script = runpy.run_path(str(ROOT / "docs" / "fill_adabound.py"))
+    script["main"].__globals__["FOLDER"] = tmp_path / "docs"
+    (tmp_path / "docs").mkdir()
+    document = tmp_path / "docs" / "adabound.md"
+    document.write_text("before\n<!-- study mnist-tenth -->\nold\n<!-- end -->\nafter\n")
+    for _ in range(2):  # in place of what it wrote itself too
+        script["main"]([str(tmp_path)])
+        text = document.read_text()
+        assert "| adam | lr 0.1 | 2 | 90.00 (1.00) | 81.00 to 99.00 |" in text
+        assert re.fullmatch(r"before\n.*after\n", text, re.S)
+        assert "old" not in text
+        assert text.count("mnist-tenth-curves.png") == 1
+    assert (tmp_path / "docs" / "studies" / "mnist-tenth-curves.png").read_bytes() == b"picture"

@@ -46,6 +46,7 @@ FIELDS = {
     "adabound": {"count", "mu", "nu"},
     "amsbound": {"count", "mu", "nu", "nu_max"},
     "adaboundw": {"count", "mu", "nu"},
+    "sgdbound": {"count", "mu"},
     "sgd": {"trace"},
 }
 

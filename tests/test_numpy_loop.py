@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jax_resnet.optimizers import BOUNDED
 from numpy_ref import Engine
 from numpy_ref.parallel import split
 from tests.comparing import assert_all_close, assert_close
@@ -35,6 +36,7 @@ from tests.test_loop import make_engine as make_jax_engine
 ROOT = Path(__file__).parents[1]
 # Twenty steps of a thin ResNet in float64, as the project promises of runs that change engines.
 ENGINES = 1e-10
+HELD = ("lower_bound", "upper_bound", "at_lower", "at_upper")
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +77,33 @@ def test_steps_equal_the_jax_engines(model):
     logits = list(engine.evaluate(state, batches[:2]))
     for array, wanted_logits in zip(logits, jax_engine.evaluate(expected_state, batches[:2]), strict=True):
         assert_close("logits", array, wanted_logits, ENGINES)
+
+
+@pytest.mark.parametrize("optimizer", BOUNDED)
+def test_bounds_and_what_they_hold_are_told_alike(optimizer):
+    """By JAX, by NumPy, and by two processes that each count their share; and they are the equations'."""
+    final_lr = 3e-3 if optimizer == "sgdbound" else 0.1
+    options = {"base_lr": 1e-3, "final_lr": final_lr, "gamma": 0.2}
+    model = "resnet18" if optimizer == "adabound" else "cnn"
+    engines: list[Any] = [
+        make_jax_engine(model, optimizer, optimizer_options=options),
+        *(make_engine(model, optimizer, n, optimizer_options=options) for n in (1, 2)),
+    ]
+    runs = [train(engine, engine.init(), make_batches(8))[1] for engine in engines]
+    reference, *others = [[{key: float(each[key]) for key in HELD} for each in run] for run in runs]
+    for step, told in enumerate(reference):
+        x, end = 0.2 * (step + 1), final_lr / 1e-3 * learning_rate(step)
+        expected = {"lower_bound": end * x / (x + 1), "upper_bound": end * (1 + 1 / x)}
+        assert {key: told[key] for key in expected} == pytest.approx(expected, rel=1e-12)
+        for other in others:
+            assert other[step] == pytest.approx(told, rel=1e-6)
+    fractions = [told["at_lower"] + told["at_upper"] for told in reference]
+    if optimizer == "sgdbound":  # the lower bound passes the rate at the third step
+        assert [told["at_lower"] for told in reference] == [0, 0, *[1] * 6]
+    else:
+        assert all(each > 0 for each in fractions), fractions
+        assert any(each < 1 for each in fractions), fractions
+    assert "at_lower" not in train(make_engine("cnn"), make_engine("cnn").init(), make_batches(1))[1][0]
 
 
 @pytest.mark.parametrize("optimizer", FIELDS)

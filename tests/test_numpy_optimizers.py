@@ -66,7 +66,7 @@ def test_tiles_parts_and_shares_change_nothing(name, monkeypatch):
     optimizer = make_optimizer(name, parameters.values(), 1e-3, base_lr=1e-3)
     for step, grads in enumerate(gradients()):
         halves = [[grads[key] / 2 for key in SHAPES]] * 2
-        optimizer.lr, norms = learning_rate(step), np.zeros(2)
+        optimizer.lr, norms = learning_rate(step), np.zeros(4)
         before = {key: p.value.copy() for key, p in parameters.items()}
         for share in range(3):
             optimizer.count = step
@@ -75,7 +75,7 @@ def test_tiles_parts_and_shares_change_nothing(name, monkeypatch):
                 norms += optimizer.change(which, halves, (share, 3))
         if step % 100 == 0:
             changes = sum(np.square(p.value - before[key]).sum() for key, p in parameters.items())
-            assert_close("norms", norms, [sum(np.square(g).sum() for g in grads.values()), changes], 1e-9)
+            assert_close("norms", norms[:2], [sum(np.square(g).sum() for g in grads.values()), changes], 1e-9)
     for key, parameter in parameters.items():
         np.testing.assert_array_equal(parameter.value, plain[key])
 

@@ -13,8 +13,15 @@ import optax
 import pytest
 import torch
 
-from jax_resnet.adabound import adabound, adaboundw, amsbound
-from jax_resnet.optimizers import OPTIMIZERS, make_optimizer, scale_by_amsgrad, state_from_dict, state_to_dict
+from jax_resnet.adabound import adabound, adaboundw, amsbound, sgdbound
+from jax_resnet.optimizers import (
+    BOUNDED,
+    OPTIMIZERS,
+    make_optimizer,
+    scale_by_amsgrad,
+    state_from_dict,
+    state_to_dict,
+)
 
 MOMENTS = {"count", "mu", "nu"}
 # What each keeps, and so what a checkpoint of it holds.
@@ -25,6 +32,7 @@ FIELDS = {
     "adaboundw": MOMENTS,
     "amsgrad": MOMENTS | {"nu_max"},
     "adamw": MOMENTS,
+    "sgdbound": {"count", "mu"},
     "sgd": {"trace"},
 }
 PARAMETERS = {"conv1.weight": (4, 3), "fc.bias": (7,)}
@@ -110,13 +118,14 @@ def test_default_weight_decay_is_torchs():
         np.testing.assert_array_equal(steps[0], steps[1], err_msg=name)
 
 
-@pytest.mark.parametrize("make", [adabound, amsbound, adaboundw])
+@pytest.mark.parametrize("make", [adabound, amsbound, adaboundw, sgdbound])
 def test_bounded_optimizers_get_every_argument(make):
     params, grads = make_params(np.float32), make_grads(1, np.float32)
     grads = {key: g[0] for key, g in grads.items()}
-    default = {"final_lr": 0.1, "base_lr": 1e-3, "gamma": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
-    given = {"final_lr": 0.02, "base_lr": 2e-3, "gamma": 0.5, "b1": 0.8, "b2": 0.99, "eps": 1e-3}
-    given["weight_decay"] = 0.1
+    step_sizes = {} if make is sgdbound else {"b2": 0.999, "eps": 1e-8}
+    default = {"final_lr": 0.1, "base_lr": 1e-3, "gamma": 1e-3, "b1": 0.9, **step_sizes}
+    given = {"final_lr": 0.02, "base_lr": 2e-3, "gamma": 0.5, "b1": 0.8, "weight_decay": 0.1}
+    given |= {"b2": 0.99, "eps": 1e-3} if step_sizes else {}
 
     def update(tx):
         return jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(grads, params)
@@ -142,7 +151,7 @@ def test_unknown_name_is_refused_with_the_names_known():
         make_optimizer("adm", 1e-3)
 
 
-@pytest.mark.parametrize("name", ["adabound", "amsbound", "adaboundw"])
+@pytest.mark.parametrize("name", BOUNDED)
 def test_bounded_optimizers_need_base_lr_under_a_traced_rate(name):
     with pytest.raises(ValueError, match="base_lr is required"):
         jax.jit(lambda lr: make_optimizer(name, lr).init({"w": jnp.ones(1)}))(1e-3)

@@ -19,6 +19,7 @@ from tests.tolerances import FLOAT64_OPTIMIZER
 MOMENTS = {
     **dict.fromkeys(("adam", "adabound", "adaboundw", "adamw"), ("mu", "nu")),
     **dict.fromkeys(("amsbound", "amsgrad"), ("mu", "nu", "nu_max")),
+    "sgdbound": ("mu",),
     "sgd": ("trace",),
 }
 

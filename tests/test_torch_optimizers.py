@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LinearLR, SequentialLR, StepLR
 import torch_oracle
 from tests.comparing import assert_close
 from tests.published_adabound import FINAL_LR, PEAK, SHAPES, STEPS, problem, published, warmup_cosine
-from torch_oracle import OPTIMIZERS, AdaBound, AdaBoundW, AMSBound, make_optimizer
+from torch_oracle import OPTIMIZERS, AdaBound, AdaBoundW, AMSBound, SGDBound, make_optimizer
 
 BOUNDED = [AdaBound, AMSBound, AdaBoundW]
 FLOAT64 = 1e-12  # of a tensor's largest magnitude: 2,000 steps that each round a few times
@@ -258,6 +258,7 @@ def test_the_table_makes_what_its_names_say() -> None:
         "amsgrad": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
         "sgd": torch.optim.SGD,
+        "sgdbound": SGDBound,
     }
     assert [made[name].defaults["amsgrad"] for name in ("adam", "amsgrad")] == [False, True]
     decays = {name: optimizer.defaults["weight_decay"] for name, optimizer in made.items()}

@@ -42,6 +42,7 @@ IMAGENET = {
 # He et al. 2015, table 6, gives them in millions: 0.27, 0.46, 0.66, 0.85, 1.7. A further block in each of the
 # three stages is 97,216 parameters: 18 * (16^2 + 32^2 + 64^2) weights and 4 * (16 + 32 + 64) of batch norm.
 CIFAR = {
+    "resnet8": (1, 75_290),
     "resnet20": (3, 269_722),
     "resnet32": (5, 464_154),
     "resnet44": (7, 658_586),

@@ -1,6 +1,6 @@
 """The judge: the same networks and optimizers in plain PyTorch, NCHW, that both engines must agree with."""
 
-from torch_oracle.adabound import AdaBound, AdaBoundW, AMSBound
+from torch_oracle.adabound import AdaBound, AdaBoundW, AMSBound, SGDBound
 from torch_oracle.layers import OptionA
 from torch_oracle.optimizers import OPTIMIZERS, make_optimizer
 from torch_oracle.resnet import (
@@ -13,6 +13,7 @@ from torch_oracle.resnet import (
     cnn,
     load_state_dict,
     parameter_count,
+    resnet8,
     resnet18,
     resnet20,
     resnet32,
@@ -40,10 +41,12 @@ __all__ = [
     "OptionA",
     "ParameterCount",
     "ResNet",
+    "SGDBound",
     "cnn",
     "load_state_dict",
     "make_optimizer",
     "parameter_count",
+    "resnet8",
     "resnet18",
     "resnet20",
     "resnet32",

@@ -1,5 +1,7 @@
 """AdaBound, AMSBound and AdaBoundW: Adam whose step sizes are clipped to an interval that closes on SGD's.
 
+And their control, SGDBound: a momentum SGD whose one rate is clipped to the same interval.
+
 Luo, Xiong, Liu, Sun 2019, "Adaptive Gradient Methods with Dynamic Bound of Learning Rate", arXiv 1902.09843,
 algorithms 1 and 2, and the authors' code, whose operations stand here in their order: whole tensors, no
 arithmetic shared between parameters, nothing in place but the results. The same names stand in
@@ -149,3 +151,30 @@ class AdaBoundW(AdaBound):
     """
 
     decoupled = True
+
+
+class SGDBound(AdaBound):
+    """SGDBound: AdaBound without the second moment, the control that shows what adaptivity adds.
+
+        p = p - clip(alpha_t, lower_t, upper_t) * m_t
+
+    After Savarese 2019, arXiv 1908.04457. Arguments are those of AdaBound; b2 and eps are of no use.
+    """
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        """One step of one tensor, of any shape; see the class."""
+        assert p.grad is not None
+        lr, b1, gamma = group["lr"], group["b1"], group["gamma"]
+        state = self.state[p]
+        if not state:
+            state.update({"step": 0, "exp_avg": torch.zeros_like(p)})
+        state["step"] += 1
+        t = state["step"]
+
+        g = p.grad + group["weight_decay"] * p
+        m = state["exp_avg"] = b1 * state["exp_avg"] + (1 - b1) * g
+
+        final_lr = group["final_lr"] * lr / group["base_lr"]
+        lower = final_lr * (1 - 1 / (gamma * t + 1))
+        upper = final_lr * (1 + 1 / (gamma * t))
+        p.copy_(p - min(max(lr, lower), upper) * m)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from torch_oracle.adabound import AdaBound, AdaBoundW, AMSBound, check_hyperparameters
+from torch_oracle.adabound import AdaBound, AdaBoundW, AMSBound, SGDBound, check_hyperparameters
 
-OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "amsgrad", "adamw", "sgd")
+OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "sgdbound", "amsgrad", "adamw", "sgd")
 
 
 def make_optimizer(
@@ -54,6 +54,8 @@ def make_optimizer(
             return AMSBound(parameters, learning_rate, **bound)
         case "adaboundw":
             return AdaBoundW(parameters, learning_rate, **bound)
+        case "sgdbound":
+            return SGDBound(parameters, learning_rate, **bound)
         case "adamw":
             return torch.optim.AdamW(parameters, learning_rate, **adam)
         case _:

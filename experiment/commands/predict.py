@@ -1,4 +1,7 @@
-"""`python -m experiment predict RUN IMAGE...`: the most likely classes of pictures, by a finished run."""
+"""`python -m experiment predict [RUN] IMAGE...`: the most likely classes of pictures, by a finished run.
+
+Without RUN by the network of handwritten digits that comes with the tree.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from experiment.finished import add_run, open_run
 from experiment.sources import read_picture
 from experiment.transforms import fill_color, fit_picture
 
+RELEASED = Path(__file__).parents[2] / "weights" / "digits-resnet8"
+
 
 def main(argv: Sequence[str]) -> int:
     """Print the classes of each picture with their probabilities; return 0. All pictures are read first.
@@ -22,14 +27,19 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = Parser(
         prog="python -m experiment predict",
-        description="The most likely classes of pictures, of any format that Pillow reads. They are brought "
+        description="The most likely classes of pictures, of any format that Pillow reads, by a finished "
+        "run, or without RUN by a network of handwritten digits that comes along. They are brought "
         "to the run's size as its test pictures were; a run with --crop-to-bbox wants the object alone.",
     )
     add = parser.add_argument
     add_run(parser)
-    add("images", metavar="IMAGE", type=Path, nargs="+", help="a file")
+    add("images", metavar="IMAGE", type=Path, nargs="*", help="a file")
     add("--top", type=int, metavar="N", default=5, help="how many classes (default 5)")
     options = parser.parse_args(argv)
+    if options.run.is_file():
+        options.run, options.images = RELEASED, [options.run, *options.images]
+    if not options.images:
+        parser.error("the following arguments are required: IMAGE")
     if options.top < 1:
         raise UserError(f"--top: {options.top} is out of range; give a number of at least 1")
     run = open_run(options.run, which=options.weights, framework=options.framework)

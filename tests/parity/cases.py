@@ -156,7 +156,7 @@ OPTIMIZERS = [
             "optimizer_options": {"weight_decay": decay, **options},
         },
     )
-    for optimizer in ("adam", "adabound", "amsbound", "adaboundw", "amsgrad", "adamw", "sgd")
+    for optimizer in ("adam", "adabound", "amsbound", "adaboundw", "sgdbound", "amsgrad", "adamw", "sgd")
     for schedule, decay, options in [
         ("constant", None, {}),
         ("cosine", 0.03, {}),

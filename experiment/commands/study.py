@@ -1,0 +1,141 @@
+"""`python -m experiment study FILE`: optimizers x seeds from one TOML file, with intervals.
+
+Every run is an ordinary run folder; the same command again continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiment import rundir
+from experiment.commands.parser import Parser
+from experiment.config import FRAMEWORKS
+from experiment.engines import set_environment
+from experiment.errors import UserError
+from experiment.study import running
+from experiment.study.plan import Plan, framework_of, read
+
+
+def main(argv: Sequence[str]) -> int:
+    """Carry a study out, or on; write study.json, study.md, study.html and curves. Returns the exit status.
+
+    Raises:
+        UserError: a file that is no study, or runs in the folder that are of another.
+    """
+    parser = Parser(
+        prog="python -m experiment study",
+        description="Compare optimizers over seeds by a TOML file: tune each on validation with the same "
+        "number of settings, train each with every seed, write tables with intervals, and curves. The same "
+        "command again passes over what is finished and continues what was stopped.",
+    )
+    add = parser.add_argument
+    add("file", metavar="FILE", type=Path, help="the study, such as those in studies/")
+    add("--run-dir", metavar="DIR", type=Path, help="folder of the study (default: runs/study-NAME)")
+    add("--framework", choices=FRAMEWORKS, help="engine that trains (default: the file's)")
+    add("--data-dir", metavar="DIR", help="where TFDS keeps its data (default: TFDS' own)")
+    add(
+        "--vmap",
+        action=argparse.BooleanOptionalAction,
+        help="JAX: all seeds in one program (default: on a GPU; on a CPU separate runs)",
+    )
+    add("--report-only", action="store_true", help="train nothing; tables of the runs that there are")
+    options = parser.parse_args(argv)
+    given = {"framework": options.framework, "data_dir": options.data_dir}
+    plan = read(options.file, {name: value for name, value in given.items() if value is not None})
+    folder = options.run_dir or Path("runs") / f"study-{plan.name}"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--run-dir: {folder} is a file; name a folder")
+    if options.report_only and not folder.is_dir():
+        raise UserError(
+            f"--run-dir: there is no {folder}; name the study's folder, or leave --report-only out"
+        )
+    if options.vmap and framework_of(plan) != "jax":
+        raise UserError("--vmap: needs --framework jax; add it, or leave the flag out")
+    status = 0
+    if not options.report_only:
+        together = _on_gpu(plan) if options.vmap is None else options.vmap
+        try:
+            _carry_out(plan, folder, together=together)
+        except running.StudyStoppedError as stopped:
+            print(f"{stopped}\nthe same command continues", file=sys.stderr)
+            status = stopped.status
+    if folder.is_dir():
+        command = [str(options.file)]
+        command += [f"--framework {options.framework}"] if options.framework else []
+        command += ["--vmap"] if options.vmap else []
+        command += ["--data-dir DIR"] if options.data_dir else []
+        _report(plan, folder, command)
+    return status
+
+
+def _on_gpu(plan: Plan) -> bool:
+    """Whether JAX trains, and on a GPU: there seeds together take little more time than one."""
+    if framework_of(plan) != "jax":
+        return False
+    set_environment("jax", deterministic=False)
+    import jax
+
+    return jax.default_backend() == "gpu"
+
+
+def _carry_out(plan: Plan, folder: Path, *, together: bool) -> None:
+    """Tuning, then seed by seed all contestants, so that a study that was stopped half way is balanced; with
+    `together` contestant by contestant all seeds."""
+    settings = [
+        running.candidate(plan, folder, each, k)
+        for each in plan.contestants
+        for k in range(plan.budget)
+        if plan.tuning_seeds
+    ]
+    total = sum(map(len, settings)) + len(plan.seeds) * len(plan.contestants)
+    print(
+        f"{plan.name}: {len(plan.contestants)} contestants, {plan.budget} settings each with "
+        f"{len(plan.tuning_seeds)} tuning seeds, {len(plan.seeds)} seeds: {total} runs in {folder}",
+        flush=True,
+    )
+    done = 0
+    for runs in settings:
+        done = _make(runs, done, total, together=together)
+    chosen = {each.name: running.choose(plan, folder, each) for each in plan.contestants}
+    groups = [running.final_runs(plan, folder, each, chosen[each.name]) for each in plan.contestants]
+    for runs in groups if together else zip(*groups, strict=True):
+        done = _make(runs, done, total, together=together)
+
+
+def _make(runs: Sequence[running.Run], done: int, total: int, *, together: bool) -> int:
+    """Carry out those runs that have not ended; returns how many of the study have ended then."""
+    import train
+
+    begun = time.monotonic()
+    waiting = [run for run in runs if not running.is_done(run)]
+    if together and running.can_go_together(waiting):
+        running.carry_out_together(waiting, train.start)
+    for run in waiting:
+        if not running.is_done(run):
+            running.carry_out(run, train.start)
+        if running.has_diverged(run.folder):
+            outcome = "diverged"
+        else:
+            test = rundir.read_json(run.folder / "summary.json")["test"]
+            outcome = f"test accuracy {test['accuracy']:.4f}, loss {test['loss']:.4f}"
+        place = done + runs.index(run) + 1
+        print(f"{place}/{total} {run.label}: {outcome} ({time.monotonic() - begun:.0f} s)", flush=True)
+        begun = time.monotonic()
+    return done + len(runs)
+
+
+def _report(plan: Plan, folder: Path, command: Sequence[str]) -> None:
+    from experiment.study import curves, results, tables
+
+    study = results.collect(plan, folder, command)
+    rundir.write_json(folder / "study.json", study)
+    study = rundir.read_json(folder / "study.json")  # as anyone else reads it
+    text = tables.markdown(study)
+    rundir.write_file(folder / "study.md", text.encode())
+    rundir.write_file(folder / "study.html", tables.page(study, curves.draw(study, folder)).encode())
+    print(text)
+    print(f"study.json, study.md, study.html and curves are in {folder}")

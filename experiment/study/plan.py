@@ -1,0 +1,196 @@
+"""What a study consists of: the contestants, their candidate settings and seeds, read from a TOML file.
+
+    seeds = [1, 2, 3, 4, 5]
+    tuning_seeds = [101]                # none of `seeds`
+    compare_with = ["adam"]             # the optimizers that all others are compared with, seed by seed
+
+    [base]                              # options as in recipes/, the same for all
+    model = "resnet8"
+    dataset = "mnist"
+
+    [[optimizers]]
+    name = "adam"
+    candidates = [{ lr = 0.001 }, { lr = 0.003 }]   # as many for each optimizer; one: no tuning
+
+    [[optimizers]]
+    name = "large-final-lr"             # a label of its own, for an optimizer named beside it
+    optimizer = "adabound"
+    candidates = [{ final_lr = 0.5 }, { final_lr = 1.0 }]
+
+    [[variants]]                        # optional: each optimizer in each, tuned in each
+    name = "without-batch-norm"
+    batch_norm = false
+
+By default all are compared with the first optimizer. Of variants each is compared with the first.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiment.config import FRAMEWORKS, resolve
+from experiment.errors import UserError
+from experiment.recipes import checked
+
+Options = dict[str, Any]
+OWN = {"seed"}  # given by the study, not by its file
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An optimizer in a variant: what is tuned, then run with every seed.
+
+    Attributes:
+        name: of its folder, and in tables: "adam", or "adam-without-batch-norm".
+        optimizer, variant: the labels of the file; variant is "" where there is but one.
+        candidates: options of train.py, all of them, for each candidate setting.
+        settings: what is particular to each candidate, for tables.
+    """
+
+    name: str
+    optimizer: str
+    variant: str
+    candidates: tuple[Options, ...]
+    settings: tuple[Options, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study; `compare_with` are labels of optimizers."""
+
+    name: str
+    seeds: tuple[int, ...]
+    tuning_seeds: tuple[int, ...]
+    compare_with: tuple[str, ...]
+    contestants: tuple[Contestant, ...]
+
+    @property
+    def budget(self) -> int:
+        """Candidate settings of each contestant."""
+        return len(self.contestants[0].candidates)
+
+    def comparisons(self) -> list[tuple[str, str]]:
+        """The pairs (contestant, what it is compared with): optimizers of `compare_with` in its variant, and
+        its own optimizer in the first variant."""
+        first = self.contestants[0].variant
+        pairs = [
+            (each.name, other.name)
+            for label in self.compare_with
+            for each in self.contestants
+            for other in self.contestants
+            if other != each and (other.optimizer, other.variant) == (label, each.variant)
+        ]
+        return pairs + [
+            (each.name, other.name)
+            for each in self.contestants
+            for other in self.contestants
+            if other != each and (other.optimizer, other.variant) == (each.optimizer, first)
+        ]
+
+
+def read(path: Path, given: Options) -> Plan:
+    """The study that the file at `path` describes.
+
+    Args:
+        path: TOML, as above.
+        given: options that override those of the file: framework, data_dir.
+
+    Raises:
+        UserError: the file is absent, no TOML, or not as described; an option is unknown, of the wrong
+            type or out of range; the optimizers have different numbers of candidates.
+    """
+    try:
+        return _plan(path.stem, tomllib.loads(path.read_text(encoding="utf-8")), given)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; name the file of a study, such as those in studies/") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); mend the file") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}; mend the file") from None
+
+
+def _plan(name: str, table: dict[str, Any], given: Options) -> Plan:
+    unknown = table.keys() - {"seeds", "tuning_seeds", "compare_with", "base", "optimizers", "variants"}
+    if unknown:
+        raise UserError(f"{min(unknown)} is nothing that a study has")
+    seeds, tuning_seeds = (_seeds(table, key) for key in ("seeds", "tuning_seeds"))
+    if not seeds or set(seeds) & set(tuning_seeds):
+        raise UserError("seeds: there must be some, and none that tuning_seeds has")
+    base = _options(table.get("base", {}), "base")
+    variants = _named(table, "variants") or [("", {})]
+    optimizers = _named(table, "optimizers")
+    if not optimizers:
+        raise UserError("optimizers: there must be some")
+    contestants = []
+    for variant, changes in variants:
+        for label, own in optimizers:
+            own = {"optimizer": label, **own}
+            settings = own.pop("candidates", [{}])
+            if not isinstance(settings, list) or not all(isinstance(each, dict) for each in settings):
+                raise UserError(f"optimizers: {label}: candidates must be a list of tables")
+            common = {**base, **_options(changes, variant), **_options(own, label)}
+            particular = tuple(_options(each, label) for each in settings)
+            every = tuple({**common, **each, **given} for each in particular)
+            for options in every:
+                resolve(options)
+            contestants.append(
+                Contestant("-".join(filter(None, (label, variant))), label, variant, every, particular)
+            )
+    counts = {each.optimizer: len(each.candidates) for each in contestants}
+    if len(set(counts.values())) > 1 or not min(counts.values()):
+        raise UserError(f"candidates: as many for each optimizer, and one at least, not {counts}")
+    budget = next(iter(counts.values()))
+    if budget > 1 and not tuning_seeds:
+        raise UserError("tuning_seeds: candidates are chosen between with seeds of their own; give some")
+    if budget > 1 and not all(resolve(each.candidates[0]).val_fraction for each in contestants):
+        raise UserError("val_fraction: candidates are chosen between on validation; it must be above 0")
+    labels = [label for label, _ in optimizers]
+    compare_with = table.get("compare_with", labels[:1])
+    if not isinstance(compare_with, list) or not all(label in labels for label in compare_with):
+        raise UserError(f"compare_with: must be names of optimizers, not {compare_with!r}")
+    return Plan(name, seeds, tuning_seeds if budget > 1 else (), tuple(compare_with), tuple(contestants))
+
+
+def _seeds(table: dict[str, Any], key: str) -> tuple[int, ...]:
+    seeds = table.get(key, [])
+    whole = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
+    if not whole or len(set(seeds)) < len(seeds):
+        raise UserError(f"{key}: must be a list of different whole numbers, not {seeds!r}")
+    return tuple(seeds)
+
+
+def _named(table: dict[str, Any], key: str) -> list[tuple[str, Options]]:
+    """The tables under `key` with their names, which become those of folders."""
+    found = table.get(key, [])
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise UserError(f"{key}: must be tables [[{key}]]")
+    named = []
+    for each in found:
+        name = each.get("name")
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
+            raise UserError(f"{key}: a name has small letters, digits, '-', '_' and '.'; not so {name!r}")
+        named.append((name, {option: value for option, value in each.items() if option != "name"}))
+    if len({name for name, _ in named}) < len(named):
+        raise UserError(f"{key}: two have the same name")
+    return named
+
+
+def _options(table: Any, where: str) -> Options:
+    if not isinstance(table, dict):
+        raise UserError(f"{where}: must be a table of options")
+    owned = OWN & table.keys()
+    if owned:
+        raise UserError(f"{where}: {min(owned)} is given by the study")
+    try:
+        return checked(table)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def framework_of(plan: Plan) -> str:
+    """The engine of a study; all its runs have the same."""
+    return str(plan.contestants[0].candidates[0].get("framework", FRAMEWORKS[0]))

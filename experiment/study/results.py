@@ -1,0 +1,98 @@
+"""What the runs of a study say: one JSON object, from which tables, and with the runs curves, are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiment import rundir
+from experiment.study.plan import Contestant, Plan
+from experiment.study.running import Run, candidate, choose, final_runs, has_diverged, lines, validation
+from experiment.study.statistics import Summary, paired, summarize
+
+MEASURES = ("accuracy", "loss", "f1")
+Json = dict[str, Any]
+
+
+def collect(plan: Plan, folder: Path, command: Sequence[str]) -> Json:
+    """The results of all runs that have ended so far.
+
+    Returns:
+        {"name", "command", "seeds", "tuning_seeds", "budget", "made_with", "contestants": {name: ...},
+        "comparisons": [...]}; every mean has its "n", "sd" and "low" and "high", the 95 % interval.
+    """
+    contestants = {each.name: _contestant(plan, folder, each) for each in plan.contestants}
+    compared = ((of, to, contestants[of]["runs"], contestants[to]["runs"]) for of, to in plan.comparisons())
+    return {
+        "name": plan.name,
+        "command": list(command),
+        "seeds": list(plan.seeds),
+        "tuning_seeds": list(plan.tuning_seeds),
+        "budget": plan.budget,
+        "made_with": _made_with(folder),
+        "contestants": contestants,
+        "comparisons": [
+            {"of": of, "with": to, **{name: _paired(ours, theirs, name) for name in MEASURES}}
+            for of, to, ours, theirs in compared
+        ],
+    }
+
+
+def _contestant(plan: Plan, folder: Path, contestant: Contestant) -> Json:
+    tuning = []
+    for k, setting in enumerate(contestant.settings):
+        runs = candidate(plan, folder, contestant, k)
+        if all((run.folder / "summary.json").exists() or has_diverged(run.folder) for run in runs):
+            found = [validation(run.folder) for run in runs]
+            tuning.append({"setting": setting, "val_accuracy": [accuracy for accuracy, _ in found]})
+    tuned = not plan.tuning_seeds or len(tuning) == plan.budget
+    chosen = choose(plan, folder, contestant) if tuned else None
+    runs = [] if chosen is None else final_runs(plan, folder, contestant, chosen)
+    ended = {str(run.options["seed"]): _test(run) for run in runs if (run.folder / "summary.json").exists()}
+    return {
+        "optimizer": contestant.optimizer,
+        "variant": contestant.variant,
+        "tuning": tuning if plan.tuning_seeds else [],
+        "chosen": chosen,
+        "setting": None if chosen is None else contestant.settings[chosen],
+        "diverged": [run.options["seed"] for run in runs if has_diverged(run.folder)],
+        "runs": ended,
+        **{name: in_json(summarize([run[name] for run in ended.values()])) for name in MEASURES},
+    }
+
+
+def _test(run: Run) -> Json:
+    """The test metrics of a run, and the mean loss of its last training epoch."""
+    summary = rundir.read_json(run.folder / "summary.json")
+    epochs = [line["loss"] for line in lines(run.folder, "train")]
+    cost = {name: summary[name] for name in ("steps", "wall_seconds", "images_per_second")}
+    return {
+        **{name: summary["test"][name] for name in MEASURES},
+        "train_loss": (epochs or [None])[-1],
+        **cost,
+    }
+
+
+def _paired(ours: Json, theirs: Json, name: str) -> Json:
+    """The differences between runs of the same seed."""
+    both = [seed for seed in ours if seed in theirs]
+    return in_json(paired([ours[seed][name] for seed in both], [theirs[seed][name] for seed in both]))
+
+
+def in_json(summary: Summary) -> Json:
+    """A summary with the ends of its interval."""
+    low, high = summary.mean - summary.half_width, summary.mean + summary.half_width
+    return {**dataclasses.asdict(summary), "low": low, "high": high}
+
+
+def _made_with(folder: Path) -> list[Json]:
+    """Versions, device and commit of all runs, each combination once."""
+    found: list[Json] = []
+    for path in sorted(folder.glob("**/config.json")):
+        for session in rundir.read_record(path.parent)["sessions"]:
+            known = {name: session[name] for name in ("device", "cpu_count", "versions", "git_commit")}
+            if known not in found:
+                found.append(known)
+    return found

@@ -1,0 +1,202 @@
+"""The runs of a study: each an ordinary run folder, made by the code of train.py; done ones are passed over.
+
+STUDY/tuning/NAME/candidate-K/seed-S    one for each candidate setting and tuning seed
+STUDY/runs/NAME/seed-S                  with the setting that validation has chosen
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import BrokenBarrierError, Thread
+from typing import Any
+
+from experiment import rundir
+from experiment.checkpoint import Checkpoints
+from experiment.config import flags, resolve
+from experiment.engines import load_module
+from experiment.errors import UserError
+from experiment.study.plan import Contestant, Options, Plan
+
+Start = Callable[..., int]  # train.start
+NOT_FINITE = "was not finite at step"  # what `training.Trainer` says of a run that has diverged
+
+
+class StudyStoppedError(Exception):
+    """A run was interrupted, or cannot go on; `status` is the exit status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study: its folder, its options, and what it is in words."""
+
+    folder: Path
+    options: Options
+    label: str
+
+
+def candidate(plan: Plan, folder: Path, contestant: Contestant, k: int) -> list[Run]:
+    """The tuning runs of setting number `k`, one for each tuning seed."""
+    where = folder / "tuning" / contestant.name / f"candidate-{k + 1}"
+    return [_run(where, contestant, k, seed) for seed in plan.tuning_seeds]
+
+
+def final_runs(plan: Plan, folder: Path, contestant: Contestant, chosen: int) -> list[Run]:
+    """The runs of a contestant, one for each seed of the study."""
+    where = folder / "runs" / contestant.name
+    return [_run(where, contestant, chosen, seed) for seed in plan.seeds]
+
+
+def _run(where: Path, contestant: Contestant, k: int, seed: int) -> Run:
+    folder = where / f"seed-{seed}"
+    label = f"{contestant.name}, {words(contestant.settings[k])}, seed {seed}"
+    return Run(folder, {**contestant.candidates[k], "seed": seed, "run_dir": str(folder)}, label)
+
+
+def words(setting: Options) -> str:
+    """A setting in words: "lr 0.001, final_lr 0.1"."""
+    return ", ".join(f"{key} {value}" for key, value in setting.items()) or "as given"
+
+
+def choose(plan: Plan, folder: Path, contestant: Contestant) -> int:
+    """The index of the setting with the highest mean validation accuracy over the tuning seeds, ties by loss.
+
+    A diverged run has accuracy 0.
+    """
+
+    def score(k: int) -> tuple[float, float]:
+        found = [validation(run.folder) for run in candidate(plan, folder, contestant, k)]
+        return math.fsum(accuracy for accuracy, _ in found), -math.fsum(loss for _, loss in found)
+
+    return max(range(plan.budget), key=score) if plan.tuning_seeds else 0
+
+
+def validation(folder: Path) -> tuple[float, float]:
+    """Accuracy and loss of a run's last validation; (0, infinity) of a run that has diverged."""
+    if not has_diverged(folder):
+        for line in lines(folder, "val"):
+            last = line
+        return last["accuracy"], math.inf if last["loss"] is None else last["loss"]
+    return 0.0, math.inf
+
+
+def lines(folder: Path, split: str, scope: str = "epoch") -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl of one split and scope."""
+    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
+        for text in file:
+            line = json.loads(text)
+            if line["split"] == split and line["scope"] == scope:
+                yield line
+
+
+def has_diverged(folder: Path) -> bool:
+    """Whether a run ended because its loss or gradient was not finite; the same would happen again."""
+    return not (folder / "summary.json").exists() and NOT_FINITE in _last_words(folder)
+
+
+def _last_words(folder: Path) -> str:
+    log = folder / "log.txt"
+    return log.read_text(encoding="utf-8").rstrip().rpartition("\n")[2] if log.exists() else ""
+
+
+def is_done(run: Run) -> bool:
+    """Whether a run has ended, at its last step or by diverging.
+
+    Raises UserError if its folder holds a run of other options: the study's file was changed.
+    """
+    if not (run.folder / "config.json").exists():
+        return False
+    stored = rundir.read_record(run.folder)["config"]
+    try:
+        config = resolve({**run.options, "resume": True}, dict(stored))
+    except UserError as error:
+        raise UserError(f"{run.folder}: is of another study: {error}") from None
+    if stored["framework"] != config.framework:
+        raise UserError(
+            f"--framework: {run.folder} was made with {stored['framework']}, not {config.framework}; "
+            "leave the flag out, or give another --run-dir"
+        )
+    same_length = (stored["steps"], stored["epochs"]) == (config.steps, config.epochs)
+    return same_length and ((run.folder / "summary.json").exists() or has_diverged(run.folder))
+
+
+def carry_out(run: Run, start: Start) -> None:
+    """Make or continue a run by `train.start`; its lines go to its log.txt alone.
+
+    Raises StudyStoppedError if it was interrupted, or failed in another way than by diverging.
+    """
+    with _quiet():
+        status = _begin(run, start)
+    gc.collect()  # the engine's processes and memory end with it
+    if status and not has_diverged(run.folder):
+        raise StudyStoppedError(f"{run.label}: {_last_words(run.folder).partition(' ')[2]}", status)
+
+
+def can_go_together(runs: Sequence[Run]) -> bool:
+    """Whether runs of one contestant can train in one program: they stand at the same step, and none may end
+    before the others."""
+    steps = {max(Checkpoints(run.folder / "checkpoints", 1).steps(), default=0) for run in runs}
+    return len(runs) > 1 and len(steps) == 1 and "early_stopping_patience" not in runs[0].options
+
+
+def carry_out_together(runs: Sequence[Run], start: Start) -> None:
+    """Make or continue runs that differ in the seed alone, in one program of JAX's.
+
+    When one of them ends before its last step all stop: they can be continued one by one.
+    Raises what one of them raised, and StudyStoppedError at Ctrl-C.
+    """
+    meeting = load_module("jax", "together").Meeting(len(runs))
+    errors: list[Exception] = []
+
+    def drive(index: int, run: Run) -> None:
+        status = 1
+        try:
+            status = _begin(run, start, partial(meeting.join, index))
+        except BrokenBarrierError:
+            pass
+        except Exception as error:
+            errors.append(error)
+        finally:
+            if status:
+                meeting.leave()
+
+    threads = [Thread(target=drive, args=each) for each in enumerate(runs)]
+    with _quiet():
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:
+            meeting.leave()
+            for thread in threads:
+                thread.join()
+            raise StudyStoppedError("interrupted; every run is whole at its last checkpoint", 130) from None
+    gc.collect()
+    if errors:
+        raise errors[0]
+
+
+def _begin(run: Run, start: Start, *join: Any) -> int:
+    options = dict(run.options)
+    if (run.folder / "config.json").exists():
+        options["resume"] = True
+    (run.folder / "summary.json").unlink(missing_ok=True)  # of a shorter run
+    return start(options, flags(options), *join)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

@@ -1,0 +1,155 @@
+"""A study's results as tables, in Markdown and in one HTML file with the pictures inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiment.study.running import words
+
+Json = dict[str, Any]
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: auto; padding: 1rem }
+div { overflow-x: auto }
+table { border-collapse: collapse }
+th, td { padding: .2rem .7rem; text-align: right }
+th:first-child, td:first-child { text-align: left } tr { border-bottom: 1px solid #8884 }
+img { max-width: 100%; background: white }
+"""
+
+
+class Table(NamedTuple):
+    """A heading, what is to be known of the numbers, the columns' names and the rows."""
+
+    title: str
+    text: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def tables(study: Json) -> Iterator[Table]:
+    """Results, comparisons and tuning; `study` is what `results.collect` gives."""
+    contestants = study["contestants"]
+    yield Table(
+        "Test results",
+        f"Mean over {len(study['seeds'])} seeds, in brackets the standard deviation over them; and Student's "
+        "95 % interval of the mean. Each run looked at the test set once, after its last step.",
+        ("", "setting", "seeds", "accuracy, %", "interval", "macro F1, %", "loss", "training loss"),
+        [_result(name, each) for name, each in contestants.items()],
+    )
+    yield Table(
+        "Differences, seed by seed",
+        "Runs of one seed begin from the same weights and see the same batches: the differences are paired. "
+        "An interval with 0 in it shows no difference. Nothing is corrected for the number of comparisons.",
+        ("", "compared with", "seeds", "accuracy, points", "interval", "", "F1, points", "loss"),
+        [_comparison(each) for each in study["comparisons"]],
+    )
+    if study["tuning_seeds"]:
+        yield Table(
+            "Tuning",
+            f"{study['budget']} settings each, each run in full with {len(study['tuning_seeds'])} "
+            "tuning seed(s); taken is the setting with the highest validation accuracy, here in %.",
+            ("", *(f"setting {k + 1}" for k in range(study["budget"])), "taken"),
+            [_tuning(name, each, study["budget"]) for name, each in contestants.items()],
+        )
+
+
+def _number(value: float | None, digits: int, scale: float = 1, sign: str = "") -> str:
+    return "-" if value is None else f"{value * scale:{sign}.{digits}f}"
+
+
+def _mean_sd(summary: Json, digits: int, scale: float = 1, sign: str = "") -> str:
+    deviation = _number(summary["sd"], digits, scale)
+    return _number(summary["mean"], digits, scale, sign) + ("" if deviation == "-" else f" ({deviation})")
+
+
+def _interval(summary: Json, sign: str = "") -> str:
+    low, high = (_number(summary[end], 2, 100, sign) for end in ("low", "high"))
+    return "-" if low == "-" else f"{low} to {high}"
+
+
+def _result(name: str, each: Json) -> list[str]:
+    diverged = f", {len(each['diverged'])} diverged" if each["diverged"] else ""
+    training = [run["train_loss"] for run in each["runs"].values() if run["train_loss"] is not None]
+    return [
+        name,
+        words(each["setting"]) if each["setting"] is not None else "-",
+        f"{each['accuracy']['n']}{diverged}",
+        _mean_sd(each["accuracy"], 2, 100),
+        _interval(each["accuracy"]),
+        _mean_sd(each["f1"], 2, 100),
+        _mean_sd(each["loss"], 4),
+        _number(sum(training) / len(training) if training else None, 4),
+    ]
+
+
+def _comparison(each: Json) -> list[str]:
+    accuracy = each["accuracy"]
+    low, high = accuracy["low"], accuracy["high"]
+    verdict = ""
+    if low is not None and not low <= 0 <= high:
+        verdict = "better" if low > 0 else "worse"
+    return [
+        each["of"],
+        each["with"],
+        str(accuracy["n"]),
+        _mean_sd(accuracy, 2, 100, "+"),
+        _interval(accuracy, "+"),
+        verdict,
+        _mean_sd(each["f1"], 2, 100, "+"),
+        _mean_sd(each["loss"], 4, 1, "+"),
+    ]
+
+
+def _tuning(name: str, each: Json, budget: int) -> list[str]:
+    cells = [f"{words(tried['setting'])}: {_percent(tried['val_accuracy'])}" for tried in each["tuning"]]
+    taken = "-" if each["chosen"] is None else str(each["chosen"] + 1)
+    return [name, *cells, *["-"] * (budget - len(cells)), taken]
+
+
+def _percent(accuracies: Sequence[float]) -> str:
+    return _number(sum(accuracies) / len(accuracies), 2, 100)
+
+
+def markdown(study: Json) -> str:
+    """The tables in Markdown."""
+    parts = [f"# Study: {study['name']}", head(study), *(in_markdown(table, "##") for table in tables(study))]
+    return "\n\n".join(parts) + "\n"
+
+
+def in_markdown(table: Table, level: str) -> str:
+    """One table under its heading, whose signs are `level`."""
+    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
+    lines = (" | ".join(cell.replace("|", r"\|") for cell in row) for row in rows)
+    return f"{level} {table.title}\n\n{table.text}\n\n" + "\n".join(f"| {line} |" for line in lines)
+
+
+def page(study: Json, pictures: Sequence[Path]) -> str:
+    """The tables, and PNG files, as one HTML file."""
+    title = html.escape(f"Study: {study['name']}")
+    parts = [f"<h1>{title}</h1>", f"<p>{html.escape(head(study))}</p>"]
+    for table in tables(study):
+        names = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
+        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table.rows]
+        body = "".join(f"<tr>{row}</tr>" for row in [names, *rows])
+        parts += [f"<h2>{html.escape(table.title)}</h2>", f"<p>{html.escape(table.text)}</p>"]
+        parts.append(f"<div><table>{body}</table></div>")
+    for path in pictures:
+        data = base64.b64encode(path.read_bytes()).decode()
+        parts.append(f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>')
+    viewport = '<meta name="viewport" content="width=device-width">'
+    meta = f'<meta charset="utf-8">{viewport}<title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{meta}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def head(study: Json) -> str:
+    """The command, and what the runs were made with."""
+    found = study["made_with"]
+    devices = "; ".join(sorted({f"{each['device']}, {each['cpu_count']} cores" for each in found}))
+    commits = ", ".join(sorted({str(each["git_commit"])[:10] for each in found}))
+    command = " ".join(["python -m experiment study", *study["command"]])
+    return f"Made again by `{command}`. Runs on {devices or '-'}, of commit {commits or '-'}."

@@ -1,0 +1,263 @@
+"""Studies: their files, that runs of one seed are alike, tuning, resume, and the tables' numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiment import rundir, weights
+from experiment.__main__ import main
+from experiment.config import OPTIMIZERS, flags, parse, resolve
+from experiment.study import curves, results, running, tables
+from experiment.study.plan import Plan, read
+from experiment.study.statistics import paired, summarize
+
+FOLDER = Path(__file__).parents[1] / "studies"
+STUDY = """
+seeds = [1, 2]
+tuning_seeds = [9]
+compare_with = ["adam", "clipped"]
+
+[base]
+framework = "numpy"
+model = "cnn"
+steps = 3
+eval_every = 3
+batch_size = 16
+
+[[optimizers]]
+name = "adam"
+candidates = [{ lr = 0.0001 }, { lr = 0.01 }]
+
+[[optimizers]]
+name = "clipped"
+optimizer = "sgdbound"
+candidates = [{ final_lr = 0.001 }, { final_lr = 1.0 }]
+"""
+
+
+def write(folder: Path, text: str = STUDY) -> Path:
+    """A study's file."""
+    path = folder / "tiny.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_process() -> Iterator[None]:
+    """Of NumPy's engine: the networks are too small to start others for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("numpy_ref.loop.core_count", lambda: 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished study of STUDY, beside its file."""
+    folder = tmp_path_factory.mktemp("study")
+    assert main(["study", str(write(folder)), "--run-dir", str(folder / "out")]) == 0
+    return folder
+
+
+def test_runs_of_one_seed_begin_alike_and_see_the_same_batches(made: Path) -> None:
+    """The first loss is that of the initial weights on the first batch; seeds differ in it."""
+    first = {}
+    for folder in (made / "out" / "runs").glob("*/seed-*"):
+        first[folder.parent.name, folder.name] = next(running.lines(folder, "train", "step"))["loss"]
+    assert len(first) == 4
+    assert first["adam", "seed-1"] == first["clipped", "seed-1"]
+    assert first["adam", "seed-2"] == first["clipped", "seed-2"]
+    assert first["adam", "seed-1"] != first["adam", "seed-2"]
+
+
+def test_a_run_is_that_of_its_command(made: Path, tmp_path: Path) -> None:
+    """What config.json tells as the command of a run makes the same weights again."""
+    import train
+
+    run = made / "out" / "runs" / "clipped" / "seed-2"
+    command = rundir.read_record(run)["sessions"][-1]["command"]
+    command[command.index("--run-dir") + 1] = str(tmp_path / "again")
+    assert train.main(command) == 0
+    again = weights.load(tmp_path / "again" / "weights.safetensors")
+    for name, array in weights.load(run / "weights.safetensors").items():
+        np.testing.assert_array_equal(again[name], array)
+
+
+def test_the_setting_is_chosen_on_validation(made: Path) -> None:
+    study = json.loads((made / "out" / "study.json").read_text())
+    assert study["command"] == [str(made / "tiny.toml")]
+    for name, each in study["contestants"].items():
+        scores = [tried["val_accuracy"][0] for tried in each["tuning"]]
+        assert each["chosen"] == np.argmax(scores) == 1, (name, scores)
+        for seed in study["seeds"]:
+            config = rundir.read_record(made / "out" / "runs" / name / f"seed-{seed}")["config"]
+            assert {key: config[key] for key in each["setting"]} == each["setting"]
+
+
+def test_tables_hold_means_intervals_and_paired_differences(made: Path) -> None:
+    study = json.loads((made / "out" / "study.json").read_text())
+    adam, clipped = (
+        [study["contestants"][name]["runs"][seed]["accuracy"] for seed in ("1", "2")]
+        for name in ("adam", "clipped")
+    )
+    assert study["contestants"]["adam"]["accuracy"]["mean"] == pytest.approx(np.mean(adam))
+    (compared,) = [each for each in study["comparisons"] if each["of"] == "clipped"]
+    assert compared["accuracy"]["mean"] == pytest.approx(np.mean(np.subtract(clipped, adam)))
+    text = (made / "out" / "study.md").read_text()
+    assert f"{100 * np.mean(adam):.2f} ({100 * np.std(adam, ddof=1):.2f})" in text
+    page = (made / "out" / "study.html").read_text()
+    assert page.count("data:image/png;base64") == 1
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_same_command_makes_nothing_twice_and_continues_what_was_stopped(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train
+
+    started: list[Any] = []
+    start = train.start
+
+    def counted(given: dict[str, Any], argv: list[str]) -> int:
+        started.append(given)
+        return start(given, argv)
+
+    monkeypatch.setattr(train, "start", counted)
+    command = ["study", str(made / "tiny.toml"), "--run-dir", str(made / "out")]
+    assert main(command) == 0
+    assert not started
+    before = (made / "out" / "study.json").read_bytes()
+    stopped = made / "out" / "runs" / "adam" / "seed-2"
+    (stopped / "summary.json").unlink()
+    assert main(command) == 0
+    assert [(given["run_dir"], given["resume"]) for given in started] == [(str(stopped), True)]
+    first, second = json.loads(before), json.loads((made / "out" / "study.json").read_bytes())
+    for study in (first, second):
+        del study["contestants"]["adam"]["runs"]["2"]["wall_seconds"], study["made_with"]
+        del study["contestants"]["adam"]["runs"]["2"]["images_per_second"]
+    assert first == second
+
+
+def test_runs_of_another_study_are_not_mixed_in(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, STUDY.replace("lr = 0.0001", "lr = 0.0002"))
+    assert main(["study", str(path), "--run-dir", str(made / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--lr: the run has 0.0001, not 0.0002" in error
+    command = ["study", str(made / "tiny.toml"), "--run-dir", str(made / "out"), "--framework", "jax"]
+    assert main(command) == 2
+    assert "--framework" in capsys.readouterr().err
+
+
+def test_a_diverged_run_is_told_and_does_not_stop_the_study(tmp_path: Path) -> None:
+    text = STUDY.replace("seeds = [1, 2]", "seeds = [1]").replace("lr = 0.01 }", "lr = 1e38 }")
+    text = text[: text.index('[[optimizers]]\nname = "clipped"')].replace(', "clipped"', "")
+    text = text.replace("{ lr = 0.0001 }, ", "")
+    folder = tmp_path / "out"
+    assert main(["study", str(write(tmp_path, text)), "--run-dir", str(folder)]) == 0
+    study = json.loads((folder / "study.json").read_text())
+    assert study["contestants"]["adam"]["diverged"] == [1]
+    assert "1 diverged" in (folder / "study.md").read_text()
+    plan = read(tmp_path / "tiny.toml", {})
+    (run,) = running.final_runs(plan, folder, plan.contestants[0], 0)
+    assert running.is_done(run)
+    assert running.validation(run.folder) == (0.0, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds = [1, 2]", "", "seeds: there must be some"),
+        ("seeds = [1, 2]", "seeds = [1, 9]", "seeds: there must be some, and none that tuning_seeds has"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", "seeds: must be a list of different whole numbers"),
+        ("tuning_seeds = [9]", "", "tuning_seeds: candidates are chosen"),
+        ("[base]", "colour = 1\n[base]", "colour is nothing that a study has"),
+        ("steps = 3", "stepz = 3", "base: stepz is no option"),
+        ("steps = 3", "steps = 'x'", "base: steps cannot be 'x'"),
+        ("steps = 3", "seed = 3", "base: seed is given by the study"),
+        ("steps = 3", "val_fraction = 0", "val_fraction: candidates are chosen"),
+        ("lr = 0.01", "lr = -1", "--lr: -1 is out of range"),
+        ("lr = 0.01", "lr = 0.01 }, { lr = 0.1", "candidates: as many for each optimizer"),
+        ('name = "adam"', 'name = "Adam/1"', "optimizers: a name has small letters"),
+        ('name = "adam"', 'name = "clipped"', "optimizers: two have the same name"),
+        ('["adam", "clipped"]', '["adan"]', "compare_with: must be names of optimizers"),
+        ("[[optimizers]]", "[[optimisers]]", "optimisers is nothing that a study has"),
+        ("[base]", "[base", "cannot be read"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(
+    tmp_path: Path, old: str, new: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert old in STUDY
+    path = write(tmp_path, STUDY.replace(old, new))
+    assert main(["study", str(path), "--run-dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith(f"error: {path}: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_and_folders_that_are_not_there_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", str(tmp_path / "none.toml")]) == 2
+    assert "none.toml: not found" in capsys.readouterr().err
+    path = write(tmp_path)
+    assert main(["study", str(path), "--run-dir", str(path)]) == 2
+    assert "--run-dir" in capsys.readouterr().err
+    assert main(["study", str(path), "--run-dir", str(tmp_path / "out"), "--report-only"]) == 2
+    assert "--report-only" in capsys.readouterr().err
+
+
+def test_tables_and_curves_of_a_study_that_has_hardly_begun(tmp_path: Path) -> None:
+    plan: Plan = read(write(tmp_path), {})
+    study = json.loads(json.dumps(rundir.finite(results.collect(plan, tmp_path, ["tiny.toml"]))))
+    text = tables.markdown(study)
+    assert "| adam | - | 0 | - | - |" in text
+    (picture,) = curves.draw(study, tmp_path)
+    assert picture.stat().st_size > 0
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_studies_of_the_tree_can_be_read(path: Path) -> None:
+    plan = read(path, {})
+    text = path.read_text()
+    assert text.startswith(f"# python -m experiment study studies/{path.name}")
+    runs = len(plan.contestants) * (len(plan.seeds) + len(plan.tuning_seeds) * plan.budget)
+    assert f"{runs} runs" in text
+    assert all(resolve(each.candidates[0]).optimizer in OPTIMIZERS for each in plan.contestants)
+
+
+def test_variants_are_compared_with_the_first() -> None:
+    pairs = read(FOLDER / "batch-norm.toml", {}).comparisons()
+    assert ("sgd-no-batch-norm", "adam-no-batch-norm") in pairs
+    assert ("sgd-no-batch-norm", "sgd-batch-norm") in pairs
+    assert ("sgd-batch-norm", "sgd-no-batch-norm") not in pairs
+    assert len(pairs) == 7
+
+
+def test_flags_are_the_inverse_of_parse() -> None:
+    argv = ["--no-batch-norm", "--lr", "0.003", "--milestones", "3", "5", "--schedule", "multistep"]
+    options = parse([*argv, "--grayscale", "--run-dir", "x"])
+    assert parse(flags(options)) == options
+    assert flags({"batch_norm": True, "grayscale": False, "lr": None, "milestones": ()}) == []
+
+
+def test_intervals_are_students() -> None:
+    """Of 1 to 5: the mean 3, the deviation sqrt(2.5), t(0.975, 4) = 2.776445."""
+    found = summarize([1, 2, 3, 4, 5])
+    assert (found.n, found.mean) == (5, 3)
+    assert found.sd == pytest.approx(math.sqrt(2.5))
+    assert found.half_width == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)
+    assert paired([2, 4, 6], [1, 2, 3]) == summarize([1, 2, 3])
+    assert math.isnan(summarize([1.0]).half_width)
+    assert math.isnan(summarize([]).mean)

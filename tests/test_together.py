@@ -1,0 +1,101 @@
+"""Seeds trained together by `vmap` equal seeds trained alone."""
+
+from __future__ import annotations
+
+from threading import BrokenBarrierError, Thread
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jax_resnet import Engine
+from jax_resnet.together import Meeting, Together
+from tests.comparing import assert_all_close, assert_close
+from tests.test_loop import CLASSES, SHAPE, flat, make_batches, make_engine, train
+
+SEEDS = 5
+# Five runs beside each other and one after another differ in the order of sums: 20 steps in float64; the
+# first three in float32, before it grows.
+FLOAT64, FLOAT32 = 1e-10, 1e-5
+
+
+def make_engines(count: int = SEEDS, model: str = "cnn", **options: Any) -> list[Engine]:
+    """Each with a seed of its own, and the second with another mean of the data, as each has in a study."""
+    return [
+        make_engine(model, "adabound", seed=seed, mean=(0.45 if seed == 1 else 0.5, 0.4, 0.3), **options)
+        for seed in range(count)
+    ]
+
+
+def pictures(steps: int, seed: int) -> list[dict[str, Any]]:
+    """Batches of uint8."""
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "image": rng.integers(0, 256, (8, *SHAPE), np.uint8),
+            "label": rng.integers(0, CLASSES, 8).astype(np.int32),
+        }
+        for _ in range(steps)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "steps", "tolerance"),
+    [
+        ("resnet18", "float64", 20, FLOAT64),
+        ("cnn", "float32", 3, FLOAT32),
+        pytest.param("resnet18", "float32", 3, FLOAT32, marks=pytest.mark.slow),
+    ],
+)
+def test_five_seeds_together_equal_five_alone(
+    model: str, precision: str, steps: int, tolerance: float
+) -> None:
+    engines = make_engines(model=model, precision=precision)
+    batches = [pictures(steps, seed) for seed in range(SEEDS)]
+    together = Together(engines)
+    taken = list(together.train([e.init() for e in engines], zip(*batches, strict=True)))
+    losses, stacked = np.array([metrics["loss"] for _, metrics in taken]), taken[-1][0]
+    assert len(set(losses[0])) == SEEDS
+    for index, engine in enumerate(engines):
+        program = engine if index == 1 else engines[0]  # one compilation for all that have its constants
+        state, alone = train(program, engine.init(), batches[index])
+        expected = [float(each["loss"]) for each in alone]
+        assert_close(f"losses of seed {index}", losses[:, index], expected, tolerance)
+        if precision == "float64":
+            tree, wanted = engine.to_tree(together.one(stacked, index)), engine.to_tree(state)
+            assert_all_close("tree", flat(tree), flat(wanted), 1e-8)
+
+
+def test_drivers_that_meet_see_engines_like_any_other() -> None:
+    """Each trains two steps, evaluates, and trains on; one leaves, and the others are told."""
+    engines, batches = make_engines(2), make_batches(4)
+    meeting, found, told = Meeting(2), {}, []
+
+    def drive(index: int, steps: int) -> None:
+        member = meeting.join(index, engines[index])
+        try:
+            for step, (state, metrics) in enumerate(member.train(member.init(), batches), 1):
+                if step == 2:
+                    logits = np.concatenate(list(member.evaluate(state, batches[:1])))
+                    found[index] = float(metrics["loss"]), logits, member.to_tree(state)
+                    assert member.first_bad_step(state) is None
+                if step == steps:
+                    meeting.leave()
+                    return
+        except BrokenBarrierError:
+            told.append(index)
+
+    threads = [Thread(target=drive, args=each) for each in ((0, 4), (1, 3))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert told == [0]
+    for index, engine in enumerate(engines):
+        state, metrics = train(engine, engine.init(), batches[:2])
+        loss, logits, tree = found[index]
+        assert loss == pytest.approx(float(metrics[-1]["loss"]), rel=FLOAT32)
+        (expected,) = engine.evaluate(state, batches[:1])
+        assert_close("logits", logits, expected, 1e-3)
+        assert tree["step"] == 2
+        assert tree.keys() == engine.to_tree(state).keys()

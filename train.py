@@ -7,9 +7,9 @@
     python train.py --recipe cifar10-resnet20 --data-dir DIR    # the options of recipes/cifar10-resnet20.toml
     python train.py --run-dir runs/mine --resume                # continue, bit for bit
 
-Everything the run writes is under --run-dir: config.json, metrics.jsonl, summary.json, weights and
-checkpoints. Exit status: 0 done; 1 the run failed, and what was saved is named; 2 a mistake in the flags;
-128 + n a signal.
+Everything the run writes is under --run-dir: config.json, metrics.jsonl, summary.json, weights, checkpoints,
+report/index.html and TensorBoard files. Exit status: 0 done; 1 the run failed, and what was saved is named;
+2 a mistake in the flags; 128 + n a signal.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from experiment.schedules import make_schedule
 from experiment.transfer import initial_tree, sha256
 
 if TYPE_CHECKING:
+    from experiment.console import Console
     from experiment.data import Data
 
 
@@ -123,12 +124,16 @@ def run(
                     f"stopped by {trainer.stopped_by.name} at step {trainer.step}; everything is saved: "
                     f"continue with python train.py --resume --run-dir {run_dir}"
                 )
+                report(config, run_dir, trainer.step, console)
                 return 128 + trainer.stopped_by
             rundir.write_json(run_dir / "summary.json", summary)
             conclude(summary, run_dir, console)
+            if page := report(config, run_dir, trainer.step, console):
+                console.say(f"report: {page}")
             return 0
         except RunFailedError as error:
             console.fail(f"the run failed: {error}")
+            report(config, run_dir, trainer.step, console)
             return 1
         except OSError as error:
             with suppress(OSError):
@@ -143,6 +148,25 @@ def run(
             with suppress(OSError):  # told already
                 checkpoints.close()
             console.close()
+
+
+def report(config: Config, run_dir: Path, step: int, console: Console) -> Path | None:
+    """Write the report; returns the page. Whatever goes wrong with it, the run itself is done and saved."""
+    if not config.report:
+        return None
+    from experiment.events import add_pictures
+    from experiment.report import write_report
+
+    try:
+        page, pictures = write_report(run_dir)
+        add_pictures(run_dir, {name: picture.png for name, picture in pictures.items()}, step)
+        return page
+    except Exception as error:  # of a library that draws
+        console.say(
+            f"the run is saved, but its report could not be made ({type(error).__name__}: {error}); "
+            f"try python -m experiment report {run_dir}"
+        )
+        return None
 
 
 def resolve_lengths(

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from experiment.errors import UserError
 
 COMMANDS = {
+    "compare": "runs side by side: curves over one another, results, differences of their options",
     "convert": "weights from PyTorch's files (.pth, .pt, .th) to safetensors, or back",
     "evaluate": "test a finished run: one crop, ten crops, or whole pictures at several scales",
     "parity": "one network in NumPy, JAX and PyTorch: the first stage at which two of them depart",
     "predict": "the most likely classes of pictures in files, by a finished run",
     "study": "optimizers x seeds by a TOML file: tuned alike, compared with intervals",
     "prepare": "download a TFDS data set and bring it into the form that training reads",
+    "report": "a page of a run, finished or not: curves, classes, mistakes, samples",
 }
 """Each command, a module of `experiment.commands` with a `main(argv) -> int`, and its line of help."""
 

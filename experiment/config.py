@@ -36,7 +36,7 @@ DEFAULT_EPOCHS = {"digits": 7}
 CHANGEABLE = frozenset(
     {
         *("framework", "steps", "epochs", "data_dir", "run_dir", "resume"),
-        *("checkpoint_every", "eval_every", "log_every", "keep_checkpoints"),
+        *("checkpoint_every", "eval_every", "log_every", "keep_checkpoints", "report"),
         "early_stopping_patience",  # like steps: when the run ends
         "schedule_steps",  # train.py sees to it that the schedule stays as long as it was
     }
@@ -179,6 +179,9 @@ class Config:
     )
     log_every: int = option(10, "steps between updates of the metrics", group="output", least=1)
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", group="output", least=1)
+    report: bool = option(
+        True, "neither a report at the end nor TensorBoard files", group="output", flag="no-report"
+    )
 
     def check(self) -> None:
         """Raise UserError, naming the flag and the remedy, for the first option that is out of range."""
@@ -433,6 +436,22 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
             else config.weight_decay
         ),
     )
+
+
+def argv_of(config: Config) -> list[str]:
+    """The flags that give a resolved `config`, but for where its run is and whether it is resumed."""
+    usual = resolve({"optimizer": config.optimizer})  # its learning rate, its decay
+    argv = []
+    for field in dataclasses.fields(Config):
+        value = getattr(config, field.name)
+        default = field.default if field.name == "optimizer" else getattr(usual, field.name)
+        # A recipe is no option of its own: what it says is in the others.
+        if field.name in ("run_dir", "resume", "recipe") or value == default:
+            continue
+        argv.append(flag_of(field))
+        if not isinstance(field.default, bool):
+            argv += map(str, value if isinstance(value, tuple) else (value,))
+    return argv
 
 
 def fits(value: Any, hint: Any) -> bool:

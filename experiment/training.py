@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from experiment import weights
+from experiment import predictions, weights
 from experiment.checkpoint import Checkpoints, differences
 from experiment.config import Config
 from experiment.console import Console
 from experiment.data import Data
 from experiment.engines import Engine
 from experiment.errors import UserError
+from experiment.events import EventFile
 from experiment.history import History, unchanged_start
 from experiment.metrics import Metrics
 from experiment.schedules import has_converged
@@ -142,6 +143,8 @@ class Trainer:
             Metrics.from_json(start.epoch_metrics) if start.epoch_metrics else Metrics(classes)
         )
         self.history = History(self.run_dir / "metrics.jsonl", **start.history)
+        options = dataclasses.asdict(self.config)
+        self.events = EventFile(self.run_dir, options) if self.config.report else None
         # The one at the end of a run that got more steps later is off the beat: it must not change the rest.
         self.validations[:] = [each for each in self.history.validations if not each[0] % self.eval_every]
         try:
@@ -161,6 +164,8 @@ class Trainer:
         finally:
             self.console.stop()
             self.history.close()
+            if self.events is not None:
+                self.events.close()
 
     def _train(self, start_step: int) -> None:
         remaining = max(self.total_steps - start_step, 0)
@@ -224,13 +229,11 @@ class Trainer:
             self.epoch_metrics.update(logits, label, loss)
             line = self._line("train", "step", step)
             numbers = {name: float(metrics[name]) for name in STEP_NUMBERS if name in metrics}
-            self.history.append(
-                {**line, **batch.compute(), "lr": self.engine.learning_rate(step - 1), **numbers}
-            )
+            self._record({**line, **batch.compute(), "lr": self.engine.learning_rate(step - 1), **numbers})
             if step % self.steps_per_epoch == 0:
-                self.history.append({**self._line("train", "epoch", step), **self.epoch_metrics.compute()})
+                self._record({**self._line("train", "epoch", step), **self.epoch_metrics.compute()})
                 self.epoch_metrics = Metrics(self.data.num_classes)
-        self.history.flush()
+        self._flush()
         bad_step = self.engine.first_bad_step(self.state)
         if bad_step is not None:
             self.checkpoints.wait()
@@ -259,12 +262,14 @@ class Trainer:
     def _clock_now(self) -> Clock:
         return dataclasses.replace(self.clock, wall_seconds=time.monotonic() - self._begun)
 
-    def _evaluate(self, split: Any) -> dict[str, float]:
+    def _evaluate(self, split: Any, collector: predictions.Collector | None = None) -> dict[str, float]:
         """The metrics of every example of a split, each exactly once."""
         metrics = Metrics(self.data.num_classes)
         for_engine, for_labels = itertools.tee(self.data.eval_batches(split, self.config.eval_batch_size))
         for logits, batch in zip(self.engine.evaluate(self.state, for_engine), for_labels, strict=True):
             metrics.update(logits, batch["label"])
+            if collector is not None:
+                collector.update(batch["image"], logits, batch["label"])
         return metrics.compute()
 
     def _validate(self) -> None:
@@ -273,7 +278,7 @@ class Trainer:
         result = self._evaluate("val")
         if self.step % self.eval_every == 0:
             self.validations.append((self.step, result["loss"]))
-        self.history.append({**self._line("val", "epoch", self.step), **result})
+        self._record({**self._line("val", "epoch", self.step), **result})
         self.console.say(f"step {self.step}: validation {_words(result)}")
         if result["loss"] < (self.best["loss"] if self.best else math.inf):  # never so for not-a-number
             self.best = {"step": self.step, **result}
@@ -294,11 +299,13 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Test the final weights and write them; these lines come after the last checkpoint's history."""
-        test = self._evaluate("test")
-        self.history.append({**self._line("test", "epoch", self.step), **test})
+        collector = predictions.Collector(self.data.test_size)
+        test = self._evaluate("test", collector)
+        self._record({**self._line("test", "epoch", self.step), **test})
         self.history.sync()
         tree = self.engine.to_tree(self.state)
         self._write_weights("weights.safetensors", tree)
+        collector.finish(self.step, self.data.class_names).save(self.run_dir / predictions.FILE)
         self.checkpoints.wait()
         trained, frozen = count_parameters(tree["params"], freeze_backbone=self.config.freeze_backbone)
         return {
@@ -322,6 +329,16 @@ class Trainer:
     def _write_weights(self, name: str, tree: dict[str, Any]) -> None:
         metadata = {"model": self.config.model, "dataset": self.config.dataset, "step": self.step}
         weights.save(self.run_dir / name, weights.from_tree(tree), metadata)
+
+    def _record(self, line: dict[str, Any]) -> None:
+        self.history.append(line)
+        if self.events is not None:
+            self.events.append(line)
+
+    def _flush(self) -> None:
+        self.history.flush()
+        if self.events is not None:
+            self.events.flush()
 
     def _line(self, split: str, scope: str, step: int) -> dict[str, Any]:
         return {"split": split, "scope": scope, "step": step, "epoch": self._epoch(step)}

@@ -31,6 +31,7 @@ HEAVY = frozenset(
         "array_record",
         "grain",
         "jax",
+        "jinja2",
         "matplotlib",
         "orbax",
         "scipy",

@@ -1,0 +1,39 @@
+"""`python -m experiment compare RUN RUN...`: a page of runs side by side, and its pictures as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiment.commands.parser import Parser
+from experiment.errors import UserError
+from experiment.report import read_run, write_page
+from experiment.report.comparison import is_comparison, render_comparison
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the page; return 0. Nothing is written unless all runs can be read.
+
+    Raises:
+        UserError: fewer than two runs; a folder that is not that of a run; DIR is in use or cannot be made.
+    """
+    parser = Parser(
+        prog="python -m experiment compare",
+        description="Runs side by side, finished or not: their curves over one another, a table of final and "
+        "best results and of speeds, and the options in which they differ.",
+    )
+    add = parser.add_argument
+    add("runs", metavar="RUN", type=Path, nargs="+", help="the folder of a run; two or more")
+    add("--out", metavar="DIR", type=Path, default=Path("comparison"), help="default: comparison")
+    options = parser.parse_args(argv)
+    if len(options.runs) < 2:
+        raise UserError("RUN: one run has nothing to be compared with; name two or more")
+    out: Path = options.out
+    if out.exists() and not (out.is_dir() and is_comparison(out)):
+        raise UserError(f"--out: {out} holds something else than a comparison; name another folder")
+    page, pictures = render_comparison([read_run(run_dir) for run_dir in options.runs])
+    try:
+        print(write_page(out, page, pictures))
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written ({error.strerror}); name another folder") from None
+    return 0

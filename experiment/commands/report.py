@@ -1,0 +1,33 @@
+"""`python -m experiment report RUN...`: the report of runs, also of one that goes on or was killed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiment.commands.parser import Parser
+from experiment.errors import UserError
+from experiment.report import FOLDER, read_run, write_report
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write report/index.html in the folder of each run; return 0. All are looked at first.
+
+    Raises:
+        UserError: a folder that is not that of a run, or cannot be written in.
+    """
+    parser = Parser(
+        prog="python -m experiment report",
+        description=f"Write {FOLDER}/index.html in the folder of a run, and the pictures in it as PNG. The "
+        "run may go on meanwhile, or have been killed: the page says what is absent.",
+    )
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="the folder of a run")
+    options = parser.parse_args(argv)
+    for run_dir in options.runs:
+        read_run(run_dir)
+    for run_dir in options.runs:
+        try:
+            print(write_report(run_dir)[0])
+        except OSError as error:
+            raise UserError(f"{run_dir / FOLDER}: cannot be written ({error.strerror})") from None
+    return 0

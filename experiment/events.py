@@ -1,0 +1,107 @@
+"""RUN/tensorboard: the lines of metrics.jsonl, the options and the pictures, as TensorBoard reads them.
+
+Written with TensorBoard's own record writer, which needs no TensorFlow, in the thread of the run: what goes
+wrong with the disk is told where it happens.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+FOLDER = "tensorboard"
+METRICS = ("loss", "accuracy", "f1", "top5")
+RESULTS = ("loss/test", "accuracy/test", "f1/test")
+
+
+class EventFile:
+    """The one file of a run's newest session.
+
+    It begins with all that metrics.jsonl holds already, and the files of earlier sessions are removed: no
+    step comes twice, wherever the run was stopped. A TensorBoard that looks on drops what it had of them.
+    """
+
+    def __init__(self, run_dir: Path, options: Mapping[str, Any]) -> None:
+        """Start the file of a run with these options, whose metrics.jsonl is cut back to where it goes on."""
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.plugins.hparams import summary_v2 as hparams
+
+        folder = run_dir / FOLDER
+        folder.mkdir(exist_ok=True)
+        old = _files(run_dir)
+        # TensorBoard reads the files in the order of their names, which begin with a time in seconds.
+        newest = max(
+            (int(number) for path in old if (number := path.name.split(".")[3]).isdigit()), default=0
+        )
+        number = max(int(time.time()), newest + 1)
+        self._records = _Records(folder / f"events.out.tfevents.{number:010d}.run", "xb")
+        for path in old:
+            path.unlink()
+        self._records.write(file_version="brain.Event:2")
+        self._records.write(step=0, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        plain = {
+            name: value for name, value in options.items() if isinstance(value, bool | int | float | str)
+        }
+        self._records.write(step=0, summary=hparams.hparams_pb(plain, trial_id=run_dir.name))
+        declared = [hparams.HParam(name) for name in plain], [hparams.Metric(tag) for tag in RESULTS]
+        self._records.write(step=0, summary=hparams.hparams_config_pb(*declared))
+        history = run_dir / "metrics.jsonl"
+        for line in history.read_bytes().splitlines() if history.exists() else ():
+            self.append(json.loads(line))
+        self.flush()
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl as scalars: loss/val, loss/train; of a step loss/batch, step/lr, ..."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        part = "batch" if line["scope"] == "step" else line["split"]
+        values = [
+            Summary.Value(tag=f"{name}/{part}" if name in METRICS else f"step/{name}", simple_value=value)
+            for name, value in line.items()
+            if isinstance(value, int | float) and name not in ("step", "epoch")
+        ]
+        self._records.write(step=line["step"], summary=Summary(value=values))
+
+    def flush(self) -> None:
+        """Hand everything to the operating system, so that a reader sees it."""
+        self._records.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._records.close()
+
+
+def add_pictures(run_dir: Path, pictures: Mapping[str, bytes], step: int) -> None:
+    """Add PNG files, by name, to the event file of a run that has just ended at `step`."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    records = _Records(max(_files(run_dir)), "ab")
+    for name, content in pictures.items():
+        width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+        image = Summary.Image(encoded_image_string=content, width=width, height=height, colorspace=4)
+        value = Summary.Value(tag=f"report/{name}", image=image)
+        records.write(step=step, summary=Summary(value=[value]))
+    records.close()
+
+
+def _files(run_dir: Path) -> list[Path]:
+    return list((run_dir / FOLDER).glob("events.out.tfevents.*"))
+
+
+class _Records:
+    """A file of events."""
+
+    def __init__(self, path: Path, mode: Literal["xb", "ab"]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event = Event
+        self._writer = RecordWriter(open(path, mode))  # noqa: SIM115 - closed by close()
+        self.flush, self.close = self._writer.flush, self._writer.close
+
+    def write(self, **fields: Any) -> None:
+        """One event, now."""
+        self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())

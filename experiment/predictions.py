@@ -1,0 +1,152 @@
+"""predictions.npz: what a run's network says of every test picture, and a few of the pictures themselves."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from experiment.errors import UserError
+from experiment.rundir import write_file
+from experiment.transforms import Pixels, picture_of, pixels_of
+
+FILE = "predictions.npz"
+SAMPLES = 32
+MISTAKES = 32
+THUMBNAIL = 96
+"""Pixels of the longer side, at most, of a picture that is kept."""
+
+Integers = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What `Collector` collects and predictions.npz holds.
+
+    Attributes:
+        step: the step the weights are of.
+        class_names: the classes' names.
+        labels: the true classes, int32 [N].
+        predictions: the predicted ones, int32 [N].
+        confidences: the probabilities given to those, float32 [N].
+        shown: which examples are among the pictures, int32 [K]; the first `samples` are spread evenly over
+            the test set, the rest are mistakes, the most confident first.
+        pictures: these, uint8 [K, h, w, C].
+        samples: how many are samples.
+    """
+
+    step: int
+    class_names: tuple[str, ...]
+    labels: Integers
+    predictions: Integers
+    confidences: npt.NDArray[np.float32]
+    shown: Integers
+    pictures: Pixels
+    samples: int
+
+    def save(self, path: Path) -> None:
+        """Write it, whole or not at all; equal content gives equal bytes. Nothing in it is pickled."""
+        file = io.BytesIO()
+        np.savez_compressed(
+            file,
+            step=np.array(self.step),
+            class_names=np.array(self.class_names, np.str_),
+            labels=self.labels,
+            predictions=self.predictions,
+            confidences=self.confidences,
+            shown=self.shown,
+            pictures=self.pictures,
+            samples=np.array(self.samples),
+        )
+        write_file(path, file.getvalue())
+
+
+def load(path: Path) -> Predictions:
+    """Read what `Predictions.save` wrote. Raises UserError if the file is absent, damaged or another."""
+    try:
+        with np.load(path) as file:
+            found = Predictions(
+                step=int(file["step"]),
+                class_names=tuple(map(str, file["class_names"])),
+                samples=int(file["samples"]),
+                **{
+                    name: file[name] for name in ("labels", "predictions", "confidences", "shown", "pictures")
+                },
+            )
+        n, classes = len(found.labels), len(found.class_names)
+        if not (
+            found.labels.shape == found.predictions.shape == found.confidences.shape == (n,)
+            and all(((a >= 0) & (a < classes)).all() for a in (found.labels, found.predictions))
+            and ((found.shown >= 0) & (found.shown < n)).all()
+            and found.pictures.dtype == np.uint8
+            and found.pictures.ndim == 4
+            and len(found.pictures) == len(found.shown) >= found.samples
+        ):
+            raise ValueError("its arrays do not fit together")
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; a run writes it when it tests, at its end") from None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: is not what a run writes ({error}); test the run again") from None
+    return found
+
+
+class Collector:
+    """Collects `Predictions` of a part of the data, batch by batch in its order, few pictures in memory.
+
+    Args:
+        size: how many examples there will be.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._parts: list[tuple[Integers, Integers, npt.NDArray[np.float32]]] = []
+        self._seen = 0
+        self._wanted = np.unique(np.linspace(0, size - 1, min(SAMPLES, size)).round().astype(np.int32))
+        self._samples: list[tuple[int, Pixels]] = []
+        self._mistakes: list[tuple[float, int, Pixels]] = []
+
+    def update(self, images: Pixels, logits: np.ndarray, labels: Integers) -> None:
+        """Add a batch: pictures uint8 [N, H, W, C], logits [N, num_classes], labels [N]."""
+        predictions = logits.argmax(1).astype(np.int32)
+        z = logits.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # logits that are not finite: a confidence that is no number
+            scores = np.exp(z - z.max(1, keepdims=True))
+        confidences = (1 / scores.sum(1)).astype(np.float32)  # the largest score is 1
+        self._parts.append((labels.astype(np.int32), predictions, confidences))
+        here = self._wanted[(self._wanted >= self._seen) & (self._wanted < self._seen + len(labels))]
+        self._samples += [(int(i), _thumbnail(images[i - self._seen])) for i in here]
+        (wrong,) = np.nonzero(predictions != labels)
+        for i in wrong[np.argsort(-confidences[wrong], kind="stable")][:MISTAKES]:
+            if len(self._mistakes) < MISTAKES or confidences[i] > self._mistakes[-1][0]:
+                self._mistakes.append((float(confidences[i]), self._seen + int(i), _thumbnail(images[i])))
+                self._mistakes.sort(key=lambda each: (-each[0], each[1]))
+                del self._mistakes[MISTAKES:]
+        self._seen += len(labels)
+
+    def finish(self, step: int, class_names: Sequence[str]) -> Predictions:
+        """Everything that was added."""
+        pictures = [*self._samples, *(each[1:] for each in self._mistakes)]
+        labels, predictions, confidences = map(np.concatenate, zip(*self._parts, strict=True))
+        return Predictions(
+            step=step,
+            class_names=tuple(class_names),
+            labels=labels,
+            predictions=predictions,
+            confidences=confidences,
+            shown=np.array([index for index, _ in pictures], np.int32),
+            pictures=np.stack([picture for _, picture in pictures]),
+            samples=len(self._samples),
+        )
+
+
+def _thumbnail(image: Pixels) -> Pixels:
+    """The picture [H, W, C], made smaller if it is larger than a report shows."""
+    if max(image.shape[:2]) <= THUMBNAIL:
+        return image.copy()
+    picture = picture_of(image)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return pixels_of(picture)

@@ -1,0 +1,256 @@
+"""The pictures of a run's report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from experiment.predictions import Predictions
+from experiment.report.reading import BOUNDS, CLIPPED, Floats, RunFiles
+from experiment.report.style import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    PINK,
+    legend,
+    panel,
+    png,
+    style,
+    svg,
+)
+from experiment.report.tables import confusion
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+METRICS = {"loss": "Loss", "accuracy": "Accuracy", "f1": "Macro F1"}
+MOST_POINTS = 500
+"""Of a curve; one with more is drawn as means of equal parts."""
+MOST_NAMED = 40
+"""Classes up to which a confusion matrix has their names at its sides."""
+MOST_COUNTED = 20
+"""Classes up to which it has the counts in its cells."""
+
+
+class Picture(NamedTuple):
+    """A picture of a report, drawn."""
+
+    name: str  # of its PNG file, without the suffix
+    alt: str  # what it shows, for those who cannot see it
+    svg: bytes
+    png: bytes
+
+
+def draw(run: RunFiles) -> dict[str, Picture]:
+    """Every picture for which the run has numbers, by name."""
+    with style():
+        figures = {
+            **{key: _metric(run, key) for key in METRICS},
+            "lr": _lines(run, "Learning rate", {"lr": "learning rate"}),
+            "norms": _lines(
+                run, "Norms", {"grad_norm": "gradient", "update_norm": "update"}, logarithmic=True
+            ),
+            "bounds": _lines(
+                run,
+                "AdaBound's bounds of the step size",
+                dict(zip(BOUNDS, ("lower", "upper"), strict=True)),
+                logarithmic=True,
+            ),
+            "clipped": _lines(
+                run,
+                "Coordinates held at a bound",
+                dict(zip(CLIPPED, ("at the lower", "at the upper"), strict=True)),
+            ),
+        }
+        if run.predictions is not None:
+            figures["confusion"] = _confusion(run.predictions)
+            samples, mistakes = chosen(run.predictions)
+            figures["samples"] = _sheet(run.predictions, samples, "Samples")
+            figures["mistakes"] = _sheet(run.predictions, mistakes, "The most confident mistakes")
+        return {
+            name: Picture(name, _alt(run, name), svg(figure), png(figure))
+            for name, figure in figures.items()
+            if figure is not None
+        }
+
+
+def chosen(found: Predictions) -> tuple[range, range]:
+    """Which of its pictures are samples, and which mistakes."""
+    return range(found.samples), range(found.samples, len(found.shown))
+
+
+def caption(found: Predictions, k: int) -> tuple[str, str, float]:
+    """Of picture `k`: true class, predicted class, confidence."""
+    i = found.shown[k]
+    names = found.class_names
+    return names[found.labels[i]], names[found.predictions[i]], float(found.confidences[i])
+
+
+def thin(steps: Floats, values: Floats, most: int = MOST_POINTS) -> tuple[Floats, Floats]:
+    """At most `most` points: the means of equal parts of a curve, whose parts may hold not-a-number."""
+    if len(steps) <= most:
+        return steps, values
+    parts = np.array_split(np.arange(len(steps)), most)
+    return (
+        np.array([steps[part].mean() for part in parts]),
+        np.array([values[part].mean() for part in parts]),
+    )
+
+
+def smooth(values: Floats, window: int) -> Floats:
+    """The mean of `window` values around each, of fewer at the ends."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    low, high = np.maximum(at - window // 2, 0), np.minimum(at + (window + 1) // 2, len(values))
+    smoothed: Floats = (total[high] - total[low]) / (high - low)
+    return smoothed
+
+
+def is_wide(values: Floats) -> bool:
+    """Whether a scale of powers of ten shows positive values better."""
+    values = values[np.isfinite(values)]
+    return bool(len(values) and values.min() > 0 and values.max() > 20 * values.min())
+
+
+def _metric(run: RunFiles, key: str) -> Figure | None:
+    """Training by step and by epoch, validation, test, and the best validation."""
+    steps, values = thin(*run.curve("train", "step", key))
+    epochs = run.curve("train", "epoch", key)
+    validation, test = run.curve("val", "epoch", key), run.curve("test", "epoch", key)
+    if not any(len(x) for x, _ in ((steps, values), validation, test)):
+        return None
+    figure, axes = panel(METRICS[key])
+    axes.plot(steps, values, color=BLUE, lw=0.8, alpha=0.4, label="training, a step")
+    if len(epochs[0]) > 1:
+        axes.plot(*epochs, "o-", color=BLUE, ms=3.5, label="training, an epoch")
+    elif len(steps) > 10:
+        smoothed = smooth(values, max(len(values) // 20, 5))
+        axes.plot(steps, smoothed, color=BLUE, label="training, running mean")
+    axes.plot(*validation, "s-", color=ORANGE, ms=3.5, label="validation")
+    axes.plot(*test, "D", color=GREEN, ms=6, label="test")
+    if (best := run.best) and key in best:
+        axes.plot(
+            best["step"],
+            best[key],
+            "o",
+            mfc="none",
+            color=ORANGE,
+            ms=9,
+            mew=1.2,
+            label="lowest validation loss",
+        )
+    if key == "loss" and is_wide(np.concatenate([values, validation[1], test[1]])):
+        axes.set_yscale("log")
+    elif key != "loss":
+        axes.set_ylim(top=1.02)
+    _finish(run, axes)
+    return figure
+
+
+def _lines(run: RunFiles, title: str, labels: dict[str, str], *, logarithmic: bool = False) -> Figure | None:
+    """Numbers that are in the lines of steps, one curve each."""
+    curves = {key: thin(*run.curve("train", "step", key)) for key in labels}
+    if not any(len(steps) for steps, _ in curves.values()):
+        return None
+    figure, axes = panel(title, height=2.5)
+    for (key, label), color in zip(labels.items(), (BLUE, ORANGE), strict=False):
+        axes.plot(*curves[key], color=color, lw=1.3, label=label if len(labels) > 1 else None)
+    if logarithmic and any(is_wide(values) for _, values in curves.values()):
+        axes.set_yscale("log")
+    _finish(run, axes)
+    return figure
+
+
+def _finish(run: RunFiles, axes: Axes) -> None:
+    """Resumes, the label of the steps, a legend."""
+    for number, step in enumerate(run.resumes):
+        label = "resumed" if number == 0 else None
+        axes.axvline(step, color=PINK, lw=1.2, ls=(0, (3, 2)), zorder=1.5, label=label)
+    per_epoch = f" ({run.steps_per_epoch:,} an epoch)" if run.steps_per_epoch else ""
+    axes.set_xlabel(f"step{per_epoch}")
+    legend(axes)
+
+
+def _confusion(found: Predictions) -> Figure:
+    """Rows are the true classes; the colour is the share of the row, errors in another colour."""
+    from matplotlib.colors import to_rgb
+
+    matrix = confusion(found)
+    k = len(matrix)
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    # Transparent, so that it lies on light and on dark ground. Errors are few: the root lets them be seen.
+    image = np.empty((k, k, 4))
+    image[..., :3] = to_rgb(ORANGE)
+    image[..., 3] = np.sqrt(share) * 0.9
+    diagonal = np.eye(k, dtype=bool)
+    image[diagonal, :3] = to_rgb("#2a8fd0")
+    image[diagonal, 3] = share[diagonal] * 0.6
+    side = 5.2 if k <= MOST_COUNTED else 6.4
+    figure, axes = panel(f"Confusion of {k} classes", side, side, fitted=True)
+    axes.imshow(image, interpolation="none")
+    axes.grid(False)
+    axes.set(xlabel="predicted", ylabel="true")
+    if k <= MOST_NAMED:
+        size = 8 if k <= MOST_COUNTED else 6
+        names = [_short(name) for name in found.class_names]
+        turn = 0 if max(map(len, names)) <= 2 else 90
+        axes.set_xticks(range(k), names, rotation=turn, fontsize=size, parse_math=False)
+        axes.set_yticks(range(k), names, fontsize=size, parse_math=False)
+    if k <= MOST_COUNTED:
+        for i, j in zip(*np.nonzero(matrix), strict=True):
+            axes.text(j, i, str(matrix[i, j]), ha="center", va="center", fontsize=7, color=INK)
+    return figure
+
+
+def _sheet(found: Predictions, which: Sequence[int], title: str) -> Figure | None:
+    """Pictures in rows, true and predicted class above each."""
+    if not len(which):
+        return None
+    columns = 8
+    rows = -(-len(which) // columns)
+    _, height, width, _ = found.pictures.shape
+    gap_x, gap_y = round(width * 0.25) + 1, round(height * 0.6) + 1
+    mosaic = np.zeros((rows * (height + gap_y), columns * (width + gap_x), 4), np.uint8)
+    figure, axes = panel(title, 10, 10 * len(mosaic) / mosaic.shape[1] + 0.4)
+    for place, k in enumerate(which):
+        row, column = divmod(place, columns)
+        y, x = row * (height + gap_y) + gap_y, column * (width + gap_x)
+        mosaic[y : y + height, x : x + width, :3] = found.pictures[k]  # grey goes to all three
+        mosaic[y : y + height, x : x + width, 3] = 255
+        true, predicted, confidence = caption(found, k)
+        right = true == predicted
+        text = _short(true) if right else f"{_short(true)}\nnot {_short(predicted)}"
+        axes.text(
+            x,
+            y - gap_y * 0.1,
+            f"{text}  {confidence:.2f}",
+            color=INK if right else ORANGE,
+            fontsize=6.5,
+            parse_math=False,
+        )
+    axes.imshow(mosaic, interpolation="none")
+    axes.set_axis_off()
+    return figure
+
+
+def _short(name: str, most: int = 18) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _alt(run: RunFiles, name: str) -> str:
+    """What a picture shows, in words."""
+    words = {
+        **{key: f"{title} against the step" for key, title in METRICS.items()},
+        "lr": "learning rate against the step",
+        "norms": "norms of gradient and update against the step",
+        "bounds": "lower and upper bound of AdaBound against the step",
+        "clipped": "fraction of coordinates at each bound against the step",
+        "confusion": "confusion matrix of the test set",
+        "samples": "pictures of the test set with true and predicted class",
+        "mistakes": "the most confident mistakes on the test set",
+    }
+    return f"{run.title}: {words[name]}"

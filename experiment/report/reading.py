@@ -1,0 +1,200 @@
+"""What the folder of a run says, for a report: whatever of it is there."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from experiment import predictions, rundir
+from experiment.config import Config, argv_of, resolve
+from experiment.errors import UserError
+
+Floats = npt.NDArray[np.float64]
+
+BOUNDS = ("lower_bound", "upper_bound")
+CLIPPED = ("at_lower", "at_upper")
+
+
+@dataclass(frozen=True, eq=False)
+class RunFiles:
+    """The folder of a run, read.
+
+    Attributes:
+        folder: where it is.
+        config: its options.
+        resolved: what followed from them and the data.
+        sessions: a start or resume each, with versions, commit and device.
+        lines: those of metrics.jsonl.
+        summary: summary.json, if the run has come to its end.
+        predictions: of the test set, if it has.
+        absent: what is not there or damaged, in words.
+    """
+
+    folder: Path
+    config: Config
+    resolved: dict[str, Any]
+    sessions: list[dict[str, Any]]
+    lines: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+    predictions: predictions.Predictions | None
+    absent: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    @property
+    def title(self) -> str:
+        """What was trained, in a line."""
+        return f"{self.config.model} on {self.config.dataset}, {self.config.optimizer}"
+
+    @property
+    def command(self) -> str:
+        """The command line that repeats the run."""
+        return shlex.join(["python", "train.py", *argv_of(self.config)])
+
+    @property
+    def step(self) -> int:
+        """The last step that is recorded."""
+        return max((line["step"] for line in self.lines), default=0)
+
+    @property
+    def total_steps(self) -> int | None:
+        """The step at which the run was to end."""
+        total = self.resolved.get("total_steps")
+        return total if isinstance(total, int) else None
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Training batches an epoch."""
+        steps = self.resolved.get("steps_per_epoch")
+        return steps if isinstance(steps, int) and steps > 0 else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to its end, and was not continued after that."""
+        return self.summary is not None and self.summary["steps"] >= self.step
+
+    @property
+    def resumes(self) -> list[int]:
+        """The steps at which it was continued."""
+        steps = [session.get("step") for session in self.sessions[1:]]
+        return [step for step in steps if isinstance(step, int)]
+
+    def curve(self, split: str, scope: str, key: str) -> tuple[Floats, Floats]:
+        """The steps and the values [n] of a number in the lines; what was not finite is not-a-number."""
+        found = [
+            (line["step"], np.nan if line[key] is None else line[key])
+            for line in self.lines
+            if line["split"] == split and line["scope"] == scope and key in line
+        ]
+        pairs = np.array(found, np.float64).reshape(-1, 2)
+        return pairs[:, 0], pairs[:, 1]
+
+    def last(self, split: str) -> dict[str, Any] | None:
+        """The newest line of a split over a whole epoch or part."""
+        return next(
+            (line for line in reversed(self.lines) if (line["split"], line["scope"]) == (split, "epoch")),
+            None,
+        )
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The line of the lowest validation loss."""
+        found = [line for line in self.lines if line["split"] == "val" and line.get("loss") is not None]
+        return min(found, key=lambda line: line["loss"], default=None)
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read the folder of a run, finished or not; nothing in it is changed.
+
+    Raises:
+        UserError: it has no config.json, or one that is damaged. All else may be missing.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: is not the folder of a run (it has no config.json); name another")
+    record = rundir.read_record(folder)
+    sessions = record["sessions"]
+    if not all(isinstance(session, dict) for session in sessions):
+        raise UserError(f"{folder / 'config.json'}: its sessions are not what a run writes; restore it")
+    absent: list[str] = []
+    return RunFiles(
+        folder=folder,
+        config=resolve({}, record["config"]),
+        resolved=record["resolved"],
+        sessions=sessions,
+        lines=_read_lines(folder / "metrics.jsonl", absent),
+        summary=_read_summary(folder / "summary.json", absent),
+        predictions=_read_predictions(folder / predictions.FILE, absent),
+        absent=absent,
+    )
+
+
+def _read_lines(path: Path, absent: list[str]) -> list[dict[str, Any]]:
+    """The lines that are whole: of a run that was killed, or goes on, the last may not be."""
+    try:
+        texts = path.read_text(errors="replace").splitlines()
+    except OSError:
+        absent.append("metrics.jsonl is absent: no step was taken, or the file was removed.")
+        return []
+    lines, bad = [], 0
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if _is_line(line):
+            lines.append(line)
+        else:
+            bad += 1
+    if bad:
+        absent.append(f"{bad} of the {len(texts)} lines of metrics.jsonl cannot be read and are left out.")
+    return lines
+
+
+def _is_line(line: Any) -> bool:
+    kinds = {"split": str, "scope": str, "step": int}
+    return (
+        isinstance(line, dict)
+        and all(isinstance(line.get(name), kind) for name, kind in kinds.items())
+        and all(
+            value is None or isinstance(value, int | float)
+            for name, value in line.items()
+            if name not in kinds
+        )
+    )
+
+
+def _read_summary(path: Path, absent: list[str]) -> dict[str, Any] | None:
+    if not path.is_file():
+        absent.append("summary.json is absent: the run has not come to its end.")
+        return None
+    try:
+        summary = rundir.read_json(path)
+        if isinstance(summary, dict) and isinstance(summary.get("steps"), int):
+            return summary
+    except UserError:
+        pass
+    absent.append("summary.json is damaged.")
+    return None
+
+
+def _read_predictions(path: Path, absent: list[str]) -> predictions.Predictions | None:
+    if not path.is_file():
+        absent.append(
+            f"{path.name} is absent: confusion matrix, classes, mistakes and samples need it, and a run "
+            "writes it when it tests, at its end."
+        )
+        return None
+    try:
+        return predictions.load(path)
+    except UserError:
+        absent.append(f"{path.name} is damaged.")
+        return None

@@ -1,0 +1,125 @@
+"""How pictures look: one style, colours that the colour-blind tell apart, SVG for light and dark, PNG."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# On light and on dark ground. The six of the curves are Okabe and Ito's (2008), brighter in the dark.
+COLORS = {
+    "ink": ("#24292f", "#d4dae1"),
+    "faint": ("#818b98", "#7d8590"),
+    "grid": ("#dfe4e9", "#2f353d"),
+    "blue": ("#0072b2", "#4fb0ec"),
+    "orange": ("#d55e00", "#ff8d4f"),
+    "green": ("#009e73", "#33cfa2"),
+    "pink": ("#cc79a7", "#eba6cb"),
+    "amber": ("#e69f00", "#ffc247"),
+    "sky": ("#56b4e9", "#b0def9"),
+}
+INK, FAINT, GRID = (COLORS[name][0] for name in ("ink", "faint", "grid"))
+CYCLE = [COLORS[name][0] for name in ("blue", "orange", "green", "pink", "amber", "sky")]
+BLUE, ORANGE, GREEN, PINK, AMBER, SKY = CYCLE
+
+PNG_DPI = 120
+
+_SETTINGS = {
+    "text.usetex": False,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.titlesize": 10,
+    "axes.titlecolor": INK,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.use_mathtext": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "threeway-resnet",  # equal pictures, equal bytes
+    "svg.image_inline": True,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Everything is drawn and saved inside of this."""
+    import matplotlib
+
+    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in another script
+        yield
+
+
+def panel(
+    title: str, width: float = 5.2, height: float = 2.9, *, fitted: bool = False
+) -> tuple[Figure, Axes]:
+    """A picture of `width` x `height` inches with one pair of axes.
+
+    Margins are fixed, which draws twice as fast, unless they are `fitted` to what stands in them.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained" if fitted else None)
+    left, right, bottom, top = 0.55 / width, 1 - 0.12 / width, 0.45 / height, 1 - 0.3 / height
+    if not fitted:
+        figure.subplots_adjust(left=left, right=right, bottom=bottom, top=top)
+    axes = figure.subplots()
+    axes.set_title(title, parse_math=False)
+    return figure, axes
+
+
+def legend(axes: Axes, columns: int = 3) -> None:
+    """Name the curves that have points, in rows between title and axes, where they hide nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    shown = [(h, label) for h, label in zip(handles, labels, strict=True) if len(h.get_xdata())]
+    if not shown:
+        return
+    figure = axes.figure
+    rows = 0.19 * -(-len(shown) // columns)  # inches
+    height = figure.get_figheight()
+    figure.subplots_adjust(top=1 - (0.3 + rows) / height)
+    axes.set_title(axes.get_title("left"), pad=6 + 72 * rows, parse_math=False)
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderpad": 0.1, "borderaxespad": 0.2}
+    axes.legend(*zip(*shown, strict=True), ncols=columns, columnspacing=1.2, handlelength=1.6, **place)
+
+
+def svg(figure: Figure) -> bytes:
+    """The picture as SVG whose colours follow the reader's light or dark."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue().decode()
+    for name, (light, _) in COLORS.items():
+        text = text.replace(light, f"var(--{name})")
+    light, dark = ("".join(f"--{name}:{both[i]};" for name, both in COLORS.items()) for i in (0, 1))
+    rules = f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
+    start = text.index(">", text.index("<svg")) + 1
+    return f"{text[:start]}<style>{rules}</style>{text[start:]}".encode()
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as PNG on white ground."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
+    return file.getvalue()

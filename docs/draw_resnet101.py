@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from numpy_ref import resnet101
-from numpy_ref.layers import Layer
+from numpy_ref.layers import Conv2d, Layer
 
 SIZE, CLASSES = 224, 1000
 INK, STEM, CONV, ADD = "#333333", "#d9d9d9", "#9ecae1", "#fdd0a2"
@@ -45,6 +45,13 @@ def parameters(layer: Layer) -> str:
     return f"{sum(p.value.size for p in layer.parameters()) / 1e6:.1f} M"
 
 
+def channels(block: Layer, convolution: str) -> int:
+    """How many channels leave a convolution of a block."""
+    layer = dict(block.parts())[convolution]
+    assert isinstance(layer, Conv2d)
+    return int(layer.weight.value.shape[-1])
+
+
 def stages(axes: Axes) -> None:
     """The network from picture to logits, with the shape after each stage."""
     network = resnet101(CLASSES, rng=np.random.default_rng(0))
@@ -57,7 +64,7 @@ def stages(axes: Axes) -> None:
     for number in range(1, 5):
         stage = parts[f"layer{number}"]
         blocks = [block for _, block in stage.parts()]
-        inner, outer = (dict(blocks[-1].parts())[name].weight.value.shape[-1] for name in ("conv1", "conv3"))
+        inner, outer = (channels(blocks[-1], name) for name in ("conv1", "conv3"))
         side = side if number == 1 else side // 2
         text = f"stage {number}\n{len(blocks)} bottlenecks\n1x1, {inner}\n3x3, {inner}\n1x1, {outer}\n\n"
         boxes.append((text + f"{side} x {side} x {outer}\n{parameters(stage)}", CONV))

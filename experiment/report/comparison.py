@@ -119,7 +119,9 @@ def _curve(run: RunFiles, key: str, split: str) -> tuple[Floats, Floats]:
 
 
 def _short(name: str, most: int = 34) -> str:
-    return name if len(name) <= most else "…" + name[1 - most :]
+    """The end of a name, as the label of a curve: no mathematics between dollars, no underscore first."""
+    name = name if len(name) <= most else "…" + name[1 - most :]
+    return name.replace("$", r"\$").replace("_", "\u200a_", 1) if name[0] == "_" else name.replace("$", r"\$")
 
 
 def results(runs: Sequence[RunFiles]) -> list[Column]:

@@ -1,4 +1,4 @@
-"""A report and a comparison in a real browser: every picture is there, nothing complains, nothing sticks out."""
+"""A report and a comparison in a real browser: every picture is there, nothing complains or sticks out."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ import train
 from experiment import predictions
 from experiment.__main__ import main
 from experiment.config import Config, argv_of, parse, resolve
+from experiment.console import Console
 from experiment.errors import UserError
 from experiment.report import comparison, page, pictures, read_run, style, tables
 from tests import made_run
@@ -436,3 +437,18 @@ def test_words_for_values() -> None:
     assert page.value_words([]) == "–"
     assert page.value_words((1, 2)) == "1 2"
     assert page.value_words(True) == "yes"
+
+
+def test_the_bar_of_a_terminal() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    console = Console(stream=Terminal())
+    console.start(0, 100, 32)
+    console.progress(10, 100, "1/3", loss=0.5, accuracy=0.75, speed=120.0)
+    console.say("a line above it")
+    console.close()
+    shown = console._stream.getvalue()
+    assert "a line above it\n" in shown
+    assert re.search(r"epoch 1/3: +10%.* 320/3\.20k \[.*<.* images/s, loss=0\.5000, accuracy=0\.750\]", shown)

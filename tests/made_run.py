@@ -30,7 +30,7 @@ def write(
 ) -> Path:
     """Write config.json, metrics.jsonl, log.txt; if it has `finished`, summary.json and predictions.npz."""
     rng = np.random.default_rng(seed)
-    config = resolve({"model": "cnn", **options})
+    config = resolve({"model": "cnn", "seed": seed, **options})
     resolved = {
         "total_steps": steps if finished else 2 * steps,
         "schedule_steps": steps,

@@ -51,7 +51,7 @@ def render_comparison(runs: Sequence[RunFiles]) -> tuple[str, dict[str, Picture]
         pictures=list(pictures.values()),
         columns=results(runs),
         differences=differences(runs),
-        commands=[(name, run.command) for name, run in named(runs, names)],
+        commands=[(name, run.words) for name, run in named(runs, names)],
     )
     return page, pictures
 
@@ -81,7 +81,7 @@ def draw(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, Picture]:
     """Loss, accuracy and F1 in training and validation, a curve for each run."""
     pictures = {}
     with style():
-        for (key, title), (split, words) in itertools.product(METRICS.items(), SPLITS.items()):
+        for (split, words), (key, title) in itertools.product(SPLITS.items(), METRICS.items()):
             figure = _curves(runs, names, key, split, f"{title}, {words}")
             if figure is not None:
                 name = f"{key}-{split}"

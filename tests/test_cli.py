@@ -18,7 +18,7 @@ import train
 from experiment.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--model", "cnn", "--dataset", "digits", "--steps", "3"]
+TINY = ["--model", "cnn", "--dataset", "digits", "--steps", "3", "--no-report"]
 RESUME = ["--resume", "--run-dir", "run"]
 
 

@@ -86,6 +86,7 @@ VALUES: dict[str, tuple[list[str], object]] = {
     "eval_every": (["6"], 6),
     "log_every": (["1"], 1),
     "keep_checkpoints": (["1"], 1),
+    "report": ([], False),
 }
 
 # The defaults that docs and recorded runs rely on.

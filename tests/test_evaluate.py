@@ -45,7 +45,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of a few steps on digits."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    argv = ["--model", "cnn", "--framework", "numpy", "--steps", "40", "--run-dir", str(run_dir)]
+    argv = ["--model", "cnn", "--framework", "numpy", "--steps", "40", "--no-report"]
+    argv += ["--run-dir", str(run_dir)]
     assert train.main(argv) == 0
     return run_dir
 
@@ -191,7 +192,7 @@ def test_whole_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     files = [(made_tfds.encoded(noise(40, 50, 3, seed=number)), number % 2) for number in range(6)]
     made_tfds.write(tmp_path, "made", {"train": files, "test": files})
     run = ["--dataset", "made", "--data-dir", str(tmp_path), "--model", "resnet20", "--framework", "numpy"]
-    run += ["--image-size", "32", "--steps", "2", "--batch-size", "2", "--val-fraction", "0"]
+    run += ["--image-size", "32", "--steps", "2", "--batch-size", "2", "--val-fraction", "0", "--no-report"]
     assert train.main([*run, "--run-dir", str(tmp_path / "run")]) == 0
     printed = []
     for scales in (["32"], ["32", "32"], ["56"], ["32", "56"]):

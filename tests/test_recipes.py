@@ -108,7 +108,7 @@ def test_the_resolved_options_are_kept_and_resume_does_not_read_the_recipe(tmp_p
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setattr(recipes, "FOLDER", tmp_path)
     path = tmp_path / "mine.toml"
-    path.write_text('model = "cnn"\ntrain_subset = 0.1\nlr = 0.02\nepochs = 1\n')
+    path.write_text('model = "cnn"\ntrain_subset = 0.1\nlr = 0.02\nepochs = 1\nreport = false\n')
     run_dir = tmp_path / "run"
     assert train.main(["--recipe", "mine", "--batch-size", "16", "--run-dir", str(run_dir)]) == 0
     options = json.loads((run_dir / "config.json").read_text())["config"]

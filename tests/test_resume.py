@@ -50,7 +50,7 @@ LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})
 # 258 pictures: 32 steps an epoch, so that most checkpoints lie within one.
 FLAGS = (
     *("--steps", str(STEPS), "--train-subset", "0.2", "--batch-size", "8"),
-    *("--checkpoint-every", "7", "--eval-every", "50"),
+    *("--checkpoint-every", "7", "--eval-every", "50", "--no-report"),
     *(("--deterministic",) if os.environ.get("THREEWAY_GPU") == "1" else ()),
 )
 # The first is at its best at step 100 and overfits; the second has batch norm and the default schedule.

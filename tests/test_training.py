@@ -32,6 +32,7 @@ from tests.tolerances import FLOAT32_LAYER, FLOAT64_LAYER
 
 # 130 pictures to train on, 14 to validate: eight steps an epoch. An evaluation batch that divides nothing.
 SMALL = ["--model", "cnn", "--train-subset", "0.1", "--batch-size", "16", "--eval-batch-size", "77"]
+SMALL += ["--no-report"]
 STEPS = ["--steps", "20", "--eval-every", "5", "--checkpoint-every", "6", "--keep-checkpoints", "2"]
 
 

@@ -164,6 +164,7 @@ def test_a_grey_picture_gets_the_response_it_had_in_three_channels():
 
 
 SMALL = ["--model", "cnn", "--train-subset", "0.1", "--batch-size", "16", "--warmup-steps", "0"]
+SMALL += ["--no-report"]
 
 
 def make_file(path: Path, model: str, classes: int, channels: int, change: Any = lambda state: state) -> Path:

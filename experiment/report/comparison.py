@@ -51,7 +51,7 @@ def render_comparison(runs: Sequence[RunFiles]) -> tuple[str, dict[str, Picture]
         pictures=list(pictures.values()),
         columns=results(runs),
         differences=differences(runs),
-        commands=[(name, run.command) for name, run in named(runs, names)],
+        commands=[(name, run.words) for name, run in named(runs, names)],
     )
     return page, pictures
 
@@ -81,7 +81,7 @@ def draw(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, Picture]:
     """Loss, accuracy and F1 in training and validation, a curve for each run."""
     pictures = {}
     with style():
-        for (key, title), (split, words) in itertools.product(METRICS.items(), SPLITS.items()):
+        for (split, words), (key, title) in itertools.product(SPLITS.items(), METRICS.items()):
             figure = _curves(runs, names, key, split, f"{title}, {words}")
             if figure is not None:
                 name = f"{key}-{split}"
@@ -119,7 +119,9 @@ def _curve(run: RunFiles, key: str, split: str) -> tuple[Floats, Floats]:
 
 
 def _short(name: str, most: int = 34) -> str:
-    return name if len(name) <= most else "…" + name[1 - most :]
+    """The end of a name, as the label of a curve: no mathematics between dollars, no underscore first."""
+    name = name if len(name) <= most else "…" + name[1 - most :]
+    return name.replace("$", r"\$").replace("_", "\u200a_", 1) if name[0] == "_" else name.replace("$", r"\$")
 
 
 def results(runs: Sequence[RunFiles]) -> list[Column]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from experiment.config import Config, resolve
 from experiment.predictions import Predictions
-from experiment.report.pictures import Picture, caption, chosen
+from experiment.report.pictures import SHEETS, Picture, caption, chosen
 from experiment.report.reading import RunFiles
 from experiment.report.tables import class_table, most_confused
 from experiment.transforms import Pixels, picture_of
@@ -74,10 +74,11 @@ def render_report(run: RunFiles, pictures: Mapping[str, Picture]) -> str:
         title=f"{run.title}: {run.name}",
         run=run,
         state=state(run),
+        sizes=_sizes(run),
         tiles=_tiles(run),
         commit=commit.removesuffix("-dirty"),
         dirty=commit.endswith("-dirty"),
-        curves=[pictures[name] for name in pictures if name not in ("confusion", "samples", "mistakes")],
+        curves=[pictures[name] for name in pictures if name not in ("confusion", *SHEETS)],
         pictures=pictures,
         found=found,
         stale=found is not None and found.step < run.step,
@@ -128,15 +129,14 @@ def _tiles(run: RunFiles) -> list[dict[str, str]]:
         add("time", duration(seconds), note)
     if isinstance(count := summary.get("parameters"), int):
         frozen = summary.get("frozen_parameters")
-        add("parameters", millions(count), f"{frozen:,} frozen" if frozen else f"{count:,}")
-    add("data", str(run.config.dataset), _sizes(run))
+        add("parameters", millions(count), f"{frozen:,} frozen" if frozen else "")
     return tiles
 
 
 def _sizes(run: RunFiles) -> str:
-    sizes = [run.resolved.get(f"{part}_size") for part in ("train", "val", "test")]
+    train, val, test = (run.resolved.get(f"{part}_size") for part in ("train", "val", "test"))
     shape = "x".join(map(str, run.resolved.get("image_shape") or ()))
-    return f"{' / '.join(map(str, sizes))} pictures to train, validate, test; {shape}"
+    return f"{train} training, {val} validation and {test} test pictures of {shape}."
 
 
 def duration(seconds: float) -> str:

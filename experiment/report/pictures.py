@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRICS = {"loss": "Loss", "accuracy": "Accuracy", "f1": "Macro F1"}
+SHEETS = ("samples", "mistakes")
+"""Pictures of which a page shows the parts, each for itself."""
 MOST_POINTS = 500
 """Of a curve; one with more is drawn as means of equal parts."""
 MOST_NAMED = 40
@@ -41,7 +43,7 @@ class Picture(NamedTuple):
 
     name: str  # of its PNG file, without the suffix
     alt: str  # what it shows, for those who cannot see it
-    svg: bytes
+    svg: bytes  # empty for one of `SHEETS`
     png: bytes
 
 
@@ -72,7 +74,7 @@ def draw(run: RunFiles) -> dict[str, Picture]:
             figures["samples"] = _sheet(run.predictions, samples, "Samples")
             figures["mistakes"] = _sheet(run.predictions, mistakes, "The most confident mistakes")
         return {
-            name: Picture(name, _alt(run, name), svg(figure), png(figure))
+            name: Picture(name, _alt(run, name), b"" if name in SHEETS else svg(figure), png(figure))
             for name, figure in figures.items()
             if figure is not None
         }
@@ -161,6 +163,8 @@ def _lines(run: RunFiles, title: str, labels: dict[str, str], *, logarithmic: bo
         axes.plot(*curves[key], color=color, lw=1.3, label=label if len(labels) > 1 else None)
     if logarithmic and any(is_wide(values) for _, values in curves.values()):
         axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     _finish(run, axes)
     return figure
 
@@ -223,21 +227,22 @@ def _sheet(found: Predictions, which: Sequence[int], title: str) -> Figure | Non
         mosaic[y : y + height, x : x + width, 3] = 255
         true, predicted, confidence = caption(found, k)
         right = true == predicted
-        text = _short(true) if right else f"{_short(true)}\nnot {_short(predicted)}"
+        text = f"{confidence:.2f} {_short(true)}" + ("" if right else f"\nnot {_short(predicted)}")
         axes.text(
             x,
             y - gap_y * 0.1,
-            f"{text}  {confidence:.2f}",
+            text,
             color=INK if right else ORANGE,
             fontsize=6.5,
             parse_math=False,
         )
     axes.imshow(mosaic, interpolation="none")
     axes.set_axis_off()
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01)
     return figure
 
 
-def _short(name: str, most: int = 18) -> str:
+def _short(name: str, most: int = 16) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 

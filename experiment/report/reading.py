@@ -56,9 +56,9 @@ class RunFiles:
         return f"{self.config.model} on {self.config.dataset}, {self.config.optimizer}"
 
     @property
-    def command(self) -> str:
-        """The command line that repeats the run."""
-        return shlex.join(["python", "train.py", *argv_of(self.config)])
+    def words(self) -> list[str]:
+        """The command line that repeats the run, in words as a shell takes them."""
+        return ["python", "train.py", *map(shlex.quote, argv_of(self.config))]
 
     @property
     def step(self) -> int:

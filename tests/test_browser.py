@@ -1,0 +1,86 @@
+"""A report and a comparison in a real browser: every picture is there, nothing complains or sticks out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiment.__main__ import main
+from tests import made_run
+
+pytestmark = pytest.mark.browser
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+HOSTILE = "<script>alert(1)</script>"
+SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The Chromium of this machine."""
+    from playwright.sync_api import sync_playwright
+
+    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    if program is None:
+        pytest.skip(f"needs one of {', '.join(PROGRAMS)}: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Reports of a whole run, of one that was killed, of one with many classes; a comparison of the three."""
+    folder = tmp_path_factory.mktemp("runs")
+    many = tuple(f"A Maker And A Long Model Name {n} Convertible 2012" for n in range(195))
+    runs = [
+        made_run.write(folder / "whole", resumes=(30,), bounds=True, optimizer="adabound"),
+        made_run.write(folder / "killed", finished=False),
+        made_run.write(folder / "many", class_names=(HOSTILE, *many), shape=(64, 96, 3), seed=1),
+    ]
+    assert main(["report", *map(str, runs)]) == 0
+    assert main(["compare", *map(str, runs), "--out", str(folder / "comparison")]) == 0
+    found = {run.name: run / "report" / "index.html" for run in runs}
+    return {**found, "comparison": folder / "comparison" / "index.html"}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["whole", "killed", "many", "comparison"])
+def test_a_page(browser: Any, pages: dict[str, Path], name: str, size: str, scheme: str) -> None:
+    width, height = SIZES[size]
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page = context.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append("a dialog"))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(pages[name].as_uri())
+    assert said == []
+    assert {url.partition(":")[0] for url in asked} == {"file", "data"}
+    images = page.evaluate("[...document.images].map(i => [i.alt, i.complete && i.naturalWidth > 0])")
+    assert len(images) >= 5
+    assert [alt for alt, loaded in images if not loaded] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+    context.close()
+
+
+def test_a_curve_has_the_colours_of_light_and_of_dark(browser: Any, pages: dict[str, Path]) -> None:
+    """The pictures too: one file, drawn in the reader's colours."""
+    drawn = {}
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme)
+        page = context.new_page()
+        page.goto(pages["whole"].as_uri())
+        drawn[scheme] = page.locator("img").first.screenshot()
+        context.close()
+    assert drawn["light"] != drawn["dark"]

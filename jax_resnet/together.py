@@ -90,8 +90,9 @@ class Meeting:
         self._all_ready = Barrier(size, self._advance)
         self._engines: dict[int, Engine] = {}
         self._asked: dict[int, tuple[State | None, Batch]] = {}
-        self._stacked: State | None = None
+        self._stacked: State = {}
         self._metrics: Metrics = {}
+        self._steps = 0
 
     def join(self, index: int, engine: Engine) -> Member:
         """What driver number `index`, from 0, is to use for its engine; waits for all drivers."""

@@ -89,7 +89,7 @@ class AdaBound(Optimizer):
         size += self.eps
         np.divide(self._correction, size, out=size)
         lower, upper = self._bounds
-        held = np.count_nonzero(size < lower), np.count_nonzero(size > upper)
+        held = int(np.count_nonzero(size < lower)), int(np.count_nonzero(size > upper))
         np.clip(size, lower, upper, out=size)
         size *= moments[0]
         size *= self.lr

@@ -174,7 +174,12 @@ class Replica:
             self.network.backward(dlogits, lambda layer: sums.append(self._update(layer)))
             total = self.communicator.all_reduce(np.append(np.sum(sums, 0), loss))
             grad_norm, update_norm = np.sqrt(total[:2])
-        metrics = {"loss": total[4], "logits": logits, "grad_norm": grad_norm, "update_norm": update_norm}
+        metrics: Metrics = {
+            "loss": total[4],
+            "logits": logits,
+            "grad_norm": grad_norm,
+            "update_norm": update_norm,
+        }
         if self.optimizer.bounds is not None:
             metrics["lower_bound"], metrics["upper_bound"] = self.optimizer.bounds
             metrics["at_lower"], metrics["at_upper"] = total[2:4] / self.size

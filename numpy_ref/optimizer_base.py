@@ -113,6 +113,7 @@ class Optimizer:
             return self._step_tiles(work[0], parts)
         return np.asarray(sum(_pool.map(lambda each: self._step_tiles(each, parts), work)))
 
+    @np.errstate(all="ignore")  # the norms tell; threads do not have what their caller has set
     def _step_tiles(self, tiles: Sequence[Sequence[Array]], parts: int) -> Array:
         sums = np.zeros(4)
         if not tiles:

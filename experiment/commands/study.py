@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from experiment import rundir
@@ -102,7 +102,8 @@ def _carry_out(plan: Plan, folder: Path, *, together: bool) -> None:
         done = _make(runs, done, total, together=together)
     chosen = {each.name: running.choose(plan, folder, each) for each in plan.contestants}
     groups = [running.final_runs(plan, folder, each, chosen[each.name]) for each in plan.contestants]
-    for runs in groups if together else zip(*groups, strict=True):
+    order: Iterable[Sequence[running.Run]] = groups if together else zip(*groups, strict=True)
+    for runs in order:
         done = _make(runs, done, total, together=together)
 
 

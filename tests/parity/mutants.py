@@ -83,8 +83,8 @@ MUTANTS = [
     Mutant(
         "jax-adabound-corrected-root",
         BOUND,
-        "(jnp.sqrt(v) + eps)",
-        "(jnp.sqrt(v) + eps * correction.astype(v.dtype))",
+        "(jnp.sqrt(nu) + eps)",
+        "(jnp.sqrt(nu) + eps * correction.astype(nu.dtype))",
     ),
     Mutant(
         "jax-amsbound-forgets-maximum",

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -93,7 +95,7 @@ def panel(
 def legend(axes: Axes, columns: int = 3) -> None:
     """Name the curves that have points, in rows between title and axes, where they hide nothing."""
     curves = [
-        line for line in axes.get_lines() if len(line.get_xydata()) and str(line.get_label())[:1] != "_"
+        line for line in axes.get_lines() if np.size(line.get_xdata()) and str(line.get_label())[:1] != "_"
     ]
     if not curves:
         return

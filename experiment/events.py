@@ -33,11 +33,9 @@ class EventFile:
         folder.mkdir(exist_ok=True)
         old = _files(run_dir)
         # TensorBoard reads the files in the order of their names, which begin with a time in seconds.
-        newest = max(
-            (int(number) for path in old if (number := path.name.split(".")[3]).isdigit()), default=0
-        )
-        number = max(int(time.time()), newest + 1)
-        self._records = _Records(folder / f"events.out.tfevents.{number:010d}.run", "xb")
+        times = [path.name.split(".")[3] for path in old]
+        begun = max([int(time.time()), *(int(each) + 1 for each in times if each.isdigit())])
+        self._records = _Records(folder / f"events.out.tfevents.{begun:010d}.run", "xb")
         for path in old:
             path.unlink()
         self._records.write(file_version="brain.Event:2")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from experiment.commands.parser import Parser
 from experiment.errors import UserError
-from experiment.report import read_run, write_page
+from experiment.report import write_page
 from experiment.report.comparison import is_comparison, render_comparison
+from experiment.report.reading import read_run
 
 
 def main(argv: Sequence[str]) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from experiment.commands.parser import Parser
 from experiment.errors import UserError
-from experiment.report import FOLDER, read_run, write_report
+from experiment.report import FOLDER, write_report
+from experiment.report.reading import read_run
 
 
 def main(argv: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiment.report.page import render_report
 from experiment.report.pictures import Picture, draw
-from experiment.report.reading import RunFiles, read_run
+from experiment.report.reading import read_run
 from experiment.rundir import write_file
 
 FOLDER = "report"
@@ -20,7 +20,7 @@ def write_report(run_dir: Path) -> tuple[Path, dict[str, Picture]]:
         UserError: `run_dir` is not the folder of a run.
         OSError: the report cannot be written.
     """
-    run: RunFiles = read_run(run_dir)
+    run = read_run(run_dir)
     pictures = draw(run)
     return write_page(run_dir / FOLDER, render_report(run, pictures), pictures), pictures
 

@@ -6,7 +6,9 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +32,7 @@ BLUE, ORANGE, GREEN, PINK, AMBER, SKY = CYCLE
 
 PNG_DPI = 120
 
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "text.usetex": False,
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
@@ -92,17 +94,26 @@ def panel(
 
 def legend(axes: Axes, columns: int = 3) -> None:
     """Name the curves that have points, in rows between title and axes, where they hide nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    shown = [(h, label) for h, label in zip(handles, labels, strict=True) if len(h.get_xdata())]
-    if not shown:
+    curves = [
+        line for line in axes.get_lines() if np.size(line.get_xdata()) and str(line.get_label())[:1] != "_"
+    ]
+    if not curves:
         return
-    figure = axes.figure
-    rows = 0.19 * -(-len(shown) // columns)  # inches
-    height = figure.get_figheight()
-    figure.subplots_adjust(top=1 - (0.3 + rows) / height)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    rows = 0.19 * -(-len(curves) // columns)  # inches
+    figure.subplots_adjust(top=1 - (0.3 + rows) / figure.get_figheight())
     axes.set_title(axes.get_title("left"), pad=6 + 72 * rows, parse_math=False)
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderpad": 0.1, "borderaxespad": 0.2}
-    axes.legend(*zip(*shown, strict=True), ncols=columns, columnspacing=1.2, handlelength=1.6, **place)
+    axes.legend(
+        handles=curves,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=columns,
+        borderpad=0.1,
+        borderaxespad=0.2,
+        columnspacing=1.2,
+        handlelength=1.6,
+    )
 
 
 def svg(figure: Figure) -> bytes:

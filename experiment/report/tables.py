@@ -28,7 +28,7 @@ class Confused(NamedTuple):
 
     true: str
     predicted: str
-    count: int
+    errors: int
     share: float  # of the examples of the true class
 
 

@@ -266,7 +266,7 @@ def test_intervals_are_students() -> None:
 
 @pytest.mark.slow
 def test_seeds_together_write_the_runs_of_seeds_alone(tmp_path: Path) -> None:
-    """JAX, by vmap and one after another: the same lines to rounding; and one that stands elsewhere goes alone."""
+    """JAX, by vmap and one after another: the same lines to rounding. Runs at different steps go alone."""
     text = STUDY[: STUDY.index('[[optimizers]]\nname = "clipped"')].replace(', "clipped"', "")
     text = text.replace("{ lr = 0.0001 }, ", "").replace('"numpy"', '"jax"').replace("steps = 3", "steps = 6")
     path = write(tmp_path, text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -37,10 +36,9 @@ def main(folders: Sequence[str]) -> None:
         mark = f"<!-- study {name} -->"
         if mark not in text:
             sys.exit(f"{document} has no place for {name}: write {mark} and <!-- end --> where it is to be")
-        pattern = re.escape(mark) + r".*?<!-- end -->"
-        text = re.sub(
-            pattern, lambda _, new=f"{mark}\n\n{part}\n\n<!-- end -->": new, text, count=1, flags=re.S
-        )
+        before, _, rest = text.partition(mark)
+        _, end, after = rest.partition("<!-- end -->")
+        text = f"{before}{mark}\n\n{part}\n\n{end}{after}"
     document.write_text(text, encoding="utf-8")
 
 

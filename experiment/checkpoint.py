@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from experiment.rundir import write_json
 
 Tree = dict[str, Any]
 MANIFEST = "manifest.json"
+_one_at_a_time = Lock()  # Orbax fails where two threads of a process save, as runs that train together do
 
 
 class CheckpointError(Exception):
@@ -155,7 +157,7 @@ def _save_arrays(path: Path, tree: Tree) -> None:
     context = ocp.Context()
     # Trained weights hardly compress, and zstd would take its time from training.
     context.array_options.saving.use_compression = False
-    with context, _closed_loops_unreported():
+    with _one_at_a_time, context, _closed_loops_unreported():
         ocp.save(path, tree)
 
 
@@ -179,7 +181,8 @@ def _closed_loops_unreported() -> Iterator[None]:
 def _load_arrays(path: Path) -> Tree:
     from orbax.checkpoint import v1 as ocp
 
-    tree: Tree = ocp.load(path)
+    with _one_at_a_time:
+        tree: Tree = ocp.load(path)
     return tree
 
 

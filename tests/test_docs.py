@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,7 +68,13 @@ def test_results_of_a_study_take_their_place_in_the_document(tmp_path):
     summary = {"n": 2, "mean": 0.9, "sd": 0.01, "low": 0.81, "high": 0.99}
     measures = dict.fromkeys(("accuracy", "f1", "loss"), summary)
     contestant = {"chosen": 0, "setting": {"lr": 0.1}, "runs": {}, "diverged": [], "tuning": [], **measures}
-    study = {"name": "mnist-tenth", "command": ["FILE"], "made_with": [], "seeds": [1, 2], "tuning_seeds": []}
+    study: dict[str, Any] = {
+        "name": "mnist-tenth",
+        "command": ["FILE"],
+        "made_with": [],
+        "seeds": [1, 2],
+        "tuning_seeds": [],
+    }
     study |= {"contestants": {"adam": contestant}, "comparisons": []}
     (tmp_path / "study.json").write_text(json.dumps(study))
     (tmp_path / "curves.png").write_bytes(b"picture")

@@ -98,8 +98,8 @@ def _carry_out(plan: Plan, folder: Path, *, together: bool) -> None:
         flush=True,
     )
     done = 0
-    for runs in settings:
-        done = _make(runs, done, total, together=together)
+    for tuning in settings:
+        done = _make(tuning, done, total, together=together)
     chosen = {each.name: running.choose(plan, folder, each) for each in plan.contestants}
     groups = [running.final_runs(plan, folder, each, chosen[each.name]) for each in plan.contestants]
     order: Iterable[Sequence[running.Run]] = groups if together else zip(*groups, strict=True)

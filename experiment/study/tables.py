@@ -41,13 +41,14 @@ def tables(study: Json) -> Iterator[Table]:
         ("", "setting", "seeds", "accuracy, %", "interval", "macro F1, %", "loss", "training loss"),
         [_result(name, each) for name, each in contestants.items()],
     )
-    yield Table(
-        "Differences, seed by seed",
-        "Runs of one seed begin from the same weights and see the same batches: the differences are paired. "
-        "An interval with 0 in it shows no difference. Nothing is corrected for the number of comparisons.",
-        ("", "compared with", "seeds", "accuracy, points", "interval", "", "F1, points", "loss"),
-        [_comparison(each) for each in study["comparisons"]],
-    )
+    if study["comparisons"]:
+        yield Table(
+            "Differences, seed by seed",
+            "Runs of one seed begin from the same weights and see the same batches: they are paired. An "
+            "interval with 0 in it shows no difference. Nothing is corrected for the number of comparisons.",
+            ("", "compared with", "seeds", "accuracy, points", "interval", "", "F1, points", "loss"),
+            [_comparison(each) for each in study["comparisons"]],
+        )
     if study["tuning_seeds"]:
         yield Table(
             "Tuning",

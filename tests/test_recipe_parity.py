@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import experiment.data
 import jax_resnet
 import numpy_ref
 import torch_oracle
 import train
+from benchmarks import recipe_parity
 from experiment.config import Config, parse, resolve
 from experiment.engines import Batch
 from experiment.recipes import with_recipe
-from tests.comparing import assert_all_close, assert_close, nchw
+from tests.comparing import assert_all_close, assert_close
+from tests.parity.recipe import Oracle
 from tests.test_loop import train as take_steps
-from tests.tolerances import FLOAT64_RECIPE
+from tests.tolerances import FLOAT64_RECIPE, RECIPE_EPOCH
 
 STEPS = 50
 
@@ -32,51 +33,30 @@ def recipe(*argv: str) -> Config:
     return resolve(with_recipe(parse(["--recipe", "cifar10-resnet20", "--precision", "float64", *argv])))
 
 
-def oracle_step(
-    network: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, mean: Any, std: Any
-) -> float:
-    """A step as in any tutorial of PyTorch's; its loss."""
-    image = nchw((batch["image"] / 255 - np.array(mean)) / np.array(std))
-    loss = F.cross_entropy(network(torch.from_numpy(image)), torch.from_numpy(batch["label"]).long())
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
-def oracle_steps(
-    network: torch.nn.Module, batches: Sequence[Batch], mean: Any, std: Any
-) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
-    """He et al.'s recipe: the losses, and the state dict after."""
-    network.train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    losses = np.array([oracle_step(network, optimizer, batch, mean, std) for batch in batches])
-    return losses, torch_oracle.state_dict(network)
-
-
 def check_engines(config: Config, data: Any, batches: Sequence[Batch], network: torch.nn.Module) -> None:
     """Train all three and compare."""
-    weights: Any = None
+    first: Any = None
     resolved = {"optimizer_options": config.optimizer_options(), "schedule_steps": 64000, "warmup_steps": 0}
     found = {}
     for framework in ("jax", "numpy"):
         each = dataclasses.replace(config, framework=framework)
         engine = train.make_engine(each, data, resolved)
         state = engine.init()
-        tree = engine.to_tree(state)
-        weights = {**tree["params"], **tree["batch_stats"]}
+        first = engine.to_tree(state)
         state, metrics = take_steps(engine, state, batches)
         tree = engine.to_tree(state)
         losses = np.array([step["loss"] for step in metrics])
         found[framework] = losses, {**tree["params"], **tree["batch_stats"]}
-    torch_oracle.load_state_dict(network, weights)
-    expected, state_dict = oracle_steps(network, batches, data.mean, data.std)
+    oracle = Oracle(network, data.mean, data.std)
+    _, metrics = take_steps(oracle, oracle.from_tree(first), batches)
+    expected = np.array([step["loss"] for step in metrics])
     assert len(expected) == STEPS
     assert expected[-10:].mean() < 0.95 * expected[:10].mean()  # it learns
     for framework, (losses, after) in found.items():
         for step in range(STEPS):
             assert_close(f"{framework}, loss of step {step}", losses[step], expected[step], FLOAT64_RECIPE)
-        assert_all_close(f"{framework}, after {STEPS} steps", after, state_dict, FLOAT64_RECIPE)
+        what = f"{framework}, after {STEPS} steps"
+        assert_all_close(what, after, torch_oracle.state_dict(network), FLOAT64_RECIPE)
 
 
 class MadeData:
@@ -105,22 +85,6 @@ def test_fifty_steps_of_the_recipe_thin(monkeypatch):
     check_engines(config, data, data.batches(config.batch_size), network)
 
 
-def oracle_tree(network: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
-    """Where PyTorch stands, as a checkpoint tree."""
-    state = {name: np.array(array) for name, array in torch_oracle.state_dict(network).items()}
-    parameters = dict(network.named_parameters())
-    trace = {
-        name: optimizer.state[p]["momentum_buffer"].numpy().copy() if step else np.zeros_like(state[name])
-        for name, p in parameters.items()
-    }
-    return {
-        "params": {name: state[name] for name in parameters},
-        "batch_stats": {name: array for name, array in state.items() if name not in parameters},
-        "optimizer": {"trace": trace},
-        "step": np.array(step, np.int32),
-    }
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["jax", "numpy"])
 def test_each_of_fifty_steps_of_the_recipe(data_dir, monkeypatch, framework):
@@ -135,18 +99,25 @@ def test_each_of_fifty_steps_of_the_recipe(data_dir, monkeypatch, framework):
     data = experiment.data.load(config.dataset, **config.data_options())
     resolved = {"optimizer_options": config.optimizer_options(), "schedule_steps": 64000, "warmup_steps": 0}
     engine: Any = train.make_engine(config, data, resolved)
-    first = engine.to_tree(engine.init())
-    network = torch_oracle.resnet20(10, 3).double().train()
-    torch_oracle.load_state_dict(network, {**first["params"], **first["batch_stats"]})
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    for step, batch in enumerate(islice(data.train_batches(0), STEPS)):
-        before = oracle_tree(network, optimizer, step)
-        state, (metrics,) = take_steps(engine, engine.from_tree(before), [batch])
-        loss = oracle_step(network, optimizer, batch, data.mean, data.std)
-        assert_close(f"loss of step {step}", metrics["loss"], loss, FLOAT64_RECIPE)
-        found, expected = engine.to_tree(state), oracle_tree(network, optimizer, step + 1)
+    oracle = Oracle(torch_oracle.resnet20(10, 3).double(), data.mean, data.std)
+    reached = oracle.from_tree(engine.to_tree(engine.init()))
+    for step, batch in enumerate(itertools.islice(data.train_batches(0), STEPS)):
+        state, (metrics,) = take_steps(engine, engine.from_tree(oracle.to_tree(reached)), [batch])
+        reached, (wanted,) = take_steps(oracle, reached, [batch])
+        assert_close(f"loss of step {step}", metrics["loss"], wanted["loss"], FLOAT64_RECIPE)
+        found, expected = engine.to_tree(state), oracle.to_tree(reached)
         for part in ("params", "batch_stats"):
             assert_all_close(f"{part} after step {step}", found[part], expected[part], FLOAT64_RECIPE)
         trace = found["optimizer"]["trace"], expected["optimizer"]["trace"]
         assert_all_close(f"momentum after step {step}", *trace, FLOAT64_RECIPE)
     assert step == STEPS - 1
+
+
+@pytest.mark.slow
+def test_two_epochs_of_the_recipe(data_dir, tmp_path):
+    """In float32, as users train: the mean loss and accuracy of each epoch, of 351 batches by the recipe."""
+    configs = [recipe_parity.recipe(str(data_dir), seed=0)]
+    lines = recipe_parity.compare(configs, 2, tmp_path, ("jax", "numpy", recipe_parity.JUDGE))
+    for framework, epoch, measure in itertools.product(("jax", "numpy"), (1, 2), ("loss", "accuracy")):
+        (apart,) = recipe_parity.differences(lines, framework, epoch, measure)
+        assert abs(apart) <= RECIPE_EPOCH, f"{framework}, {measure} of epoch {epoch}: {apart:+.2%}"

@@ -25,7 +25,7 @@ from experiment.checkpoint import Checkpoints, differences
 from experiment.config import Config
 from experiment.console import Console
 from experiment.data import Data
-from experiment.engines import Engine
+from experiment.engines import Engine, keeps_programs
 from experiment.errors import UserError
 from experiment.history import History, unchanged_start
 from experiment.metrics import Metrics
@@ -163,9 +163,9 @@ class Trainer:
         remaining = max(self.total_steps - start_step, 0)
         if not remaining or self._converged():
             return
+        kept = "the next start finds it in the cache" if keeps_programs() else "no cache keeps it"
         self.console.say(
-            f"compiling the training step of {self.config.model}: nothing moves meanwhile; "
-            "the next start finds it in the cache"
+            f"compiling the training step of {self.config.model}: nothing moves meanwhile; {kept}"
             if self.config.framework == "jax"
             else "taking the first step"
         )

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_resnet import resnet
-from jax_resnet.layers import parameter_dtype
+from jax_resnet.layers import constant, parameter_dtype
 from jax_resnet.optimizers import make_optimizer, state_from_dict, state_to_dict
 from jax_resnet.state_dict import apply, from_torch_layout, split, to_torch_layout
 
@@ -109,10 +109,12 @@ class Engine:
         """The state before the first step."""
         with self._precision():
             parts = split(self._build(rngs=nnx.Rngs(self._seed)))
+            # Every optimizer begins at zero; optax would compile a program for each shape.
+            template = self._optimizer_template(parts.params)
             state = {
                 "params": parts.params,
                 "batch_stats": parts.batch_stats,
-                "optimizer": self._make_optimizer(self.learning_rate(0)).init(self._trained(parts.params)),
+                "optimizer": jax.tree.map(lambda x: constant(0, x.shape, x.dtype), template),
                 "step": jnp.zeros((), jnp.int32),
                 "bad_step": jnp.full((), -1, jnp.int32),
             }
@@ -165,8 +167,7 @@ class Engine:
             native = jax.tree.map(
                 from_torch_layout, {k: tree[k] for k in ("params", "batch_stats", "optimizer")}
             )
-            init = self._make_optimizer(self.learning_rate(0)).init
-            template = jax.eval_shape(init, self._trained(native["params"]))
+            template = self._optimizer_template(native["params"])
             state = {
                 "params": jax.tree.map(jnp.array, native["params"]),
                 "batch_stats": jax.tree.map(jnp.array, native["batch_stats"]),
@@ -178,6 +179,10 @@ class Engine:
 
     def _make_optimizer(self, lr: float | jax.Array) -> optax.GradientTransformation:
         return make_optimizer(self._optimizer, lr, **self._optimizer_options)
+
+    def _optimizer_template(self, params: Mapping[str, Any]) -> optax.OptState:
+        """The optimizer's state as shapes and types."""
+        return jax.eval_shape(self._make_optimizer(self.learning_rate(0)).init, self._trained(params))
 
     def _trained(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters that are trained; the optimizer knows of no others."""

@@ -38,12 +38,14 @@ class CheckpointError(Exception):
 class Checkpoints:
     """The checkpoints of a run in `directory`, of which the newest `keep` are kept.
 
-    Saving goes on in a background thread. The tree that is handed over must hold NumPy arrays of its own,
+    Without `writes` nothing is saved or removed: another process does it. Saving goes on in a background
+    thread. The tree that is handed over must hold NumPy arrays of its own,
     which nobody changes afterwards: then it is safe that the engine donates its state to the next step.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, *, writes: bool = True) -> None:
         self.directory, self.keep = directory.absolute(), keep  # Orbax takes no relative path
+        self._writes = writes
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -56,6 +58,8 @@ class Checkpoints:
     def save(self, step: int, tree: Tree, run: dict[str, Any]) -> None:
         """Begin to save; waits for the save before it, and raises what that raised (OSError: disk full)."""
         self.wait()
+        if not self._writes:
+            return
         self._pending = self._executor.submit(self._write, step, tree, run)
 
     def wait(self) -> None:
@@ -100,7 +104,7 @@ class Checkpoints:
 
     def remove_incomplete(self) -> None:
         """Delete what a killed process left half written."""
-        for path in self.directory.glob("*.incomplete*"):
+        for path in self.directory.glob("*.incomplete*") if self._writes else ():
             shutil.rmtree(path, ignore_errors=True)
 
     def load_newest(self, report: Callable[[str], None]) -> tuple[int, Tree, dict[str, Any]] | None:
@@ -152,7 +156,7 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
 def _save_arrays(path: Path, tree: Tree) -> None:
     from orbax.checkpoint import v1 as ocp
 
-    context = ocp.Context()
+    context = _context()
     # Trained weights hardly compress, and zstd would take its time from training.
     context.array_options.saving.use_compression = False
     with context, _closed_loops_unreported():
@@ -179,8 +183,23 @@ def _closed_loops_unreported() -> Iterator[None]:
 def _load_arrays(path: Path) -> Tree:
     from orbax.checkpoint import v1 as ocp
 
-    tree: Tree = ocp.load(path)
+    with _context():
+        tree: Tree = ocp.load(path)
     return tree
+
+
+def _context() -> Any:
+    """Orbax' settings. Of several processes each saves and loads for itself: none waits for the others."""
+    import jax
+    from orbax.checkpoint import v1 as ocp
+
+    if jax.process_count() == 1:
+        return ocp.Context()
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
+    )
+    return ocp.Context(multiprocessing_options=alone)
 
 
 def _sums(folder: Path) -> dict[str, dict[str, Any]]:

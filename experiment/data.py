@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.errors import UserError
+from experiment.processes import ALONE, Place
 from experiment.sources import Batch, Dataset, Labels, Source, digits, grey_already, no_boxes, synthetic
 from experiment.tfds_source import tfds_dataset
 from experiment.transforms import Augmentation, Pixels, Size, fill_color
@@ -57,6 +58,7 @@ class Data:
     seed: int
     augmentation: Augmentation
     parts: Mapping[Split, Part] = field(repr=False)
+    place: Place = ALONE  # of several processes each reads its rows of a training batch
 
     @property
     def num_classes(self) -> int:
@@ -70,7 +72,8 @@ class Data:
     def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Yield training batches `start_step`, `start_step` + 1, ... without end.
 
-        Each epoch of `steps_per_epoch` batches is a new permutation: no example comes twice in it.
+        Each epoch of `steps_per_epoch` batches is a new permutation: no example comes twice in it. Of several
+        processes each yields its share of the rows, so that together they are the batch of one.
 
         Raises:
             ValueError: `start_step` is negative.
@@ -81,6 +84,7 @@ class Data:
         if start_step < 0:
             raise ValueError(f"start_step must not be negative: {start_step}")
         source, indices = self.parts["train"]
+        rows = self.place.rows(self.batch_size)
         batches = (
             grain.MapDataset.range(len(indices))
             .seed(self.seed)
@@ -89,7 +93,7 @@ class Data:
             .repeat()
             .map_with_index(
                 lambda step, positions: self.augmentation.batch(
-                    source, indices[positions], step // self.steps_per_epoch
+                    source, indices[positions[rows]], step // self.steps_per_epoch
                 )
             )
         )

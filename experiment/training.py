@@ -29,6 +29,7 @@ from experiment.engines import Engine, keeps_programs
 from experiment.errors import UserError
 from experiment.history import History, unchanged_start
 from experiment.metrics import Metrics
+from experiment.processes import ALONE, Place
 from experiment.schedules import has_converged
 from experiment.transfer import count_parameters
 
@@ -104,6 +105,7 @@ class Trainer:
         checkpoints: where checkpoints are.
         total_steps: the last step.
         validations: the list that the engine's schedule looks at; filled here.
+        place: which of several processes this is; the first alone writes.
     """
 
     def __init__(
@@ -116,10 +118,11 @@ class Trainer:
         console: Console,
         total_steps: int,
         validations: list[tuple[int, float]],
+        place: Place = ALONE,
     ) -> None:
         self.config, self.data, self.engine = config, data, engine
         self.run_dir, self.checkpoints, self.console = run_dir, checkpoints, console
-        self.total_steps, self.validations = total_steps, validations
+        self.total_steps, self.validations, self.place = total_steps, validations, place
         self.steps_per_epoch = data.steps_per_epoch
         self.checkpoint_every = config.checkpoint_every or self.steps_per_epoch
         self.eval_every = config.eval_every or self.steps_per_epoch
@@ -138,7 +141,7 @@ class Trainer:
         self.epoch_metrics = (
             Metrics.from_json(start.epoch_metrics) if start.epoch_metrics else Metrics(classes)
         )
-        self.history = History(self.run_dir / "metrics.jsonl", **start.history)
+        self.history = History(self.run_dir / "metrics.jsonl", **start.history, writes=self.place.leads)
         # The one at the end of a run that got more steps later is off the beat: it must not change the rest.
         self.validations[:] = [each for each in self.history.validations if not each[0] % self.eval_every]
         try:
@@ -189,7 +192,7 @@ class Trainer:
             last = self.step == self.total_steps
             evaluate = self.step % self.eval_every == 0 or last
             save = self.step % self.checkpoint_every == 0 or last
-            stop = self.stopped_by is not None
+            stop = self._asked_to_stop()
             epoch_ends = self.step % self.steps_per_epoch == 0
             if not (last or evaluate or save or stop or epoch_ends or self.step % self.config.log_every == 0):
                 continue
@@ -211,6 +214,15 @@ class Trainer:
                 break
             begun, measured = time.monotonic(), 0
         self.console.stop()
+
+    def _asked_to_stop(self) -> bool:
+        """Whether a signal has come; to any of several processes, which compare where they log."""
+        if self.place.count > 1:
+            if self.step % self.config.log_every:
+                return False
+            number = self.place.agree(self.stopped_by or 0)
+            self.stopped_by = signal.Signals(number) if number else None
+        return self.stopped_by is not None
 
     def _drain(self, pending: list[tuple[int, dict[str, Any]]]) -> None:
         """Write the lines of steps whose metrics are still on the device; stop if one is not finite."""
@@ -317,6 +329,8 @@ class Trainer:
         }
 
     def _write_weights(self, name: str, tree: dict[str, Any]) -> None:
+        if not self.place.leads:
+            return
         metadata = {"model": self.config.model, "dataset": self.config.dataset, "step": self.step}
         weights.save(self.run_dir / name, weights.from_tree(tree), metadata)
 

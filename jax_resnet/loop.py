@@ -1,8 +1,9 @@
 """The JAX engine: one jitted training step over plain dicts, and the loop that drives it.
 
 The loop is a generator that yields after each step. Logging, saving, early stopping and signals are the
-caller's, once for all engines. Batches lie sharded over the `data` axis of a mesh of all devices and the
-state is replicated, so that one device or eight is the same code and batch norm sees the whole batch.
+caller's, once for all engines. Batches lie sharded over the `data` axis of a mesh of all devices, those of
+other processes included, and the state is replicated, so that one device, eight, or two hosts are the same
+code and batch norm sees the whole batch.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ class Engine:
     def device(self) -> str:
         """The devices in words."""
         devices = jax.devices()
-        return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+        processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){processes}"
 
     @property
     def device_count(self) -> int:
@@ -118,13 +120,15 @@ class Engine:
                 "step": jnp.zeros((), jnp.int32),
                 "bad_step": jnp.full((), -1, jnp.int32),
             }
-            return jax.device_put(state, self._replicated)
+            return self._replicate(state)
 
     def train(self, state: State, batches: Iterable[Batch]) -> Iterator[tuple[State, Metrics]]:
         """Take one step for each batch; yields the state after it and {"loss", "logits", "label",
         "grad_norm", ...}.
 
-        The metrics stay on the device until someone reads them, and the state that went in is gone (donated).
+        Of several processes each gives its share of the rows of a batch, in the order of their numbers, and
+        is given the metrics of the whole batch. They stay on the device until someone reads them, and the
+        state that went in is gone (donated).
         """
         step = int(state["step"])
         for batch in batches:
@@ -132,13 +136,15 @@ class Engine:
                 lr = np.asarray(self.learning_rate(step), self._dtype)
                 state, metrics = self._train_step(state, self._place(batch), lr)
             step += 1
-            yield state, {**metrics, "label": batch["label"]}
+            if jax.process_count() == 1:
+                metrics["label"] = batch["label"]
+            yield state, metrics
 
     def evaluate(self, state: State, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
         """The logits [N, num_classes] of each batch, with the running statistics.
 
         Batches may differ in size; smaller ones are filled up to the size of the first, so that one program
-        serves.
+        serves. Every process gives, and is given, whole batches, of which it computes its share.
         """
         size = 0
         for batch in batches:
@@ -146,7 +152,8 @@ class Engine:
             size = max(size, n + -n % self.device_count)
             padding = ((0, size - n), (0, 0), (0, 0), (0, 0))
             with self._precision():
-                image = self._place({"image": np.pad(batch["image"], padding)})["image"]
+                image = np.pad(batch["image"], padding)
+                image = jax.make_array_from_process_local_data(self._sharded, image, image.shape)
                 logits = self._eval_step(state["params"], state["batch_stats"], image)
                 yield np.asarray(logits)[:n]
 
@@ -175,7 +182,7 @@ class Engine:
                 "step": jnp.array(tree["step"], jnp.int32),
                 "bad_step": jnp.full((), -1, jnp.int32),
             }
-            return jax.device_put(state, self._replicated)
+            return self._replicate(state)
 
     def _make_optimizer(self, lr: float | jax.Array) -> optax.GradientTransformation:
         return make_optimizer(self._optimizer, lr, **self._optimizer_options)
@@ -192,7 +199,17 @@ class Engine:
         return jax.enable_x64(self._x64)
 
     def _place(self, batch: Batch) -> dict[str, jax.Array]:
-        return jax.device_put(dict(batch), self._sharded)
+        return jax.make_array_from_process_local_data(self._sharded, dict(batch))
+
+    def _replicate(self, state: State) -> State:
+        """A state that every process has made alike, as arrays that all devices hold."""
+        if jax.process_count() == 1:
+            return jax.device_put(state, self._replicated)
+
+        def spread(x: jax.Array) -> jax.Array:
+            return jax.make_array_from_process_local_data(self._replicated, np.asarray(x), x.shape)
+
+        return jax.tree.map(spread, state)
 
     def _normalize(self, image: jax.Array) -> jax.Array:
         if image.dtype != jnp.uint8:
@@ -226,6 +243,7 @@ class Engine:
         metrics = {
             "loss": loss,
             "logits": logits,
+            "label": batch["label"],
             "grad_norm": grad_norm,
             "update_norm": optax.tree.norm(updates),
         }

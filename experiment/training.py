@@ -172,12 +172,13 @@ class Trainer:
             if self.config.framework == "jax"
             else "taking the first step"
         )
-        batches = itertools.islice(self.data.train_batches(start_step), remaining)
+        batches = itertools.islice(self._batches(start_step), remaining)
+        chunks: dict[str, Any] = {"pauses": self._pauses} if self.config.framework == "jax" else {}
         pending: list[tuple[int, dict[str, Any]]] = []
         begun = time.monotonic()
         first_seconds: float | None = None
-        for state, metrics in self.engine.train(self.state, batches):
-            self.state = state
+        measured, fresh = 0, True  # fresh: in the call that compiles
+        for state, metrics in self.engine.train(self.state, batches, **chunks):
             self.step += 1
             pending.append((self.step, metrics))
             if first_seconds is None:
@@ -186,15 +187,16 @@ class Trainer:
                 self.console.say(f"first step after {first_seconds:.1f} s")
                 self.console.start(self.step, self.total_steps, self.config.batch_size)
                 begun = time.monotonic()
-                measured = 0
-            else:
+            elif not fresh:
                 measured += 1
+            if state is None:  # others follow in the same call
+                continue
+            self.state, fresh = state, False
             last = self.step == self.total_steps
             evaluate = self.step % self.eval_every == 0 or last
             save = self.step % self.checkpoint_every == 0 or last
             stop = self._asked_to_stop()
-            epoch_ends = self.step % self.steps_per_epoch == 0
-            if not (last or evaluate or save or stop or epoch_ends or self.step % self.config.log_every == 0):
+            if not (stop or self._pauses(self.step)):
                 continue
             self._drain(pending)
             seconds = time.monotonic() - begun
@@ -214,6 +216,19 @@ class Trainer:
                 break
             begun, measured = time.monotonic(), 0
         self.console.stop()
+
+    def _batches(self, start_step: int) -> Iterator[Any]:
+        """The training batches; of an engine that holds the pictures, what they are made of."""
+        held = self.data.held() if getattr(self.engine, "holds_pictures", False) else None
+        if held is None:
+            return self.data.train_batches(start_step)
+        self.engine.hold(held["image"], self.data.augmentation.fill)  # type: ignore[attr-defined]
+        return self.data.train_draws(held["label"], start_step)
+
+    def _pauses(self, step: int) -> bool:
+        """Whether something is done after a step that wants its state, or its metrics on the disk."""
+        intervals = (self.eval_every, self.checkpoint_every, self.steps_per_epoch, self.config.log_every)
+        return step == self.total_steps or any(step % interval == 0 for interval in intervals)
 
     def _asked_to_stop(self) -> bool:
         """Whether a signal has come; to any of several processes, which compare where they log."""

@@ -31,6 +31,16 @@ Metrics = dict[str, Any]
 Tree = dict[str, Any]
 
 
+def best_chunk() -> int:
+    """How many steps one call of a compiled program takes; with `layers.use_matmul` all that differs by back
+    end.
+
+    A GPU idles while Python starts a step, which for a small network takes longer than the step itself. A
+    CPU has no such gaps, and runs convolutions slower inside a loop.
+    """
+    return 1 if jax.default_backend() == "cpu" else 10
+
+
 class Engine:
     """Trains and evaluates one network.
 
@@ -50,6 +60,7 @@ class Engine:
         accumulate: how many micro-batches a batch is taken in, one after another, for the memory of one.
             Gradients are averaged; batch norm sees a micro-batch, and its running statistics move with each.
         remat: backward computes each residual block anew instead of keeping what is inside.
+        chunk: the most steps that one call of a compiled program takes; None is what suits the back end.
     """
 
     def __init__(
@@ -69,6 +80,7 @@ class Engine:
         freeze_backbone: bool = False,
         accumulate: int = 1,
         remat: bool = False,
+        chunk: int | None = None,
     ) -> None:
         self.learning_rate = learning_rate
         self._x64 = precision == "float64"
@@ -92,7 +104,11 @@ class Engine:
         mesh = Mesh(np.array(jax.devices()), ("data",))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._sharded = NamedSharding(mesh, PartitionSpec("data"))
+        self._chunked = NamedSharding(mesh, PartitionSpec(None, "data"))
+        self.chunk = chunk or best_chunk()
+        self._pictures: dict[str, jax.Array] = {}
         self._train_step = jax.jit(self._step, donate_argnums=0, out_shardings=self._replicated)
+        self._train_steps = jax.jit(self._steps, donate_argnums=0, out_shardings=self._replicated)
         self._eval_step = jax.jit(self._logits, out_shardings=self._replicated)
 
     @property
@@ -122,15 +138,36 @@ class Engine:
             }
             return self._replicate(state)
 
-    def train(self, state: State, batches: Iterable[Batch]) -> Iterator[tuple[State, Metrics]]:
+    @property
+    def holds_pictures(self) -> bool:
+        """Whether it is worth while to `hold` a data set that fits: on a CPU its memory is the host's."""
+        return jax.default_backend() != "cpu"
+
+    def hold(self, image: np.ndarray, fill: Sequence[int]) -> None:
+        """Keep pictures uint8 [M, H, W, C] on the devices; `train` may then be given their indices instead.
+
+        Such a batch is {"index": int32 [N], "label", "shift": int32 [N, 2], "flip": bool [N]}, see `picture`.
+        `fill` [C] is what surrounds a picture that is shifted.
+        """
+        self._pictures = self._replicate({"image": image, "fill": np.asarray(fill, np.uint8)})
+
+    def train(
+        self, state: State, batches: Iterable[Batch], pauses: Callable[[int], bool] = lambda step: True
+    ) -> Iterator[tuple[State | None, Metrics]]:
         """Take one step for each batch; yields the state after it and {"loss", "logits", "label",
         "grad_norm", ...}.
+
+        A step is followed by others in the same call of the program where `pauses` is false of it (steps
+        count from 1): then None stands for its state. How steps are divided into calls changes no bit.
 
         Of several processes each gives its share of the rows of a batch, in the order of their numbers, and
         is given the metrics of the whole batch. They stay on the device until someone reads them, and the
         state that went in is gone (donated).
         """
         step = int(state["step"])
+        if self.chunk > 1 or self._pictures:
+            yield from self._train_in_chunks(state, step, batches, pauses)
+            return
         for batch in batches:
             with self._precision():
                 lr = np.asarray(self.learning_rate(step), self._dtype)
@@ -139,6 +176,24 @@ class Engine:
             if jax.process_count() == 1:
                 metrics["label"] = batch["label"]
             yield state, metrics
+
+    def _train_in_chunks(
+        self, state: State, step: int, batches: Iterable[Batch], pauses: Callable[[int], bool]
+    ) -> Iterator[tuple[State | None, Metrics]]:
+        for chunk in _chunks(batches, step, self.chunk, pauses):
+            rates = [self.learning_rate(step + min(i, len(chunk) - 1)) for i in range(self.chunk)]
+            full = [*chunk, *chunk[-1:] * (self.chunk - len(chunk))]  # what is too many is not computed
+            stacked = {name: np.stack([batch[name] for batch in full]) for name in chunk[0]}
+            with self._precision():
+                placed = jax.make_array_from_process_local_data(self._chunked, stacked)
+                lrs = np.asarray(rates, self._dtype)
+                state, metrics = self._train_steps(state, self._pictures, placed, lrs, len(chunk))
+            step += len(chunk)
+            for i, batch in enumerate(chunk):
+                row: Metrics = {name: Row(values, i) for name, values in metrics.items()}
+                if jax.process_count() == 1:
+                    row["label"] = batch["label"]
+                yield state if i + 1 == len(chunk) else None, row
 
     def evaluate(self, state: State, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
         """The logits [N, num_classes] of each batch, with the running statistics.
@@ -249,6 +304,36 @@ class Engine:
         }
         return new_state, metrics
 
+    def _steps(
+        self,
+        state: State,
+        pictures: Mapping[str, jax.Array],
+        batches: Mapping[str, jax.Array],
+        lrs: jax.Array,
+        count: jax.Array,
+    ) -> tuple[State, Metrics]:
+        """The first `count` of the steps whose batches and rates are stacked along the first axis.
+
+        The count is an argument, so that chunks of any length are one program, and the bits of a step do not
+        hang on the chunk that it is in.
+        """
+
+        def nth(i: Any) -> tuple[dict[str, jax.Array], jax.Array]:
+            batch = {name: x[i] for name, x in batches.items()}
+            if pictures:
+                image = picture(pictures["image"], pictures["fill"], batch)
+                batch = {"image": image, "label": batch["label"]}
+            return batch, lrs[i]
+
+        def step(i: jax.Array, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
+            state, kept = carry
+            state, latest = self._step(state, *nth(i))
+            return state, jax.tree.map(lambda rows, row: rows.at[i].set(row), kept, latest)
+
+        _, one = jax.eval_shape(self._step, state, *nth(0))
+        kept = jax.tree.map(lambda x: jnp.zeros((len(lrs), *x.shape), x.dtype), one)
+        return jax.lax.fori_loop(0, count, step, (state, kept))
+
     def _gradient(
         self, state: State, stats: Params, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array, Params, Params]:
@@ -286,6 +371,49 @@ class Engine:
         (sums, stats), logits = jax.lax.scan(add, start, parts)
         loss, grads = jax.tree.map(lambda total: total / k, sums)
         return loss, jnp.moveaxis(logits, 0, 1).reshape(-1, logits.shape[-1]), grads, stats
+
+
+class Row:
+    """Row `index` of an array on the device, which is fetched when it is read: once for all its rows."""
+
+    def __init__(self, array: jax.Array, index: int) -> None:
+        self._array, self._index = array, index
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(np.asarray(self._array)[self._index], dtype)
+
+    def __float__(self) -> float:
+        return float(np.asarray(self._array)[self._index])
+
+
+def _chunks(
+    batches: Iterable[Batch], step: int, most: int, pauses: Callable[[int], bool]
+) -> Iterator[list[Batch]]:
+    """At most `most` batches at a time, none beyond a step that `pauses` is true of."""
+    chunk = []
+    for number, batch in enumerate(batches, step + 1):
+        chunk.append(batch)
+        if len(chunk) == most or pauses(number):
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def picture(image: jax.Array, fill: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The pictures `batch["index"]` [N] of image [M, H, W, C], shifted, then mirrored: [N, H, W, C].
+
+    Pixel (y, x) of a picture that is not mirrored is (y, x) + `batch["shift"]` of the one that is held, or
+    `fill` [C] beyond its edge. Together with `experiment.transforms.pad_crop` and `flip`: the same bits.
+    """
+    height, width = image.shape[1:3]
+    columns = jnp.arange(width)
+    y = jnp.arange(height) + batch["shift"][:, :1]  # [N, H]
+    x = jnp.where(batch["flip"][:, None], columns[::-1], columns) + batch["shift"][:, 1:]  # [N, W]
+    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+    y, x = y.clip(0, height - 1), x.clip(0, width - 1)
+    found = image[batch["index"][:, None, None], y[:, :, None], x[:, None, :]]
+    return jnp.where(inside[..., None], found, fill)
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:

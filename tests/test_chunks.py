@@ -1,4 +1,4 @@
-"""Several steps in one call of the program, and pictures kept on the device: the same pictures, the same bits."""
+"""Several steps in one call of the program, pictures kept on the device: the same pictures, the same bits."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def appetite(config: Config, data: Data, seconds: float) -> tuple[float, float]:
     pipeline = data.train_batches()
     for _ in range(data.steps_per_epoch):  # the first pass, in which files are read
         batch = next(pipeline)
-    sources = (itertools.repeat(batch), pipeline)
+    sources: tuple[Iterator[Any], ...] = (itertools.repeat(batch), pipeline)
     source = sources[0]
     batches = (next(source) for _ in itertools.count())
     losses = (float(metrics["loss"]) for _, metrics in engine.train(engine.init(), batches))

@@ -78,6 +78,8 @@ def connect() -> Place:
             )
     import jax
 
+    # On a CPU two programs at once would mix up their messages, which bear no program's name.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(**known)
     except (RuntimeError, ValueError) as error:

@@ -411,7 +411,7 @@ def _chunks(
         yield chunk
 
 
-def picture(image: jax.Array, fill: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+def picture(image: Any, fill: Any, batch: Mapping[str, Any]) -> jax.Array:
     """The pictures `batch["index"]` [N] of image [M, H, W, C], shifted, then mirrored: [N, H, W, C].
 
     Pixel (y, x) of a picture that is not mirrored is (y, x) + `batch["shift"]` of the one that is held, or
@@ -423,7 +423,7 @@ def picture(image: jax.Array, fill: jax.Array, batch: Mapping[str, jax.Array]) -
     x = jnp.where(batch["flip"][:, None], columns[::-1], columns) + batch["shift"][:, 1:]  # [N, W]
     inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
     y, x = y.clip(0, height - 1), x.clip(0, width - 1)
-    found = image[batch["index"][:, None, None], y[:, :, None], x[:, None, :]]
+    found = jnp.asarray(image)[batch["index"][:, None, None], y[:, :, None], x[:, None, :]]
     return jnp.where(inside[..., None], found, fill)
 
 

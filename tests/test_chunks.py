@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 
 import experiment.data
 import train
-from experiment.sources import Batch
-from experiment.transforms import Augmentation
+from experiment.sources import ArraySource
+from experiment.transforms import Augmentation, fit_picture
 from jax_resnet import Engine, loop
 from tests.comparing import assert_all_close, assert_close
 from tests.test_loop import assert_same_bits, learning_rate, make_batches, make_engine
@@ -29,7 +32,7 @@ def steps(engine, batches, pauses):
 def test_chunks_end_where_the_caller_pauses_and_change_no_bit():
     batches = make_batches(7)
     one, each, tree = steps(make_engine("cnn", chunk=1), batches, lambda step: True)
-    engine = make_engine("cnn", chunk=3)
+    engine: Any = make_engine("cnn", chunk=3)
     losses, states, found = steps(engine, batches, lambda step: step == 4)
     assert each == [True] * 7
     assert states == [False, False, True, True, False, False, True]
@@ -42,27 +45,18 @@ def test_chunks_end_where_the_caller_pauses_and_change_no_bit():
     assert engine._train_steps._cache_size() == 1  # chunks of 1, 2 and 3
 
 
-class Noise:
-    """A source of pictures in memory."""
-
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        rng = np.random.default_rng(0)
-        self.image = rng.integers(256, size=(20, *shape), dtype=np.uint8)
-
-    def read(self, indices) -> Batch:
-        return {"image": self.image[indices], "label": indices.astype(np.int32)}
-
-
 @pytest.mark.parametrize("name", ["none", "crop-flip"])
 @pytest.mark.parametrize("shape", [(32, 32, 3), (33, 40, 1)])
 def test_pictures_made_on_the_device_are_those_of_the_host(name, shape):
-    source, fill = Noise(shape), (7, 8, 9)[: shape[2]]
+    pixels = np.random.default_rng(0).integers(256, size=(20, *shape), dtype=np.uint8)
+    source = ArraySource(pixels, np.arange(20, dtype=np.int32), partial(fit_picture, size=shape[:2]))
+    fill = (7, 8, 9)[: shape[2]]
     augmentation = Augmentation(name, 3, shape[:2], None, fill)
     examples = np.random.default_rng(1).permutation(20)
     expected = augmentation.batch(source, examples, 5)["image"]
     draws = augmentation.draws(examples, 5)
     assert (len(np.unique(draws["shift"])) > 3) == (name != "none")
-    found = loop.picture(source.image, np.array(fill, np.uint8), {"index": examples, **draws})
+    found = loop.picture(pixels, np.array(fill, np.uint8), {"index": examples, **draws})
     assert np.asarray(found).dtype == np.uint8
     np.testing.assert_array_equal(found, expected)
 
@@ -70,6 +64,7 @@ def test_pictures_made_on_the_device_are_those_of_the_host(name, shape):
 def test_what_is_drawn_is_what_the_batches_are_made_of():
     data = experiment.data.load("digits", data_dir=None, batch_size=32, seed=1, augment="crop-flip")
     held = data.held()
+    assert held is not None
     for step, (drawn, batch) in enumerate(
         zip(data.train_draws(held["label"], 38), data.train_batches(38), strict=False)
     ):
@@ -81,7 +76,7 @@ def test_what_is_drawn_is_what_the_batches_are_made_of():
 
 
 def test_what_a_device_does_not_do_is_left_to_the_host():
-    options = {"data_dir": None, "batch_size": 32, "seed": 1}
+    options: dict[str, Any] = {"data_dir": None, "batch_size": 32, "seed": 1}
     assert experiment.data.load("synthetic", augment="autoaugment", **options).held() is None
     ranged = experiment.data.load("synthetic", augment="crop-flip", resize=(40, 50), **options)
     assert ranged.held() is None

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class Checkpoints:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            _save_arrays(partial / "state", tree)
+            _alone(_save_arrays, partial / "state", tree)
             write_json(partial / "run.json", run)
             write_json(partial / MANIFEST, {"files": _sums(partial)})
             for path in [*partial.rglob("*"), partial]:
@@ -128,7 +129,7 @@ class Checkpoints:
         folder = self.directory / str(step)
         _verify(folder)
         try:
-            return _load_arrays(folder / "state"), json.loads((folder / "run.json").read_text())
+            return _alone(_load_arrays, folder / "state"), json.loads((folder / "run.json").read_text())
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"cannot be read: {error}") from error
 
@@ -156,7 +157,7 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
 def _save_arrays(path: Path, tree: Tree) -> None:
     from orbax.checkpoint import v1 as ocp
 
-    context = _context()
+    context = ocp.Context()
     # Trained weights hardly compress, and zstd would take its time from training.
     context.array_options.saving.use_compression = False
     with context, _closed_loops_unreported():
@@ -183,23 +184,26 @@ def _closed_loops_unreported() -> Iterator[None]:
 def _load_arrays(path: Path) -> Tree:
     from orbax.checkpoint import v1 as ocp
 
-    with _context():
-        tree: Tree = ocp.load(path)
+    tree: Tree = ocp.load(path)
     return tree
 
 
-def _context() -> Any:
-    """Orbax' settings. Of several processes each saves and loads for itself: none waits for the others."""
+def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments); where JAX has joined several processes, in a further one that it has not.
+
+    Orbax saves with all of them together, and even if told of one alone asks the others whether they mean
+    the same path: in the midst of their steps, from our background thread.
+    """
     import jax
-    from orbax.checkpoint import v1 as ocp
 
     if jax.process_count() == 1:
-        return ocp.Context()
-    index = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
-    )
-    return ocp.Context(multiprocessing_options=alone)
+        return function(*arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _hold_to_cpu) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _hold_to_cpu() -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def _sums(folder: Path) -> dict[str, dict[str, Any]]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
+import train
 from experiment.engines import keeps_programs, set_environment
 
 
@@ -57,3 +60,26 @@ def test_a_cache_folder_that_cannot_be_is_done_without(home, monkeypatch, kind):
 def test_a_cache_folder_that_cannot_be_written_is_done_without(home, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # chmod would not stop root
     assert cache_after() is None
+
+
+def test_programs_that_are_damaged_in_the_cache_are_compiled_anew(tmp_path):
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compilation_cache.reset_cache()
+    flags = ["--model", "cnn", "--train-subset", "0.1", "--steps", "2", "--run-dir"]
+    try:
+        assert train.main([*flags, str(tmp_path / "first")]) == 0
+        entries = list((tmp_path / "cache").glob("*-cache"))
+        assert entries
+        for entry in entries:
+            entry.write_bytes(entry.read_bytes()[:100])
+        compilation_cache.reset_cache()
+        with pytest.warns(UserWarning, match="Error reading persistent compilation cache"):
+            assert train.main([*flags, str(tmp_path / "second")]) == 0
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+        compilation_cache.reset_cache()
+    first, second = (tmp_path / name / "weights.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()

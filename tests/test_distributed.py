@@ -62,17 +62,13 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
     return said
 
 
-def losses(run: Run) -> list[float]:
-    return [line["loss"] for line in run.lines()]
-
-
 def test_two_processes_train_as_one_the_first_writes_and_one_goes_on(tmp_path):
     flags = ["--distributed", *CNN, *STEPS, "--steps", "20", "--run-dir"]
     processes = start(["train.py", *flags, str(tmp_path / "two")])
     assert train.main([*CNN, *STEPS, "--steps", "24", "--run-dir", str(tmp_path / "one")]) == 0
     said = finish(processes)
     assert "2 x cpu (cpu) in 2 processes" in said[0]
-    assert said[1] == ""
+    assert not [line for line in said[1].splitlines() if not line.startswith("[Gloo]")]  # XLA's own
     one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
     assert {path.name for path in two.folder.iterdir()} == {path.name for path in one.folder.iterdir()}
     assert two.checkpoints == [12, 18, 20]
@@ -83,10 +79,13 @@ def test_two_processes_train_as_one_the_first_writes_and_one_goes_on(tmp_path):
 
 
 def train_in_processes(place: Place, precision: str) -> dict[str, np.ndarray]:
-    """20 steps of a thin ResNet from each process's rows; the losses, the tree, the logits of 5 pictures."""
+    """20 steps of a thin ResNet from each process's rows, halfway through a tree and back; the losses, the
+    tree, the logits of 5 pictures."""
     engine = make_engine(precision=precision)
     rows = [{k: v[place.rows(8)] for k, v in batch.items()} for batch in make_batches(20)]
-    state, metrics = test_loop.train(engine, engine.init(), rows)
+    state, metrics = test_loop.train(engine, engine.init(), rows[:10])
+    state, more = test_loop.train(engine, engine.from_tree(engine.to_tree(state)), rows[10:])
+    metrics += more
     (logits,) = engine.evaluate(state, make_batches(1, size=5, seed=1))
     found = np.array([step["loss"] for step in metrics])
     assert all(len(step["label"]) == len(step["logits"]) == 8 for step in metrics)

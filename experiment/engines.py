@@ -33,7 +33,11 @@ class Engine(Protocol):
         """The state before the first step, a function of the seed."""
 
     def train(self, state: Any, batches: Iterable[Batch]) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Take a step for each batch; yield the state and {"loss", "logits", "label", "grad_norm", ...}."""
+        """Take a step for each batch; yield the state and {"loss", "logits", "label", "grad_norm", ...}.
+
+        The JAX engine may also be told at which steps the caller looks at the state, and between them yields
+        None for it.
+        """
 
     def evaluate(self, state: Any, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
         """The logits [N, num_classes] of each batch, with the running statistics."""

@@ -314,7 +314,8 @@ def contest(case: Case, names: Sequence[str], rounds: int, steps: int) -> list[d
     for row, process, pipe in running:
         if "failed" not in row:
             pipe.send(0)
-            row |= ask(row, pipe)
+            facts = ask(row, pipe)
+            row |= facts if "failed" not in row else {}
             taken = -(-steps // 10) * 10 if row["name"].endswith("a call") else steps
             row["images_per_second"] = case.batch * taken / statistics.median(row["seconds"])
         process.join()

@@ -15,11 +15,13 @@ report/index.html and TensorBoard files. Exit status: 0 done; 1 the run failed, 
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ from experiment import rundir
 from experiment.config import Config, parse, resolve
 from experiment.engines import Engine, load_engine, set_environment
 from experiment.errors import UserError
+from experiment.processes import ALONE, connect
 from experiment.recipes import with_recipe
 from experiment.schedules import make_schedule
 from experiment.transfer import initial_tree, sha256
@@ -89,17 +92,19 @@ def run(
 
     data = data_module.load(config.dataset, **config.data_options())
     resolved = resolve_lengths(config, data, stored, given)
+    place = connect() if config.distributed else ALONE
+    data = dataclasses.replace(data, place=place)
     validations: list[tuple[int, float]] = []  # what a plateau is seen in
     engine = join(make_engine(config, data, resolved, validations))
     said: list[str] = []
     tree = initial_tree(engine, config, resolved, said.append) if stored is None else None
-    run_dir = rundir.create(
-        Path(config.run_dir) if config.run_dir else None,
-        f"{config.model}-{config.dataset}-{config.optimizer}",
-    )
-    with rundir.lock(run_dir):
-        checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
-        console = Console(run_dir / "log.txt")
+    run_dir = Path(config.run_dir or os.devnull)  # of those that write nothing
+    if place.leads:
+        name = f"{config.model}-{config.dataset}-{config.optimizer}"
+        run_dir = rundir.create(Path(config.run_dir) if config.run_dir else None, name)
+    with rundir.lock(run_dir) if place.leads else nullcontext():
+        checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints, writes=place.leads)
+        console = Console(run_dir / "log.txt") if place.leads else Console(stream=io.StringIO())
         try:
             start = None
             if stored is not None:
@@ -108,14 +113,19 @@ def run(
                 start = begin(engine, tree or initial_tree(engine, config, resolved, said.append))
             session = rundir.session(start.step, engine.device, argv)
             sessions = [*(stored["sessions"] if stored else []), session]
-            config = dataclasses.replace(config, resume=False, run_dir=None)
+            config = dataclasses.replace(config, resume=False, run_dir=None, distributed=False)
             record = {"config": dataclasses.asdict(config), "resolved": resolved, "sessions": sessions}
-            rundir.write_json(run_dir / "config.json", record)
+            if place.leads:
+                rundir.write_json(run_dir / "config.json", record)
+            else:
+                config = dataclasses.replace(config, report=False)
             describe(record, engine.device, run_dir, console)
             for line in said:
                 console.say(line)
             trainer = Trainer(
-                config, data, engine, run_dir, checkpoints, console, resolved["total_steps"], validations
+                *(config, data, engine, run_dir, checkpoints, console, resolved["total_steps"]),
+                validations,
+                place,
             )
             summary = trainer.fit(start)
             if summary is None:
@@ -126,7 +136,8 @@ def run(
                 )
                 report(config, run_dir, trainer.step, console)
                 return 128 + trainer.stopped_by
-            rundir.write_json(run_dir / "summary.json", summary)
+            if place.leads:
+                rundir.write_json(run_dir / "summary.json", summary)
             conclude(summary, run_dir, console)
             if page := report(config, run_dir, trainer.step, console):
                 console.say(f"report: {page}")

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -40,12 +41,14 @@ class CheckpointError(Exception):
 class Checkpoints:
     """The checkpoints of a run in `directory`, of which the newest `keep` are kept.
 
-    Saving goes on in a background thread. The tree that is handed over must hold NumPy arrays of its own,
+    Without `writes` nothing is saved or removed: another process does it. Saving goes on in a background
+    thread. The tree that is handed over must hold NumPy arrays of its own,
     which nobody changes afterwards: then it is safe that the engine donates its state to the next step.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, *, writes: bool = True) -> None:
         self.directory, self.keep = directory.absolute(), keep  # Orbax takes no relative path
+        self._writes = writes
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -58,6 +61,8 @@ class Checkpoints:
     def save(self, step: int, tree: Tree, run: dict[str, Any]) -> None:
         """Begin to save; waits for the save before it, and raises what that raised (OSError: disk full)."""
         self.wait()
+        if not self._writes:
+            return
         self._pending = self._executor.submit(self._write, step, tree, run)
 
     def wait(self) -> None:
@@ -79,7 +84,7 @@ class Checkpoints:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            _save_arrays(partial / "state", tree)
+            _alone(_save_arrays, partial / "state", tree)
             write_json(partial / "run.json", run)
             write_json(partial / MANIFEST, {"files": _sums(partial)})
             for path in [*partial.rglob("*"), partial]:
@@ -102,7 +107,7 @@ class Checkpoints:
 
     def remove_incomplete(self) -> None:
         """Delete what a killed process left half written."""
-        for path in self.directory.glob("*.incomplete*"):
+        for path in self.directory.glob("*.incomplete*") if self._writes else ():
             shutil.rmtree(path, ignore_errors=True)
 
     def load_newest(self, report: Callable[[str], None]) -> tuple[int, Tree, dict[str, Any]] | None:
@@ -126,7 +131,7 @@ class Checkpoints:
         folder = self.directory / str(step)
         _verify(folder)
         try:
-            return _load_arrays(folder / "state"), json.loads((folder / "run.json").read_text())
+            return _alone(_load_arrays, folder / "state"), json.loads((folder / "run.json").read_text())
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"cannot be read: {error}") from error
 
@@ -184,6 +189,24 @@ def _load_arrays(path: Path) -> Tree:
     with _one_at_a_time:
         tree: Tree = ocp.load(path)
     return tree
+
+
+def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments); where JAX has joined several processes, in a further one that it has not.
+
+    Orbax saves with all of them together, and even if told of one alone asks the others whether they mean
+    the same path: in the midst of their steps, from our background thread.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return function(*arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _hold_to_cpu) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _hold_to_cpu() -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def _sums(folder: Path) -> dict[str, dict[str, Any]]:

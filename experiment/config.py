@@ -35,7 +35,7 @@ DEFAULT_EPOCHS = {"digits": 7}
 # What a resumed run may change: nothing here moves a number of a step that both runs take.
 CHANGEABLE = frozenset(
     {
-        *("framework", "steps", "epochs", "data_dir", "run_dir", "resume"),
+        *("framework", "steps", "epochs", "data_dir", "run_dir", "resume", "distributed"),
         *("checkpoint_every", "eval_every", "log_every", "keep_checkpoints", "report"),
         "early_stopping_patience",  # like steps: when the run ends
         "schedule_steps",  # train.py sees to it that the schedule stays as long as it was
@@ -166,6 +166,9 @@ class Config:
         1, "JAX: micro-batches that a batch is taken in, for the memory of one", group="run", least=1
     )
     remat: bool = option(False, "JAX: less memory, residual blocks computed twice", group="run")
+    distributed: bool = option(
+        False, "JAX: one of several processes, see docs/scaling.md for how they are started", group="run"
+    )
     deterministic: bool = option(False, "bit-exact GPU kernels (slower)", group="run")
 
     recipe: str | None = option(None, "options of recipes/NAME.toml; flags override them", group="output")
@@ -233,7 +236,11 @@ class Config:
         """Raise UserError for what the engine or the network does not have."""
         if self.framework == "numpy" and self.precision == "bfloat16":
             raise UserError("--precision: bfloat16 needs --framework jax; NumPy has float32 and float64")
-        for flag, asked in (("--accumulate", self.accumulate > 1), ("--remat", self.remat)):
+        for flag, asked in (
+            ("--accumulate", self.accumulate > 1),
+            ("--remat", self.remat),
+            ("--distributed", self.distributed),
+        ):
             if asked and self.framework == "numpy":
                 raise UserError(f"{flag}: needs --framework jax; use that, or leave the flag out")
         if self.batch_size % self.accumulate:

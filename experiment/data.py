@@ -18,7 +18,18 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.errors import UserError
-from experiment.sources import Batch, Dataset, Labels, Source, digits, grey_already, no_boxes, synthetic
+from experiment.processes import ALONE, Place
+from experiment.sources import (
+    CACHE_BYTES,
+    Batch,
+    Dataset,
+    Labels,
+    Source,
+    digits,
+    grey_already,
+    no_boxes,
+    synthetic,
+)
 from experiment.tfds_source import tfds_dataset
 from experiment.transforms import Augmentation, Pixels, Size, fill_color
 
@@ -57,6 +68,7 @@ class Data:
     seed: int
     augmentation: Augmentation
     parts: Mapping[Split, Part] = field(repr=False)
+    place: Place = ALONE  # of several processes each reads its rows of a training batch
 
     @property
     def num_classes(self) -> int:
@@ -70,30 +82,60 @@ class Data:
     def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Yield training batches `start_step`, `start_step` + 1, ... without end.
 
-        Each epoch of `steps_per_epoch` batches is a new permutation: no example comes twice in it.
+        Each epoch of `steps_per_epoch` batches is a new permutation: no example comes twice in it. Of several
+        processes each yields its share of the rows, so that together they are the batch of one.
 
         Raises:
             ValueError: `start_step` is negative.
             UserError: while iterating, when a file turns out to be damaged.
         """
-        import grain
-
         if start_step < 0:
             raise ValueError(f"start_step must not be negative: {start_step}")
         source, indices = self.parts["train"]
-        batches = (
-            grain.MapDataset.range(len(indices))
+
+        def read(step: int, positions: npt.NDArray[np.int64]) -> Batch:
+            return self.augmentation.batch(source, indices[positions], step // self.steps_per_epoch)
+
+        return self._prefetched(self._order().map_with_index(read)[start_step:])
+
+    def train_draws(self, labels: Labels, start_step: int = 0) -> Iterator[Batch]:
+        """Yield what `train_batches` is made of, for an engine that holds the pictures of `held`.
+
+        Args:
+            labels: of all of them, [M].
+            start_step: as in `train_batches`.
+
+        Yields:
+            {"index": int32 [N] into `held`, "label": int32 [N], "shift": int32 [N, 2], "flip": bool [N]}
+        """
+        _, indices = self.parts["train"]
+
+        def draw(step: int, positions: npt.NDArray[np.int64]) -> Batch:
+            drawn = self.augmentation.draws(indices[positions], step // self.steps_per_epoch)
+            return {"index": positions.astype(np.int32), "label": labels[positions], **drawn}
+
+        return self._prefetched(self._order().map_with_index(draw)[start_step:])
+
+    def held(self) -> Batch | None:
+        """All training pictures, uint8 [M, H, W, C], and labels [M], if they are few enough for a device to
+        hold and training only moves them; else None."""
+        source, indices = self.parts["train"]
+        size = len(indices) * int(np.prod(self.image_shape))
+        return source.read(indices) if self.augmentation.moves_only and size <= CACHE_BYTES else None
+
+    def _order(self) -> Any:
+        """The positions [N] of the examples of each training batch, endless: a Grain MapDataset."""
+        import grain
+
+        rows = self.place.rows(self.batch_size)
+        return (
+            grain.MapDataset.range(self.train_size)
             .seed(self.seed)
             .shuffle()
             .batch(self.batch_size, drop_remainder=True)
             .repeat()
-            .map_with_index(
-                lambda step, positions: self.augmentation.batch(
-                    source, indices[positions], step // self.steps_per_epoch
-                )
-            )
+            .map(lambda positions: positions[rows])
         )
-        return self._prefetched(batches[start_step:])
 
     def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
         """Yield every example of a part exactly once, in a fixed order; the last batch may be short.

@@ -33,7 +33,11 @@ class Engine(Protocol):
         """The state before the first step, a function of the seed."""
 
     def train(self, state: Any, batches: Iterable[Batch]) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Take a step for each batch; yield the state and {"loss", "logits", "label", "grad_norm", ...}."""
+        """Take a step for each batch; yield the state and {"loss", "logits", "label", "grad_norm", ...}.
+
+        The JAX engine may also be told at which steps the caller looks at the state, and between them yields
+        None for it.
+        """
 
     def evaluate(self, state: Any, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
         """The logits [N, num_classes] of each batch, with the running statistics."""
@@ -52,16 +56,41 @@ def set_environment(framework: str, *, deterministic: bool) -> None:
     """Set what JAX reads once, at its import; a value the user has set is left alone.
 
     Orbax and Grain import JAX in every run. Where it is not the engine it is held to the CPU, else it would
-    take most of a GPU's memory.
+    take most of a GPU's memory. Compiled programs are kept in the user's cache folder:
+    `JAX_COMPILATION_CACHE_DIR` names another, `JAX_ENABLE_COMPILATION_CACHE=false` keeps none.
     """
     if framework != "jax":
         os.environ["JAX_PLATFORMS"] = "cpu"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "threeway-resnet" / "jax"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache_directory())
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    if not can_hold_files(os.environ["JAX_COMPILATION_CACHE_DIR"]):  # JAX would warn at each program
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+
+
+def cache_directory() -> str:
+    """Where compiled programs are kept unless the user says otherwise; empty for a user without a home."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return ""
+    return str(base / "threeway-resnet" / "jax")
+
+
+def can_hold_files(directory: str) -> bool:
+    """Whether files can be made in a directory, itself made if need be; nothing is made to find out."""
+    if not directory or "://" in directory:  # a bucket: JAX knows
+        return bool(directory)
+    path = Path(directory).absolute()
+    nearest = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def keeps_programs() -> bool:
+    """Whether the next start will find what this one compiles; after `set_environment`."""
+    return os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "true").lower() not in ("false", "0", "no", "off")
 
 
 def load_module(framework: str, name: str) -> ModuleType:

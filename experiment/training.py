@@ -25,11 +25,12 @@ from experiment.checkpoint import Checkpoints, differences
 from experiment.config import Config
 from experiment.console import Console
 from experiment.data import Data
-from experiment.engines import Engine
+from experiment.engines import Engine, keeps_programs
 from experiment.errors import UserError
 from experiment.events import EventFile
 from experiment.history import History, unchanged_start
 from experiment.metrics import Metrics
+from experiment.processes import ALONE, Place
 from experiment.schedules import has_converged
 from experiment.transfer import count_parameters
 
@@ -108,6 +109,7 @@ class Trainer:
         checkpoints: where checkpoints are.
         total_steps: the last step.
         validations: the list that the engine's schedule looks at; filled here.
+        place: which of several processes this is; the first alone writes.
     """
 
     def __init__(
@@ -120,10 +122,11 @@ class Trainer:
         console: Console,
         total_steps: int,
         validations: list[tuple[int, float]],
+        place: Place = ALONE,
     ) -> None:
         self.config, self.data, self.engine = config, data, engine
         self.run_dir, self.checkpoints, self.console = run_dir, checkpoints, console
-        self.total_steps, self.validations = total_steps, validations
+        self.total_steps, self.validations, self.place = total_steps, validations, place
         self.steps_per_epoch = data.steps_per_epoch
         self.checkpoint_every = config.checkpoint_every or self.steps_per_epoch
         self.eval_every = config.eval_every or self.steps_per_epoch
@@ -142,7 +145,7 @@ class Trainer:
         self.epoch_metrics = (
             Metrics.from_json(start.epoch_metrics) if start.epoch_metrics else Metrics(classes)
         )
-        self.history = History(self.run_dir / "metrics.jsonl", **start.history)
+        self.history = History(self.run_dir / "metrics.jsonl", **start.history, writes=self.place.leads)
         options = dataclasses.asdict(self.config)
         self.events = EventFile(self.run_dir, options) if self.config.report else None
         # The one at the end of a run that got more steps later is off the beat: it must not change the rest.
@@ -171,18 +174,19 @@ class Trainer:
         remaining = max(self.total_steps - start_step, 0)
         if not remaining or self._converged():
             return
+        kept = "the next start finds it in the cache" if keeps_programs() else "no cache keeps it"
         self.console.say(
-            f"compiling the training step of {self.config.model}: nothing moves meanwhile; "
-            "the next start finds it in the cache"
+            f"compiling the training step of {self.config.model}: nothing moves meanwhile; {kept}"
             if self.config.framework == "jax"
             else "taking the first step"
         )
-        batches = itertools.islice(self.data.train_batches(start_step), remaining)
+        batches = itertools.islice(self._batches(start_step), remaining)
+        chunks: dict[str, Any] = {"pauses": self._pauses} if self.config.framework == "jax" else {}
         pending: list[tuple[int, dict[str, Any]]] = []
         begun = time.monotonic()
         first_seconds: float | None = None
-        for state, metrics in self.engine.train(self.state, batches):
-            self.state = state
+        measured, fresh = 0, True  # fresh: in the call that compiles
+        for state, metrics in self.engine.train(self.state, batches, **chunks):
             self.step += 1
             pending.append((self.step, metrics))
             if first_seconds is None:
@@ -191,15 +195,16 @@ class Trainer:
                 self.console.say(f"first step after {first_seconds:.1f} s")
                 self.console.start(self.step, self.total_steps, self.config.batch_size)
                 begun = time.monotonic()
-                measured = 0
-            else:
+            elif not fresh:
                 measured += 1
+            if state is None:  # others follow in the same call
+                continue
+            self.state, fresh = state, False
             last = self.step == self.total_steps
             evaluate = self.step % self.eval_every == 0 or last
             save = self.step % self.checkpoint_every == 0 or last
-            stop = self.stopped_by is not None
-            epoch_ends = self.step % self.steps_per_epoch == 0
-            if not (last or evaluate or save or stop or epoch_ends or self.step % self.config.log_every == 0):
+            stop = self._asked_to_stop()
+            if not (stop or self._pauses(self.step)):
                 continue
             self._drain(pending)
             seconds = time.monotonic() - begun
@@ -219,6 +224,28 @@ class Trainer:
                 break
             begun, measured = time.monotonic(), 0
         self.console.stop()
+
+    def _batches(self, start_step: int) -> Iterator[Any]:
+        """The training batches; of an engine that holds the pictures, what they are made of."""
+        held = self.data.held() if getattr(self.engine, "holds_pictures", False) else None
+        if held is None:
+            return self.data.train_batches(start_step)
+        self.engine.hold(held["image"], self.data.augmentation.fill)  # type: ignore[attr-defined]
+        return self.data.train_draws(held["label"], start_step)
+
+    def _pauses(self, step: int) -> bool:
+        """Whether something is done after a step that wants its state, or its metrics on the disk."""
+        intervals = (self.eval_every, self.checkpoint_every, self.steps_per_epoch, self.config.log_every)
+        return step == self.total_steps or any(step % interval == 0 for interval in intervals)
+
+    def _asked_to_stop(self) -> bool:
+        """Whether a signal has come; to any of several processes, which compare where they log."""
+        if self.place.count > 1:
+            if self.step % self.config.log_every:
+                return False
+            number = self.place.agree(self.stopped_by or 0)
+            self.stopped_by = signal.Signals(number) if number else None
+        return self.stopped_by is not None
 
     def _drain(self, pending: list[tuple[int, dict[str, Any]]]) -> None:
         """Write the lines of steps whose metrics are still on the device; stop if one is not finite."""
@@ -305,7 +332,8 @@ class Trainer:
         self.history.sync()
         tree = self.engine.to_tree(self.state)
         self._write_weights("weights.safetensors", tree)
-        collector.finish(self.step, self.data.class_names).save(self.run_dir / predictions.FILE)
+        if self.place.leads:
+            collector.finish(self.step, self.data.class_names).save(self.run_dir / predictions.FILE)
         self.checkpoints.wait()
         trained, frozen = count_parameters(tree["params"], freeze_backbone=self.config.freeze_backbone)
         return {
@@ -327,6 +355,8 @@ class Trainer:
         }
 
     def _write_weights(self, name: str, tree: dict[str, Any]) -> None:
+        if not self.place.leads:
+            return
         metadata = {"model": self.config.model, "dataset": self.config.dataset, "step": self.step}
         weights.save(self.run_dir / name, weights.from_tree(tree), metadata)
 

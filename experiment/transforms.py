@@ -161,14 +161,26 @@ def generators(seed: int, epoch: int, examples: npt.NDArray[np.int64]) -> Iterat
         yield generator
 
 
+def draw_shift(size: Size, rng: np.random.Generator) -> Size:
+    """How far down and right of a padded picture's centre a crop lies: up to an eighth of its sides."""
+    height, width = size
+    down = int(rng.random() * (2 * (height // 8) + 1)) - height // 8
+    right = int(rng.random() * (2 * (width // 8) + 1)) - width // 8
+    return down, right
+
+
+def draw_flip(rng: np.random.Generator) -> bool:
+    """Every other time true."""
+    return bool(rng.random() < 0.5)
+
+
 def pad_crop(image: Pixels, fill: Color, rng: np.random.Generator) -> Pixels:
     """Pad a picture [H, W, C] with `fill` by an eighth of its sides all round, and cut its size at random.
 
     At 32x32 these are the four pixels of He et al. 2015 (arXiv 1512.03385, section 4.2).
     """
     height, width, _ = image.shape
-    down = int(rng.random() * (2 * (height // 8) + 1)) - height // 8
-    right = int(rng.random() * (2 * (width // 8) + 1)) - width // 8
+    down, right = draw_shift((height, width), rng)
     moved = np.full_like(image, fill)
     moved[max(-down, 0) : height - down, max(-right, 0) : width - right] = image[
         max(down, 0) : height + down, max(right, 0) : width + right
@@ -190,7 +202,7 @@ def random_crop(picture: Image, size: Size, shorter_side: Size, rng: np.random.G
 
 def flip(image: Pixels, rng: np.random.Generator) -> Pixels:
     """Mirror a picture [H, W, C] left to right, every other time."""
-    return image[:, ::-1] if rng.random() < 0.5 else image
+    return image[:, ::-1] if draw_flip(rng) else image
 
 
 def pca_color(image: Pixels, rng: np.random.Generator) -> Pixels:
@@ -235,6 +247,19 @@ class Augmentation:
         rngs = generators(self.seed, epoch, examples)
         images = [self._change(picture, rng) for picture, rng in zip(pictures, rngs, strict=True)]
         return {"image": np.stack(images), "label": labels}
+
+    @property
+    def moves_only(self) -> bool:
+        """Whether all that it does is what `draws` says."""
+        return self.shorter_side is None and self.name in ("none", "crop-flip")
+
+    def draws(self, examples: npt.NDArray[np.int64], epoch: int) -> dict[str, npt.NDArray[Any]]:
+        """What `batch` draws for the examples [N]: {"shift": int32 [N, 2], "flip": bool [N]}."""
+        shift, flip = np.zeros((len(examples), 2), np.int32), np.zeros(len(examples), np.bool_)
+        if self.name != "none":
+            for i, rng in enumerate(generators(self.seed, epoch, examples)):
+                shift[i], flip[i] = draw_shift(self.size, rng), draw_flip(rng)
+        return {"shift": shift, "flip": flip}
 
     def _change(self, picture: Any, rng: np.random.Generator) -> Pixels:
         """Change one picture: pixels of the final size, or a Pillow picture of any size."""

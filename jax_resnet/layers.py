@@ -50,6 +50,12 @@ def draw(
     return jnp.asarray(sample(key, count))
 
 
+def constant(value: float, shape: tuple[int, ...] | int, dtype: DTypeLike) -> jax.Array:
+    """An array of one value, made by NumPy: `jnp.full` compiles a program for each shape, and a ResNet-101
+    with its optimizer has dozens."""
+    return jnp.array(np.full(shape, value, dtype))
+
+
 def parameter_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The type in which parameters, batch statistics and logits are kept: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
@@ -134,7 +140,7 @@ class Conv2d(nnx.Module):
         shape = (kernel_size, kernel_size, in_channels, out_channels)
         std = math.sqrt(2.0 / (kernel_size * kernel_size * out_channels))
         self.weight = nnx.Param(draw(rngs, "normal", shape, std, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(out_channels, param_dtype)) if bias else None
+        self.bias = nnx.Param(constant(0, out_channels, param_dtype)) if bias else None
         self.stride, self.padding, self.dtype = stride, padding, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -157,10 +163,10 @@ class BatchNorm(nnx.Module):
         self, num_features: int, *, eps: float = 1e-5, momentum: float = 0.1, dtype: DTypeLike = jnp.float32
     ) -> None:
         param_dtype = parameter_dtype(dtype)
-        self.weight = nnx.Param(jnp.ones(num_features, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(num_features, param_dtype))
-        self.running_mean = nnx.BatchStat(jnp.zeros(num_features, param_dtype))
-        self.running_var = nnx.BatchStat(jnp.ones(num_features, param_dtype))
+        self.weight = nnx.Param(constant(1, num_features, param_dtype))
+        self.bias = nnx.Param(constant(0, num_features, param_dtype))
+        self.running_mean = nnx.BatchStat(constant(0, num_features, param_dtype))
+        self.running_var = nnx.BatchStat(constant(1, num_features, param_dtype))
         self.eps, self.momentum, self.dtype = eps, momentum, dtype
         self.use_running_average = False  # set by model.train() and model.eval()
 

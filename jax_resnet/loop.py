@@ -1,8 +1,9 @@
 """The JAX engine: one jitted training step over plain dicts, and the loop that drives it.
 
 The loop is a generator that yields after each step. Logging, saving, early stopping and signals are the
-caller's, once for all engines. Batches lie sharded over the `data` axis of a mesh of all devices and the
-state is replicated, so that one device or eight is the same code and batch norm sees the whole batch.
+caller's, once for all engines. Batches lie sharded over the `data` axis of a mesh of all devices, those of
+other processes included, and the state is replicated, so that one device, eight, or two hosts are the same
+code and batch norm sees the whole batch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from jax_resnet import resnet
-from jax_resnet.layers import parameter_dtype
+from jax_resnet.layers import constant, parameter_dtype
 from jax_resnet.optimizers import bound_metrics, make_optimizer, state_from_dict, state_to_dict
 from jax_resnet.state_dict import apply, from_torch_layout, split, to_torch_layout
 
@@ -29,6 +30,16 @@ State = dict[str, Any]  # {params, batch_stats, optimizer, step, bad_step}
 Params = dict[str, jax.Array]
 Metrics = dict[str, Any]
 Tree = dict[str, Any]
+
+
+def best_chunk() -> int:
+    """How many steps one call of a compiled program takes; with `layers.use_matmul` all that differs by back
+    end.
+
+    A GPU idles while Python starts a step, which for a small network takes longer than the step itself. A
+    CPU has no such gaps, and runs convolutions slower inside a loop.
+    """
+    return 1 if jax.default_backend() == "cpu" else 10
 
 
 class Engine:
@@ -50,6 +61,7 @@ class Engine:
         accumulate: how many micro-batches a batch is taken in, one after another, for the memory of one.
             Gradients are averaged; batch norm sees a micro-batch, and its running statistics move with each.
         remat: backward computes each residual block anew instead of keeping what is inside.
+        chunk: the most steps that one call of a compiled program takes; None is what suits the back end.
     """
 
     def __init__(
@@ -69,6 +81,7 @@ class Engine:
         freeze_backbone: bool = False,
         accumulate: int = 1,
         remat: bool = False,
+        chunk: int | None = None,
     ) -> None:
         self.learning_rate = learning_rate
         self._x64 = precision == "float64"
@@ -92,14 +105,19 @@ class Engine:
         mesh = Mesh(np.array(jax.devices()), ("data",))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._sharded = NamedSharding(mesh, PartitionSpec("data"))
+        self._chunked = NamedSharding(mesh, PartitionSpec(None, "data"))
+        self.chunk = chunk or best_chunk()
+        self._pictures: dict[str, jax.Array] = {}
         self._train_step = jax.jit(self._step, donate_argnums=0, out_shardings=self._replicated)
+        self._train_steps = jax.jit(self._steps, donate_argnums=0, out_shardings=self._replicated)
         self._eval_step = jax.jit(self._logits, out_shardings=self._replicated)
 
     @property
     def device(self) -> str:
         """The devices in words."""
         devices = jax.devices()
-        return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+        processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){processes}"
 
     @property
     def device_count(self) -> int:
@@ -110,34 +128,79 @@ class Engine:
         """The state before the first step."""
         with self._precision():
             parts = split(self._build(rngs=nnx.Rngs(self._seed)))
+            # Every optimizer begins at zero; optax would compile a program for each shape.
+            template = self._optimizer_template(parts.params)
             state = {
                 "params": parts.params,
                 "batch_stats": parts.batch_stats,
-                "optimizer": self._make_optimizer(self.learning_rate(0)).init(self._trained(parts.params)),
+                "optimizer": jax.tree.map(lambda x: constant(0, x.shape, x.dtype), template),
                 "step": jnp.zeros((), jnp.int32),
                 "bad_step": jnp.full((), -1, jnp.int32),
             }
-            return jax.device_put(state, self._replicated)
+            return self._replicate(state)
 
-    def train(self, state: State, batches: Iterable[Batch]) -> Iterator[tuple[State, Metrics]]:
+    @property
+    def holds_pictures(self) -> bool:
+        """Whether it is worth while to `hold` a data set that fits: on a CPU its memory is the host's."""
+        return jax.default_backend() != "cpu"
+
+    def hold(self, image: np.ndarray, fill: Sequence[int]) -> None:
+        """Keep pictures uint8 [M, H, W, C] on the devices; `train` may then be given their indices instead.
+
+        Such a batch is {"index": int32 [N], "label", "shift": int32 [N, 2], "flip": bool [N]}, see `picture`.
+        `fill` [C] is what surrounds a picture that is shifted.
+        """
+        self._pictures = self._replicate({"image": image, "fill": np.asarray(fill, np.uint8)})
+
+    def train(
+        self, state: State, batches: Iterable[Batch], pauses: Callable[[int], bool] = lambda step: True
+    ) -> Iterator[tuple[Any, Metrics]]:
         """Take one step for each batch; yields the state after it and {"loss", "logits", "label",
         "grad_norm", ...}.
 
-        The metrics stay on the device until someone reads them, and the state that went in is gone (donated).
+        A step is followed by others in the same call of the program where `pauses` is false of it (steps
+        count from 1): then None stands for its state. How steps are divided into calls changes no bit.
+
+        Of several processes each gives its share of the rows of a batch, in the order of their numbers, and
+        is given the metrics of the whole batch. They stay on the device until someone reads them, and the
+        state that went in is gone (donated).
         """
         step = int(state["step"])
+        if self.chunk > 1 or self._pictures:
+            yield from self._train_in_chunks(state, step, batches, pauses)
+            return
         for batch in batches:
             with self._precision():
                 lr = np.asarray(self.learning_rate(step), self._dtype)
                 state, metrics = self._train_step(state, self._place(batch), lr)
             step += 1
-            yield state, {**metrics, "label": batch["label"]}
+            if jax.process_count() == 1:
+                metrics["label"] = batch["label"]
+            yield state, metrics
+
+    def _train_in_chunks(
+        self, state: State, step: int, batches: Iterable[Batch], pauses: Callable[[int], bool]
+    ) -> Iterator[tuple[Any, Metrics]]:
+        for chunk in _chunks(batches, step, self.chunk, pauses):
+            rates = [self.learning_rate(step + min(i, len(chunk) - 1)) for i in range(self.chunk)]
+            full = [*chunk, *chunk[-1:] * (self.chunk - len(chunk))]  # what is too many is not computed
+            stacked = {name: np.stack([batch[name] for batch in full]) for name in chunk[0]}
+            with self._precision():
+                placed = jax.make_array_from_process_local_data(self._chunked, stacked)
+                lrs = np.asarray(rates, self._dtype)
+                state, metrics = self._train_steps(state, self._pictures, placed, lrs, len(chunk))
+            step += len(chunk)
+            for i, batch in enumerate(chunk):
+                row: Metrics = {name: Row(values, i) for name, values in metrics.items()}
+                if jax.process_count() == 1:
+                    row["label"] = batch["label"]
+                yield state if i + 1 == len(chunk) else None, row
 
     def evaluate(self, state: State, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
         """The logits [N, num_classes] of each batch, with the running statistics.
 
         Batches may differ in size; smaller ones are filled up to the size of the first, so that one program
-        serves.
+        serves. Every process gives, and is given, whole batches, of which it computes its share.
         """
         size = 0
         for batch in batches:
@@ -145,7 +208,8 @@ class Engine:
             size = max(size, n + -n % self.device_count)
             padding = ((0, size - n), (0, 0), (0, 0), (0, 0))
             with self._precision():
-                image = self._place({"image": np.pad(batch["image"], padding)})["image"]
+                image = np.pad(batch["image"], padding)
+                image = jax.make_array_from_process_local_data(self._sharded, image, image.shape)
                 logits = self._eval_step(state["params"], state["batch_stats"], image)
                 yield np.asarray(logits)[:n]
 
@@ -166,8 +230,7 @@ class Engine:
             native = jax.tree.map(
                 from_torch_layout, {k: tree[k] for k in ("params", "batch_stats", "optimizer")}
             )
-            init = self._make_optimizer(self.learning_rate(0)).init
-            template = jax.eval_shape(init, self._trained(native["params"]))
+            template = self._optimizer_template(native["params"])
             state = {
                 "params": jax.tree.map(jnp.array, native["params"]),
                 "batch_stats": jax.tree.map(jnp.array, native["batch_stats"]),
@@ -175,10 +238,14 @@ class Engine:
                 "step": jnp.array(tree["step"], jnp.int32),
                 "bad_step": jnp.full((), -1, jnp.int32),
             }
-            return jax.device_put(state, self._replicated)
+            return self._replicate(state)
 
     def _make_optimizer(self, lr: float | jax.Array) -> optax.GradientTransformation:
         return make_optimizer(self._optimizer, lr, **self._optimizer_options)
+
+    def _optimizer_template(self, params: Mapping[str, Any]) -> optax.OptState:
+        """The optimizer's state as shapes and types."""
+        return jax.eval_shape(self._make_optimizer(self.learning_rate(0)).init, self._trained(params))
 
     def _trained(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters that are trained; the optimizer knows of no others."""
@@ -188,7 +255,17 @@ class Engine:
         return jax.enable_x64(self._x64)
 
     def _place(self, batch: Batch) -> dict[str, jax.Array]:
-        return jax.device_put(dict(batch), self._sharded)
+        return jax.make_array_from_process_local_data(self._sharded, dict(batch))
+
+    def _replicate(self, state: State) -> State:
+        """A state that every process has made alike, as arrays that all devices hold."""
+        if jax.process_count() == 1:
+            return jax.device_put(state, self._replicated)
+
+        def spread(x: jax.Array) -> jax.Array:
+            return jax.make_array_from_process_local_data(self._replicated, np.asarray(x), x.shape)
+
+        return jax.tree.map(spread, state)
 
     def _normalize(self, image: jax.Array) -> jax.Array:
         return normalize(image, self._mean, self._std, self._dtype)
@@ -206,7 +283,7 @@ class Engine:
         else:
             loss, logits, grads, batch_stats = self._gradient_of_parts(state, batch)
         updates, optimizer = self._make_optimizer(lr).update(grads, state["optimizer"], trained)
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = norm(grads)
         step = state["step"] + 1
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         new_state = {
@@ -219,11 +296,42 @@ class Engine:
         metrics = {
             "loss": loss,
             "logits": logits,
+            "label": batch["label"],
             "grad_norm": grad_norm,
-            "update_norm": optax.tree.norm(updates),
+            "update_norm": norm(updates),
             **bound_metrics(self._optimizer, optimizer, lr, **self._optimizer_options),
         }
         return new_state, metrics
+
+    def _steps(
+        self,
+        state: State,
+        pictures: Mapping[str, jax.Array],
+        batches: Mapping[str, jax.Array],
+        lrs: jax.Array,
+        count: jax.Array,
+    ) -> tuple[State, Metrics]:
+        """The first `count` of the steps whose batches and rates are stacked along the first axis.
+
+        The count is an argument, so that chunks of any length are one program, and the bits of a step do not
+        hang on the chunk that it is in.
+        """
+
+        def nth(i: Any) -> tuple[dict[str, jax.Array], jax.Array]:
+            batch = {name: x[i] for name, x in batches.items()}
+            if pictures:
+                image = picture(pictures["image"], pictures["fill"], batch)
+                batch = {"image": image, "label": batch["label"]}
+            return batch, lrs[i]
+
+        def step(i: jax.Array, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
+            state, kept = carry
+            state, latest = self._step(state, *nth(i))
+            return state, jax.tree.map(lambda rows, row: rows.at[i].set(row), kept, latest)
+
+        _, one = jax.eval_shape(self._step, state, *nth(0))
+        kept = jax.tree.map(lambda x: jnp.zeros((len(lrs), *x.shape), x.dtype), one)
+        return jax.lax.fori_loop(0, count, step, (state, kept))
 
     def _gradient(
         self, state: State, stats: Params, batch: Mapping[str, jax.Array]
@@ -269,6 +377,60 @@ def normalize(image: jax.Array, mean: ArrayLike, std: ArrayLike, dtype: Any) -> 
     if image.dtype != jnp.uint8:
         return image.astype(dtype)
     return (image.astype(dtype) / 255 - jnp.asarray(mean, dtype)) / jnp.asarray(std, dtype)
+
+
+def norm(arrays: Mapping[str, jax.Array]) -> jax.Array:
+    """The L2 norm of all numbers of {name: array}.
+
+    The vectors, two thirds of a ResNet's arrays, are summed as one: XLA compiles, and loads from its cache,
+    each sum by itself, which for ResNet-101 takes seconds.
+    """
+    vectors = [x for x in arrays.values() if x.ndim == 1]
+    rest = [x for x in arrays.values() if x.ndim != 1]
+    return optax.tree.norm([*rest, jnp.concatenate(vectors)] if vectors else rest)
+
+
+class Row:
+    """Row `index` of an array on the device, which is fetched when it is read: once for all its rows."""
+
+    def __init__(self, array: jax.Array, index: int) -> None:
+        self._array, self._index = array, index
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(np.asarray(self._array)[self._index], dtype)
+
+    def __float__(self) -> float:
+        return float(np.asarray(self._array)[self._index])
+
+
+def _chunks(
+    batches: Iterable[Batch], step: int, most: int, pauses: Callable[[int], bool]
+) -> Iterator[list[Batch]]:
+    """At most `most` batches at a time, none beyond a step that `pauses` is true of."""
+    chunk = []
+    for number, batch in enumerate(batches, step + 1):
+        chunk.append(batch)
+        if len(chunk) == most or pauses(number):
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def picture(image: Any, fill: Any, batch: Mapping[str, Any]) -> jax.Array:
+    """The pictures `batch["index"]` [N] of image [M, H, W, C], shifted, then mirrored: [N, H, W, C].
+
+    Pixel (y, x) of a picture that is not mirrored is (y, x) + `batch["shift"]` of the one that is held, or
+    `fill` [C] beyond its edge. Together with `experiment.transforms.pad_crop` and `flip`: the same bits.
+    """
+    height, width = image.shape[1:3]
+    columns = jnp.arange(width)
+    y = jnp.arange(height) + batch["shift"][:, :1]  # [N, H]
+    x = jnp.where(batch["flip"][:, None], columns[::-1], columns) + batch["shift"][:, 1:]  # [N, W]
+    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+    y, x = y.clip(0, height - 1), x.clip(0, width - 1)
+    found = jnp.asarray(image)[batch["index"][:, None, None], y[:, :, None], x[:, None, :]]
+    return jnp.where(inside[..., None], found, fill)
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:

@@ -78,6 +78,7 @@ VALUES: dict[str, tuple[list[str], object]] = {
     "seed": (["4294967295"], 2**32 - 1),
     "accumulate": (["2"], 2),
     "remat": ([], True),
+    "distributed": ([], True),
     "deterministic": ([], True),
     "recipe": (["cifar10-resnet20"], "cifar10-resnet20"),
     "run_dir": (["runs/a"], "runs/a"),
@@ -170,6 +171,7 @@ MISTAKES = [
     (["--accumulate", "3"], "--accumulate", "--batch-size 32"),
     (["--accumulate", "2", "--framework", "numpy"], "--accumulate", "--framework jax"),
     (["--remat", "--framework", "numpy"], "--remat", "--framework jax"),
+    (["--distributed", "--framework", "numpy"], "--distributed", "--framework jax"),
     (["--remat", "--model", "cnn"], "--remat", "leave"),
     (["--freeze-backbone"], "--freeze-backbone", "--init-from"),
     (["--warmup-steps", "-1"], "--warmup-steps", "at least 0"),
@@ -237,7 +239,8 @@ def test_flag_parses(name):
 
 
 def test_all_flags_together():
-    left_out = {"val_fraction", "accumulate", "remat"}  # 0 goes with no early stopping; NumPy has neither
+    # 0 goes with no early stopping; NumPy has none of the others
+    left_out = {"val_fraction", "accumulate", "remat", "distributed"}
     values = {name: value for name, value in VALUES.items() if name not in left_out}
     argv = [word for name, (written, _) in values.items() for word in [flag_of(FIELDS[name]), *written]]
     expected = {name: VALUES[name][1] for name in values} | {n: FIELDS[n].default for n in left_out}

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import torch_oracle
-from jax_resnet import Engine, loop
+from jax_resnet import Engine, loop, make_optimizer
 from jax_resnet.state_dict import apply
 from tests.comparing import assert_all_close, assert_close, nchw
 from tests.tolerances import BFLOAT16_NETWORK, FLOAT64_LAYER, FLOAT64_NETWORK
@@ -302,6 +302,23 @@ def test_from_tree_undoes_to_tree(model, optimizer):
     assert_same_bits(engine.to_tree(other), engine.to_tree(end))
     for one, two in zip(metrics, others, strict=True):
         assert_same_bits(two, one)
+
+
+@pytest.mark.parametrize("optimizer", FIELDS)
+def test_an_optimizer_begins_as_optax_begins_it(optimizer):
+    engine = shared("cnn", optimizer)
+    state = engine.init()
+    with jax.enable_x64(True):
+        made = make_optimizer(optimizer, 1e-3, base_lr=1e-3).init(state["params"])
+    # Raises where the two are not of the same structure
+    jax.tree.map(partial(np.testing.assert_array_equal, strict=True), state["optimizer"], made)
+
+
+def test_to_begin_compiles_nothing_of_the_size_of_the_network(caplog):
+    engine = make_engine("resnet20")
+    with jax.log_compiles():
+        engine.init()
+    assert len(compiled(caplog)) <= 3, compiled(caplog)
 
 
 def test_the_seed_alone_decides_how_a_run_begins():

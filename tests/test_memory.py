@@ -49,6 +49,17 @@ def test_without_batch_norm_micro_batches_are_the_whole_batch(model, accumulate)
     assert_all_close("tree", flat(parts.to_tree(other)), flat(whole.to_tree(state)), FLOAT64_NETWORK)
 
 
+def test_the_update_of_128_pictures_is_that_of_4_times_32():
+    """Of plain gradient descent: Adam's first step is nearly the gradient's sign, and would hide a factor."""
+    options: dict[str, Any] = {**WITHOUT, "optimizer": "sgd"}
+    trees = []
+    for accumulate in (1, 4):
+        engine = quick_engine(**options, accumulate=accumulate)
+        state, _ = train(engine, engine.init(), make_batches(1, size=128))
+        trees.append(engine.to_tree(state)["optimizer"]["trace"])
+    assert_all_close("update", trees[1], trees[0], 1e-12)
+
+
 def test_batch_norm_sees_micro_batches_as_in_a_loop_of_pytorchs():
     """The tutorials' loop: backward of each part's loss / k, then one step."""
     engine = quick_engine(accumulate=4)

@@ -1,0 +1,90 @@
+"""Several processes that train one network, each with the devices of its host: JAX's own runtime joins them.
+
+    JAX_COORDINATOR_ADDRESS=host0:1234 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0 python train.py --distributed ...
+
+Each process runs the same command. All take the same steps in the same order, and what decides where a run
+goes (a bad step, a better validation, a signal) is the same for all; the first alone writes files.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experiment.errors import UserError
+
+COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the `count` processes this is."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files and talks to the user."""
+        return self.index == 0
+
+    def rows(self, size: int) -> slice:
+        """The part of a batch of `size`, a multiple of `count`, that this process reads."""
+        share = size // self.count
+        return slice(self.index * share, (self.index + 1) * share)
+
+    def agree(self, number: int) -> int:
+        """The largest of the numbers that the processes give; every one of them must ask."""
+        if self.count == 1:
+            return number
+        from jax.experimental.multihost_utils import process_allgather
+
+        return int(process_allgather(np.int32(number)).max())
+
+
+ALONE = Place()
+
+
+def connect() -> Place:
+    """Wait for the other processes; they are found by `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID`, or by what Slurm, Open MPI or Kubernetes tell.
+
+    Must come before anything that asks JAX for its devices.
+
+    Raises:
+        UserError: the variables are incomplete or no numbers, or the processes cannot be joined.
+    """
+    given = {name: os.environ.get(name) for name in (COORDINATOR, COUNT, INDEX)}
+    known: dict[str, Any] = {}
+    if any(given.values()):
+        if missing := [name for name, value in given.items() if not value]:
+            raise UserError(f"--distributed: {' and '.join(missing)} must be set too, or none of the three")
+        known["coordinator_address"] = given[COORDINATOR]
+        try:
+            known["num_processes"], known["process_id"] = int(given[COUNT] or ""), int(given[INDEX] or "")
+        except ValueError:
+            raise UserError(
+                f"--distributed: {COUNT} {given[COUNT]} and {INDEX} {given[INDEX]} must be whole numbers"
+            ) from None
+        if ":" not in str(given[COORDINATOR]):
+            raise UserError(f"--distributed: {COORDINATOR} {given[COORDINATOR]} has no port; write HOST:PORT")
+        if not 0 <= known["process_id"] < known["num_processes"]:
+            raise UserError(
+                f"--distributed: {INDEX} {given[INDEX]} is out of range; count the {given[COUNT]} processes "
+                "from 0"
+            )
+    import jax
+
+    # On a CPU two programs at once would mix up their messages, which bear no program's name.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    try:
+        jax.distributed.initialize(**known)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--distributed: the processes were not joined ({reason}); set {COORDINATOR}, {COUNT} and {INDEX}"
+        ) from None
+    return Place(jax.process_index(), jax.process_count())

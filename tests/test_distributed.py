@@ -1,0 +1,139 @@
+"""Two processes, joined by JAX's runtime on this machine, against one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from experiment.errors import UserError
+from experiment.processes import Place, connect
+from tests import test_loop
+from tests.comparing import assert_all_close, assert_close
+from tests.test_loop import FLOAT64_DEVICES, flat, make_batches, make_engine
+from tests.test_training import Run
+
+ROOT = Path(__file__).parents[1]
+FLOAT32_FIRST_STEPS = 1e-5  # later float32 steps part by chaos
+CNN = ["--model", "cnn", "--train-subset", "0.1", "--batch-size", "16", "--precision", "float64"]
+STEPS = ["--schedule-steps", "24", "--eval-every", "5", "--checkpoint-every", "6"]
+
+
+def start(command: list[str], devices: int = 1, count: int = 2) -> list[subprocess.Popen[str]]:
+    """The same command in `count` processes of `devices` devices each, which find each other."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=os.environ
+            | shared
+            | {"JAX_PROCESS_ID": str(index), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What each says on stdout, once all have come to a good end."""
+    said = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=600)
+            assert process.returncode == 0, f"{out}\n{err}"
+            said.append(out)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return said
+
+
+def test_two_processes_train_as_one_the_first_writes_and_one_goes_on(tmp_path):
+    flags = ["--distributed", *CNN, *STEPS, "--steps", "20", "--run-dir"]
+    processes = start(["train.py", *flags, str(tmp_path / "two")])
+    assert train.main([*CNN, *STEPS, "--steps", "24", "--run-dir", str(tmp_path / "one")]) == 0
+    said = finish(processes)
+    assert "2 x cpu (cpu) in 2 processes" in said[0]
+    assert not [line for line in said[1].splitlines() if not line.startswith("[Gloo]")]  # XLA's own
+    one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
+    assert {path.name for path in two.folder.iterdir()} == {path.name for path in one.folder.iterdir()}
+    assert two.checkpoints == [12, 18, 20]
+    assert train.main(["--resume", "--steps", "24", "--run-dir", str(two.folder)]) == 0
+    train_one, train_two = ([line["loss"] for line in run.lines("train", "step")] for run in (one, two))
+    assert_close("losses", train_two, train_one, FLOAT64_DEVICES)
+    assert_all_close("weights", two.weights(), one.weights(), FLOAT64_DEVICES)
+
+
+def train_in_processes(place: Place, precision: str) -> dict[str, np.ndarray]:
+    """20 steps of a thin ResNet from each process's rows, halfway through a tree and back; the losses, the
+    tree, the logits of 5 pictures."""
+    engine = make_engine(precision=precision)
+    rows = [{k: v[place.rows(8)] for k, v in batch.items()} for batch in make_batches(20)]
+    state, metrics = test_loop.train(engine, engine.init(), rows[:10])
+    state, more = test_loop.train(engine, engine.from_tree(engine.to_tree(state)), rows[10:])
+    metrics += more
+    (logits,) = engine.evaluate(state, make_batches(1, size=5, seed=1))
+    found = np.array([step["loss"] for step in metrics])
+    assert all(len(step["label"]) == len(step["logits"]) == 8 for step in metrics)
+    return {"losses": found, "logits": logits, **flat(engine.to_tree(state))}
+
+
+IN_PROCESSES = """
+import sys, numpy
+from experiment.processes import connect
+place = connect()
+from tests.test_distributed import train_in_processes
+for precision in ("float64", "float32"):
+    numpy.savez(f"{sys.argv[1]}/{precision}-{place.index}.npz", **train_in_processes(place, precision))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
+def test_processes_see_the_batch_norm_of_the_whole_batch(tmp_path, devices):
+    """Batch norm sees 8 pictures, of which each process reads 4."""
+    processes = start(["-c", IN_PROCESSES, str(tmp_path)], devices)
+    one = {precision: train_in_processes(Place(), precision) for precision in ("float64", "float32")}
+    finish(processes)
+    for index in range(2):
+        found = dict(np.load(tmp_path / f"float64-{index}.npz"))
+        assert_all_close(f"process {index}", found, one["float64"], FLOAT64_DEVICES)
+        single = np.load(tmp_path / f"float32-{index}.npz")["losses"]
+        assert_close("float32", single[:3], one["float32"]["losses"][:3], FLOAT32_FIRST_STEPS)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES must be set"),
+        (("localhost:1", "two", "0"), "whole numbers"),
+        (("localhost:1", "2", "2"), "out of range"),
+        (("localhost", "2", "0"), "no port"),
+    ],
+)
+def test_processes_that_cannot_find_each_other_are_refused(monkeypatch, variables, words):
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = variables if isinstance(variables, dict) else dict(zip(names, variables, strict=True))
+    for name in names:
+        monkeypatch.setenv(name, given.get(name, ""))
+    with pytest.raises(UserError, match=words):
+        connect()
+
+
+def test_rows_of_the_processes_are_the_batch():
+    rows = [list(range(12))[Place(index, 3).rows(12)] for index in range(3)]
+    assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]

@@ -324,9 +324,10 @@ class BatchNorm(layers.BatchNorm):
         """x [..., C], and a shortcut of its shape, to that shape."""
         rows, fold = _wide(x)
         centred, y = empty_like(rows), empty_like(rows)
-        _, inverse_std = self._centre(rows, centred, fold, train)
-        scale, offset = (np.tile(a, fold) for a in (self.weight.value * inverse_std, self.bias.value))
+        inverse_std, n = self._centre(rows, centred, fold, train)
+        scale, offset = _tile(self.weight.value * inverse_std, fold), _tile(self.bias.value, fold)
         added = None if shortcut is None else shortcut.reshape(y.shape)
+        zeros = np.zeros(y.shape[1], y.dtype)  # NumPy's maximum with a number is three times slower
 
         for part in tiles(rows):
             out = np.multiply(centred[part], scale, out=y[part])
@@ -334,28 +335,28 @@ class BatchNorm(layers.BatchNorm):
             if added is not None:
                 out += added[part]
             if self.relu:
-                np.maximum(out, 0, out=out)
-        self.keep(centred, inverse_std, y if self.relu else None, train)
+                np.maximum(out, zeros, out=out)
+        self.keep(centred, inverse_std, y if self.relu else None, n)
         return y.reshape(x.shape)
 
-    def _centre(self, rows: Array, centred: Array, fold: int, train: bool) -> tuple[Array, Array]:
-        """Write x - mean; the rest is as in `_statistics`."""
+    def _centre(self, rows: Array, centred: Array, fold: int, train: bool) -> tuple[Array, int]:
+        """Write x - mean. Returns 1 / sqrt(var + eps), [C], and in training how many values a channel has."""
         if not train:
-            np.subtract(rows, np.tile(self.running_mean, fold), out=centred)
-            return self._statistics(rows, train)
+            np.subtract(rows, _tile(self.running_mean, fold), out=centred)
+            return self._statistics(rows, train)[1], 0
         ones = np.ones(len(rows), rows.dtype)
-        sums = self._own_sum(rows, fold, lambda part: ones[part] @ rows[part])
-        totals = self.all_reduce(np.append(sums, len(rows) * fold))
+        sums, squares = np.zeros((2, rows.shape[1]), np.float64)
+        for part in tiles(rows):
+            sums += ones[part] @ rows[part]
+        totals = self.all_reduce(np.append(_fold(sums, fold), len(rows) * fold))
         n = int(totals[-1])
         mean = (totals[:-1] / n).astype(rows.dtype)
-        wide_mean = np.tile(mean, fold)
-
-        def squares(part: slice) -> Array:
+        wide_mean = _tile(mean, fold)
+        for part in tiles(rows):
             tile = np.subtract(rows[part], wide_mean, out=centred[part])
-            return np.asarray(np.einsum("nc,nc->c", tile, tile))
-
-        var = (self.all_reduce(self._own_sum(rows, fold, squares)) / n).astype(rows.dtype)
-        return self._learn(mean, var, n)
+            squares += np.einsum("nc,nc->c", tile, tile)
+        var = (self.all_reduce(_fold(squares, fold)) / n).astype(rows.dtype)
+        return self._learn(mean, var, n)[1], n
 
     def _learn(self, mean: Array, var: Array, n: int) -> tuple[Array, Array]:
         """Note the batch's statistics, unless another process does."""
@@ -363,40 +364,36 @@ class BatchNorm(layers.BatchNorm):
             return super()._learn(mean, var, n)
         return mean, 1 / np.sqrt(var + self.eps)
 
-    def _own_sum(self, rows: Array, fold: int, of_tile: Callable[[slice], Array]) -> Array:
-        """The sum over all tiles of of_tile(slice) [..., F * C], and over F, in float64: [..., C]."""
-        total = np.sum([of_tile(part) for part in tiles(rows)], axis=0, dtype=np.float64)
-        return np.asarray(total.reshape(*total.shape[:-1], fold, -1).sum(-2))
-
     def backward(self, dy: Array) -> Array:
         """dL/dx; the shortcut's gradient is then in `dshortcut`."""
-        centred, inverse_std, y, train = self.kept
+        centred, inverse_std, y, n = self.kept
         fold = centred.shape[1] // len(inverse_std)
         d = dy.reshape(centred.shape)
         masked = d if y is None else empty_like(d)
         ones = np.ones(len(d), d.dtype)
+        sums = np.zeros((2, d.shape[1]), np.float64)
 
-        def sums(part: slice) -> Array:
+        for part in tiles(d):
             if y is not None:
                 np.multiply(d[part], y[part] > 0, out=masked[part])
             tile = masked[part]
-            return np.stack([ones[part] @ tile, np.einsum("nc,nc->c", tile, centred[part])])
+            sums[0] += ones[part] @ tile
+            sums[1] += np.einsum("nc,nc->c", tile, centred[part])
 
-        dbias, dscale = self._own_sum(d, fold, sums)
+        dbias, dscale = sums = _fold(sums, fold)
         self.weight.add_grad(dscale * inverse_std)
         self.bias.add_grad(dbias)
         self.dshortcut = masked.reshape(dy.shape)
         scale, dx = self.weight.value * inverse_std, empty_like(d)
-        a = np.tile(scale, fold)
-        if train:
+        a = _tile(scale, fold)
+        if n:
             # w s (dy - dbias / n - z dweight / n) with z = s (x - mean), as a dy + b (x - mean) + c
-            counts = np.full_like(dbias, len(d) * fold)
-            dbias, dscale, n = self.all_reduce(np.stack([dbias, dscale, counts]))
+            dbias, dscale = self.all_reduce(sums)
             b, c = -scale * inverse_std**2 * dscale / n, -scale * dbias / n
-            b, c = np.tile(b, fold).astype(d.dtype), np.tile(c, fold).astype(d.dtype)
+            b, c = _tile(b.astype(d.dtype), fold), _tile(c.astype(d.dtype), fold)
         for part in tiles(d):
             out = np.multiply(masked[part], a, out=dx[part])
-            if train:
+            if n:
                 linear = centred[part] * b
                 linear += c
                 out += linear
@@ -410,6 +407,16 @@ def _wide(x: Array) -> tuple[Array, int]:
     while fold * channels < 1024 and pixels % (2 * fold) == 0:
         fold *= 2
     return x.reshape(pixels // fold, fold * channels), fold
+
+
+def _tile(a: Array, fold: int) -> Array:
+    """a [C] for each of F pixels side by side: [F * C]."""
+    return np.concatenate([a] * fold)  # `np.tile` takes as long as an operation on a small tile
+
+
+def _fold(sums: Array, fold: int) -> Array:
+    """The sums [..., F * C] over F pixels side by side: [..., C]."""
+    return sums if fold == 1 else np.asarray(sums.reshape(*sums.shape[:-1], fold, -1).sum(-2))
 
 
 class MaxPool2d(layers.MaxPool2d):

@@ -176,6 +176,14 @@ def test_up_to_twenty_names_of_classes_stand_in_the_matrix(tmp_path: Path) -> No
     ElementTree.fromstring(drawn[0])
 
 
+def test_the_matrix_is_of_the_classes_that_occur() -> None:
+    found = made_run.collect(("a", "b"), (8, 8, 1), np.random.default_rng(0)).finish(0, ("a", "b", "c", "d"))
+    with style.style():
+        (axes,) = pictures._confusion(found).axes
+    assert axes.get_title("left") == "Confusion of 2 of 4 classes"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+
+
 @pytest.mark.parametrize("command", ["report", "compare"])
 def test_what_is_no_run_is_refused_in_a_line(
     command: str, tmp_path: Path, capsys: Any, monkeypatch: Any

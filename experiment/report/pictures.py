@@ -126,7 +126,8 @@ def _metric(run: RunFiles, key: str) -> Figure | None:
     if not any(len(x) for x, _ in ((steps, values), validation, test)):
         return None
     figure, axes = panel(METRICS[key])
-    axes.plot(steps, values, color=BLUE, lw=0.8, alpha=0.4, label="training, a step")
+    points = "." if len(steps) < 10 else ""  # else one alone, or beside what is not finite, is not seen
+    axes.plot(steps, values, color=BLUE, lw=0.8, alpha=0.4, marker=points, label="training, a step")
     if len(epochs[0]) > 1:
         axes.plot(*epochs, "o-", color=BLUE, ms=3.5, label="training, an epoch")
     elif len(steps) > 10:
@@ -147,7 +148,9 @@ def _metric(run: RunFiles, key: str) -> Figure | None:
         )
     if key == "loss" and is_wide(np.concatenate([values, validation[1], test[1]])):
         axes.set_yscale("log")
-    elif key != "loss":
+    else:
+        axes.yaxis.set_major_formatter("{x:g}")
+    if key != "loss":
         axes.set_ylim(top=1.02)
     _finish(run, axes)
     return figure
@@ -165,6 +168,7 @@ def _lines(run: RunFiles, title: str, labels: dict[str, str], *, logarithmic: bo
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter("{x:g}")  # a power of ten above the axis would hide the title
     _finish(run, axes)
     return figure
 

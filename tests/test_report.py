@@ -120,6 +120,7 @@ def test_a_report_says_what_is_absent_and_damaged(tmp_path: Path) -> None:
     assert names_of(run) == CURVES
     text = " ".join(elements.text.split())
     assert "not finished: step 33 of 66 is the last that is recorded" in text
+    assert "Its last words: 2026-01-02 03:04:05 cnn: <made>" in text
     assert "summary.json is absent" in text
     assert "predictions.npz is absent" in text
     assert "2 of the 37 lines of metrics.jsonl cannot be read" in text
@@ -174,6 +175,14 @@ def test_up_to_twenty_names_of_classes_stand_in_the_matrix(tmp_path: Path) -> No
         drawn = [style.svg(pictures._confusion(found)) for _ in range(2)]
     assert drawn[0] == drawn[1], "the same picture, other bytes"
     ElementTree.fromstring(drawn[0])
+
+
+def test_the_matrix_is_of_the_classes_that_occur() -> None:
+    found = made_run.collect(("a", "b"), (8, 8, 1), np.random.default_rng(0)).finish(0, ("a", "b", "c", "d"))
+    with style.style():
+        (axes,) = pictures._confusion(found).axes
+    assert axes.get_title("left") == "Confusion of 2 of 4 classes"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
 
 
 @pytest.mark.parametrize("command", ["report", "compare"])

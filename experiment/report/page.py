@@ -87,6 +87,7 @@ def render_report(run: RunFiles, pictures: Mapping[str, Picture]) -> str:
         changed=_changed(run.config),
         options=[(name, value_words(value)) for name, value in _options(run)],
         log=log,
+        last_words=log.rstrip().rpartition("\n")[2] if not run.finished else "",
         log_cut=log_cut,
         **(_classes(found) if found is not None else {}),
     )

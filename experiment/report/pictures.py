@@ -126,7 +126,8 @@ def _metric(run: RunFiles, key: str) -> Figure | None:
     if not any(len(x) for x, _ in ((steps, values), validation, test)):
         return None
     figure, axes = panel(METRICS[key])
-    axes.plot(steps, values, color=BLUE, lw=0.8, alpha=0.4, label="training, a step")
+    points = "." if len(steps) < 10 else ""  # else one alone, or beside what is not finite, is not seen
+    axes.plot(steps, values, color=BLUE, lw=0.8, alpha=0.4, marker=points, label="training, a step")
     if len(epochs[0]) > 1:
         axes.plot(*epochs, "o-", color=BLUE, ms=3.5, label="training, an epoch")
     elif len(steps) > 10:
@@ -147,7 +148,9 @@ def _metric(run: RunFiles, key: str) -> Figure | None:
         )
     if key == "loss" and is_wide(np.concatenate([values, validation[1], test[1]])):
         axes.set_yscale("log")
-    elif key != "loss":
+    else:
+        axes.yaxis.set_major_formatter("{x:g}")
+    if key != "loss":
         axes.set_ylim(top=1.02)
     _finish(run, axes)
     return figure
@@ -165,6 +168,7 @@ def _lines(run: RunFiles, title: str, labels: dict[str, str], *, logarithmic: bo
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter("{x:g}")  # a power of ten above the axis would hide the title
     _finish(run, axes)
     return figure
 
@@ -180,11 +184,15 @@ def _finish(run: RunFiles, axes: Axes) -> None:
 
 
 def _confusion(found: Predictions) -> Figure:
-    """Rows are the true classes; the colour is the share of the row, errors in another colour."""
+    """Rows are the true classes; the colour is the share of the row, errors in another colour.
+
+    Classes that occur neither among the labels nor the predictions are left out.
+    """
     from matplotlib.colors import to_rgb
 
     matrix = confusion(found)
-    k = len(matrix)
+    present = np.flatnonzero(matrix.sum(0) + matrix.sum(1))
+    matrix, k = matrix[np.ix_(present, present)], len(present)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     # Transparent, so that it lies on light and on dark ground. Errors are few: the root lets them be seen.
     image = np.empty((k, k, 4))
@@ -194,13 +202,14 @@ def _confusion(found: Predictions) -> Figure:
     image[diagonal, :3] = to_rgb("#2a8fd0")
     image[diagonal, 3] = share[diagonal] * 0.6
     side = 5.2 if k <= MOST_COUNTED else 6.4
-    figure, axes = panel(f"Confusion of {k} classes", side, side, fitted=True)
+    of_all = f" of {len(found.class_names)}" if k < len(found.class_names) else ""
+    figure, axes = panel(f"Confusion of {k}{of_all} classes", side, side, fitted=True)
     axes.imshow(image, interpolation="none")
     axes.grid(False)
     axes.set(xlabel="predicted", ylabel="true")
     if k <= MOST_NAMED:
         size = 8 if k <= MOST_COUNTED else 6
-        names = [_short(name) for name in found.class_names]
+        names = [_short(found.class_names[i]) for i in present]
         turn = 0 if max(map(len, names)) <= 2 else 90
         axes.set_xticks(range(k), names, rotation=turn, fontsize=size, parse_math=False)
         axes.set_yticks(range(k), names, fontsize=size, parse_math=False)

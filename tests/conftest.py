@@ -8,7 +8,9 @@ Environment:
 
 from __future__ import annotations
 
+import gc
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,13 @@ ON_GPU = os.environ.get("THREEWAY_GPU") == "1"
 os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if ON_GPU else "cpu")
 if ON_GPU:  # tests start training processes beside this one on the same GPU
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+# Many tests compile the same programs, and train.py would keep them in the user's home: one cache for the
+# tests and the processes they start, gone afterwards. xdist's workers take the environment of this process.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="threeway-resnet-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 # With `-n 2` two processes of tests share the cores. NumPy and PyTorch read this when they are imported.
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -44,6 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and "accelerator" not in getattr(item, "fixturenames", ()):
             item.add_marker(needs_gpu)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no garbage collection need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,6 @@ from experiment.checkpoint import Checkpoints
 ROOT = Path(__file__).parents[1]
 TINY = ["--model", "cnn", "--dataset", "digits", "--steps", "3", "--no-report"]
 RESUME = ["--resume", "--run-dir", "run"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory) -> Iterator[Path]:
-    """Where compiled programs are kept, instead of in the user's home."""
-    with pytest.MonkeyPatch.context() as patch:
-        directory = tmp_path_factory.mktemp("compiled")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(directory))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield directory
 
 
 @pytest.fixture(scope="module")

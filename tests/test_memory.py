@@ -14,10 +14,10 @@ import train as command
 from experiment.finished import open_run
 from tests.comparing import assert_all_close, assert_close, nchw, quick_jit
 from tests.test_loop import THIN, flat, learning_rate, make_batches, make_engine, oracle, train
-from tests.test_training import compiled
+from tests.test_training import highest_precision
 from tests.tolerances import FLOAT64_NETWORK
 
-__all__ = ["compiled"]  # the fixture, for every test here
+__all__ = ["highest_precision"]  # the fixture, for every test here
 
 WITHOUT = {"model_options": {**THIN["resnet18"], "batch_norm": False}}
 

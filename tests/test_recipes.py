@@ -105,7 +105,6 @@ def test_an_unknown_recipe_is_refused_and_the_others_named(tmp_path, monkeypatch
 
 
 def test_the_resolved_options_are_kept_and_resume_does_not_read_the_recipe(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setattr(recipes, "FOLDER", tmp_path)
     path = tmp_path / "mine.toml"
     path.write_text('model = "cnn"\ntrain_subset = 0.1\nlr = 0.02\nepochs = 1\nreport = false\n')

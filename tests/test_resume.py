@@ -7,6 +7,7 @@ stopped.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -19,17 +20,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import jax_resnet
+import numpy_ref
+import train
 from experiment.checkpoint import Checkpoints
 from experiment.rundir import check_fresh
 
 ROOT = Path(__file__).parents[1]
+ON_GPU = os.environ.get("THREEWAY_GPU") == "1"
 STEPS = 200
 LIMIT_SECONDS = 600  # for one process: a hang becomes a failure
 
@@ -51,7 +58,7 @@ LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})
 FLAGS = (
     *("--steps", str(STEPS), "--train-subset", "0.2", "--batch-size", "8"),
     *("--checkpoint-every", "7", "--eval-every", "50", "--no-report"),
-    *(("--deterministic",) if os.environ.get("THREEWAY_GPU") == "1" else ()),
+    *(("--deterministic",) if ON_GPU else ()),
 )
 # The first is at its best at step 100 and overfits; the second has batch norm and the default schedule.
 RUNS = {
@@ -74,21 +81,22 @@ class Run:
     def __init__(self, run_dir: Path, flags: tuple[str, ...], cache: Path, *, thin: bool = True) -> None:
         self.run_dir, self.flags, self.cache, self.thin = run_dir, flags, cache, thin
 
-    def start(
-        self, *extra: str, file_size: int | None = None, environment: dict[str, str] | None = None
-    ) -> subprocess.Popen[str]:
-        """Start as a user would: with --resume once there is a config.json.
+    def arguments(self, *extra: str) -> list[str]:
+        """As a user would give them: --resume once there is a config.json."""
+        resumes = (self.run_dir / "config.json").exists()
+        return [*(["--resume"] if resumes else self.flags), *extra, "--run-dir", str(self.run_dir)]
+
+    def start(self, *extra: str, file_size: int | None = None) -> subprocess.Popen[str]:
+        """Start a process.
 
         `file_size` is the length that no file may pass: it stands for a disk that is full.
         """
-        resumes = (self.run_dir / "config.json").exists()
-        flags = (*(["--resume"] if resumes else self.flags), *extra, "--run-dir", str(self.run_dir))
         program = ["-c", THIN] if self.thin else ["train.py"]
         caching = {
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        environment = {**os.environ, **(environment or {})}
+        environment = dict(os.environ)
         if file_size is not None:
             program = ["-c", LIMITED.format(file_size) + THIN]
             caching = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # else it leaves torn programs there
@@ -96,7 +104,7 @@ class Run:
                 name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")
             }
         return subprocess.Popen(
-            [sys.executable, *program, *flags],
+            [sys.executable, *program, *self.arguments(*extra)],
             cwd=ROOT,
             env=environment | caching,
             stdout=subprocess.PIPE,
@@ -104,9 +112,23 @@ class Run:
             text=True,
         )
 
-    def go(self, *extra: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def go(self, *extra: str) -> subprocess.CompletedProcess[str]:
         """Start, and wait for a good end."""
-        return ended(self.start(*extra, environment=environment), 0)
+        return ended(self.start(*extra), 0)
+
+    def go_here(self, *extra: str) -> str:
+        """`go` in this process, whose imports are done: for what a process of its own would not change.
+
+        Returns what was printed. On a GPU it does take one: JAX must be told of --deterministic at its start.
+        """
+        if ON_GPU:
+            return self.go(*extra).stdout
+        out = io.StringIO()
+        with redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
+            for module in (jax_resnet.resnet, numpy_ref.resnet):
+                patch.setitem(module.MODELS, "resnet20", partial(module.resnet_cifar, 1, width=8))
+            assert train.main(self.arguments(*extra)) == 0
+        return out.getvalue()
 
     def copy(self, run_dir: Path, *, newest: int = STEPS) -> Run:
         """A copy of the folder as a kill would have left it while `newest` was the newest checkpoint."""
@@ -387,7 +409,7 @@ def test_a_signal_saves_and_ends_cleanly(references, tmp_path):
     assert wait_for(process, lambda: run.trained() >= 60)
     process.send_signal(signal.SIGINT)
     assert 60 <= check_stopped(run, process, signal.SIGINT) < STEPS
-    run.go()
+    run.go_here()
     expect_same(run, reference)
 
 
@@ -411,7 +433,7 @@ def test_a_torn_last_line_is_mended(references, tmp_path):
     assert len(metrics.read_bytes()) > length + 700
     os.truncate(metrics, length + 700)
     assert not metrics.read_bytes().endswith(b"\n")
-    assert "resuming at step 147" in run.go().stdout
+    assert "resuming at step 147" in run.go_here()
     expect_same(run, reference)
 
 
@@ -423,7 +445,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(references,
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 0b100
     largest.write_bytes(content)
-    told = run.go().stdout
+    told = run.go_here()
     assert f"checkpoint 154 is damaged and is not used: {largest.relative_to(largest.parents[4])}" in told
     assert "resuming at step 147" in told
     expect_same(run, reference)
@@ -434,7 +456,7 @@ def test_other_intervals_on_resume_keep_the_training_numbers(references, tmp_pat
     run = reference.copy(tmp_path / "run", newest=147)
     checkpoints = run.run_dir / "checkpoints"
     shutil.copytree(checkpoints / "147", checkpoints / "154.incomplete")  # a step that is not saved again
-    run.go("--checkpoint-every", "5", "--eval-every", "9", "--log-every", "4", "--keep-checkpoints", "2")
+    run.go_here("--checkpoint-every", "5", "--eval-every", "9", "--log-every", "4", "--keep-checkpoints", "2")
     expect_same_lines(run.metrics(), reference.metrics(), split=b'"train"')
     assert run.metrics() != reference.metrics()  # validations at other steps
     assert sorted(path.name for path in checkpoints.iterdir()) == ["195", "200"]
@@ -446,25 +468,24 @@ def test_other_intervals_on_resume_keep_the_training_numbers(references, tmp_pat
 def test_a_finished_run_that_gets_more_steps_equals_one_long_run(references, tmp_path):
     flags = (*references["adam"].flags, "--warmup-steps", "5")
     short, long = (Run(tmp_path / name, flags, references["adam"].cache) for name in ("short", "long"))
-    processes = [short.start("--steps", "100"), long.start()]
-    for process in processes:
-        ended(process, 0)
+    short.go_here("--steps", "100")
+    long.go_here()
     assert short.newest() == 100
-    short.go("--steps", str(STEPS))
+    short.go_here("--steps", str(STEPS))
     expect_same(short, long)
 
 
-def test_a_run_goes_on_in_the_other_engine(references, tmp_path):
+def test_a_run_goes_on_in_the_other_engine(references, tmp_path, monkeypatch):
     """JAX, NumPy, JAX: data, history and numbers go on as in one engine; float64 shows it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # one process: the others would not know of the thin network
     flags = ("--model", "resnet20", "--optimizer", "adabound", "--precision", "float64", *FLAGS)
     flags = (*flags, "--schedule", "constant", "--warmup-steps", "0")
     cache = references["adam"].cache
     whole, changing = (Run(tmp_path / name, flags, cache) for name in ("whole", "changing"))
-    whole.go("--steps", "24")
-    changing.go("--steps", "9")
+    whole.go_here("--steps", "24")
+    changing.go_here("--steps", "9")
     for framework, steps in (("numpy", "17"), ("jax", "24")):
-        # One process: the others would not know of the thin network
-        changing.go("--framework", framework, "--steps", steps, environment={"OMP_NUM_THREADS": "1"})
+        changing.go_here("--framework", framework, "--steps", steps)
     lines = [
         [json.loads(line) for line in run.metrics().splitlines() if b'"scope": "step"' in line]
         for run in (whole, changing)
@@ -494,7 +515,7 @@ assert os.environ["JAX_PLATFORMS"] == "cpu"
 
 def test_resuming_a_finished_run_changes_nothing(references, tmp_path):
     run = references["adam"].copy(tmp_path / "run")
-    run.go()
+    run.go_here()
     expect_same(run, references["adam"])
 
 
@@ -521,9 +542,8 @@ def test_a_full_disk_costs_at_most_the_checkpoint_being_written(references, tmp_
     ]
     for run, process, (_, _, reason) in zip(runs, processes, cases, strict=True):
         check_full_disk(run, process, reason)
-    for process in [run.start("--eval-every", "50") for run in runs]:
-        ended(process, 0)
     for run, (reference, _, _) in zip(runs, cases, strict=True):
+        run.go_here("--eval-every", "50")
         expect_same(run, reference)
 
 

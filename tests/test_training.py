@@ -20,7 +20,6 @@ import safetensors
 import safetensors.numpy
 import sklearn.metrics
 import torch
-from jax.experimental.compilation_cache import compilation_cache
 
 import experiment.data
 import torch_oracle
@@ -37,25 +36,10 @@ STEPS = ["--steps", "20", "--eval-every", "5", "--checkpoint-every", "6", "--kee
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory) -> Iterator[None]:
-    """Every run compiles its own step, nearly all the same: a cache makes a run take a third of a second."""
-    directory = str(tmp_path_factory.mktemp("compiled"))
-    settings = {
-        "jax_compilation_cache_dir": directory,
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_default_matmul_precision": "highest",  # a GPU would take TF32
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)  # else train.py names one in the user's home
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+def highest_precision() -> Iterator[None]:
+    """A GPU would multiply matrices in TF32."""
+    with jax.default_matmul_precision("highest"):
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 class Run(NamedTuple):

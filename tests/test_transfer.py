@@ -28,10 +28,10 @@ from tests.test_loop import CLASSES, THIN, assert_same_bits, make_batches
 from tests.test_loop import make_engine as make_jax_engine
 from tests.test_loop import train as take_steps
 from tests.test_numpy_loop import make_engine as make_numpy_engine
-from tests.test_training import compiled
+from tests.test_training import highest_precision
 from tests.tolerances import FLOAT64_LAYER, FLOAT64_NETWORK
 
-__all__ = ["compiled"]  # the fixture, for every test here
+__all__ = ["highest_precision"]  # the fixture, for every test here
 
 OPTIONS: dict[str, Any] = {"base_lr": 1e-3, "weight_decay": 0.05}
 

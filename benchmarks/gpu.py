@@ -193,7 +193,7 @@ class TorchContestant:
                 loss = torch.nn.functional.cross_entropy(self.model(self.image), self.label)
             loss.backward()
             self.optimizer.step()
-        if not np.isfinite(float(loss)):  # waits for the device
+        if not np.isfinite(loss.item()):  # waits for the device
             raise FloatingPointError("the loss is not finite")
 
 

@@ -47,13 +47,13 @@ def draw(
     if isinstance(key, jax.core.Tracer) or isinstance(count, jax.core.Tracer):
         result = jax.ShapeDtypeStruct(shape, dtype)
         return jax.pure_callback(sample, result, key, count, vmap_method="sequential")
-    return jnp.asarray(sample(key, count))
+    return jax.device_put(sample(key, count))
 
 
 def constant(value: float, shape: tuple[int, ...] | int, dtype: DTypeLike) -> jax.Array:
     """An array of one value, made by NumPy: `jnp.full` compiles a program for each shape, and a ResNet-101
-    with its optimizer has dozens."""
-    return jnp.array(np.full(shape, value, dtype))
+    with its optimizer has dozens. So does `jnp.asarray`; `jax.device_put` does not."""
+    return jax.device_put(np.full(shape, value, dtype))
 
 
 def parameter_dtype(dtype: DTypeLike) -> jnp.dtype:

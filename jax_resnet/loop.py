@@ -232,8 +232,8 @@ class Engine:
             )
             template = self._optimizer_template(native["params"])
             state = {
-                "params": jax.tree.map(jnp.array, native["params"]),
-                "batch_stats": jax.tree.map(jnp.array, native["batch_stats"]),
+                "params": jax.tree.map(jax.device_put, native["params"]),  # copies already
+                "batch_stats": jax.tree.map(jax.device_put, native["batch_stats"]),
                 "optimizer": state_from_dict(template, native["optimizer"]),
                 "step": jnp.array(tree["step"], jnp.int32),
                 "bad_step": jnp.full((), -1, jnp.int32),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jax_resnet.adabound import (
@@ -280,10 +281,12 @@ def state_from_dict(template: optax.OptState, mapping: Mapping[str, Any]) -> opt
         raise ValueError(f"the optimizer state does not fit: {'; '.join(problems)}")
 
     def fill(field: str, like: Any) -> Any:
-        # Copies: an alias of the caller's memory must not be donated to a training step
+        # Copies, by NumPy: an alias of the caller's memory must not be donated to a training step, and JAX
+        # would compile a program for each shape
         if isinstance(like, Mapping):
-            return {name: jnp.array(mapping[field][name], leaf.dtype) for name, leaf in like.items()}
-        return jnp.array(mapping[field], like.dtype)
+            entries = {name: np.array(mapping[field][name], leaf.dtype) for name, leaf in like.items()}
+            return {name: jax.device_put(entry) for name, entry in entries.items()}
+        return jax.device_put(np.array(mapping[field], like.dtype))
 
     def rebuild(state: optax.OptState) -> optax.OptState:
         if hasattr(state, "_fields"):

@@ -66,6 +66,7 @@ def make_engine(model: str = "resnet18", optimizer: str = "adam", **options: Any
         "optimizer_options": {"base_lr": 1e-3},
         "learning_rate": learning_rate,
         "precision": "float64",
+        "chunk": 1,  # on a GPU too: tests/test_chunks.py has more
     }
     return Engine(model=model, optimizer=optimizer, **(defaults | options))
 

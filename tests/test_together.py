@@ -49,7 +49,7 @@ def pictures(steps: int, seed: int) -> list[dict[str, Any]]:
     ("model", "precision", "steps", "tolerance"),
     [
         ("cnn", "float64", 20, FLOAT64),
-        ("cnn", "float32", 3, FLOAT32),
+        pytest.param("cnn", "float32", 3, FLOAT32, marks=pytest.mark.slow),
         pytest.param("resnet18", "float64", 20, FLOAT64, marks=pytest.mark.slow),
         pytest.param("resnet18", "float32", 3, FLOAT32, marks=pytest.mark.slow),
     ],
@@ -75,8 +75,8 @@ def test_five_seeds_together_equal_five_alone(
 
 
 def test_drivers_that_meet_see_engines_like_any_other() -> None:
-    """Each trains two steps, evaluates, and trains on; one leaves, and the others are told."""
-    engines, batches = make_engines(2), make_batches(4)
+    """In float32 each trains two steps, evaluates, and trains on; one leaves, and the others are told."""
+    engines, batches = make_engines(2, precision="float32"), make_batches(4)
     meeting, found, told = Meeting(2), {}, []
 
     def drive(index: int, steps: int) -> None:

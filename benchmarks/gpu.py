@@ -59,13 +59,14 @@ PARTS = {
     "resnet50": [Case("resnet50", batch, 224, 1000) for batch in (128, 256)],
     "cifar": [Case(model, batch, 32, 10) for model in ("resnet20", "resnet32") for batch in (128, 1024)],
 }
+THIN: dict[str, dict[str, Any]] = {
+    "resnet101": {"width": 4, "stage_sizes": (1, 1)},
+    "resnet50": {"width": 4, "stage_sizes": (1,)},
+    "cifar": {"width": 4},
+}
 TINY = {
-    name: [dataclasses.replace(case, batch=4, size=32, options=options) for case in PARTS[name][:1]]
-    for name, options in {
-        "resnet101": {"width": 4, "stage_sizes": (1, 1)},
-        "resnet50": {"width": 4, "stage_sizes": (1,)},
-        "cifar": {"width": 4},
-    }.items()
+    name: [dataclasses.replace(case, batch=4, size=32, options=THIN[name]) for case in cases[:1]]
+    for name, cases in PARTS.items()
 }
 JAX_FORMS = {"jax, adam": ("adam", 1), "jax, adabound": ("adabound", 1), "jax, adam, 10 a call": ("adam", 10)}
 EAGER = "torch, eager"
@@ -74,7 +75,9 @@ EAGER = "torch, eager"
 class Contestant(Protocol):
     """A network that is ready to be trained."""
 
-    facts: dict[str, Any]
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known of it beside its speed."""
 
     def run(self, steps: int) -> None:
         """Take so many steps, to the end of the last."""
@@ -113,7 +116,8 @@ class JaxContestant:
         import jax
 
         self.engine = jax_engine(case, optimizer, chunk=chunk)
-        self.chunk, self.state, self.facts = chunk, self.engine.init(), {}
+        self.chunk, self.state = chunk, self.engine.init()
+        self.facts: dict[str, Any] = {}
         batch = made_batch(case)
         if chunk > 1:
             self.engine.hold(batch["image"], (0, 0, 0))

@@ -6,7 +6,7 @@
 
 Needs JAX, Flax, optax and PyTorch: no data set, no network. PyTorch's networks are this project's own, which
 have torchvision's layers. Contestants are processes of their own, which hold their memory all the time and
-take turns of `--steps` steps. All compute in bfloat16 and keep their state in float32. PyTorch: channels_last,
+take turns of `--steps` steps. All compute in bfloat16, their state is float32. PyTorch: channels_last,
 autocast, fused Adam; eager, and compiled with CUDA graphs ("reduce-overhead"; `--compile max-autotune` is its
 other good mode, and takes minutes to compile). Pictures are on the GPU: JAX normalises uint8 in its step,
 PyTorch is given them ready.

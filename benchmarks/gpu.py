@@ -162,7 +162,8 @@ class TorchContestant:
         self.torch, self.gpu = torch, torch.cuda.is_available()
         device = "cuda" if self.gpu else "cpu"
         model = torch_oracle.MODELS[case.model](case.classes, 3, **case.options).train()
-        model.to(device, memory_format=torch.channels_last)
+        model.to(device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
         self.model = torch.compile(model, mode=mode) if mode else model
         batch = made_batch(case)

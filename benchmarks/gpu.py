@@ -4,12 +4,12 @@
     python -m benchmarks.gpu --parts check resnet101 --batch 128 --out results
     python -m benchmarks.gpu --tiny --out results   # anywhere: shows that it runs, its figures mean nothing
 
-Needs JAX, Flax, optax, PyTorch, and torchvision for ResNet-50 and 101 (without it they are this project's
-own in PyTorch, the same network): no data set, no network. Contestants are processes of their own, which hold
-their memory all the time and take turns of `--steps` steps. All compute in bfloat16 and keep their state in
-float32. PyTorch: channels_last, autocast, fused Adam; eager, and compiled with CUDA graphs
-("reduce-overhead"; `--compile max-autotune` is its other good mode, and takes minutes to compile). Pictures
-are on the GPU: JAX normalises uint8 in its step, PyTorch is given them ready.
+Needs JAX, Flax, optax and PyTorch: no data set, no network. PyTorch's networks are this project's own, which
+have torchvision's layers. Contestants are processes of their own, which hold their memory all the time and
+take turns of `--steps` steps. All compute in bfloat16, their state is float32. PyTorch: channels_last,
+autocast, fused Adam; eager, and compiled with CUDA graphs ("reduce-overhead"; `--compile max-autotune` is its
+other good mode, and takes minutes to compile). Pictures are on the GPU: JAX normalises uint8 in its step,
+PyTorch is given them ready.
 
 FLOPs are XLA's count of the step's program as it is written; the roofline is the bandwidth of the GPU's
 memory, against the bytes that XLA counts for the optimised program. A short table comes last; everything is
@@ -59,13 +59,14 @@ PARTS = {
     "resnet50": [Case("resnet50", batch, 224, 1000) for batch in (128, 256)],
     "cifar": [Case(model, batch, 32, 10) for model in ("resnet20", "resnet32") for batch in (128, 1024)],
 }
+THIN: dict[str, dict[str, Any]] = {
+    "resnet101": {"width": 4, "stage_sizes": (1, 1)},
+    "resnet50": {"width": 4, "stage_sizes": (1,)},
+    "cifar": {"width": 4},
+}
 TINY = {
-    name: [dataclasses.replace(case, batch=4, size=32, options=options) for case in PARTS[name][:1]]
-    for name, options in {
-        "resnet101": {"width": 4, "stage_sizes": (1, 1)},
-        "resnet50": {"width": 4, "stage_sizes": (1,)},
-        "cifar": {"width": 4},
-    }.items()
+    name: [dataclasses.replace(case, batch=4, size=32, options=THIN[name]) for case in cases[:1]]
+    for name, cases in PARTS.items()
 }
 JAX_FORMS = {"jax, adam": ("adam", 1), "jax, adabound": ("adabound", 1), "jax, adam, 10 a call": ("adam", 10)}
 EAGER = "torch, eager"
@@ -74,7 +75,9 @@ EAGER = "torch, eager"
 class Contestant(Protocol):
     """A network that is ready to be trained."""
 
-    facts: dict[str, Any]
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known of it beside its speed."""
 
     def run(self, steps: int) -> None:
         """Take so many steps, to the end of the last."""
@@ -113,7 +116,8 @@ class JaxContestant:
         import jax
 
         self.engine = jax_engine(case, optimizer, chunk=chunk)
-        self.chunk, self.state, self.facts = chunk, self.engine.init(), {}
+        self.chunk, self.state = chunk, self.engine.init()
+        self.facts: dict[str, Any] = {}
         batch = made_batch(case)
         if chunk > 1:
             self.engine.hold(batch["image"], (0, 0, 0))
@@ -145,31 +149,21 @@ class JaxContestant:
             raise FloatingPointError("the loss is not finite")
 
 
-def torch_model(case: Case) -> Any:
-    """torchvision's network where there is one, else the oracle's."""
-    import torch_oracle
-
-    if case.model.startswith(("resnet50", "resnet101")) and not case.options:
-        try:
-            import torchvision
-        except ImportError:
-            pass
-        else:
-            return torchvision.models.get_model(case.model, num_classes=case.classes)
-    return torch_oracle.MODELS[case.model](case.classes, 3, **case.options)
-
-
 class TorchContestant:
     """PyTorch's step in bfloat16 autocast with fused Adam; `mode` is that of torch.compile, None is eager."""
 
     def __init__(self, case: Case, mode: str | None) -> None:
         import torch
 
+        import torch_oracle
+
         torch.backends.cudnn.benchmark = True
         torch.manual_seed(0)
         self.torch, self.gpu = torch, torch.cuda.is_available()
         device = "cuda" if self.gpu else "cpu"
-        model = torch_model(case).to(device, memory_format=torch.channels_last).train()
+        model = torch_oracle.MODELS[case.model](case.classes, 3, **case.options).train()
+        model.to(device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
         self.model = torch.compile(model, mode=mode) if mode else model
         batch = made_batch(case)

@@ -18,7 +18,7 @@ def test_what_they_print_is_written(tmp_path, monkeypatch, status):
         asked.append(command[2:])
         return subprocess.CompletedProcess(command, status, stdout="12.3 seconds\n")
 
-    monkeypatch.setattr(benchmarks.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     out = tmp_path / "results.md"
     assert benchmarks.main(["--only", "first_step", "convolution", "--out", str(out)]) == (status != 0)
     assert asked[0] == ["benchmarks.first_step", "--rounds", "3"]

@@ -63,7 +63,8 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(home, monkeypatch
 
 
 def test_programs_that_are_damaged_in_the_cache_are_compiled_anew(tmp_path):
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     compilation_cache.reset_cache()
@@ -78,8 +79,8 @@ def test_programs_that_are_damaged_in_the_cache_are_compiled_anew(tmp_path):
         with pytest.warns(UserWarning, match="Error reading persistent compilation cache"):
             assert train.main([*flags, str(tmp_path / "second")]) == 0
     finally:
-        jax.config.update("jax_compilation_cache_dir", before[0])
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+        for name, value in zip(names, before, strict=True):
+            jax.config.update(name, value)
         compilation_cache.reset_cache()
     first, second = (tmp_path / name / "weights.safetensors" for name in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()

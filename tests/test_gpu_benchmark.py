@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_operations_of_a_program_are_counted():
 
 def test_the_smallest_contestants_run_and_stand_in_the_table():
     (case,) = gpu.TINY["cifar"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in ("jax, adam", gpu.EAGER):
         contestant = gpu.make(name, case)
         contestant.run(1)

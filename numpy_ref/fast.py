@@ -15,7 +15,7 @@ A ResNet's training step moves more bytes than it multiplies numbers, so these f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -41,11 +41,10 @@ def even_tiles(n: int, nbytes: int) -> Iterator[slice]:
     return (slice(*each) for each in pairwise(bounds))
 
 
-# B', G and A' of Winograd's F(2x2, 3x3), Lavin & Gray 2016, arXiv 1509.09308, equation 7, for both axes
-WINOGRAD_INPUT, WINOGRAD_KERNEL, WINOGRAD_OUTPUT = (
+# G and A' of Winograd's F(2x2, 3x3), Lavin & Gray 2016, arXiv 1509.09308, equation 7, for both axes
+WINOGRAD_KERNEL, WINOGRAD_OUTPUT = (
     np.kron(matrix, matrix)
     for matrix in (
-        np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]),
         np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]),
         np.array([[1, 1, 1, 0], [0, 1, -1, -1]]),
     )
@@ -65,16 +64,38 @@ def product(a: Array, b: Array) -> Array:
     return np.matmul(a, b, out=empty((len(a), a.shape[1], b.shape[2]), a.dtype))
 
 
-def padded_fields(x: Array) -> tuple[Array, Array]:
-    """Zeros for x [N, H, W, C] and a pixel all round it (after odd sides two); and the view of its fields of
-    4x4 pixels, two rows or columns apart: [4, 4, N, TH, TW, C] with TH = ceil(H / 2), TW = ceil(W / 2).
-    """
+def zeros_round(x: Array) -> Array:
+    """Zeros for x [N, H, W, C] and a pixel all round it, after odd sides two: [N, 2 TH + 2, 2 TW + 2, C]."""
     n, h, w, c = x.shape
-    th, tw = -(-h // 2), -(-w // 2)
-    padded = empty((n, 2 * th + 2, 2 * tw + 2, c), x.dtype)
+    padded = empty((n, h + h % 2 + 2, w + w % 2 + 2, c), x.dtype)
     padded.fill(0)
-    (bn, bh, bw, bc) = padded.strides
-    return padded, np.ndarray((4, 4, n, th, tw, c), x.dtype, padded, 0, (bh, bw, bn, 2 * bh, 2 * bw, bc))
+    return padded
+
+
+def field_pixels(a: Array, axis: int) -> list[Array]:
+    """Along an axis of 2 T + 2 pixels, with fields of 4 two apart: pixel 0 of every field, pixel 1, 2, 3.
+    Views of T pixels."""
+    before = (slice(None),) * axis
+    return [a[(*before, slice(i, i + a.shape[axis] - 3, 2))] for i in range(4)]
+
+
+def transform_pixels(d: Sequence[Array], out: Array) -> None:
+    """B' d, the third matrix of Lavin & Gray's equation 7, of pixels 0 to 3 of fields: [4, ...]."""
+    np.subtract(d[0], d[2], out=out[0])
+    np.add(d[1], d[2], out=out[1])
+    np.subtract(d[2], d[1], out=out[2])
+    np.subtract(d[1], d[3], out=out[3])
+
+
+def transform_pixels_backward(dout: Array, dd: Sequence[Array]) -> None:
+    """Add to dd, the gradients of the pixels, B dout, with dout [4, ...]."""
+    inner = empty(dout.shape[1:], dout.dtype)
+    dd[0] += dout[0]
+    dd[3] -= dout[3]
+    np.subtract(dout[1], dout[2], out=inner)
+    dd[1] += np.add(inner, dout[3], out=inner)
+    np.add(dout[1], dout[2], out=inner)
+    dd[2] += np.subtract(inner, dout[0], out=inner)
 
 
 Tap = tuple[int, tuple[slice, slice], tuple[slice, slice]]  # number, outputs, inputs
@@ -225,7 +246,7 @@ class Conv2d(layers.Conv2d):
             dkernels = own if index == 0 else np.add(dkernels, own, out=own)
             if self.needs_dx:
                 dfields = product(dproducts, kernels.swapaxes(1, 2))
-                self._add_fields(transform(WINOGRAD_INPUT.T, dfields), dx[part])
+                self._add_fields(dfields, dx[part])
             else:
                 dx[part] = 0
         self.weight.add_grad_product(WINOGRAD_KERNEL.T.astype(dy.dtype), dkernels.reshape(16, -1))
@@ -234,21 +255,29 @@ class Conv2d(layers.Conv2d):
         """The kernels, transformed: [16, I, O]."""
         return transform(WINOGRAD_KERNEL, self.weight.value.reshape(9, *self.weight.value.shape[2:]))
 
+    # The pixels' transform is nothing but sums and differences, along rows and then along columns.
+
     def _fields(self, x: Array) -> Array:
         """The T = N * TH * TW fields of x [N, H, W, I], transformed: [16, T, I]."""
-        padded, fields = padded_fields(x)
-        padded[:, 1 : x.shape[1] + 1, 1 : x.shape[2] + 1] = x
-        columns = empty(fields.shape, x.dtype)
-        np.copyto(columns, fields)
-        return transform(WINOGRAD_INPUT, columns.reshape(16, -1, x.shape[-1]))
+        n, h, w, c = x.shape
+        padded = zeros_round(x)
+        padded[:, 1 : h + 1, 1 : w + 1] = x
+        half = empty((4, n, -(-h // 2), *padded.shape[2:]), x.dtype)
+        transform_pixels(field_pixels(padded, 1), half)
+        fields = empty((4, 4, n, -(-h // 2), -(-w // 2), c), x.dtype)
+        transform_pixels(field_pixels(half, 3), fields.swapaxes(0, 1))
+        return fields.reshape(16, -1, c)
 
     def _add_fields(self, dfields: Array, dx: Array) -> None:
         """Write to dx [N, H, W, I] the sum of the fields' gradients [16, T, I]: fields overlap."""
-        padded, fields = padded_fields(dx)
-        each = dfields.reshape(fields.shape)
-        for pixel in np.ndindex(4, 4):
-            fields[pixel] += each[pixel]
-        dx[...] = padded[:, 1 : dx.shape[1] + 1, 1 : dx.shape[2] + 1]
+        n, h, w, c = dx.shape
+        dpadded = zeros_round(dx)
+        dhalf = empty((4, n, -(-h // 2), *dpadded.shape[2:]), dx.dtype)
+        dhalf.fill(0)
+        each = dfields.reshape(4, 4, n, -(-h // 2), -(-w // 2), c)
+        transform_pixels_backward(each.swapaxes(0, 1), field_pixels(dhalf, 3))
+        transform_pixels_backward(dhalf, field_pixels(dpadded, 1))
+        dx[...] = dpadded[:, 1 : h + 1, 1 : w + 1]
 
     def _corners(self, y: Array, outputs: Array) -> Iterator[tuple[Array, Array]]:
         """Where each of the 2x2 outputs of all fields lies in y [N, H, W, O], and in outputs [4, T, O]."""

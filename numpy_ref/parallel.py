@@ -187,7 +187,7 @@ class Group:
 
 def _end(processes: Sequence[BaseProcess], ends: Sequence[Connection]) -> None:
     for process in processes:
-        process.terminate()
+        process.kill()  # they hold nothing that would have to be saved
     for end in ends:
         end.close()
 
@@ -201,7 +201,8 @@ def _serve(
     posts: Sequence[Sequence[Semaphore]],
 ) -> None:
     """What a process of a group does, until its parent ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal, or a batch system, sends them to all of a group
+        signal.signal(number, signal.SIG_IGN)  # they are for the parent
     communicator = Communicator(rank, size, memory, posts)
     replica = make(communicator, memory)
     while True:

@@ -194,6 +194,19 @@ def test_an_error_in_a_process_is_raised():
         train(engine, engine.init(), [{**batch, "label": batch["label"] + CLASSES}])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_is_left_to_the_parent(number):
+    """A terminal and a batch system send it to every process; the engine's own go on, so that it can save."""
+    engine = make_engine(processes=2)
+    batches = make_batches(2)
+    (state, _), *_ = engine.train(engine.init(), batches[:1])
+    for process in state._group._processes:
+        os.kill(process.pid, number)
+    (state, metrics), *_ = engine.train(state, batches[1:])
+    assert state.step == 2
+    assert np.isfinite(metrics["loss"])
+
+
 def test_a_process_that_dies_is_told():
     engine = make_engine(processes=2)
     state, _ = train(engine, engine.init(), make_batches(1))

@@ -34,10 +34,10 @@ def noise(*shape: int, seed: int = 0) -> Pixels:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where compiled programs are kept, instead of in the user's home."""
+def one_process() -> Iterator[None]:
+    """The NumPy engine's others would take a second to start in every evaluation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
 

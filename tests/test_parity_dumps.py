@@ -42,7 +42,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_failure_names_the_tensor_and_is_replayed_from_its_dump(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(ENGINES, "numpy", broken)
     inputs = {name: 2 * array for name, array in make_inputs(CASE).items()}  # no seed gives these
@@ -69,21 +69,17 @@ def test_a_failure_names_the_tensor_and_is_replayed_from_its_dump(
     for name, array in load_file(path / "inputs.safetensors").items():
         np.testing.assert_array_equal(array, inputs[name])
 
-    # With the fault still there, in another process
-    program = (
-        "from tests.parity.__main__ import main; from tests.parity.engines import ENGINES; "
-        "from tests.test_parity_dumps import broken; ENGINES['numpy'] = broken; "
-        f"raise SystemExit(main(['replay', {str(path)!r}]))"
-    )
-    done = run("-c", program)
-    assert done.returncode == 1, done.stderr
-    row = next(line for line in done.stdout.splitlines() if re.match(r"dx +numpy - torch ", line))
+    # With the fault still there
+    capsys.readouterr()
+    assert main(["replay", str(path)]) == 1
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if re.match(r"dx +numpy - torch ", line))
     assert row.split()[-4:-2] == [found[1], found[1]]  # recorded, and now
     assert row.endswith("DIFFERS")
-    assert done.stdout.count("DIFFERS") == 5
-    assert done.stdout.endswith("agree; numpy departs\n")
+    assert out.count("DIFFERS") == 5
+    assert out.endswith("agree; numpy departs\n")
 
-    # By the command of the message, with the fault mended
+    # By the command of the message, in another process, with the fault mended
     done = run(*message.splitlines()[-1].removeprefix("replay it: python ").split())
     assert done.returncode == 0, done.stderr
     assert "DIFFERS" not in done.stdout
@@ -185,7 +181,8 @@ def test_the_verdict_tells_who_is_wrong() -> None:
     assert verdict(numpy=1, jax=2, torch=3) == "no two of numpy, jax, torch agree"
 
 
-def test_what_is_no_dump_is_refused_in_one_line(tmp_path: Path) -> None:
-    done = run("-m", "tests.parity", "replay", str(tmp_path))
-    assert done.returncode == 2
-    assert "holds no case.json" in done.stderr
+def test_what_is_no_dump_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["replay", str(tmp_path)])
+    assert caught.value.code == 2
+    assert "holds no case.json" in capsys.readouterr().err

@@ -219,7 +219,6 @@ def test_what_is_imported_is_declared() -> None:
     declared = {normal(requirement) for group in groups for requirement in group}
     installed = {**importlib.metadata.packages_distributions(), "tensorflow": ["tensorflow-cpu"]}
     known = sys.stdlib_module_names | {room.removesuffix(".py") for room in ROOMS}
-    known |= {"torchvision"}  # benchmarks/gpu.py does without it where it is not
     undeclared = {
         f"{path}:{found.line}: {found.root}"
         for path, source in SOURCES.items()

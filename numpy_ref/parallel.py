@@ -201,7 +201,7 @@ def _serve(
     posts: Sequence[Sequence[Semaphore]],
 ) -> None:
     """What a process of a group does, until its parent ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal, or a batch system, sends them to all of a group
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or batch system sends them to the group
         signal.signal(number, signal.SIG_IGN)  # they are for the parent
     communicator = Communicator(rank, size, memory, posts)
     replica = make(communicator, memory)

@@ -139,17 +139,18 @@ class Conv2d(layers.Conv2d):
         n, h, w, _ = x.shape
         size = output_size((h, w), self.kernel, self.stride, self.padding)
         y = empty((n, *size, self.weight.value.shape[-1]), x.dtype)
-        taps = list(clipped_taps(self.kernel, self.stride, self.padding, (h, w), size))
-        # The share of all (output, tap) pairs that meet the picture decides
-        met = sum((rows.stop - rows.start) * (cols.stop - cols.start) for _, (rows, cols), _ in taps)
         if self.kernel == (1, 1) and self.padding == (0, 0):
             self._pointwise(x, y)
         elif self._suits_winograd(x):
             self._by_winograd(x, y)
-        elif met <= 0.5 * math.prod(self.kernel) * math.prod(size):
-            self._by_taps(x, y, taps)
         else:
-            self._by_columns(x, y, taps)
+            taps = list(clipped_taps(self.kernel, self.stride, self.padding, (h, w), size))
+            # The share of all (output, tap) pairs that meet the picture decides
+            met = sum((rows.stop - rows.start) * (cols.stop - cols.start) for _, (rows, cols), _ in taps)
+            if met <= 0.5 * math.prod(self.kernel) * math.prod(size):
+                self._by_taps(x, y, taps)
+            else:
+                self._by_columns(x, y, taps)
         if self.bias is not None:
             y += self.bias.value
         return y

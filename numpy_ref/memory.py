@@ -33,7 +33,7 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     with _lock:
         blocks = _blocks.setdefault(size, [])
-        for block in blocks:
+        for block in reversed(blocks):  # the last ones are free the soonest
             if sys.getrefcount(block) == _UNUSED:
                 return np.ndarray(shape, dtype, block)
         blocks.append(_cut(size))

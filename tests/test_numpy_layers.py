@@ -297,7 +297,8 @@ def test_memory_is_used_again_only_when_nobody_refers_to_it():
     second = empty((1001, 5), np.float32)
     assert not np.shares_memory(first, second)
     del first
-    assert not np.shares_memory(part, empty((5005,), np.float32))
+    third = empty((5005,), np.float32)
+    assert not np.shares_memory(part, third)
     del part
     assert empty((5005,), np.float32).ctypes.data == address
     arrays = [empty((3,), np.float64) for _ in range(10)]

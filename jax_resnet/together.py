@@ -10,7 +10,7 @@ that one small network leaves idle is filled.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Barrier
 from typing import Any
 
@@ -135,7 +135,7 @@ class Meeting:
 class Member:
     """An engine at a meeting; of `Engine`'s methods those that a driver calls.
 
-    The state that `train` yields is None, and stands for the member's part of the stack.
+    The state that `train` yields is the member itself, and stands for its part of the stack.
     """
 
     def __init__(self, meeting: Meeting, index: int, engine: Engine) -> None:
@@ -143,25 +143,30 @@ class Member:
         self.learning_rate, self.init, self.from_tree = engine.learning_rate, engine.init, engine.from_tree
         self.device, self.device_count = engine.device, engine.device_count
 
-    def train(self, state: State, batches: Iterable[Batch]) -> Iterator[tuple[None, Metrics]]:
-        """As `Engine.train`. Raises threading.BrokenBarrierError when another driver has left."""
+    def train(
+        self, state: State, batches: Iterable[Batch], pauses: Callable[[int], bool] | None = None
+    ) -> Iterator[tuple[Member, Metrics]]:
+        """As `Engine.train`, but every step is a call of its own.
+
+        Raises threading.BrokenBarrierError when another driver has left.
+        """
         begun: State | None = state
         for batch in batches:
             metrics = self._meeting.step(self._index, begun, batch)
             begun = None
-            yield None, metrics
+            yield self, metrics
 
-    def evaluate(self, state: State | None, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
+    def evaluate(self, state: State | Member, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
         """As `Engine.evaluate`."""
         return self._engine.evaluate(self._own(state), batches)
 
-    def first_bad_step(self, state: State | None) -> int | None:
+    def first_bad_step(self, state: State | Member) -> int | None:
         """As `Engine.first_bad_step`."""
         return self._engine.first_bad_step(self._own(state))
 
-    def to_tree(self, state: State | None) -> Tree:
+    def to_tree(self, state: State | Member) -> Tree:
         """As `Engine.to_tree`."""
         return self._engine.to_tree(self._own(state))
 
-    def _own(self, state: State | None) -> State:
-        return self._meeting.state(self._index) if state is None else state
+    def _own(self, state: State | Member) -> State:
+        return self._meeting.state(self._index) if isinstance(state, Member) else state

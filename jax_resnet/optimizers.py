@@ -173,22 +173,12 @@ def make_optimizer(
 
 
 def bound_metrics(
-    name: str,
-    opt_state: optax.OptState,
-    learning_rate: Scalar,
-    *,
-    base_lr: Scalar | None = None,
-    final_lr: Scalar = 0.1,
-    gamma: Scalar = 1e-3,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    **others: Scalar | None,
+    name: str, opt_state: optax.OptState, learning_rate: Scalar, **options: Scalar | None
 ) -> dict[str, jax.Array]:
     """The bounds of the step just made, and how much they held; nothing for an optimizer that has none.
 
     Args:
-        name, learning_rate, base_lr, ...: the arguments of `make_optimizer`.
+        name, learning_rate, options: the arguments of `make_optimizer`, whose defaults hold.
         opt_state: the optimizer's state after the step, of flat parameters {name: array}.
 
     Returns:
@@ -196,16 +186,18 @@ def bound_metrics(
         all coordinates that were clipped to each. Inside a jitted step, what the update itself needs is
         computed once.
     """
-    del others
     if name not in BOUNDED:
         return {}
+    given: dict[str, Any] = {**(make_optimizer.__kwdefaults__ or {}), **options}
     fields = state_to_dict(opt_state)
     count = fields["count"]
-    lower, upper = adabound_bounds(count, bound_ratio(learning_rate, final_lr, base_lr), gamma)
+    ratio = bound_ratio(learning_rate, given["final_lr"], given["base_lr"])
+    lower, upper = adabound_bounds(count, ratio, given["gamma"])
     sizes = [jnp.ones(())]  # sgdbound: one for all
     if "nu" in fields:
         second = fields.get("nu_max", fields["nu"])
-        sizes = [unclipped_size(nu, count, b1, b2, eps) for nu in jax.tree.leaves(second)]
+        constants = (given["b1"], given["b2"], given["eps"])
+        sizes = [unclipped_size(nu, count, *constants) for nu in jax.tree.leaves(second)]
     total = sum(size.size for size in sizes)
     held = {
         "at_lower": sum(jnp.sum(size < lower.astype(size.dtype)) for size in sizes),

@@ -37,7 +37,9 @@ def main(folders: Sequence[str]) -> None:
         if mark not in text:
             sys.exit(f"{document} has no place for {name}: write {mark} and <!-- end --> where it is to be")
         before, _, rest = text.partition(mark)
-        _, end, after = rest.partition("<!-- end -->")
+        inside, end, after = rest.partition("<!-- end -->")
+        if not end or "<!-- study" in inside:
+            sys.exit(f"{document}: after {mark} there is no <!-- end -->; write it")
         text = f"{before}{mark}\n\n{part}\n\n{end}{after}"
     document.write_text(text, encoding="utf-8")
 

@@ -162,3 +162,9 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
+
+
+def short_commit(commit: Any) -> str:
+    """What `git_commit` said, in ten digits."""
+    words = str(commit or "unknown")
+    return words[:10] + ("-dirty" if words.endswith("-dirty") else "")

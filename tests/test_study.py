@@ -153,9 +153,21 @@ def test_runs_of_another_study_are_not_mixed_in(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "--lr: the run has 0.0001, not 0.0002" in error
+    assert main(["study", str(path), "--run-dir", str(made / "out"), "--report-only"]) == 2
+    assert "--lr: the run has 0.0001, not 0.0002" in capsys.readouterr().err
+    summaries = sorted((made / "out").glob("**/summary.json"))
+    for old, new, flag in (
+        ("steps = 3\n", "steps = 4\n", "--steps"),
+        ("batch_size = 16\n", "", "--batch-size"),
+        ("steps = 3\n", "steps = 3\nschedule_steps = 9\n", "--schedule-steps"),
+    ):
+        path = write(tmp_path, STUDY.replace(old, new))
+        assert main(["study", str(path), "--run-dir", str(made / "out")]) == 2
+        assert flag in capsys.readouterr().err
     command = ["study", str(made / "tiny.toml"), "--run-dir", str(made / "out"), "--framework", "jax"]
     assert main(command) == 2
     assert "--framework" in capsys.readouterr().err
+    assert sorted((made / "out").glob("**/summary.json")) == summaries
 
 
 def test_a_diverged_run_is_told_and_does_not_stop_the_study(tmp_path: Path) -> None:
@@ -166,16 +178,49 @@ def test_a_diverged_run_is_told_and_does_not_stop_the_study(tmp_path: Path) -> N
     assert main(["study", str(write(tmp_path, text)), "--run-dir", str(folder)]) == 0
     study = json.loads((folder / "study.json").read_text())
     assert study["contestants"]["adam"]["diverged"] == [1]
-    assert "1 diverged" in (folder / "study.md").read_text()
+    assert "| 0 of 1 (diverged: 1) |" in (folder / "study.md").read_text()
     plan = read(tmp_path / "tiny.toml", {})
     (run,) = running.final_runs(plan, folder, plan.contestants[0], 0)
     assert running.is_done(run)
     assert running.validation(run.folder) == (0.0, math.inf)
 
 
+def test_a_run_that_the_last_step_broke_has_diverged(tmp_path: Path) -> None:
+    """Every loss was finite, the weights after the last step are not: no mean has it, and nothing is called
+    better than it."""
+    text = STUDY.replace("steps = 3\n", "steps = 1\n").replace("eval_every = 3", "eval_every = 1")
+    text = text.replace("{ lr = 1e-6, final_lr = 1e-6 }", "{ lr = 1e37, final_lr = 1e37 }")
+    text = text.replace("{ lr = 0.5, final_lr = 0.5 }", "{ lr = 1e36, final_lr = 1e36 }")
+    path, folder = write(tmp_path, text), tmp_path / "out"
+    for _ in range(2):
+        assert main(["study", str(path), "--run-dir", str(folder)]) == 0
+    study = json.loads((folder / "study.json").read_text())
+    assert study["contestants"]["clipped"]["diverged"] == [1, 2]
+    assert study["contestants"]["adam"]["diverged"] == []
+    text = (folder / "study.md").read_text()
+    assert "| clipped | adam | 0 of 2 (diverged: 1, 2) | - | - | - |" in text
+    assert "final_lr 1e+37: diverged" in text
+
+
+def test_the_ends_of_a_range_and_a_dirty_tree_are_told(made: Path) -> None:
+    study = json.loads((made / "out" / "study.json").read_text())
+    each = study["contestants"]["adam"]
+    third = {"setting": {"lr": 1.0}, "val_accuracy": [None]}
+    wide = {**study, "budget": 3, "contestants": {"adam": {**each, "tuning": [*each["tuning"], third]}}}
+    (row,) = list(tables.tables(wide))[-1].rows
+    assert row[-2:] == ["lr 1.0: diverged", "2"]
+    wide["contestants"]["adam"]["chosen"] = 0
+    assert list(tables.tables(wide))[-1].rows[0][-1] == "1, an end"
+    made_with = [{**study["made_with"][0], "git_commit": f"{'a' * 40}{end}"} for end in ("", "-dirty")]
+    assert "of commit aaaaaaaaaa, aaaaaaaaaa-dirty." in tables.head({**study, "made_with": made_with})
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("seeds = [1, 2]", "seeds = [-1, 2]", "seeds: must be a list of different whole numbers from 0"),
+        ("steps = 3", "steps = 0", "adam: a run must have a step"),
+        ('name = "adam"', 'name = "adam"\nframework = "jax"', "adam: framework is the same for all"),
         ("seeds = [1, 2]", "", "seeds: there must be some"),
         ("seeds = [1, 2]", "seeds = [1, 9]", "seeds: there must be some, and none that tuning_seeds has"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "seeds: must be a list of different whole numbers"),
@@ -223,7 +268,7 @@ def test_tables_and_curves_of_a_study_that_has_hardly_begun(tmp_path: Path) -> N
     plan: Plan = read(write(tmp_path), {})
     study = json.loads(json.dumps(rundir.finite(results.collect(plan, tmp_path, ["tiny.toml"]))))
     text = tables.markdown(study)
-    assert "| adam | - | 0 | - | - |" in text
+    assert "| adam | - | 0 of 2 | - | - |" in text
     (picture,) = curves.draw(study, tmp_path)
     assert picture.stat().st_size > 0
 

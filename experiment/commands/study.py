@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     if folder.is_dir():
         command = [str(options.file)]
         command += [f"--framework {options.framework}"] if options.framework else []
-        command += ["--vmap"] if options.vmap else []
+        command += [] if options.vmap is None else ["--vmap" if options.vmap else "--no-vmap"]
         command += ["--data-dir DIR"] if options.data_dir else []
         _report(plan, folder, command)
     return status
@@ -76,7 +76,7 @@ def _on_gpu(plan: Plan) -> bool:
     """Whether JAX trains, and on a GPU: there seeds together take little more time than one."""
     if framework_of(plan) != "jax":
         return False
-    set_environment("jax", deterministic=False)
+    set_environment("jax", deterministic=bool(plan.contestants[0].candidates[0].get("deterministic")))
     import jax
 
     return jax.default_backend() == "gpu"
@@ -99,16 +99,17 @@ def _carry_out(plan: Plan, folder: Path, *, together: bool) -> None:
     )
     done = 0
     for tuning in settings:
-        done = _make(tuning, done, total, together=together)
+        done = _make(tuning, done, total, together=together, split="validation")
     chosen = {each.name: running.choose(plan, folder, each) for each in plan.contestants}
     groups = [running.final_runs(plan, folder, each, chosen[each.name]) for each in plan.contestants]
     order: Iterable[Sequence[running.Run]] = groups if together else zip(*groups, strict=True)
     for runs in order:
-        done = _make(runs, done, total, together=together)
+        done = _make(runs, done, total, together=together, split="test")
 
 
-def _make(runs: Sequence[running.Run], done: int, total: int, *, together: bool) -> int:
-    """Carry out those runs that have not ended; returns how many of the study have ended then."""
+def _make(runs: Sequence[running.Run], done: int, total: int, *, together: bool, split: str) -> int:
+    """Carry out those runs that have not ended; returns how many of the study have ended then. Of each the
+    accuracy is told: of tuning runs that on validation, for whoever sets their range looks at it."""
     import train
 
     begun = time.monotonic()
@@ -122,7 +123,10 @@ def _make(runs: Sequence[running.Run], done: int, total: int, *, together: bool)
             outcome = "diverged"
         else:
             test = rundir.read_json(run.folder / "summary.json")["test"]
-            outcome = f"test accuracy {test['accuracy']:.4f}, loss {test['loss']:.4f}"
+            accuracy, loss = (
+                (test["accuracy"], test["loss"]) if split == "test" else running.validation(run.folder)
+            )
+            outcome = f"{split} accuracy {accuracy:.4f}, loss {loss:.4f}"
         place = done + runs.index(run) + 1
         print(f"{place}/{total} {run.label}: {outcome} ({time.monotonic() - begun:.0f} s)", flush=True)
         begun = time.monotonic()

@@ -175,4 +175,5 @@ def _facts(run: RunFiles) -> dict[str, Any]:
 
 def is_comparison(folder: Path) -> bool:
     """Whether a folder holds nothing but what a comparison writes."""
-    return all(path.name == "index.html" or path.suffix == ".png" for path in folder.iterdir())
+    own = {"index.html", *(f"{key}-{split}.png" for split, key in itertools.product(SPLITS, METRICS))}
+    return all(path.name in own for path in folder.iterdir())

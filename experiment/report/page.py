@@ -17,6 +17,7 @@ from experiment.predictions import Predictions
 from experiment.report.pictures import SHEETS, Picture, caption, chosen
 from experiment.report.reading import RunFiles
 from experiment.report.tables import class_table, most_confused
+from experiment.rundir import short_commit
 from experiment.transforms import Pixels, picture_of
 
 LOG_BYTES = 30_000
@@ -37,7 +38,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "ratio": ratio, "svg_uri": svg_uri}
+    environment.filters |= {"percent": percent, "ratio": ratio, "svg_uri": svg_uri, "commit": short_commit}
     return environment.get_template(template).render(values)
 
 

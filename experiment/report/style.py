@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ CYCLE = [COLORS[name][0] for name in ("blue", "orange", "green", "pink", "amber"
 BLUE, ORANGE, GREEN, PINK, AMBER, SKY = CYCLE
 
 PNG_DPI = 120
+_drawing = threading.Lock()
 
 _SETTINGS: dict[Any, Any] = {
     "text.usetex": False,
@@ -69,7 +71,8 @@ def style() -> Iterator[None]:
     """Everything is drawn and saved inside of this."""
     import matplotlib
 
-    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+    # Settings and warnings are the process's: of several runs that end at once, one at a time
+    with _drawing, matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in another script
         yield
 

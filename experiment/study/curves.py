@@ -39,7 +39,8 @@ def _draw_variant(study: Json, folder: Path, variant: str) -> Path:
         if not runs:
             continue
         color, style = f"C{index % 10}", "-" if index < 10 else "--"
-        label = each["optimizer"]
+        label, planned = each["optimizer"], len(study["seeds"])
+        label += f" ({len(runs)} of {planned} seeds)" if len(runs) < planned else ""
         _band(loss, smooth(curve(runs, "train", "step", "loss")), color, style, label)
         _band(accuracy, curve(runs, "val", "epoch", "accuracy"), color, style, label)
         for axes, key in ((lower, "at_lower"), (upper, "at_upper")):

@@ -38,6 +38,7 @@ from experiment.recipes import checked
 
 Options = dict[str, Any]
 OWN = {"seed"}  # given by the study, not by its file
+COMMON = {"framework", "deterministic"}  # of the process that makes all runs
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,13 @@ def _plan(name: str, table: dict[str, Any], given: Options) -> Plan:
             particular = tuple(_options(each, label) for each in settings)
             every = tuple({**common, **each, **given} for each in particular)
             for options in every:
-                resolve(options)
+                if 0 in (resolve(options).steps, resolve(options).epochs):
+                    raise UserError(f"{label}: a run must have a step")
             contestants.append(
                 Contestant("-".join(filter(None, (label, variant))), label, variant, every, particular)
             )
+    if len({each.name for each in contestants}) < len(contestants):
+        raise UserError("variants: two contestants have the same name, optimizer-variant")
     counts = {each.optimizer: len(each.candidates) for each in contestants}
     if len(set(counts.values())) > 1 or not min(counts.values()):
         raise UserError(f"candidates: as many for each optimizer, and one at least, not {counts}")
@@ -157,9 +161,9 @@ def _plan(name: str, table: dict[str, Any], given: Options) -> Plan:
 
 def _seeds(table: dict[str, Any], key: str) -> tuple[int, ...]:
     seeds = table.get(key, [])
-    whole = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
+    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
     if not whole or len(set(seeds)) < len(seeds):
-        raise UserError(f"{key}: must be a list of different whole numbers, not {seeds!r}")
+        raise UserError(f"{key}: must be a list of different whole numbers from 0 on, not {seeds!r}")
     return tuple(seeds)
 
 
@@ -185,6 +189,8 @@ def _options(table: Any, where: str) -> Options:
     owned = OWN & table.keys()
     if owned:
         raise UserError(f"{where}: {min(owned)} is given by the study")
+    if where != "base" and COMMON & table.keys():
+        raise UserError(f"{where}: {min(COMMON & table.keys())} is the same for all; name it under [base]")
     try:
         return checked(table)
     except UserError as error:

@@ -9,7 +9,16 @@ from typing import Any
 
 from experiment import rundir
 from experiment.study.plan import Contestant, Plan
-from experiment.study.running import Run, candidate, choose, final_runs, has_diverged, lines, validation
+from experiment.study.running import (
+    Run,
+    candidate,
+    choose,
+    final_runs,
+    has_diverged,
+    is_done,
+    lines,
+    validation,
+)
 from experiment.study.statistics import Summary, paired, summarize
 
 MEASURES = ("accuracy", "loss", "f1")
@@ -21,10 +30,13 @@ def collect(plan: Plan, folder: Path, command: Sequence[str]) -> Json:
 
     Returns:
         {"name", "command", "seeds", "tuning_seeds", "budget", "made_with", "contestants": {name: ...},
-        "comparisons": [...]}; every mean has its "n", "sd" and "low" and "high", the 95 % interval.
+        "comparisons": [...]}; every mean has its "n", "sd" and "low" and "high", the 95 % interval. Seeds
+        that diverged are in no mean; they are listed, and in a comparison those of either side.
+
+    Raises:
+        UserError: a folder holds a run of another study.
     """
     contestants = {each.name: _contestant(plan, folder, each) for each in plan.contestants}
-    compared = ((of, to, contestants[of]["runs"], contestants[to]["runs"]) for of, to in plan.comparisons())
     return {
         "name": plan.name,
         "command": list(command),
@@ -34,8 +46,15 @@ def collect(plan: Plan, folder: Path, command: Sequence[str]) -> Json:
         "made_with": _made_with(folder),
         "contestants": contestants,
         "comparisons": [
-            {"of": of, "with": to, **{name: _paired(ours, theirs, name) for name in MEASURES}}
-            for of, to, ours, theirs in compared
+            {
+                "of": of,
+                "with": to,
+                "diverged": sorted({*contestants[of]["diverged"], *contestants[to]["diverged"]}),
+                **{
+                    name: _paired(contestants[of]["runs"], contestants[to]["runs"], name) for name in MEASURES
+                },
+            }
+            for of, to in plan.comparisons()
         ],
     }
 
@@ -44,13 +63,14 @@ def _contestant(plan: Plan, folder: Path, contestant: Contestant) -> Json:
     tuning = []
     for k, setting in enumerate(contestant.settings):
         runs = candidate(plan, folder, contestant, k)
-        if all((run.folder / "summary.json").exists() or has_diverged(run.folder) for run in runs):
-            found = [validation(run.folder) for run in runs]
-            tuning.append({"setting": setting, "val_accuracy": [accuracy for accuracy, _ in found]})
+        if all(is_done(run) for run in runs):
+            found = [None if has_diverged(run.folder) else validation(run.folder)[0] for run in runs]
+            tuning.append({"setting": setting, "val_accuracy": found})
     tuned = not plan.tuning_seeds or len(tuning) == plan.budget
     chosen = choose(plan, folder, contestant) if tuned else None
     runs = [] if chosen is None else final_runs(plan, folder, contestant, chosen)
-    ended = {str(run.options["seed"]): _test(run) for run in runs if (run.folder / "summary.json").exists()}
+    runs = [run for run in runs if is_done(run)]
+    ended = {str(run.options["seed"]): _test(run) for run in runs if not has_diverged(run.folder)}
     return {
         "optimizer": contestant.optimizer,
         "variant": contestant.variant,

@@ -7,6 +7,7 @@ STUDY/runs/NAME/seed-S                  with the setting that validation has cho
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import io
 import json
@@ -20,13 +21,20 @@ from typing import Any
 
 from experiment import rundir
 from experiment.checkpoint import Checkpoints
-from experiment.config import flags, resolve
+from experiment.config import Config, flag_of, flags, resolve
 from experiment.engines import load_module
 from experiment.errors import UserError
 from experiment.study.plan import Contestant, Options, Plan
 
 Start = Callable[..., int]  # train.start
 NOT_FINITE = "was not finite at step"  # what `training.Trainer` says of a run that has diverged
+# What may differ between a study and its runs: none of it moves a number
+HARMLESS = frozenset(
+    {
+        *("data_dir", "run_dir", "resume", "distributed", "recipe"),
+        *("checkpoint_every", "log_every", "keep_checkpoints", "report"),
+    }
+)
 
 
 class StudyStoppedError(Exception):
@@ -70,7 +78,8 @@ def words(setting: Options) -> str:
 
 
 def choose(plan: Plan, folder: Path, contestant: Contestant) -> int:
-    """The index of the setting with the highest mean validation accuracy over the tuning seeds, ties by loss.
+    """The index of the setting with the highest mean validation accuracy over the tuning seeds, ties by loss,
+    and then the first.
 
     A diverged run has accuracy 0.
     """
@@ -101,34 +110,34 @@ def lines(folder: Path, split: str, scope: str = "epoch") -> Iterator[dict[str, 
 
 
 def has_diverged(folder: Path) -> bool:
-    """Whether a run ended because its loss or gradient was not finite; the same would happen again."""
-    return not (folder / "summary.json").exists() and NOT_FINITE in _last_words(folder)
+    """Whether a run ended because its loss or gradient was not finite, or ended with a test loss that is not;
+    the same would happen again."""
+    if (folder / "summary.json").exists():
+        return rundir.read_json(folder / "summary.json")["test"]["loss"] is None
+    return NOT_FINITE in _log(folder)
 
 
-def _last_words(folder: Path) -> str:
+def _log(folder: Path) -> str:
     log = folder / "log.txt"
-    return log.read_text(encoding="utf-8").rstrip().rpartition("\n")[2] if log.exists() else ""
+    return log.read_text(encoding="utf-8").rstrip() if log.exists() else ""
 
 
 def is_done(run: Run) -> bool:
     """Whether a run has ended, at its last step or by diverging.
 
-    Raises UserError if its folder holds a run of other options: the study's file was changed.
+    Raises UserError if its folder holds a run of other options: the study's file was changed, or a default.
     """
     if not (run.folder / "config.json").exists():
         return False
-    stored = rundir.read_record(run.folder)["config"]
-    try:
-        config = resolve({**run.options, "resume": True}, dict(stored))
-    except UserError as error:
-        raise UserError(f"{run.folder}: is of another study: {error}") from None
-    if stored["framework"] != config.framework:
-        raise UserError(
-            f"--framework: {run.folder} was made with {stored['framework']}, not {config.framework}; "
-            "leave the flag out, or give another --run-dir"
-        )
-    same_length = (stored["steps"], stored["epochs"]) == (config.steps, config.epochs)
-    return same_length and ((run.folder / "summary.json").exists() or has_diverged(run.folder))
+    stored, config = resolve({}, dict(rundir.read_record(run.folder)["config"])), resolve(run.options)
+    for field in dataclasses.fields(Config):
+        old, new = getattr(stored, field.name), getattr(config, field.name)
+        if field.name not in HARMLESS and old != new:
+            raise UserError(
+                f"{run.folder}: is of another study: {flag_of(field)}: the run has {old}, not {new}; restore "
+                "the study's file, or give another --run-dir"
+            )
+    return (run.folder / "summary.json").exists() or has_diverged(run.folder)
 
 
 def carry_out(run: Run, start: Start) -> None:
@@ -140,7 +149,8 @@ def carry_out(run: Run, start: Start) -> None:
         status = _begin(run, start)
     gc.collect()  # the engine's processes and memory end with it
     if status and not has_diverged(run.folder):
-        raise StudyStoppedError(f"{run.label}: {_last_words(run.folder).partition(' ')[2]}", status)
+        last_words = _log(run.folder).rpartition("\n")[2].partition(" ")[2]
+        raise StudyStoppedError(f"{run.label}: {last_words}", status)
 
 
 def can_go_together(runs: Sequence[Run]) -> bool:
@@ -192,7 +202,6 @@ def _begin(run: Run, start: Start, *join: Any) -> int:
     options = dict(run.options)
     if (run.folder / "config.json").exists():
         options["resume"] = True
-    (run.folder / "summary.json").unlink(missing_ok=True)  # of a shorter run
     return start(options, flags(options), *join)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiment.rundir import short_commit
 from experiment.study.running import words
 
 Json = dict[str, Any]
@@ -36,24 +37,26 @@ def tables(study: Json) -> Iterator[Table]:
     contestants = study["contestants"]
     yield Table(
         "Test results",
-        f"Mean over {len(study['seeds'])} seeds, in brackets the standard deviation over them; and Student's "
-        "95 % interval of the mean. Each run looked at the test set once, after its last step.",
+        "Mean over the seeds, in brackets the standard deviation over them; and Student's 95 % interval of "
+        "the mean, for this setting and test set. Each run looked at the test set once, after its last step.",
         ("", "setting", "seeds", "accuracy, %", "interval", "macro F1, %", "loss", "training loss"),
-        [_result(name, each) for name, each in contestants.items()],
+        [_result(name, each, len(study["seeds"])) for name, each in contestants.items()],
     )
     if study["comparisons"]:
         yield Table(
             "Differences, seed by seed",
             "Runs of one seed begin from the same weights and see the same batches: they are paired. An "
-            "interval with 0 in it shows no difference. Nothing is corrected for the number of comparisons.",
+            "interval with 0 in it does not show a difference. Nothing is corrected for the number of "
+            "comparisons.",
             ("", "compared with", "seeds", "accuracy, points", "interval", "", "F1, points", "loss"),
-            [_comparison(each) for each in study["comparisons"]],
+            [_comparison(each, len(study["seeds"])) for each in study["comparisons"]],
         )
     if study["tuning_seeds"]:
         yield Table(
             "Tuning",
             f"{study['budget']} settings each, each run in full with {len(study['tuning_seeds'])} "
-            "tuning seed(s); taken is the setting with the highest validation accuracy, here in %.",
+            "tuning seed(s); taken is the setting with the highest validation accuracy, here in %; ties go "
+            "by loss, then to the first. Where an end of the list was taken, better ones may lie beyond.",
             ("", *(f"setting {k + 1}" for k in range(study["budget"])), "taken"),
             [_tuning(name, each, study["budget"]) for name, each in contestants.items()],
         )
@@ -73,13 +76,18 @@ def _interval(summary: Json, sign: str = "") -> str:
     return "-" if low == "-" else f"{low} to {high}"
 
 
-def _result(name: str, each: Json) -> list[str]:
-    diverged = f", {len(each['diverged'])} diverged" if each["diverged"] else ""
+def _seeds(n: int, planned: int, diverged: Sequence[int]) -> str:
+    """How many seeds are in a mean, and which are not since they diverged."""
+    gone = f" (diverged: {', '.join(map(str, diverged))})" if diverged else ""
+    return f"{n}{f' of {planned}' if n < planned else ''}{gone}"
+
+
+def _result(name: str, each: Json, planned: int) -> list[str]:
     training = [run["train_loss"] for run in each["runs"].values() if run["train_loss"] is not None]
     return [
         name,
         words(each["setting"]) if each["setting"] is not None else "-",
-        f"{each['accuracy']['n']}{diverged}",
+        _seeds(each["accuracy"]["n"], planned, each["diverged"]),
         _mean_sd(each["accuracy"], 2, 100),
         _interval(each["accuracy"]),
         _mean_sd(each["f1"], 2, 100),
@@ -88,16 +96,18 @@ def _result(name: str, each: Json) -> list[str]:
     ]
 
 
-def _comparison(each: Json) -> list[str]:
+def _comparison(each: Json, planned: int) -> list[str]:
     accuracy = each["accuracy"]
     low, high = accuracy["low"], accuracy["high"]
     verdict = ""
-    if low is not None and not low <= 0 <= high:
+    if each["diverged"]:
+        verdict = "-"  # of those that did not diverge alone, nothing follows
+    elif low is not None and not low <= 0 <= high:
         verdict = "better" if low > 0 else "worse"
     return [
         each["of"],
         each["with"],
-        str(accuracy["n"]),
+        _seeds(accuracy["n"], planned, each["diverged"]),
         _mean_sd(accuracy, 2, 100, "+"),
         _interval(accuracy, "+"),
         verdict,
@@ -109,11 +119,16 @@ def _comparison(each: Json) -> list[str]:
 def _tuning(name: str, each: Json, budget: int) -> list[str]:
     cells = [f"{words(tried['setting'])}: {_percent(tried['val_accuracy'])}" for tried in each["tuning"]]
     taken = "-" if each["chosen"] is None else str(each["chosen"] + 1)
+    if budget > 2 and each["chosen"] in (0, budget - 1):
+        taken += ", an end"
     return [name, *cells, *["-"] * (budget - len(cells)), taken]
 
 
-def _percent(accuracies: Sequence[float]) -> str:
-    return _number(sum(accuracies) / len(accuracies), 2, 100)
+def _percent(accuracies: Sequence[float | None]) -> str:
+    """The mean, where a diverged run counts as 0."""
+    if all(accuracy is None for accuracy in accuracies):
+        return "diverged"
+    return _number(sum(accuracy or 0 for accuracy in accuracies) / len(accuracies), 2, 100)
 
 
 def markdown(study: Json) -> str:
@@ -151,6 +166,6 @@ def head(study: Json) -> str:
     """The command, and what the runs were made with."""
     found = study["made_with"]
     devices = "; ".join(sorted({f"{each['device']}, {each['cpu_count']} cores" for each in found}))
-    commits = ", ".join(sorted({str(each["git_commit"])[:10] for each in found}))
+    commits = ", ".join(sorted({short_commit(each["git_commit"]) for each in found}))
     command = " ".join(["python -m experiment study", *study["command"]])
     return f"Made again by `{command}`. Runs on {devices or '-'}, of commit {commits or '-'}."

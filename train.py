@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment import rundir
-from experiment.config import Config, parse, resolve
+from experiment.config import Config, parse, refuse_unused, resolve
 from experiment.engines import Engine, load_engine, set_environment
 from experiment.errors import UserError
 from experiment.processes import ALONE, connect
@@ -42,7 +42,10 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
-        return start(parse(argv), list(sys.argv[1:] if argv is None else argv))
+        given = parse(argv)
+        if not given.get("resume"):
+            refuse_unused(given, resolve(with_recipe(given)))
+        return start(given, list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
@@ -206,6 +209,10 @@ def resolve_lengths(
         length = old
     initial = stored["resolved"].get("init_from_sha256") if stored else sha256(config.init_from)
     warmup = min(data.steps_per_epoch, length // 10) if config.warmup_steps is None else config.warmup_steps
+    if config.schedule == "cosine" and config.warmup_steps and warmup >= length:
+        raise UserError(
+            f"--warmup-steps: {warmup} leaves nothing of the cosine schedule's {length} steps; give fewer"
+        )
     return {
         "total_steps": total_steps,
         "steps_per_epoch": data.steps_per_epoch,

@@ -49,10 +49,13 @@ RECIPES = {
 
 
 def make_imagenet(root: Path, count: int = 256) -> None:
-    """Write a TFDS data set imagenet2012 of made photographs: smooth, with noise; about 100 kB each."""
+    """Write a TFDS data set imagenet2012 of made photographs: smooth, with noise; about 50 kB each."""
     source = SyntheticSource(0, count, (375, 500))
     pictures, _ = source.pictures(np.arange(count))
-    files = [(made_tfds.encoded(Image.blend(p, p.resize((500, 375)), 0.5), "jpeg"), 0) for p in pictures]
+    files = [
+        (made_tfds.encoded(Image.blend(p, p.resize((125, 94)).resize((500, 375)), 0.5), "jpeg"), 0)
+        for p in pictures
+    ]
     made_tfds.write(root, "imagenet2012", {"train": files, "validation": files[:2]})
 
 

@@ -25,6 +25,16 @@ PRECISIONS = ("float32", "bfloat16", "float64")
 AUGMENTATIONS = ("none", "crop-flip", "crop-flip-pca", "autoaugment", "autoaugment-cifar10")
 MIN_IMAGE_SIZE = 32
 
+# Options that count for some values of another alone.
+USED_BY = {
+    **dict.fromkeys(("final_lr", "gamma"), ("optimizer", ("adabound", "amsbound", "adaboundw", "sgdbound"))),
+    "beta1": ("optimizer", tuple(name for name in OPTIMIZERS if name != "sgd")),
+    **dict.fromkeys(("beta2", "eps"), ("optimizer", tuple(name for name in OPTIMIZERS if name[:3] != "sgd"))),
+    "momentum": ("optimizer", ("sgd",)),
+    "decay_factor": ("schedule", ("multistep", "plateau")),
+    **dict.fromkeys(("patience", "cooldown"), ("schedule", ("plateau",))),
+}
+
 # The published defaults: PyTorch's, and for AdaBound those of the reference code.
 DEFAULT_LR = {"sgd": 0.1}
 DEFAULT_WEIGHT_DECAY = {"adamw": 0.01}
@@ -68,7 +78,7 @@ class Config:
     framework: str = option("jax", "engine that trains", group="model", choices=FRAMEWORKS)
     model: str = option("resnet101", "network", group="model", choices=MODELS)
     batch_norm: bool = option(
-        True, "leave batch norm out; convolutions get biases", group="model", flag="no-batch-norm"
+        True, "batch norm; without it convolutions get biases", group="model", flag="no-batch-norm"
     )
     stride_in_1x1: bool = option(
         False, "a bottleneck's stride on its first 1x1, as in the paper", group="model"
@@ -183,7 +193,7 @@ class Config:
     log_every: int = option(10, "steps between updates of the metrics", group="output", least=1)
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", group="output", least=1)
     report: bool = option(
-        True, "neither a report at the end nor TensorBoard files", group="output", flag="no-report"
+        True, "a report at the end, and TensorBoard files", group="output", flag="no-report"
     )
 
     def check(self) -> None:
@@ -369,8 +379,11 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
     text = field.metadata["help"].replace("%", "%%")
     if isinstance(field.default, bool):
-        action = "store_false" if field.default else "store_true"
-        group.add_argument(flag_of(field), dest=field.name, action=action, help=text)
+        on = flag_of(field).replace("--no-", "--")
+        action = "store_true" if field.name == "resume" else argparse.BooleanOptionalAction
+        group.add_argument(
+            on, dest=field.name, action=action, help=text + (" (default: on)" if field.default else "")
+        )
         return
     many = isinstance(field.default, tuple)
     kind = next(t for t in (typing.get_args(hint) or (hint,)) if t is not types.NoneType)
@@ -392,6 +405,18 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The flags that were given, as {name of the field: value}. Raises UserError."""
     given = vars(make_parser().parse_args(argv))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def refuse_unused(given: dict[str, Any], config: Config) -> None:
+    """Raise UserError for a flag that was given and that the run has no use for."""
+    for name in USED_BY.keys() & given.keys():
+        decides, values = USED_BY[name]
+        if getattr(config, decides) not in values:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag}: {decides} {getattr(config, decides)} has none; leave it out, or choose "
+                f"--{decides} {', '.join(values)}"
+            )
 
 
 def flags(options: dict[str, Any]) -> list[str]:

@@ -285,7 +285,23 @@ def ten_crops(picture: Image, size: Size, shorter_side: int) -> Pixels:
         size: height and width of a crop.
         shorter_side: of the picture before it is cut, at least the larger of them.
     """
-    whole, (height, width) = whole_picture(picture, shorter_side), size
+    return _corners_and_centre(whole_picture(picture, shorter_side), size)
+
+
+def ten_shifts(image: Pixels, fill: Color) -> Pixels:
+    """The corners and the centre of a picture [H, W, C] padded by an eighth of its sides, as `pad_crop` pads
+    it, and their mirror images: uint8 [10, H, W, C].
+
+    For networks that saw whole pictures: they are as large in the crops as they were in training.
+    """
+    height, width, _ = image.shape
+    padded = np.full((height + 2 * (height // 8), width + 2 * (width // 8), len(fill)), fill, np.uint8)
+    padded[height // 8 : height // 8 + height, width // 8 : width // 8 + width] = image
+    return _corners_and_centre(padded, (height, width))
+
+
+def _corners_and_centre(whole: Pixels, size: Size) -> Pixels:
+    height, width = size
     down, right = whole.shape[0] - height, whole.shape[1] - width
     places = ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2))
     crops = np.stack([whole[top : top + height, left : left + width] for top, left in places])
@@ -295,9 +311,11 @@ def ten_crops(picture: Image, size: Size, shorter_side: int) -> Pixels:
 def whole_picture(picture: Image, shorter_side: int, multiple: int = 1) -> Pixels:
     """All of a picture, resized to `shorter_side`, aspect kept: uint8 [H, W, C].
 
-    The longer side becomes a multiple of `multiple`, so that many pictures share a shape.
+    The longer side becomes a multiple of `multiple`, so that many pictures share a shape; squares stay so.
     """
     height, width = resized_size(picture, shorter_side)
+    if height == width:
+        multiple = 1
     longer = max(shorter_side, round(max(height, width) / multiple) * multiple)
     size = (shorter_side, longer) if height <= width else (longer, shorter_side)
     return cut_resized(picture, size, 0, 0, size)

@@ -89,6 +89,11 @@ FRESH = {
     ),
     "rate of zero": (["--lr", "0"], ["--lr"]),
     "negative steps": (["--steps", "-1"], ["--steps"]),
+    "a warm-up as long as a cosine": (
+        ["--steps", "9", "--warmup-steps", "9"],
+        ["--warmup-steps: 9", "fewer"],
+    ),
+    "a rate of another optimizer": (["--momentum", "0.5"], ["--momentum", "--optimizer sgd"]),
     "small pictures": (["--image-size", "31"], ["--image-size", "32"]),
     "batch over the training part": (["--batch-size", "1294"], ["--batch-size", "1294", "1293"]),
     "batch norm over one value": (

@@ -25,6 +25,7 @@ from experiment.config import (
     make_parser,
     parse,
     parse_image_size,
+    refuse_unused,
     resolve,
 )
 from experiment.errors import UserError
@@ -250,6 +251,28 @@ def test_all_flags_together():
 def test_defaults():
     config = dataclasses.asdict(resolve(parse([])))
     assert {name: config[name] for name in DEFAULTS} == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag", "remedy"),
+    [
+        (["--optimizer", "sgd", "--beta1", "0.5"], "--beta1", "adabound"),
+        (["--optimizer", "sgdbound", "--beta2", "0.9"], "--beta2", "adam"),
+        (["--momentum", "0.5"], "--momentum", "--optimizer sgd"),
+        (["--gamma", "0.1"], "--gamma", "--optimizer adabound"),
+        (["--decay-factor", "0.5"], "--decay-factor", "--schedule multistep, plateau"),
+        (["--schedule", "constant", "--patience", "3"], "--patience", "--schedule plateau"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(argv, flag, remedy):
+    given = parse(argv)
+    with pytest.raises(UserError, match=f"^{flag}: .*leave it out, or choose .*{remedy}"):
+        refuse_unused(given, resolve(given))
+
+
+def test_flags_that_are_of_use_are_not_refused():
+    for argv in (["--optimizer", "sgdbound", "--beta1", "0.5", "--gamma", "1"], ["--eps", "1e-6"]):
+        refuse_unused(parse(argv), resolve(parse(argv)))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -17,13 +17,13 @@ from PIL import Image, ImageFile, PngImagePlugin
 import train
 from experiment import sources
 from experiment.__main__ import main
-from experiment.commands.evaluate import STRIDE, average
+from experiment.commands.evaluate import STRIDE, average, by_shape
 from experiment.data import load
 from experiment.engines import load_engine
 from experiment.errors import UserError
 from experiment.finished import open_run
 from experiment.sources import read_picture
-from experiment.transforms import pixels_of, ten_crops, whole_picture
+from experiment.transforms import pixels_of, ten_crops, ten_shifts, whole_picture
 from tests import made_tfds
 
 Pixels = npt.NDArray[np.uint8]
@@ -91,13 +91,74 @@ def test_ten_crops_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("height", "width", "size"),
-    [(60, 60, (96, 96)), (60, 94, (96, 160)), (94, 60, (160, 96)), (60, 68, (96, 96)), (60, 87, (96, 128))],
+    [
+        (60, 60, (96, 96)),
+        (50, 50, (112, 112)),
+        (60, 94, (96, 160)),
+        (94, 60, (160, 96)),
+        (60, 68, (96, 96)),
+        (60, 87, (96, 128)),
+    ],
 )
 def test_a_whole_picture_is_all_of_it(height: int, width: int, size: tuple[int, int]) -> None:
-    """Resized to a shorter side of 96: the longer one would be 96, 150, 150, 109 and 139."""
+    """Squares stay so. Of a shorter side of 96, the longer one would be 96, 150, 150, 109 and 139."""
     picture = Image.fromarray(noise(height, width, 3))
     want = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(whole_picture(picture, 96, STRIDE), want)
+    np.testing.assert_array_equal(whole_picture(picture, min(size), STRIDE), want)
+
+
+def test_ten_shifts_are_of_the_size_that_was_trained() -> None:
+    """Of a picture padded by an eighth: the middle one is itself, a corner one misses an eighth."""
+    image = noise(32, 40, 3)
+    views = ten_shifts(image, (1, 2, 3))
+    np.testing.assert_array_equal(views[4], image)
+    np.testing.assert_array_equal(views[0, 4:, 5:], image[:-4, :-5])
+    assert (views[0, :4] == (1, 2, 3)).all()
+    np.testing.assert_array_equal(views[3, :-4, :-5], image[4:, 5:])
+    np.testing.assert_array_equal(views[5:], views[:5, :, ::-1])
+
+
+def test_ten_crops_of_small_pictures_are_shifts(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run without --resize. With all ten views worked out by hand the loss is the same."""
+    capsys.readouterr()
+    assert main(["evaluate", str(finished), "--crops", "10", "--batch-size", "70"]) == 0
+    printed = capsys.readouterr().out
+    assert "360 pictures, 10 crops of 32x32, padded by an eighth, probabilities averaged" in printed
+    run = open_run(finished)
+    data = load("digits", **run.config.data_options())
+    (batch,) = data.eval_batches("test", 360)
+    views = [ten_shifts(image, (0,)) for image in batch["image"]]
+    (logits,) = run.logits([np.concatenate(views)])
+    scores = np.exp(logits.astype(float) - logits.max(1, keepdims=True))
+    mean = (scores / scores.sum(1, keepdims=True)).reshape(360, 10, 10).mean(1)
+    loss = -np.log(mean[np.arange(360), batch["label"]]).mean()
+    assert metrics(printed)["loss"] == pytest.approx(loss, abs=1e-4)
+    capsys.readouterr()
+    assert main(["evaluate", str(finished), "--crops", "10", "--resize", "37"]) == 0
+    assert "10 crops of 32x32 from a shorter side of 37" in capsys.readouterr().out
+
+
+def test_what_is_left_over_of_a_shape_is_no_shape_of_its_own() -> None:
+    """JAX compiles once for each."""
+    calls = []
+
+    def logits(batches: Iterable[Pixels]) -> Iterator[np.ndarray]:
+        for images in batches:
+            calls.append(images.shape)
+            yield images.mean((1, 2))
+
+    images = noise(7, 1, 8, 8, 3)
+    whole: Any = (range(7), images, [0] * 7)
+    parts: Any = [
+        (range(3), images[:3], [0] * 3),
+        (range(3, 6), images[3:6], [0] * 3),
+        ([6], images[6:], [0]),
+    ]
+    together, _ = average(logits, [[whole]], 7, 3)
+    calls.clear()
+    apart, _ = average(logits, [parts], 7, 3)
+    assert set(calls) == {(3, 8, 8, 3)}
+    np.testing.assert_allclose(apart, together, rtol=1e-12)
 
 
 def test_scores_of_all_views_are_averaged(tmp_path: Path) -> None:
@@ -124,7 +185,8 @@ def test_scores_of_all_views_are_averaged(tmp_path: Path) -> None:
         lambda picture: ten_crops(picture, (48, 48), 52),
         lambda picture: whole_picture(picture, 64, 32)[None],
     ]
-    scores, labels = average(logits, data, "test", views, pixels=5 * 64 * 96)
+    groups = [by_shape(data, "test", view, pixels=5 * 64 * 96) for view in views]
+    scores, labels = average(logits, groups, 22, 2)
     assert labels.tolist() == [n % 2 for n in range(22)]
     assert {shape[1:] for shape in calls} == {
         (48, 48, 3),
@@ -180,7 +242,8 @@ def test_ten_crops_of_a_centred_picture_score_as_one(framework: str, tmp_path: P
     (found,) = logits([batch["image"]])
     one = np.exp(found - found.max(1, keepdims=True))
     one /= one.sum(1, keepdims=True)
-    scores, _ = average(logits, data, "test", [lambda p: ten_crops(p, (CROP, CROP), SIDE)], 40 * CROP**2)
+    views = by_shape(data, "test", lambda p: ten_crops(p, (CROP, CROP), SIDE), 40 * CROP**2)
+    scores, _ = average(logits, [views], 4, 2)
     apart = np.abs(np.exp(scores) - one).max(1)
     assert apart[:3].max() < 1e-6
     assert apart[3] > 1e-3, "nor does the last picture's score depend on the crop"
@@ -218,6 +281,8 @@ REFUSED = [
     (["evaluate", "run", "--crops", "5"], ["--crops"]),
     (["evaluate", "run", "--framework", "torch"], ["--framework", "jax"]),
     (["evaluate", "run", "--batch-size", "0"], ["--batch-size", "at least 1"]),
+    (["evaluate", "run", "--resize", "0"], ["--resize: 0", "32x32"]),
+    (["evaluate", "run", "--crops", "10", "--resize", "0"], ["--resize: 0", "32x32"]),
     (["evaluate", "run", "--resize", "31"], ["--resize: 31", "32x32", "32 or more"]),
     (["evaluate", "run", "--crops", "10", "--resize", "20"], ["--resize: 20", "32x32", "32 or more"]),
     (["evaluate", "run", "--scales", "40"], ["--scales: cnn", "32x32"]),

@@ -55,6 +55,15 @@ def test_flags_override_a_recipe():
     assert (config.milestones, config.weight_decay) == (recipe.milestones, recipe.weight_decay)
 
 
+def test_switches_of_a_recipe_can_be_taken_back():
+    argv = ["--recipe", "imagenet-resnet101", "--model", "resnet34"]
+    with pytest.raises(UserError, match="--stride-in-1x1"):
+        resolved(*argv)
+    assert not resolved(*argv, "--no-stride-in-1x1").stride_in_1x1
+    assert resolved("--recipe", "cifar10-resnet20").mean_only
+    assert not resolved("--recipe", "cifar10-resnet20", "--no-mean-only").mean_only
+
+
 def test_a_length_or_a_schedule_that_is_given_takes_the_place_of_the_recipes():
     def steps(*argv: str) -> int:
         return resolved("--recipe", "cifar10-resnet20", *argv).total_steps(steps_per_epoch=351)

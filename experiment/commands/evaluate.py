@@ -22,7 +22,7 @@ from experiment.config import MIN_IMAGE_SIZE
 from experiment.errors import UserError
 from experiment.finished import FinishedRun, add_run, open_run
 from experiment.metrics import Metrics
-from experiment.transforms import Pixels, ten_crops, whole_picture
+from experiment.transforms import Pixels, ten_crops, ten_shifts, whole_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 Views = Callable[["Image"], Pixels]
 """Pictures [V, H, W, C] to be classified in place of one; they differ in shape from picture to picture."""
+
+Group = tuple[Sequence[int], np.ndarray, Sequence[int]]
+"""Views of one shape, uint8 [N, V, H, W, C], the places of their pictures in the part, and their labels."""
 
 STRIDE = 32
 """Pixels of the input to one of the last map of most networks: the longer side of a whole picture becomes a
@@ -51,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     from experiment import data as data_module
 
     arguments = run.config.data_options()
-    if resize:
+    if resize is not None:
         arguments["resize"] = (resize,)
     data = data_module.load(run.config.dataset, **{**arguments, "augment": "none"})
     rundir.check_same_data(run.resolved, {name: getattr(data, name) for name in rundir.DATA_FACTS})
@@ -81,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add_run(parser)
     add("--split", choices=["test", "val", "train"], default="test", help="default test")
     add("--crops", type=int, choices=[1, 10], default=1, help="10: corners, centre, mirrored (default 1)")
-    add("--resize", type=int, metavar="N", help="shorter side before a crop (10 crops: 256 for one of 224)")
+    add("--resize", type=int, metavar="N", help="shorter side before a crop (default: the run's)")
     add("--scales", type=int, metavar="N", nargs="+", help="whole pictures whose shorter sides are these")
     add("--batch-size", type=int, metavar="N", help="pictures of the run's size (default: the run's)")
     add("--data-dir", metavar="DIR", help="where TFDS keeps its data (default: the run's)")
@@ -104,7 +107,7 @@ def _resize(options: argparse.Namespace, run: FinishedRun) -> int | None:
         return None
     resize: int | None = options.resize
     if resize is None and options.crops > 1:
-        resize = run.config.resize[0] if run.config.resize else round(max(height, width) * 256 / 224)
+        resize = run.config.resize[0] if run.config.resize else None
     return resize
 
 
@@ -115,6 +118,8 @@ def _what(options: argparse.Namespace, run: FinishedRun, resize: int | None) -> 
     height, width, _ = run.image_shape
     crops = f"10 crops of {height}x{width}" if options.crops > 1 else f"{height}x{width}"
     resized = f" from a shorter side of {resize}" if resize else ""
+    if options.crops > 1 and not resize:
+        resized = ", padded by an eighth"
     return f"{crops}{resized}{', probabilities averaged' if options.crops > 1 else ''}"
 
 
@@ -129,10 +134,13 @@ def _scores(
         yield from zip(found, (batch["label"] for batch in for_labels), strict=True)
     else:
         views: list[Views] = [_whole(scale) for scale in options.scales or ()]
-        if not views:
-            assert resize is not None
+        if resize is not None:
             views = [partial(ten_crops, size=run.image_shape[:2], shorter_side=resize)]
-        yield average(run.logits, data, options.split, views, pixels)
+        groups = [by_shape(data, options.split, each, pixels) for each in views]
+        if not groups:
+            size = pixels // (run.image_shape[0] * run.image_shape[1])
+            groups = [shifts(data, options.split, max(1, size // 10))]
+        yield average(run.logits, groups, len(data.parts[options.split][1]), data.num_classes)
 
 
 def _whole(scale: int) -> Views:
@@ -141,10 +149,9 @@ def _whole(scale: int) -> Views:
 
 def average(
     logits: Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]],
-    data: Data,
-    split: Any,
-    views: Sequence[Views],
-    pixels: int,
+    views: Sequence[Iterable[Group]],
+    count: int,
+    num_classes: int,
 ) -> tuple[np.ndarray, Labels]:
     """The logarithm of the mean of all views' class probabilities, of each picture of a part, and labels.
 
@@ -153,21 +160,22 @@ def average(
 
     Args:
         logits: gives the logits [N, num_classes] of batches of pictures, uint8 [N, H, W, C].
-        data: the data set.
-        split: which part of it.
-        views: what to make of a picture; one or more, each of which counts the same.
-        pixels: about how many to classify at once.
+        views: one or more ways to look at all pictures, each of which counts the same.
+        count: how many pictures there are.
+        num_classes: how many classes.
 
     Returns:
         float64 [N, num_classes], int32 [N].
     """
-    count = len(data.parts[split][1])
-    total = np.full((count, data.num_classes), -np.inf)
+    total = np.full((count, num_classes), -np.inf)
     labels = np.empty(count, np.int32)
-    for change in views:
-        for places, images, found in _by_shape(data, split, change, pixels):
+    sizes: dict[tuple[int, ...], int] = {}  # JAX compiles for each: what is left over of a shape is padded
+    for groups in views:
+        for places, images, found in groups:
             each = images.reshape(-1, *images.shape[2:])
-            scores = _log_softmax(next(logits([each]))).reshape(*images.shape[:2], -1)
+            more = max(0, sizes.setdefault(each.shape[1:], len(each)) - len(each))
+            padded = np.pad(each, ((0, more), (0, 0), (0, 0), (0, 0)))
+            scores = _log_softmax(next(logits([padded]))[: len(each)]).reshape(*images.shape[:2], -1)
             mean = np.logaddexp.reduce(scores, axis=1) - np.log(images.shape[1])
             total[places] = np.logaddexp(total[places], mean)
             labels[places] = found
@@ -179,10 +187,17 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return z - np.logaddexp.reduce(z, axis=1, keepdims=True)
 
 
-def _by_shape(
-    data: Data, split: Any, change: Views, pixels: int
-) -> Iterator[tuple[list[int], np.ndarray, list[int]]]:
-    """Yield views of one shape, [N, V, H, W, C], with the places of their pictures and their labels."""
+def shifts(data: Data, split: Any, size: int) -> Iterator[Group]:
+    """Ten views of each picture as the run's own test sees it, of `size` pictures at a time."""
+    place = 0
+    for batch in data.eval_batches(split, size):
+        images = np.stack([ten_shifts(image, data.augmentation.fill) for image in batch["image"]])
+        yield range(place, place + len(images)), images, batch["label"].tolist()
+        place += len(images)
+
+
+def by_shape(data: Data, split: Any, change: Views, pixels: int) -> Iterator[Group]:
+    """What `change` makes of the pictures, about so many pixels at a time."""
     from tqdm import tqdm
 
     waiting: dict[tuple[int, ...], list[tuple[int, Pixels, int]]] = defaultdict(list)
@@ -201,6 +216,6 @@ def _by_shape(
         yield _stacked(group)
 
 
-def _stacked(group: list[tuple[int, Pixels, int]]) -> tuple[list[int], np.ndarray, list[int]]:
+def _stacked(group: list[tuple[int, Pixels, int]]) -> Group:
     places, views, labels = zip(*group, strict=True)
     return list(places), np.stack(views), list(labels)

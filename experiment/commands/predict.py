@@ -29,7 +29,8 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m experiment predict",
         description="The most likely classes of pictures, of any format that Pillow reads, by a finished "
         "run, or without RUN by a network of handwritten digits that comes along. They are brought "
-        "to the run's size as its test pictures were; a run with --crop-to-bbox wants the object alone.",
+        "to the run's size as its test pictures were; a run with --crop-to-bbox wants the object alone. "
+        "Digits are light on black.",
     )
     add = parser.add_argument
     add_run(parser)

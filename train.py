@@ -209,7 +209,7 @@ def resolve_lengths(
         length = old
     initial = stored["resolved"].get("init_from_sha256") if stored else sha256(config.init_from)
     warmup = min(data.steps_per_epoch, length // 10) if config.warmup_steps is None else config.warmup_steps
-    if config.schedule == "cosine" and config.warmup_steps and warmup >= length:
+    if config.schedule == "cosine" and config.warmup_steps and warmup >= length > 0:
         raise UserError(
             f"--warmup-steps: {warmup} leaves nothing of the cosine schedule's {length} steps; give fewer"
         )

@@ -49,7 +49,7 @@ RECIPES = {
 
 
 def make_imagenet(root: Path, count: int = 256) -> None:
-    """Write a TFDS data set imagenet2012 of made photographs: smooth, with noise; about 50 kB each."""
+    """Write a TFDS data set imagenet2012 of made photographs: smooth, with noise; about 28 kB each."""
     source = SyntheticSource(0, count, (375, 500))
     pictures, _ = source.pictures(np.arange(count))
     files = [

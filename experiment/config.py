@@ -409,7 +409,7 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def refuse_unused(given: dict[str, Any], config: Config) -> None:
     """Raise UserError for a flag that was given and that the run has no use for."""
-    for name in USED_BY.keys() & given.keys():
+    for name in (name for name in given if name in USED_BY):
         decides, values = USED_BY[name]
         if getattr(config, decides) not in values:
             flag = "--" + name.replace("_", "-")

@@ -20,6 +20,7 @@ from experiment.config import (
     CHANGEABLE,
     MODELS,
     OPTIMIZERS,
+    USED_BY,
     Config,
     flag_of,
     make_parser,
@@ -30,6 +31,7 @@ from experiment.config import (
 )
 from experiment.errors import UserError
 from experiment.schedules import has_converged, make_schedule
+from jax_resnet.optimizers import BOUNDED
 from tests.tolerances import FLOAT64_LAYER
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -268,6 +270,10 @@ def test_a_flag_that_would_do_nothing_is_refused(argv, flag, remedy):
     given = parse(argv)
     with pytest.raises(UserError, match=f"^{flag}: .*leave it out, or choose .*{remedy}"):
         refuse_unused(given, resolve(given))
+
+
+def test_optimizers_with_bounds_are_the_engines():
+    assert USED_BY["gamma"] == ("optimizer", BOUNDED)
 
 
 def test_flags_that_are_of_use_are_not_refused():

@@ -123,9 +123,8 @@ def _make(runs: Sequence[running.Run], done: int, total: int, *, together: bool,
             outcome = "diverged"
         else:
             test = rundir.read_json(run.folder / "summary.json")["test"]
-            accuracy, loss = (
-                (test["accuracy"], test["loss"]) if split == "test" else running.validation(run.folder)
-            )
+            found = test["accuracy"], test["loss"]
+            accuracy, loss = found if split == "test" else running.validation(run.folder)
             outcome = f"{split} accuracy {accuracy:.4f}, loss {loss:.4f}"
         place = done + runs.index(run) + 1
         print(f"{place}/{total} {run.label}: {outcome} ({time.monotonic() - begun:.0f} s)", flush=True)

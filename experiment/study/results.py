@@ -46,14 +46,7 @@ def collect(plan: Plan, folder: Path, command: Sequence[str]) -> Json:
         "made_with": _made_with(folder),
         "contestants": contestants,
         "comparisons": [
-            {
-                "of": of,
-                "with": to,
-                "diverged": sorted({*contestants[of]["diverged"], *contestants[to]["diverged"]}),
-                **{
-                    name: _paired(contestants[of]["runs"], contestants[to]["runs"], name) for name in MEASURES
-                },
-            }
+            {"of": of, "with": to, **_compared(contestants[of], contestants[to])}
             for of, to in plan.comparisons()
         ],
     }
@@ -95,10 +88,15 @@ def _test(run: Run) -> Json:
     }
 
 
-def _paired(ours: Json, theirs: Json, name: str) -> Json:
-    """The differences between runs of the same seed."""
-    both = [seed for seed in ours if seed in theirs]
-    return in_json(paired([ours[seed][name] for seed in both], [theirs[seed][name] for seed in both]))
+def _compared(ours: Json, theirs: Json) -> Json:
+    """The differences between two contestants' runs of the same seed, and the seeds of which one diverged."""
+    both = [(run, theirs["runs"][seed]) for seed, run in ours["runs"].items() if seed in theirs["runs"]]
+    return {
+        "diverged": sorted({*ours["diverged"], *theirs["diverged"]}),
+        **{
+            name: in_json(paired([a[name] for a, _ in both], [b[name] for _, b in both])) for name in MEASURES
+        },
+    }
 
 
 def in_json(summary: Summary) -> Json:

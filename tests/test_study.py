@@ -114,6 +114,7 @@ def test_tables_hold_means_intervals_and_paired_differences(made: Path) -> None:
     assert f"{100 * np.mean(adam):.2f} ({100 * np.std(adam, ddof=1):.2f})" in text
     page = (made / "out" / "study.html").read_text()
     assert page.count("data:image/png;base64") == 1
+    assert f"<code>python -m experiment study {made / 'tiny.toml'}</code>" in page
     assert "http" not in page.replace("http-equiv", "")
 
 

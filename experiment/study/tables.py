@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: auto; padding: 1rem }
 div { overflow-x: auto }
 table { border-collapse: collapse }
-th, td { padding: .2rem .7rem; text-align: right }
+th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } tr { border-bottom: 1px solid #8884 }
 img { max-width: 100%; background: white }
 """
@@ -147,7 +148,8 @@ def in_markdown(table: Table, level: str) -> str:
 def page(study: Json, pictures: Sequence[Path]) -> str:
     """The tables, and PNG files, as one HTML file."""
     title = html.escape(f"Study: {study['name']}")
-    parts = [f"<h1>{title}</h1>", f"<p>{html.escape(head(study))}</p>"]
+    made = re.sub("`(.*?)`", r"<code>\1</code>", html.escape(head(study)))
+    parts = [f"<h1>{title}</h1>", f"<p>{made}</p>"]
     for table in tables(study):
         names = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
         rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table.rows]

@@ -89,10 +89,15 @@ def im2col(x: jax.Array, kernel: Pair, stride: Pair, padding: Pair) -> jax.Array
 
 
 def conv2d_matmul(x: jax.Array, weight: jax.Array, stride: Pair, padding: Pair) -> jax.Array:
-    """The convolution of `conv2d` as one matrix product: im2col(x) @ weight as [KH * KW * I, O]."""
+    """The convolution of `conv2d` as one matrix product: im2col(x) @ weight as [KH * KW * I, O].
+
+    All fields are rows of one matrix, [N * OH * OW, KH * KW * I]: with N, OH and OW left apart XLA transposes
+    dL/dy for the gradient of the weight, and the step takes a fifth longer.
+    """
     kh, kw, i, o = weight.shape
     columns = im2col(x, (kh, kw), stride, padding)
-    return columns @ weight.reshape(kh * kw * i, o)
+    rows = columns.reshape(-1, kh * kw * i)
+    return (rows @ weight.reshape(kh * kw * i, o)).reshape(*columns.shape[:-1], o)
 
 
 def conv2d(x: jax.Array, weight: jax.Array, stride: Pair, padding: Pair) -> jax.Array:

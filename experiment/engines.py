@@ -62,7 +62,7 @@ def set_environment(framework: str, *, deterministic: bool) -> None:
     if framework != "jax":
         os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache_directory())
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
     if not can_hold_files(os.environ["JAX_COMPILATION_CACHE_DIR"]):  # JAX would warn at each program
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if deterministic:

@@ -180,6 +180,7 @@ class BatchNorm(nnx.Module):
         x32 = x.astype(parameter_dtype(self.dtype))
         if self.use_running_average:
             mean, var = self.running_mean[...], self.running_var[...]
+            centred = x32 - mean
         else:
             n = x.size // x.shape[-1]
             if n <= 1:
@@ -188,11 +189,12 @@ class BatchNorm(nnx.Module):
                 )
             axes = tuple(range(x.ndim - 1))
             mean = x32.mean(axes)
-            var = jnp.square(x32 - mean).mean(axes)
+            centred = x32 - mean
+            var = (centred * centred).mean(axes)
             self._update("running_mean", mean)
             self._update("running_var", var * (n / (n - 1)))
         scale = self.weight[...] * lax.rsqrt(var + self.eps)
-        return ((x32 - mean) * scale + self.bias[...]).astype(self.dtype)
+        return (centred * scale + self.bias[...]).astype(self.dtype)
 
     def _update(self, name: str, batch: jax.Array) -> None:
         running = getattr(self, name)

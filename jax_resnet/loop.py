@@ -1,4 +1,4 @@
-"""The JAX engine: one jitted training step over plain dicts, and the loop that drives it.
+"""The JAX engine: a jitted training step over plain dicts, and the loop that drives it.
 
 The loop is a generator that yields after each step. Logging, saving, early stopping and signals are the
 caller's, once for all engines. Batches lie sharded over the `data` axis of a mesh of all devices, those of
@@ -21,7 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from jax_resnet import resnet
-from jax_resnet.layers import constant, parameter_dtype
+from jax_resnet.blockwise import Blockwise
+from jax_resnet.layers import constant, parameter_dtype, use_matmul
 from jax_resnet.optimizers import bound_metrics, make_optimizer, state_from_dict, state_to_dict
 from jax_resnet.state_dict import apply, from_torch_layout, split, to_torch_layout
 
@@ -100,7 +101,8 @@ class Engine:
         self._seed, self._frozen = seed, freeze_backbone
         with self._precision():
             self._dtype = parameter_dtype(precision)
-            abstract = split(nnx.eval_shape(lambda: self._build(rngs=nnx.Rngs(seed))))
+            network = nnx.eval_shape(lambda: self._build(rngs=nnx.Rngs(seed)))
+            abstract = split(network)
         self._graph = {"train": abstract.eval if freeze_backbone else abstract.train, "eval": abstract.eval}
         mesh = Mesh(np.array(jax.devices()), ("data",))
         self._replicated = NamedSharding(mesh, PartitionSpec())
@@ -108,9 +110,15 @@ class Engine:
         self._chunked = NamedSharding(mesh, PartitionSpec(None, "data"))
         self.chunk = chunk or best_chunk()
         self._pictures: dict[str, jax.Array] = {}
-        self._train_step = jax.jit(self._step, donate_argnums=0, out_shardings=self._replicated)
+        self._train_step: Any = jax.jit(self._step, donate_argnums=0, out_shardings=self._replicated)
         self._train_steps = jax.jit(self._steps, donate_argnums=0, out_shardings=self._replicated)
-        self._eval_step = jax.jit(self._logits, out_shardings=self._replicated)
+        self._eval_step: Any = jax.jit(self._logits, out_shardings=self._replicated)
+        if use_matmul() and self.device_count == 1 and model != "cnn":
+            self._blockwise = Blockwise(network, cross_entropy, self._descend)
+            self._normalize_alone, self._summarize_alone = jax.jit(self._normalize), jax.jit(self._summarize)
+            self._eval_step = self._logits_blockwise
+            if not (remat or freeze_backbone or accumulate > 1):
+                self._train_step = self._step_blockwise
 
     @property
     def device(self) -> str:
@@ -282,26 +290,54 @@ class Engine:
             loss, logits, grads, batch_stats = self._gradient(state, state["batch_stats"], batch)
         else:
             loss, logits, grads, batch_stats = self._gradient_of_parts(state, batch)
-        updates, optimizer = self._make_optimizer(lr).update(grads, state["optimizer"], trained)
-        grad_norm = norm(grads)
-        step = state["step"] + 1
-        bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
-        new_state = {
-            "params": {**state["params"], **optax.apply_updates(trained, updates)},
-            "batch_stats": batch_stats,
-            "optimizer": optimizer,
-            "step": step,
-            "bad_step": jnp.where(bad & (state["bad_step"] < 0), step, state["bad_step"]),
-        }
+        trained, optimizer, each = self._descend(trained, state["optimizer"], grads, lr)
+        metrics, counts = self._summarize(state, loss, [each])
+        params = {**state["params"], **trained}
+        new_state = {"params": params, "batch_stats": batch_stats, "optimizer": optimizer, **counts}
+        return new_state, {"logits": logits, "label": batch["label"], **metrics}
+
+    def _step_blockwise(
+        self, state: State, batch: Mapping[str, jax.Array], lr: jax.Array
+    ) -> tuple[State, Metrics]:
+        """`_step`, but for rounding, in a row of programs; the state that went in is gone, too."""
+        image, label = self._normalize_alone(batch["image"]), batch["label"]
+        params, stats, optimizer = state["params"], state["batch_stats"], state["optimizer"]
+        params, stats, optimizer, each, loss, logits = self._blockwise.step(
+            params, stats, optimizer, image, label, lr
+        )
+        metrics, counts = self._summarize_alone({k: state[k] for k in ("step", "bad_step")}, loss, each)
+        new_state = {"params": params, "batch_stats": stats, "optimizer": optimizer, **counts}
+        return new_state, {"logits": logits, "label": label, **metrics}
+
+    def _descend(
+        self, params: Params, optimizer: optax.OptState, grads: Params, lr: jax.Array
+    ) -> tuple[Params, optax.OptState, Metrics]:
+        """Parameters, all or some, and the optimizer's state for them, after an update by their gradients."""
+        updates, optimizer = self._make_optimizer(lr).update(grads, optimizer, params)
         metrics = {
-            "loss": loss,
-            "logits": logits,
-            "label": batch["label"],
-            "grad_norm": grad_norm,
+            "size": jnp.array(sum(p.size for p in params.values()), self._dtype),
+            "grad_norm": norm(grads),
             "update_norm": norm(updates),
             **bound_metrics(self._optimizer, optimizer, lr, **self._optimizer_options),
         }
-        return new_state, metrics
+        return optax.apply_updates(params, updates), optimizer, metrics
+
+    def _summarize(
+        self, state: Mapping[str, Any], loss: jax.Array, parts: Sequence[Metrics]
+    ) -> tuple[Metrics, dict[str, jax.Array]]:
+        """The metrics of a step, from those of the updates of parts of the parameters; the counts after."""
+        first, total = parts[0], sum(part["size"] for part in parts)
+        metrics = {"loss": loss, **{name: first[name] for name in first if name.endswith("_bound")}}
+        for name in ("grad_norm", "update_norm"):
+            metrics[name] = optax.tree.norm([part[name] for part in parts])
+        for name in first.keys() & {"at_lower", "at_upper"}:
+            metrics[name] = sum(part[name] * part["size"] for part in parts) / total
+        step = state["step"] + 1
+        bad = ~(jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])) & (state["bad_step"] < 0)
+        return metrics, {"step": step, "bad_step": jnp.where(bad, step, state["bad_step"])}
+
+    def _logits_blockwise(self, params: Params, stats: Params, image: jax.Array) -> jax.Array:
+        return self._blockwise.logits(params, stats, self._normalize_alone(image))
 
     def _steps(
         self,

@@ -7,7 +7,7 @@ H and W of 32 or more, outputs logits [N, num_classes] in at least float32. The 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -187,6 +187,27 @@ _call_block_twice.defvjp(_call_first, _call_again)
 Block = type[BasicBlock] | type[Bottleneck]
 
 
+class Stem(nnx.Module):
+    """What comes before the blocks. [N, H, W, C] to [N, H', W', width]."""
+
+    def __init__(self, conv1: Conv2d, bn1: BatchNorm | None, kind: str) -> None:
+        self.conv1, self.bn1, self.kind = conv1, bn1, kind
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = jax.nn.relu(_apply(self.bn1, self.conv1(x.astype(self.conv1.dtype))))
+        return max_pool2d(x, 3, 2, 1) if self.kind == "imagenet" else x
+
+
+class Head(nnx.Module):
+    """What comes after the blocks. [N, H, W, C] to logits [N, num_classes] in at least float32."""
+
+    def __init__(self, fc: Linear) -> None:
+        self.fc = fc
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc(global_average_pool(x)).astype(parameter_dtype(self.fc.dtype))
+
+
 class ResNet(nnx.Module):
     """A stem, three or four stages of residual blocks, global average pooling and a linear layer (table 1).
 
@@ -249,19 +270,24 @@ class ResNet(nnx.Module):
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
         self.fc = Linear(channels, num_classes, rngs=rngs, dtype=dtype)
 
+    def parts(self) -> Iterator[tuple[str, Any]]:
+        """The network as a row of modules: stem, blocks, head; each with the prefix of its arrays' names."""
+        yield "", Stem(self.conv1, self.bn1, self.stem)
+        for stage in range(1, self.num_stages + 1):
+            for index, block in enumerate(getattr(self, f"layer{stage}")):
+                yield f"layer{stage}.{index}.", block
+        yield "", Head(self.fc)
+
     def stages(self, x: jax.Array) -> dict[str, jax.Array]:
         """The output of every stage, in order: stem, layer1, ..., pool, logits; jit prunes what is unused."""
         out = {}
-        x = jax.nn.relu(_apply(self.bn1, self.conv1(x.astype(self.dtype))))
-        if self.stem == "imagenet":
-            x = max_pool2d(x, 3, 2, 1)
-        out["stem"] = x
+        x = out["stem"] = Stem(self.conv1, self.bn1, self.stem)(x)
         for stage in range(1, self.num_stages + 1):
             for block in getattr(self, f"layer{stage}"):
                 x = run_block(block, x, self.remat)
             out[f"layer{stage}"] = x
         out["pool"] = global_average_pool(x)
-        out["logits"] = self.fc(out["pool"]).astype(parameter_dtype(self.dtype))
+        out["logits"] = Head(self.fc)(x)
         return out
 
     def __call__(self, x: jax.Array) -> jax.Array:

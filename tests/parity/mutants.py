@@ -35,6 +35,7 @@ class Mutant(NamedTuple):
 
 
 LAYOUT, JAX_RESNET, JAX_LOOP = "jax_resnet/state_dict.py", "jax_resnet/resnet.py", "jax_resnet/loop.py"
+BLOCKWISE = "jax_resnet/blockwise.py"
 NUMPY_RESNET, BASE = "numpy_ref/resnet.py", "numpy_ref/optimizer_base.py"
 JAX, JAX_OPTIMIZERS = "jax_resnet/layers.py", "jax_resnet/optimizers.py"
 PLAIN, FAST, NUMPY_BOUND = "numpy_ref/layers.py", "numpy_ref/fast.py", "numpy_ref/adabound.py"
@@ -60,9 +61,10 @@ MUTANTS = [
     Mutant(
         "jax-variance-is-constant",
         JAX,
-        "var = jnp.square(x32 - mean)",
-        "var = jnp.square(lax.stop_gradient(x32 - mean))",
+        "var = (centred * centred)",
+        "var = lax.stop_gradient(centred * centred)",
     ),
+    Mutant("jax-blockwise-statistics-lost", BLOCKWISE, "_give(moved, ", "_give(kept, "),
     Mutant("jax-bias-sign", JAX, "* scale + self.bias[...]).astype", "* scale - self.bias[...]).astype"),
     Mutant("jax-max-pool-padding", JAX, "-jnp.inf,", "0.0,"),
     Mutant("jax-option-A-zeros-behind", JAX, "(extra // 2, extra - extra // 2)", "(0, extra)"),

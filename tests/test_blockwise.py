@@ -42,12 +42,12 @@ def test_a_row_of_programs_makes_the_steps_of_one(model, options):
         assert found[step].keys() == row.keys()
         for name, value in row.items():
             assert_close(f"{name} of step {step}", found[step][name], value, FLOAT64_NETWORK)
-    trees = [flat(engine.to_tree(each)) for engine, each in zip(engines, (state, one), strict=True)]
-    assert_all_close("state", *trees, FLOAT64_NETWORK)
-    logits = [
-        next(iter(engine.evaluate(each, batches))) for engine, each in zip(engines, (state, one), strict=True)
-    ]
-    assert_close("logits in evaluation", *logits, FLOAT64_NETWORK)
+    found_tree, wanted_tree = (flat(e.to_tree(s)) for e, s in zip(engines, (state, one), strict=True))
+    assert_all_close("state", found_tree, wanted_tree, FLOAT64_NETWORK)
+    logits, expected = (
+        next(iter(e.evaluate(s, batches))) for e, s in zip(engines, (state, one), strict=True)
+    )
+    assert_close("logits in evaluation", logits, expected, FLOAT64_NETWORK)
 
 
 def test_float32_stays_float32():

@@ -51,12 +51,14 @@ def _draw_variant(study: Json, folder: Path, variant: str) -> Path:
         loss.set(yscale="log", ylim=(min(means) / 1.5, max(means) * 1.5))
     loss.set(title="training loss (running mean)", xlabel="step")
     accuracy.set(title="validation accuracy", xlabel="step")
+    accuracy.set_ylim(max(-0.02, accuracy.get_ylim()[0]), min(1.02, accuracy.get_ylim()[1]))
     lower.set(title="fraction of coordinates at the lower bound", xlabel="step", ylim=(-0.02, 1.02))
     upper.set(title="fraction of coordinates at the upper bound", xlabel="step", ylim=(-0.02, 1.02))
     for axes in (loss, accuracy, lower, upper):
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+    handles, labels = loss.get_legend_handles_labels()
+    if handles:  # one for all, where it hides no curve
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     what = f"{study['name']}{', ' + variant if variant else ''}"
     figure.suptitle(f"{what}: mean of {len(study['seeds'])} seeds and its 95 % interval")
     path = folder / f"curves{'-' + variant if variant else ''}.png"

@@ -126,7 +126,7 @@ class JaxContestant:
             self.steps = self.engine.train(self.state, itertools.repeat(draws), lambda step: False)
             return
         self.batch, self.lr = jax.block_until_ready(self.engine._place(batch)), np.float32(1e-3)
-        lowered = self.engine._train_step.lower(self.state, self.batch, self.lr)
+        lowered = self.engine._whole_step.lower(self.state, self.batch, self.lr)
         self.program = lowered.compile()
         memory, cost = self.program.memory_analysis(), self.program.cost_analysis()
         needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes

@@ -110,7 +110,8 @@ class Engine:
         self._chunked = NamedSharding(mesh, PartitionSpec(None, "data"))
         self.chunk = chunk or best_chunk()
         self._pictures: dict[str, jax.Array] = {}
-        self._train_step: Any = jax.jit(self._step, donate_argnums=0, out_shardings=self._replicated)
+        self._whole_step = jax.jit(self._step, donate_argnums=0, out_shardings=self._replicated)
+        self._train_step: Any = self._whole_step
         self._train_steps = jax.jit(self._steps, donate_argnums=0, out_shardings=self._replicated)
         self._eval_step: Any = jax.jit(self._logits, out_shardings=self._replicated)
         if use_matmul() and self.device_count == 1 and model != "cnn":

@@ -133,7 +133,7 @@ def test_there_is_no_backward_through_the_frozen_part(monkeypatch):
         batch = make_batches(1)[0]
         with engine._precision():
             args = (engine.init(), engine._place(batch), np.float64(0.1))
-            return engine._train_step.lower(*args).cost_analysis()["flops"]
+            return engine._whole_step.lower(*args).cost_analysis()["flops"]
 
     assert flops(frozen_engine("jax")) < 0.45 * flops(make_jax_engine())
 

@@ -60,7 +60,8 @@ def _draw_variant(study: Json, folder: Path, variant: str) -> Path:
     if handles:  # one for all, where it hides no curve
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     what = f"{study['name']}{', ' + variant if variant else ''}"
-    figure.suptitle(f"{what}: mean of {len(study['seeds'])} seeds and its 95 % interval")
+    count = len(study["seeds"])
+    figure.suptitle(f"{what}: {f'mean of {count} seeds and its 95 % interval' if count > 1 else 'one seed'}")
     path = folder / f"curves{'-' + variant if variant else ''}.png"
     figure.savefig(path, dpi=100)
     return path

@@ -22,7 +22,7 @@ from flax import nnx
 from jax_resnet.resnet import ResNet
 from jax_resnet.state_dict import apply, split
 
-# XLA compiles in a tenth less time so, and what it makes is no slower: most of it are calls of libraries
+# XLA compiles in a tenth less time so, and what it makes is no slower: most of it is calls of libraries
 _jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
 Arrays = dict[str, jax.Array]

@@ -64,7 +64,7 @@ def test_blocks_of_a_kind_share_a_program():
     assert engine._blockwise._backward._cache_size() == 4
 
 
-def test_what_went_in_is_gone_but_the_batch_and_the_counts():
+def test_what_went_in_is_gone_but_the_counts():
     engine = make_engine()
     before = engine.init()
     batches = make_batches(1)

@@ -15,6 +15,7 @@ report/index.html and TensorBoard files. Exit status: 0 done; 1 the run failed, 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import logging
 import os
@@ -33,6 +34,10 @@ from experiment.processes import ALONE, connect
 from experiment.recipes import with_recipe
 from experiment.schedules import make_schedule
 from experiment.transfer import initial_tree, sha256
+
+# Imports and the tracing of a network make a million objects, which stay; to look for garbage among them
+# after each 700 new ones takes half a second of a start
+gc.set_threshold(100_000)
 
 if TYPE_CHECKING:
     from experiment.console import Console

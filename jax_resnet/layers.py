@@ -110,6 +110,18 @@ def conv2d(x: jax.Array, weight: jax.Array, stride: Pair, padding: Pair) -> jax.
     )
 
 
+@jax.custom_vjp
+def relu(x: jax.Array) -> jax.Array:
+    """max(x, 0), whose derivative at 0 is 0, as in PyTorch.
+
+    Backward needs a mask. Of `jax.nn.relu` JAX would keep an array of zeros as well.
+    """
+    return jnp.maximum(x, 0)
+
+
+relu.defvjp(lambda x: (relu(x), x > 0), lambda positive, dy: (jnp.where(positive, dy, 0),))
+
+
 def max_pool2d(x: jax.Array, kernel_size: int, stride: int, padding: int) -> jax.Array:
     """Maximum over windows of x [N, H, W, C]; the padding never wins, and of equal values the first does."""
     return lax.reduce_window(
@@ -198,7 +210,8 @@ class BatchNorm(nnx.Module):
 
     def _update(self, name: str, batch: jax.Array) -> None:
         running = getattr(self, name)
-        running[...] = (1 - self.momentum) * running[...] + self.momentum * lax.stop_gradient(batch)
+        # set_value, not [...]: that compares shardings, which a traced array has none of but a long message
+        running.set_value((1 - self.momentum) * running[...] + self.momentum * lax.stop_gradient(batch))
 
 
 class Linear(nnx.Module):

@@ -21,9 +21,11 @@ from jax_resnet.layers import (
     Conv2d,
     Linear,
     OptionA,
+    constant,
     global_average_pool,
     max_pool2d,
     parameter_dtype,
+    relu,
 )
 
 
@@ -58,9 +60,9 @@ class BasicBlock(nnx.Module):
         return self.bn2
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jax.nn.relu(_apply(self.bn1, self.conv1(x)))
+        y = relu(_apply(self.bn1, self.conv1(x)))
         y = _apply(self.bn2, self.conv2(y))
-        return jax.nn.relu(y + _shortcut_of(self.downsample, x))
+        return relu(y + _shortcut_of(self.downsample, x))
 
 
 class Bottleneck(nnx.Module):
@@ -101,10 +103,10 @@ class Bottleneck(nnx.Module):
         return self.bn3
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jax.nn.relu(_apply(self.bn1, self.conv1(x)))
-        y = jax.nn.relu(_apply(self.bn2, self.conv2(y)))
+        y = relu(_apply(self.bn1, self.conv1(x)))
+        y = relu(_apply(self.bn2, self.conv2(y)))
         y = _apply(self.bn3, self.conv3(y))
-        return jax.nn.relu(y + _shortcut_of(self.downsample, x))
+        return relu(y + _shortcut_of(self.downsample, x))
 
 
 def _no_norm(num_features: int) -> None:
@@ -194,7 +196,7 @@ class Stem(nnx.Module):
         self.conv1, self.bn1, self.kind = conv1, bn1, kind
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = jax.nn.relu(_apply(self.bn1, self.conv1(x.astype(self.conv1.dtype))))
+        x = relu(_apply(self.bn1, self.conv1(x.astype(self.conv1.dtype))))
         return max_pool2d(x, 3, 2, 1) if self.kind == "imagenet" else x
 
 
@@ -266,7 +268,7 @@ class ResNet(nnx.Module):
                 channels = stage_width * block.expansion
                 norm = blocks[-1].last_norm
                 if norm is not None:
-                    norm.weight[...] = residual_scale * norm.weight[...]
+                    norm.weight.set_value(constant(residual_scale, channels, parameter_dtype(dtype)))
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
         self.fc = Linear(channels, num_classes, rngs=rngs, dtype=dtype)
 
@@ -314,7 +316,7 @@ class CNN(nnx.Module):
 
     def stages(self, x: jax.Array) -> dict[str, jax.Array]:
         """The output of every stage, in order: conv, logits."""
-        y = jax.nn.relu(self.conv(x.astype(self.dtype)))
+        y = relu(self.conv(x.astype(self.dtype)))
         # PyTorch flattens [N, C, H, W]; the linear layer's rows must mean the same here.
         flat = y.transpose(0, 3, 1, 2).reshape(len(y), -1)
         return {"conv": y, "logits": self.fc(flat).astype(parameter_dtype(self.dtype))}

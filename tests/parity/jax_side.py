@@ -101,7 +101,7 @@ def build(case: Case) -> nnx.Module:
         "max_pool": layers.max_pool2d,
         "avg_pool": avg_pool2d,
         "global_avg_pool": layers.global_average_pool,
-        "relu": jax.nn.relu,
+        "relu": layers.relu,
         "sigmoid": jax.nn.sigmoid,
         "flatten": lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), -1),
         "loss": lambda x: x,

@@ -55,6 +55,7 @@ MUTANTS = [
         "weight.reshape(kh * kw * i, o)",
         "weight.swapaxes(0, 1).reshape(kh * kw * i, o)",
     ),
+    Mutant("jax-relu-passes-zero", JAX, "(relu(x), x > 0)", "(relu(x), x >= 0)"),
     Mutant("jax-epsilon", JAX, "eps: float = 1e-5", "eps: float = 1e-3"),
     Mutant("jax-momentum", JAX, "momentum: float = 0.1", "momentum: float = 0.01"),
     Mutant("jax-biased-running-variance", JAX, "var * (n / (n - 1))", "var"),
@@ -78,8 +79,8 @@ MUTANTS = [
     Mutant(
         "jax-shortcut-lost",
         JAX_RESNET,
-        "self.conv3(y))\n        return jax.nn.relu(y + _",
-        "self.conv3(y))\n        return jax.nn.relu(y + 0 * _",
+        "self.conv3(y))\n        return relu(y + _",
+        "self.conv3(y))\n        return relu(y + 0 * _",
     ),
     Mutant("jax-loss-is-a-sum", JAX_LOOP, "(logits, label).mean()", "(logits, label).sum()"),
     Mutant(

@@ -62,7 +62,8 @@ def parameter_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 def use_matmul() -> bool:
-    """Whether convolutions are written as matrix products, the one place where the back ends differ.
+    """Whether convolutions are written as matrix products; with `chunks.best_chunk` the one place that tells
+    back ends apart.
 
     XLA's own convolutions are several times slower than its matrix products on a CPU, forward and backward;
     on a GPU they are cuDNN's.

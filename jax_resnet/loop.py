@@ -18,29 +18,19 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
 
 from jax_resnet import resnet
 from jax_resnet.blockwise import Blockwise, jit
+from jax_resnet.chunks import Batch, Row, best_chunk, chunks_of
 from jax_resnet.layers import parameter_dtype, use_matmul
 from jax_resnet.optimizers import bound_metrics, make_optimizer, state_from_dict, state_to_dict
+from jax_resnet.pictures import normalize, picture
 from jax_resnet.state_dict import Parts, apply, from_torch_layout, split, to_torch_layout
 
-Batch = Mapping[str, np.ndarray]
 State = dict[str, Any]  # {params, batch_stats, optimizer, step, bad_step}
 Params = dict[str, jax.Array]
 Metrics = dict[str, Any]
 Tree = dict[str, Any]
-
-
-def best_chunk() -> int:
-    """How many steps one call of a compiled program takes; with `layers.use_matmul` all that differs by back
-    end.
-
-    A GPU idles while Python starts a step, which for a small network takes longer than the step itself. A
-    CPU has no such gaps, and runs convolutions slower inside a loop.
-    """
-    return 1 if jax.default_backend() == "cpu" else 10
 
 
 class Engine:
@@ -191,7 +181,7 @@ class Engine:
     def _train_in_chunks(
         self, state: State, step: int, batches: Iterable[Batch], pauses: Callable[[int], bool]
     ) -> Iterator[tuple[Any, Metrics]]:
-        for chunk in _chunks(batches, step, self.chunk, pauses):
+        for chunk in chunks_of(batches, step, self.chunk, pauses):
             rates = [self.learning_rate(step + min(i, len(chunk) - 1)) for i in range(self.chunk)]
             full = [*chunk, *chunk[-1:] * (self.chunk - len(chunk))]  # what is too many is not computed
             stacked = {name: np.stack([batch[name] for batch in full]) for name in chunk[0]}
@@ -411,13 +401,6 @@ class Engine:
         return loss, jnp.moveaxis(logits, 0, 1).reshape(-1, logits.shape[-1]), grads, stats
 
 
-def normalize(image: jax.Array, mean: ArrayLike, std: ArrayLike, dtype: Any) -> jax.Array:
-    """Pictures [N, H, W, C] of type uint8 as (x / 255 - mean) / std, per channel; others as they are."""
-    if image.dtype != jnp.uint8:
-        return image.astype(dtype)
-    return (image.astype(dtype) / 255 - jnp.asarray(mean, dtype)) / jnp.asarray(std, dtype)
-
-
 def norm(arrays: Mapping[str, jax.Array]) -> jax.Array:
     """The L2 norm of all numbers of {name: array}.
 
@@ -430,49 +413,6 @@ def norm(arrays: Mapping[str, jax.Array]) -> jax.Array:
     vectors = [x for x in arrays.values() if x.ndim == 1]
     rest = [x for x in arrays.values() if x.ndim != 1]
     return optax.tree.norm([*rest, jnp.concatenate(vectors)] if vectors else rest)
-
-
-class Row:
-    """Row `index` of an array on the device, which is fetched when it is read: once for all its rows."""
-
-    def __init__(self, array: jax.Array, index: int) -> None:
-        self._array, self._index = array, index
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(np.asarray(self._array)[self._index], dtype)
-
-    def __float__(self) -> float:
-        return float(np.asarray(self._array)[self._index])
-
-
-def _chunks(
-    batches: Iterable[Batch], step: int, most: int, pauses: Callable[[int], bool]
-) -> Iterator[list[Batch]]:
-    """At most `most` batches at a time, none beyond a step that `pauses` is true of."""
-    chunk = []
-    for number, batch in enumerate(batches, step + 1):
-        chunk.append(batch)
-        if len(chunk) == most or pauses(number):
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def picture(image: Any, fill: Any, batch: Mapping[str, Any]) -> jax.Array:
-    """The pictures `batch["index"]` [N] of image [M, H, W, C], shifted, then mirrored: [N, H, W, C].
-
-    Pixel (y, x) of a picture that is not mirrored is (y, x) + `batch["shift"]` of the one that is held, or
-    `fill` [C] beyond its edge. Together with `experiment.transforms.pad_crop` and `flip`: the same bits.
-    """
-    height, width = image.shape[1:3]
-    columns = jnp.arange(width)
-    y = jnp.arange(height) + batch["shift"][:, :1]  # [N, H]
-    x = jnp.where(batch["flip"][:, None], columns[::-1], columns) + batch["shift"][:, 1:]  # [N, W]
-    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    y, x = y.clip(0, height - 1), x.clip(0, width - 1)
-    found = jnp.asarray(image)[batch["index"][:, None, None], y[:, :, None], x[:, None, :]]
-    return jnp.where(inside[..., None], found, fill)
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:

@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_resnet.loop import Batch, Engine, Metrics, State, Tree, normalize
+from jax_resnet.chunks import Batch
+from jax_resnet.loop import Engine, Metrics, State, Tree
+from jax_resnet.pictures import normalize
 
 
 class Together:

@@ -12,7 +12,7 @@ import experiment.data
 import train
 from experiment.sources import ArraySource
 from experiment.transforms import Augmentation, fit_picture
-from jax_resnet import Engine, loop
+from jax_resnet import Engine, loop, pictures
 from tests.comparing import assert_all_close, assert_close
 from tests.test_loop import assert_same_bits, learning_rate, make_batches, make_engine
 from tests.test_training import Run
@@ -56,7 +56,7 @@ def test_pictures_made_on_the_device_are_those_of_the_host(name, shape):
     expected = augmentation.batch(source, examples, 5)["image"]
     draws = augmentation.draws(examples, 5)
     assert (len(np.unique(draws["shift"])) > 3) == (name != "none")
-    found = loop.picture(pixels, np.array(fill, np.uint8), {"index": examples, **draws})
+    found = pictures.picture(pixels, np.array(fill, np.uint8), {"index": examples, **draws})
     assert np.asarray(found).dtype == np.uint8
     np.testing.assert_array_equal(found, expected)
 
@@ -68,7 +68,7 @@ def test_what_is_drawn_is_what_the_batches_are_made_of():
     for step, (drawn, batch) in enumerate(
         zip(data.train_draws(held["label"], 38), data.train_batches(38), strict=False)
     ):
-        image = loop.picture(held["image"], np.array(data.augmentation.fill, np.uint8), drawn)
+        image = pictures.picture(held["image"], np.array(data.augmentation.fill, np.uint8), drawn)
         np.testing.assert_array_equal(image, batch["image"])
         np.testing.assert_array_equal(drawn["label"], batch["label"])
         if step == 4:  # into the next epoch

@@ -35,10 +35,6 @@ from experiment.recipes import with_recipe
 from experiment.schedules import make_schedule
 from experiment.transfer import initial_tree, sha256
 
-# Imports and the tracing of a network make a million objects, which stay; to look for garbage among them
-# after each 700 new ones takes half a second of a start
-gc.set_threshold(100_000)
-
 if TYPE_CHECKING:
     from experiment.console import Console
     from experiment.data import Data
@@ -46,6 +42,9 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    # JAX and the tracing of a network make a million objects, which stay. To go through them for garbage
+    # again and again takes a tenth of the time to the first step.
+    gc.set_threshold(100_000)
     try:
         given = parse(argv)
         if not given.get("resume"):

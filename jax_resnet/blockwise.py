@@ -25,7 +25,7 @@ from jax_resnet.resnet import ResNet
 from jax_resnet.state_dict import apply, split
 
 # XLA compiles in a tenth less time so, and what it makes is no slower: most of it is calls of libraries
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
+jit_for_cpu = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
 Arrays = dict[str, jax.Array]
 Names = Mapping[str, str]  # {the name of an array in its part: that in the network}
@@ -78,7 +78,8 @@ class Blockwise:
         model: the network; its arrays are not looked at, and may be abstract.
         loss: (logits [N, num_classes], label [N]) to a scalar.
         descend: (params, optimizer state, gradient, learning rate) of some of the parameters to the first
-            two after an update, and its metrics; called inside a compiled program.
+            two after an update, and its metrics; called inside a compiled program. It is given the vectors
+            among them as one, under a name of its own: it must do the same to every number.
     """
 
     def __init__(self, model: ResNet, loss: Callable[..., jax.Array], descend: Callable[..., Any]) -> None:
@@ -87,8 +88,8 @@ class Blockwise:
             train, eval, *arrays = split(module)
             params, stats = ({name: prefix + name for name in each} for each in arrays)
             self._parts.append(Part(train, eval, params, stats))
-        self._loss = jit(jax.value_and_grad(loss))
-        self._backward = jit(partial(_backward, descend), donate_argnums=(0, 1))
+        self._loss = jit_for_cpu(jax.value_and_grad(loss))
+        self._backward = jit_for_cpu(partial(_backward, descend), donate_argnums=(0, 1))
 
     def logits(
         self, params: Mapping[str, jax.Array], stats: Mapping[str, jax.Array], x: jax.Array
@@ -136,12 +137,12 @@ class Blockwise:
         return new_params, after, _map(_union, *states), metrics, loss, logits
 
 
-@partial(jit, static_argnums=0)
+@partial(jit_for_cpu, static_argnums=0)
 def _evaluate(graph: Any, params: Arrays, stats: Arrays, x: jax.Array) -> jax.Array:
     return apply(graph, params, stats, x)[0]
 
 
-@partial(jit, static_argnums=(0, 1))
+@partial(jit_for_cpu, static_argnums=(0, 1))
 def _forward(
     graph: Any, needs_dx: bool, params: Arrays, stats: Arrays, x: jax.Array
 ) -> tuple[jax.Array, WayBack, Arrays]:
@@ -175,7 +176,10 @@ def _backward(
 
 
 def _pack(arrays: Arrays) -> Arrays:
-    """The arrays with all vectors, which are most of them, as one: a third of the code for an update."""
+    """The arrays with all vectors, which are most of them, as one: a third of the code for an update.
+
+    Right for optimizers that do the same to every number, whatever it is a part of; all of ours do.
+    """
     vectors = [array for array in arrays.values() if array.ndim == 1]
     rest = {name: array for name, array in arrays.items() if array.ndim != 1}
     return {**rest, "vectors": jnp.concatenate(vectors)} if vectors else rest
@@ -187,8 +191,8 @@ def _unpack(arrays: Arrays, like: Arrays) -> Arrays:
     if not names:
         return arrays
     ends = np.cumsum([like[name].size for name in names])
-    all = arrays | dict(zip(names, jnp.split(arrays["vectors"], ends[:-1]), strict=True))
-    return {name: all[name] for name in like}
+    both = arrays | dict(zip(names, jnp.split(arrays["vectors"], ends[:-1]), strict=True))
+    return {name: both[name] for name in like}
 
 
 def _take(arrays: Mapping[str, jax.Array], names: Names) -> Arrays:

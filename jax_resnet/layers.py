@@ -62,8 +62,7 @@ def parameter_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 def use_matmul() -> bool:
-    """Whether convolutions are written as matrix products; with `chunks.best_chunk` the one place that tells
-    back ends apart.
+    """Whether convolutions are written as matrix products, and steps as a row of programs (`blockwise`).
 
     XLA's own convolutions are several times slower than its matrix products on a CPU, forward and backward;
     on a GPU they are cuDNN's.
@@ -115,7 +114,7 @@ def conv2d(x: jax.Array, weight: jax.Array, stride: Pair, padding: Pair) -> jax.
 def relu(x: jax.Array) -> jax.Array:
     """max(x, 0), whose derivative at 0 is 0, as in PyTorch.
 
-    Backward needs a mask. Of `jax.nn.relu` JAX would keep an array of zeros as well.
+    Backward needs a mask; of `jax.nn.relu` JAX would keep an array of zeros as well. In reverse mode only.
     """
     return jnp.maximum(x, 0)
 
@@ -211,7 +210,7 @@ class BatchNorm(nnx.Module):
 
     def _update(self, name: str, batch: jax.Array) -> None:
         running = getattr(self, name)
-        # set_value, not [...]: that compares shardings, which a traced array has none of but a long message
+        # not running[...] =, which asks a traced array for its sharding: the error takes long to be worded
         running.set_value((1 - self.momentum) * running[...] + self.momentum * lax.stop_gradient(batch))
 
 

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_resnet import resnet
-from jax_resnet.blockwise import Blockwise, jit
+from jax_resnet.blockwise import Blockwise, jit_for_cpu
 from jax_resnet.chunks import Batch, Row, best_chunk, chunks_of
 from jax_resnet.layers import parameter_dtype, use_matmul
 from jax_resnet.optimizers import bound_metrics, make_optimizer, state_from_dict, state_to_dict
@@ -94,7 +94,7 @@ class Engine:
             network = self._build(rngs=nnx.Rngs(seed))
             parts = split(network)
         self._graph = {"train": parts.eval if freeze_backbone else parts.train, "eval": parts.eval}
-        self._initial: Parts | None = parts  # for the first call of `init`, if nothing else comes before
+        self._initial: Parts | None = parts  # until `init` or `from_tree`: steps take over what they get
         mesh = Mesh(np.array(jax.devices()), ("data",))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._sharded = NamedSharding(mesh, PartitionSpec("data"))
@@ -107,7 +107,8 @@ class Engine:
         self._eval_step: Any = jax.jit(self._logits, out_shardings=self._replicated)
         if use_matmul() and self.device_count == 1 and model != "cnn":
             self._blockwise = Blockwise(network, cross_entropy, self._descend)
-            self._normalize_alone, self._summarize_alone = jit(self._normalize), jit(self._summarize)
+            self._normalize_alone = jit_for_cpu(self._normalize)
+            self._summarize_alone = jit_for_cpu(self._summarize)
             self._eval_step = self._logits_blockwise
             if not (remat or freeze_backbone or accumulate > 1):
                 self._train_step = self._step_blockwise
@@ -147,8 +148,8 @@ class Engine:
     def hold(self, image: np.ndarray, fill: Sequence[int]) -> None:
         """Keep pictures uint8 [M, H, W, C] on the devices; `train` may then be given their indices instead.
 
-        Such a batch is {"index": int32 [N], "label", "shift": int32 [N, 2], "flip": bool [N]}, see `picture`.
-        `fill` [C] is what surrounds a picture that is shifted.
+        Such a batch is {"index": int32 [N], "label", "shift": int32 [N, 2], "flip": bool [N]}: see
+        `pictures.picture`. `fill` [C] is what surrounds a picture that is shifted.
         """
         self._pictures = self._replicate({"image": image, "fill": np.asarray(fill, np.uint8)})
 
@@ -405,8 +406,8 @@ def norm(arrays: Mapping[str, jax.Array]) -> jax.Array:
     """The L2 norm of all numbers of {name: array}.
 
     The vectors, two thirds of a ResNet's arrays, are summed as one: XLA compiles, and loads from its cache,
-    each sum by itself, which for ResNet-101 takes seconds. On a CPU it would also find that Adam squares the
-    gradient, too, and write the squares to memory for both.
+    each sum by itself, which for ResNet-101 takes seconds. The barrier is for CPUs: without it XLA finds that
+    Adam squares the gradient, too, and writes the squares to memory for both.
     """
     if use_matmul():
         arrays = jax.lax.optimization_barrier(dict(arrays))

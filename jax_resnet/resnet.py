@@ -166,8 +166,9 @@ def _call_block(graphdef: Any, stats: Any, rest: Any, x: jax.Array) -> tuple[jax
 def _call_block_twice(graphdef: Any, stats: Any, rest: Any, x: jax.Array) -> tuple[jax.Array, Any]:
     """`_call_block`, and once more in backward.
 
-    What `jax.checkpoint` is for; but XLA drops its barriers on a CPU, finds that the same is computed twice,
-    and computes it once. Here x + 0 * dy is not the same to the compiler, and cannot be computed too early.
+    What `jax.checkpoint` is for; but on a CPU XLA drops its barriers before it last looks for what is
+    computed twice, and computes it once. Here x + 0 * dy is not the same to the compiler, and cannot be
+    computed too early.
     """
     return _call_block(graphdef, stats, rest, x)
 

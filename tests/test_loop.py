@@ -72,7 +72,7 @@ def make_engine(model: str = "resnet18", optimizer: str = "adam", **options: Any
 
 
 def shared(model: str = "resnet18", optimizer: str = "adam") -> Engine:
-    """An engine that several tests may use: it holds no state but its compiled programs."""
+    """An engine that several tests may use: it holds no state but its compiled programs, after `init`."""
     return _kept_engine(model, optimizer)
 
 

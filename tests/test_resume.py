@@ -279,7 +279,7 @@ def plan_kill(moment: str, run: Run, rng: random.Random) -> Kill:
     step = rng.randint(min(max(run.newest(), run.trained()) + 1, last), last)
     match moment:
         case "before config.json":
-            return Kill((run.run_dir / ".lock").exists, rng.uniform(0, 0.03), lambda: not config.exists())
+            return Kill((run.run_dir / ".lock").exists, 0.0, lambda: not config.exists())
         case "before the first checkpoint":
             return Kill(
                 lambda: inode() != session,

@@ -1,4 +1,4 @@
-"""Files that older commits wrote still work: a run resumes, is evaluated, reported and compared; so with studies.
+"""Files of older commits still work: runs resume, are evaluated, reported and compared; studies go on.
 
 Each folder of `tests/fixtures` was made by the commit that its `config.json` names, and never changes:
     run/            8 of 16 steps of AdaBound on the NumPy engine, completed, with its checkpoint

@@ -46,7 +46,7 @@ DEFAULT_EPOCHS = {"digits": 7}
 CHANGEABLE = frozenset(
     {
         *("framework", "steps", "epochs", "data_dir", "run_dir", "resume", "distributed"),
-        *("checkpoint_every", "eval_every", "log_every", "keep_checkpoints", "report"),
+        *("checkpoint_every", "eval_every", "log_every", "keep_checkpoints", "report", "test"),
         "early_stopping_patience",  # like steps: when the run ends
         "schedule_steps",  # train.py sees to it that the schedule stays as long as it was
     }
@@ -192,6 +192,7 @@ class Config:
     )
     log_every: int = option(10, "steps between updates of the metrics", group="output", least=1)
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", group="output", least=1)
+    test: bool = option(True, "evaluate the test set after the last step", group="output", flag="no-test")
     report: bool = option(
         True, "a report at the end, and TensorBoard files", group="output", flag="no-report"
     )

@@ -107,9 +107,14 @@ def conclude(summary: dict[str, Any], run_dir: Path, console: Console) -> None:
     """Say what was learned and where it is; `summary` is what summary.json holds."""
     test, best, frozen = summary["test"], summary["best"], summary["frozen_parameters"]
     count = f"{summary['parameters']:,} parameters" + (f", {frozen:,} of them frozen," if frozen else "")
+    result = "the test set was not evaluated (--no-test)"
+    if test:
+        result = (
+            f"test: accuracy {test['accuracy']:.4f}, macro F1 {test['f1']:.4f}, top-5 {test['top5']:.4f}, "
+            f"loss {test['loss']:.4f}"
+        )
     console.say(
-        f"test: accuracy {test['accuracy']:.4f}, macro F1 {test['f1']:.4f}, top-5 {test['top5']:.4f}, "
-        f"loss {test['loss']:.4f}; {count} after {summary['steps']} steps, "
+        f"{result}; {count} after {summary['steps']} steps, "
         f"{summary['images_per_second']:.0f} images/s, {summary['wall_seconds']:.0f} s"
     )
     if best:

@@ -8,8 +8,11 @@ goes (a bad step, a better validation, a signal) is the same for all; the first 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,3 +91,17 @@ def connect() -> Place:
             f"--distributed: the processes were not joined ({reason}); set {COORDINATOR}, {COUNT} and {INDEX}"
         ) from None
     return Place(jax.process_index(), jax.process_count())
+
+
+def processor_seconds() -> float:
+    """Processor time of this process and of those that it started: all threads, user and system.
+
+    A process that still runs is read from /proc; on a system without /proc it counts once it has ended.
+    """
+    running = 0.0
+    for process in multiprocessing.active_children():  # joins those that have ended: then os.times has them
+        with suppress(OSError):
+            fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            ticks = int(fields[11]) + int(fields[12])  # proc(5): utime, stime
+            running += ticks / os.sysconf("SC_CLK_TCK")
+    return sum(os.times()[:4]) + running

@@ -30,7 +30,7 @@ from experiment.errors import UserError
 from experiment.events import EventFile
 from experiment.history import History, unchanged_start
 from experiment.metrics import Metrics
-from experiment.processes import ALONE, Place
+from experiment.processes import ALONE, Place, processor_seconds
 from experiment.schedules import has_converged
 from experiment.transfer import count_parameters
 
@@ -56,9 +56,14 @@ class Start:
 
 @dataclasses.dataclass
 class Clock:
-    """Seconds of all sessions. Training counts neither compilation nor evaluation nor checkpoints."""
+    """Seconds of all sessions. Training counts neither compilation nor evaluation nor checkpoints.
+
+    `processor_seconds` is None where it is not known: runs that train together share a process, and older
+    checkpoints do not record it.
+    """
 
     wall_seconds: float = 0.0
+    processor_seconds: float | None = 0.0
     compile_seconds: float = 0.0
     train_seconds: float = 0.0
     train_steps: int = 0
@@ -133,13 +138,17 @@ class Trainer:
         self.stopped_by: signal.Signals | None = None
 
     def fit(self, start: Start) -> dict[str, Any] | None:
-        """Train, then test; returns the summary, or None if a signal stopped the run before its last step.
+        """Train, then test unless `config.test` is off; returns the summary, or None if a signal stopped the
+        run before its last step.
 
         Raises RunFailedError if a loss or gradient is not finite; OSError if the disk is full; UserError for
         damaged data.
         """
-        self.clock = Clock(**start.clock)
+        self.clock = Clock(**{"processor_seconds": None, **start.clock} if start.clock else {})
+        if threading.current_thread() is not threading.main_thread():  # other runs share this process
+            self.clock.processor_seconds = None
         self._begun = time.monotonic() - self.clock.wall_seconds
+        self._processor_begun = processor_seconds() - (self.clock.processor_seconds or 0.0)
         self.state, self.step, self.best = start.state, start.step, start.best
         classes = self.data.num_classes
         self.epoch_metrics = (
@@ -287,7 +296,12 @@ class Trainer:
         )
 
     def _clock_now(self) -> Clock:
-        return dataclasses.replace(self.clock, wall_seconds=time.monotonic() - self._begun)
+        known = self.clock.processor_seconds is not None
+        return dataclasses.replace(
+            self.clock,
+            wall_seconds=time.monotonic() - self._begun,
+            processor_seconds=processor_seconds() - self._processor_begun if known else None,
+        )
 
     def _evaluate(self, split: Any, collector: predictions.Collector | None = None) -> dict[str, float]:
         """The metrics of every example of a split, each exactly once."""
@@ -326,16 +340,19 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Test the final weights and write them; these lines come after the last checkpoint's history."""
-        collector = predictions.Collector(self.data.test_size)
-        test = self._evaluate("test", collector)
-        self._record({**self._line("test", "epoch", self.step), **test})
+        collector = predictions.Collector(self.data.test_size) if self.config.test else None
+        test = None
+        if collector is not None:
+            test = self._evaluate("test", collector)
+            self._record({**self._line("test", "epoch", self.step), **test})
         self.history.sync()
         tree = self.engine.to_tree(self.state)
         self._write_weights("weights.safetensors", tree)
-        if self.place.leads:
+        if collector is not None and self.place.leads:
             collector.finish(self.step, self.data.class_names).save(self.run_dir / predictions.FILE)
         self.checkpoints.wait()
         trained, frozen = count_parameters(tree["params"], freeze_backbone=self.config.freeze_backbone)
+        clock = self._clock_now()
         return {
             "framework": self.config.framework,
             "model": self.config.model,
@@ -350,8 +367,9 @@ class Trainer:
             "test": test,
             "best": self.best,
             "images_per_second": self.images_per_second,
-            "compile_seconds": self.clock.compile_seconds,
-            "wall_seconds": self._clock_now().wall_seconds,
+            "compile_seconds": clock.compile_seconds,
+            "wall_seconds": clock.wall_seconds,
+            "processor_seconds": clock.processor_seconds,
         }
 
     def _write_weights(self, name: str, tree: dict[str, Any]) -> None:

@@ -90,6 +90,7 @@ VALUES: dict[str, tuple[list[str], object]] = {
     "eval_every": (["6"], 6),
     "log_every": (["1"], 1),
     "keep_checkpoints": (["1"], 1),
+    "test": ([], False),
     "report": ([], False),
 }
 

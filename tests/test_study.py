@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -13,7 +17,10 @@ import pytest
 
 from experiment import rundir, weights
 from experiment.__main__ import main
+from experiment.checkpoint import Checkpoints
 from experiment.config import OPTIMIZERS, flags, parse, resolve
+from experiment.data import Data
+from experiment.processes import processor_seconds
 from experiment.study import curves, results, running, tables
 from experiment.study.plan import Plan, read
 from experiment.study.statistics import paired, summarize
@@ -58,11 +65,135 @@ def _one_process() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def evaluated() -> list[str]:
+    """The splits that the runs of `made` evaluated, in order."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, evaluated: list[str]) -> Path:
     """The folder of a finished study of STUDY, beside its file."""
     folder = tmp_path_factory.mktemp("study")
-    assert main(["study", str(write(folder)), "--run-dir", str(folder / "out")]) == 0
+    batches = Data.eval_batches
+
+    def counted(self: Data, split: Any, batch_size: int) -> Any:
+        evaluated.append(split)
+        return batches(self, split, batch_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Data, "eval_batches", counted)
+        assert main(["study", str(write(folder)), "--run-dir", str(folder / "out")]) == 0
     return folder
+
+
+def test_tuning_runs_never_evaluate_the_test_set(made: Path, evaluated: list[str]) -> None:
+    """Four tuning runs and four final runs validate; the final runs alone are tested, once each."""
+    assert evaluated == ["val"] * 4 + ["val", "test"] * 4
+    for split, kind, expected in (("test", "runs", 1), ("test", "tuning", 0), ("val", "tuning", 1)):
+        folders = sorted((made / "out" / kind).glob("**/seed-*"))
+        assert len(folders) == 4
+        assert [len(list(running.lines(folder, split))) for folder in folders] == [expected] * 4
+    for folder in (made / "out" / "tuning").glob("**/seed-*"):
+        assert rundir.read_json(folder / "summary.json")["test"] is None
+        assert "the test set was not evaluated (--no-test); " in (folder / "log.txt").read_text()
+        assert not (folder / "predictions.npz").exists()
+        assert (folder / "weights.safetensors").exists()
+
+
+def test_a_tuning_run_can_be_tested_later(made: Path, tmp_path: Path) -> None:
+    import train
+
+    folder = tmp_path / "run"
+    shutil.copytree(made / "out" / "tuning" / "adam" / "candidate-2" / "seed-9", folder)
+    assert train.main(["--run-dir", str(folder), "--resume", "--test"]) == 0
+    (line,) = running.lines(folder, "test")
+    test = rundir.read_json(folder / "summary.json")["test"]
+    assert test == {name: line[name] for name in test}
+    assert (folder / "predictions.npz").exists()
+
+
+def test_runs_draw_no_report_unless_asked(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train
+
+    assert not [*(made / "out").glob("**/report"), *(made / "out").glob("**/tensorboard")]
+    asked: list[bool] = []
+
+    def start(given: dict[str, Any], argv: list[str]) -> int:
+        asked.append(given["report"])
+        return 1
+
+    monkeypatch.setattr(train, "start", start)
+    for text, flag, expected in (
+        (STUDY, [], False),
+        (STUDY, ["--report"], True),
+        (STUDY.replace("steps = 3\n", "steps = 3\nreport = true\n"), [], True),
+        (STUDY.replace("steps = 3\n", "steps = 3\nreport = true\n"), ["--no-report"], False),
+    ):
+        assert main(["study", str(write(tmp_path, text)), "--run-dir", str(tmp_path / "out"), *flag]) == 1
+        assert asked.pop() is expected
+
+
+def test_the_cost_of_runs(made: Path) -> None:
+    study = json.loads((made / "out" / "study.json").read_text())
+    for each in study["contestants"].values():
+        for run in each["runs"].values():
+            assert run["processor_seconds"] > 0
+            assert run["wall_seconds"] > 0
+            assert run["steps_per_second"] == pytest.approx(run["images_per_second"] / 16)
+
+
+def test_processor_time_counts_work_and_child_processes() -> None:
+    before, own = processor_seconds(), time.process_time()
+    while time.process_time() - own < 0.05:
+        pass
+    assert processor_seconds() - before > 0.03  # os.times counts in ticks of 0.01
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    child.start()
+    try:
+        deadline = time.monotonic() + 60
+        before, own = processor_seconds(), time.process_time()
+        while processor_seconds() - before < time.process_time() - own + 0.05:  # what its start takes
+            assert time.monotonic() < deadline, "the child's processor time is not counted"
+            time.sleep(0.01)
+        running = processor_seconds()
+    finally:
+        child.terminate()
+        child.join()
+    assert processor_seconds() >= running - 0.02  # counted once it has ended, too
+
+
+def test_runs_of_older_versions_are_read(made: Path, tmp_path: Path) -> None:
+    """Their config.json has no option `test`, their tuning runs were tested, no processor time was kept."""
+    out = tmp_path / "out"
+    shutil.copytree(made / "out", out)
+    for folder in out.glob("**/seed-*"):
+        record, summary = rundir.read_record(folder), rundir.read_json(folder / "summary.json")
+        del record["config"]["test"], summary["processor_seconds"]
+        summary["test"] = summary["test"] or {"accuracy": 0.5, "loss": 1.0, "f1": 0.5}
+        rundir.write_json(folder / "config.json", record)
+        rundir.write_json(folder / "summary.json", summary)
+    assert main(["study", str(made / "tiny.toml"), "--run-dir", str(out)]) == 0
+    old, new = (json.loads((folder / "study.json").read_text()) for folder in (out, made / "out"))
+    for name, each in new["contestants"].items():
+        for seed, run in each["runs"].items():
+            assert old["contestants"][name]["runs"][seed] == {**run, "processor_seconds": None}
+        assert old["contestants"][name]["tuning"] == each["tuning"]
+
+
+def test_processor_time_is_not_known_of_a_run_beside_others(tmp_path: Path) -> None:
+    """Seeds that train in one program each have a thread of the same process."""
+    import train
+
+    argv = ["--framework", "numpy", "--model", "cnn", "--steps", "1", "--no-report", "--no-test"]
+    argv += ["--val-fraction", "0", "--run-dir", str(tmp_path / "run")]
+    thread = Thread(target=train.main, args=(argv,))
+    thread.start()
+    thread.join()
+    summary = rundir.read_json(tmp_path / "run" / "summary.json")
+    assert summary["processor_seconds"] is None
+    assert summary["wall_seconds"] > 0
 
 
 def test_runs_of_one_seed_begin_alike_and_see_the_same_batches(made: Path) -> None:
@@ -140,10 +271,35 @@ def test_the_same_command_makes_nothing_twice_and_continues_what_was_stopped(
     assert main(command) == 0
     assert [(given["run_dir"], given["resume"]) for given in started] == [(str(stopped), True)]
     first, second = json.loads(before), json.loads((made / "out" / "study.json").read_bytes())
+    costs = ("wall_seconds", "processor_seconds", "images_per_second", "steps_per_second")
+    saved = json.loads((stopped / "checkpoints" / "3" / "run.json").read_text())["clock"]
+    for name in costs[:2]:  # what the first session took until its checkpoint counts too
+        assert second["contestants"]["adam"]["runs"]["2"][name] > saved[name] > 0
     for study in (first, second):
-        del study["contestants"]["adam"]["runs"]["2"]["wall_seconds"], study["made_with"]
-        del study["contestants"]["adam"]["runs"]["2"]["images_per_second"]
+        for name in costs:
+            del study["contestants"]["adam"]["runs"]["2"][name]
+        del study["made_with"]
     assert first == second
+
+
+def test_a_run_of_an_older_checkpoint_does_not_know_its_processor_time(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train
+
+    run = tmp_path / "run"
+    shutil.copytree(made / "out" / "runs" / "adam" / "seed-1", run)
+    load = Checkpoints.load_newest
+
+    def older(self: Checkpoints, *args: Any) -> Any:
+        found = load(self, *args)
+        assert found is not None
+        del found[2]["clock"]["processor_seconds"]
+        return found
+
+    monkeypatch.setattr(Checkpoints, "load_newest", older)
+    assert train.main(["--run-dir", str(run), "--resume"]) == 0
+    assert rundir.read_json(run / "summary.json")["processor_seconds"] is None
 
 
 def test_runs_of_another_study_are_not_mixed_in(
@@ -230,6 +386,7 @@ def test_the_ends_of_a_range_and_a_dirty_tree_are_told(made: Path) -> None:
         ("steps = 3", "stepz = 3", "base: stepz is no option"),
         ("steps = 3", "steps = 'x'", "base: steps cannot be 'x'"),
         ("steps = 3", "seed = 3", "base: seed is given by the study"),
+        ("steps = 3", "test = false", "base: test is given by the study"),
         ("steps = 3", "val_fraction = 0", "val_fraction: candidates are chosen"),
         ("lr = 0.01", "lr = -1", "--lr: -1 is out of range"),
         ("lr = 0.01", "lr = 0.01 }, { lr = 0.1", "candidates: as many for each optimizer"),
@@ -323,6 +480,8 @@ def test_seeds_together_write_the_runs_of_seeds_alone(
         monkeypatch.setattr(running, "carry_out", carry_out)
         assert main(["study", str(path), "--run-dir", str(tmp_path / flag), flag]) == 0
     for seed in ("seed-1", "seed-2"):
+        summary = rundir.read_json(tmp_path / "--vmap" / "runs" / "adam" / seed / "summary.json")
+        assert summary["processor_seconds"] is None  # that of one process, in which both trained
         vmapped, separate = (tmp_path / flag / "runs" / "adam" / seed for flag in ("--vmap", "--no-vmap"))
         for split, scope in (("train", "step"), ("val", "epoch"), ("test", "epoch")):
             for found, wanted in zip(

@@ -222,7 +222,8 @@ def test_the_summary(run):
     assert summary["images_per_second"] > 0
     assert summary["compile_seconds"] >= 0
     assert summary["wall_seconds"] > summary["compile_seconds"]
-    times = {"images_per_second", "compile_seconds", "wall_seconds"}
+    assert summary["processor_seconds"] > 0
+    times = {"images_per_second", "compile_seconds", "wall_seconds", "processor_seconds"}
     assert summary.keys() == described.keys() | times | {
         *("parameters", "trainable_parameters", "frozen_parameters", "steps", "epochs", "test", "best")
     }

@@ -42,9 +42,14 @@ def main(argv: Sequence[str]) -> int:
         action=argparse.BooleanOptionalAction,
         help="JAX: all seeds in one program (default: on a GPU; on a CPU separate runs)",
     )
+    add(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        help="a report and TensorBoard files of every run (default: none, which is faster)",
+    )
     add("--report-only", action="store_true", help="train nothing; tables of the runs that there are")
     options = parser.parse_args(argv)
-    given = {"framework": options.framework, "data_dir": options.data_dir}
+    given = {"framework": options.framework, "data_dir": options.data_dir, "report": options.report}
     plan = read(options.file, {name: value for name, value in given.items() if value is not None})
     folder = options.run_dir or Path("runs") / f"study-{plan.name}"
     if folder.exists() and not folder.is_dir():
@@ -68,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
         command += [f"--framework {options.framework}"] if options.framework else []
         command += [] if options.vmap is None else ["--vmap" if options.vmap else "--no-vmap"]
         command += ["--data-dir DIR"] if options.data_dir else []
+        command += [] if options.report is None else ["--report" if options.report else "--no-report"]
         _report(plan, folder, command)
     return status
 
@@ -108,8 +114,10 @@ def _carry_out(plan: Plan, folder: Path, *, together: bool) -> None:
 
 
 def _make(runs: Sequence[running.Run], done: int, total: int, *, together: bool, split: str) -> int:
-    """Carry out those runs that have not ended; returns how many of the study have ended then. Of each the
-    accuracy is told: of tuning runs that on validation, for whoever sets their range looks at it."""
+    """Carry out those runs that have not ended; returns how many of the study have ended then.
+
+    Print the accuracy of each on `split`: tuning runs evaluate validation alone.
+    """
     import train
 
     begun = time.monotonic()
@@ -123,8 +131,8 @@ def _make(runs: Sequence[running.Run], done: int, total: int, *, together: bool,
             outcome = "diverged"
         else:
             test = rundir.read_json(run.folder / "summary.json")["test"]
-            found = test["accuracy"], test["loss"]
-            accuracy, loss = found if split == "test" else running.validation(run.folder)
+            tested = split == "test"
+            accuracy, loss = (test["accuracy"], test["loss"]) if tested else running.validation(run.folder)
             outcome = f"{split} accuracy {accuracy:.4f}, loss {loss:.4f}"
         place = done + runs.index(run) + 1
         print(f"{place}/{total} {run.label}: {outcome} ({time.monotonic() - begun:.0f} s)", flush=True)

@@ -4,7 +4,7 @@
     tuning_seeds = [101]                # none of `seeds`
     compare_with = ["adam"]             # the optimizers that all others are compared with, seed by seed
 
-    [base]                              # options as in recipes/, the same for all
+    [base]                              # options as in recipes/, the same for all; report = true draws one
     model = "resnet8"
     dataset = "mnist"
 
@@ -37,7 +37,7 @@ from experiment.errors import UserError
 from experiment.recipes import checked
 
 Options = dict[str, Any]
-OWN = {"seed"}  # given by the study, not by its file
+OWN = {"seed", "test"}  # given by the study, not by its file
 COMMON = {"framework", "deterministic"}  # of the process that makes all runs
 
 
@@ -98,7 +98,7 @@ def read(path: Path, given: Options) -> Plan:
 
     Args:
         path: TOML, as above.
-        given: options that override those of the file: framework, data_dir.
+        given: options that override those of the file: framework, data_dir, report.
 
     Raises:
         UserError: the file is absent, no TOML, or not as described; an option is unknown, of the wrong
@@ -133,7 +133,7 @@ def _plan(name: str, table: dict[str, Any], given: Options) -> Plan:
             settings = own.pop("candidates", [{}])
             if not isinstance(settings, list) or not all(isinstance(each, dict) for each in settings):
                 raise UserError(f"optimizers: {label}: candidates must be a list of tables")
-            common = {**base, **_options(changes, variant), **_options(own, label)}
+            common = {"report": False, **base, **_options(changes, variant), **_options(own, label)}
             particular = tuple(_options(each, label) for each in settings)
             every = tuple({**common, **each, **given} for each in particular)
             for options in every:

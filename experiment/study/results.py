@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment import rundir
+from experiment.config import resolve
 from experiment.study.plan import Contestant, Plan
 from experiment.study.running import (
     Run,
@@ -77,10 +78,16 @@ def _contestant(plan: Plan, folder: Path, contestant: Contestant) -> Json:
 
 
 def _test(run: Run) -> Json:
-    """The test metrics of a run, and the mean loss of its last training epoch."""
+    """The test metrics of a run, the mean loss of its last training epoch, and its cost.
+
+    `wall_seconds` counts whatever else the machine did, `processor_seconds` the run alone. The latter is None
+    for runs of older versions and for seeds that trained in one program.
+    """
     summary = rundir.read_json(run.folder / "summary.json")
     epochs = [line["loss"] for line in lines(run.folder, "train")]
     cost = {name: summary[name] for name in ("steps", "wall_seconds", "images_per_second")}
+    cost["processor_seconds"] = summary.get("processor_seconds")
+    cost["steps_per_second"] = summary["images_per_second"] / resolve(run.options).batch_size
     return {
         **{name: summary["test"][name] for name in MEASURES},
         "train_loss": (epochs or [None])[-1],

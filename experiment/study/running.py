@@ -32,7 +32,7 @@ NOT_FINITE = "was not finite at step"  # what `training.Trainer` says of a run t
 HARMLESS = frozenset(
     {
         *("data_dir", "run_dir", "resume", "distributed", "recipe"),
-        *("checkpoint_every", "log_every", "keep_checkpoints", "report"),
+        *("checkpoint_every", "log_every", "keep_checkpoints", "report", "test"),
     }
 )
 
@@ -55,21 +55,22 @@ class Run:
 
 
 def candidate(plan: Plan, folder: Path, contestant: Contestant, k: int) -> list[Run]:
-    """The tuning runs of setting number `k`, one for each tuning seed."""
+    """The tuning runs of setting number `k`, one for each tuning seed; they do not evaluate the test set."""
     where = folder / "tuning" / contestant.name / f"candidate-{k + 1}"
-    return [_run(where, contestant, k, seed) for seed in plan.tuning_seeds]
+    return [_run(where, contestant, k, seed, test=False) for seed in plan.tuning_seeds]
 
 
 def final_runs(plan: Plan, folder: Path, contestant: Contestant, chosen: int) -> list[Run]:
     """The runs of a contestant, one for each seed of the study."""
     where = folder / "runs" / contestant.name
-    return [_run(where, contestant, chosen, seed) for seed in plan.seeds]
+    return [_run(where, contestant, chosen, seed, test=True) for seed in plan.seeds]
 
 
-def _run(where: Path, contestant: Contestant, k: int, seed: int) -> Run:
+def _run(where: Path, contestant: Contestant, k: int, seed: int, *, test: bool) -> Run:
     folder = where / f"seed-{seed}"
     label = f"{contestant.name}, {words(contestant.settings[k])}, seed {seed}"
-    return Run(folder, {**contestant.candidates[k], "seed": seed, "run_dir": str(folder)}, label)
+    own = {"seed": seed, "test": test, "run_dir": str(folder)}
+    return Run(folder, {**contestant.candidates[k], **own}, label)
 
 
 def words(setting: Options) -> str:
@@ -93,11 +94,14 @@ def choose(plan: Plan, folder: Path, contestant: Contestant) -> int:
 
 def validation(folder: Path) -> tuple[float, float]:
     """Accuracy and loss of a run's last validation; (0, infinity) of a run that has diverged."""
-    if not has_diverged(folder):
-        for line in lines(folder, "val"):
-            last = line
-        return last["accuracy"], math.inf if last["loss"] is None else last["loss"]
-    return 0.0, math.inf
+    if has_diverged(folder):
+        return 0.0, math.inf
+    last = _last_validation(folder)
+    return last["accuracy"], math.inf if last["loss"] is None else last["loss"]
+
+
+def _last_validation(folder: Path) -> dict[str, Any]:
+    return list(lines(folder, "val"))[-1]
 
 
 def lines(folder: Path, split: str, scope: str = "epoch") -> Iterator[dict[str, Any]]:
@@ -110,10 +114,11 @@ def lines(folder: Path, split: str, scope: str = "epoch") -> Iterator[dict[str, 
 
 
 def has_diverged(folder: Path) -> bool:
-    """Whether a run ended because its loss or gradient was not finite, or ended with a test loss that is not;
-    the same would happen again."""
+    """Whether a run ended because its loss or gradient was not finite, or ended with a test loss that is not,
+    or a validation loss where it was not tested; the same would happen again."""
     if (folder / "summary.json").exists():
-        return rundir.read_json(folder / "summary.json")["test"]["loss"] is None
+        result = rundir.read_json(folder / "summary.json")["test"] or _last_validation(folder)
+        return result["loss"] is None
     return NOT_FINITE in _log(folder)
 
 

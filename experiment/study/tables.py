@@ -39,7 +39,8 @@ def tables(study: Json) -> Iterator[Table]:
     yield Table(
         "Test results",
         "Mean over the seeds, in brackets the standard deviation over them; and Student's 95 % interval of "
-        "the mean, for this setting and test set. Each run looked at the test set once, after its last step.",
+        "the mean, for this setting and test set. Each of these runs evaluated the test set once, after its "
+        "last step.",
         ("", "setting", "seeds", "accuracy, %", "interval", "macro F1, %", "loss", "training loss"),
         [_result(name, each, len(study["seeds"])) for name, each in contestants.items()],
     )

@@ -86,7 +86,7 @@ def load_numbered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Data]:
         train: int, test: int = 5, *, delay: Callable[[], float] = lambda: 0.0, **options: Any
     ) -> Data:
         parts = (Numbered(train, delay), Numbered(test, delay))
-        dataset = Dataset(*parts, tuple("abcdefg"), (32, 32, 1), (0.5,), (0.5,))
+        dataset = Dataset(*parts, tuple("abcdefg"), (32, 32, 1), (0.5,), (0.5,), sources.identity("0"))
         monkeypatch.setattr(data_module, "open_dataset", lambda *_, **__: dataset)
         return load("numbered", data_dir=None, **({"seed": 0, "batch_size": 1} | options))
 

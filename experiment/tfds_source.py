@@ -90,6 +90,7 @@ def _prepared_configs(name: str, data_dir: str | None) -> list[str]:
 
 
 def _only_the_default(name: str, configs: list[str]) -> str:
+    """Name the prepared configurations, and say which can be used."""
     return f"of the configurations of {name} ({', '.join(configs)}) only TFDS' default one can be used"
 
 
@@ -388,13 +389,13 @@ def _has_bbox(builder: Any) -> bool:
 
 def _refuse(name: str, data_dir: str | None) -> NoReturn:
     """Say why a data set is not there: TFDS does not know it, or it is not prepared."""
-    check_known(name)
     root = data_root(data_dir)
     if configs := _prepared_configs(name, data_dir):
         raise UserError(
-            f"--dataset {name}: {_only_the_default(name, configs)}, and it is not prepared in --data-dir "
-            f"{root}: run `{prepare_command(name, data_dir)}`"
+            f"--dataset {name}: {_only_the_default(name, configs)}, and --data-dir {root} does not have "
+            f"that: run `{prepare_command(name, data_dir)}`, or use another data set"
         )
+    check_known(name)
     where = f"{root}" if root.is_dir() else f"{root} (which does not exist)"
     raise UserError(
         f"--dataset {name} is not prepared in --data-dir {where}: run `{prepare_command(name, data_dir)}`, "

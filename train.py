@@ -98,12 +98,13 @@ def run(
     from experiment.training import RunFailedError, Trainer, begin, restore
 
     data = data_module.load(config.dataset, **config.data_options())
+    note = rundir.check_same_data(stored["resolved"], data) if stored is not None else None
     resolved = resolve_lengths(config, data, stored, given)
     place = connect() if config.distributed else ALONE
     data = dataclasses.replace(data, place=place)
     validations: list[tuple[int, float]] = []  # what a plateau is seen in
     engine = join(make_engine(config, data, resolved, validations))
-    said: list[str] = []
+    said = [note] if note else []
     tree = initial_tree(engine, config, resolved, said.append) if stored is None else None
     run_dir = Path(config.run_dir or os.devnull)  # of those that write nothing
     if place.leads:
@@ -194,11 +195,9 @@ def resolve_lengths(
 
     Raises UserError if a resumed run would change the length of its schedule without saying so.
     """
-    facts = {name: getattr(data, name) for name in rundir.DATA_FACTS}
     total_steps = config.total_steps(data.steps_per_epoch)
     length = config.schedule_steps or total_steps
     if stored is not None:
-        rundir.check_same_data(stored["resolved"], facts)
         old = stored["resolved"]["schedule_steps"]
         if old != length and "schedule_steps" in given:
             raise UserError(
@@ -224,7 +223,7 @@ def resolve_lengths(
         "warmup_steps": warmup,
         "optimizer_options": config.optimizer_options(),
         "init_from_sha256": initial,
-        **facts,
+        **rundir.data_facts(data),
     }
 
 

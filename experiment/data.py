@@ -23,6 +23,7 @@ from experiment.sources import (
     CACHE_BYTES,
     Batch,
     Dataset,
+    Identity,
     Labels,
     Source,
     digits,
@@ -68,6 +69,7 @@ class Data:
     seed: int
     augmentation: Augmentation
     parts: Mapping[Split, Part] = field(repr=False)
+    identity: Identity
     place: Place = ALONE  # of several processes each reads its rows of a training batch
 
     @property
@@ -264,6 +266,7 @@ def load(
             "val": (dataset.train, val),
             "test": (dataset.test, np.arange(len(dataset.test))),
         },
+        identity=dataset.identity,
     )
 
 

@@ -9,12 +9,15 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError
+
+if TYPE_CHECKING:
+    from experiment.data import Data
 
 BEFORE_CONFIG = {".lock", "log.txt", "config.json.tmp"}  # what a run makes before config.json
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain", "tensorflow-datasets")
@@ -79,15 +82,55 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     return record
 
 
-def check_same_data(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise UserError if what is known of a resumed run's data, `new`, is not what it began with."""
-    for name, value in new.items():
+def data_facts(data: Data) -> dict[str, Any]:
+    """Return what config.json keeps of the data: their shape and sizes, and which data they are."""
+    return {**{name: getattr(data, name) for name in DATA_FACTS}, **data.identity}
+
+
+def check_same_data(old: dict[str, Any], data: Data) -> str | None:
+    """Compare `data` with what config.json holds of a run's, `old`.
+
+    Returns:
+        None; for a run of an older version, which did not record which data it used, a line that says so.
+
+    Raises:
+        UserError: the data are not those of the run.
+    """
+    for name, value in data_facts(data).items():
         value = list(value) if isinstance(value, tuple) else value  # as JSON has it
-        if old.get(name) != value:
+        if old.get(name) != value and name not in data.identity:
             raise UserError(
                 f"--data-dir: the data have {name} {value}, and had {old.get(name)} when the run began; "
                 "name the directory of those"
             )
+    present = _identity_words(data.name, data.identity)
+    if "data_sha256" not in old:
+        return f"which version of its data the run began with is not recorded; taken is {present}"
+    recorded = {name: old.get(name) for name in data.identity}
+    if recorded != data.identity:
+        remedy = "name a directory whose newest version is that one"
+        if data.identity["data_version"] is None:
+            remedy = "install the versions of packages that it began with"
+        raise UserError(
+            f"--data-dir: the data are {present}; the run began with "
+            f"{_identity_words(data.name, recorded)}; {remedy}"
+        )
+    return None
+
+
+def _identity_words(name: str, identity: Mapping[str, Any]) -> str:
+    """Return a data set's name and identity in words."""
+    facts = [
+        f"{what} {identity[key]}"
+        for what, key in (
+            ("version", "data_version"),
+            ("configuration", "data_config"),
+            ("tested on split", "data_test_split"),
+        )
+        if identity[key] is not None
+    ]
+    facts.append(f"SHA-256 {str(identity['data_sha256'])[:12]}")
+    return f"{name} ({', '.join(facts)})"
 
 
 def check_fresh(run_dir: Path) -> None:

@@ -1,14 +1,13 @@
-"""Pictures by index: what a source is, and the data sets that need no files. And single pictures in files.
+"""Pictures by index: what a source is, and the data sets that need no files.
 
 A source hands out uint8 pictures of one fixed shape and knows nothing of splits by seed, shuffling or
 batches, which are in `experiment.data`. The data sets of TFDS are in `experiment.tfds_source`.
 """
 
-import warnings
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -37,9 +36,6 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 DIGITS_STATISTICS: Statistics = ((0.3057,), (0.3235,))
 SYNTHETIC_STATISTICS: Statistics = ((0.5, 0.5, 0.5), (0.15, 0.15, 0.15))
 
-MOST_PIXELS = 50_000_000
-"""Of a picture in a file of its own: 150 MB when decoded."""
-
 CACHE_BYTES = 2**29
 """A split whose pictures fit into so many bytes is decoded only once."""
 
@@ -58,6 +54,22 @@ class Source(Protocol):
         ...
 
 
+Identity = Mapping[str, str | None]
+"""Which data a data set is: version, configuration, test split (None where it has none) and a SHA-256 sum."""
+
+
+def identity(
+    sha256: str, *, version: str | None = None, config: str | None = None, test_split: str | None = None
+) -> Identity:
+    """Return an `Identity` under the names that config.json has for it."""
+    return {
+        "data_version": version,
+        "data_config": config,
+        "data_test_split": test_split,
+        "data_sha256": sha256,
+    }
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A training and a test source, and what is known of both."""
@@ -68,46 +80,7 @@ class Dataset:
     image_shape: tuple[int, int, int]  # height, width, channels
     mean: tuple[float, ...]  # a channel, on the scale 0..1
     std: tuple[float, ...]
-
-
-def read_picture(path: Path, channels: int) -> "Image":
-    """A picture of any format that Pillow reads, upright, mode `L` for 1 channel and `RGB` for 3.
-
-    The camera's orientation (EXIF) is obeyed, what is transparent becomes white, and of a moving picture the
-    first is taken.
-
-    Raises:
-        UserError: no such file, no picture, a damaged one, one of more than `MOST_PIXELS` (told before it is
-            decoded), or one of more than 8 bits a channel that are not 16 of grey.
-    """
-    from PIL import Image, ImageOps
-
-    mode = "L" if channels == 1 else "RGB"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of large pictures and of odd metadata
-            with Image.open(path) as file:
-                if file.width * file.height > MOST_PIXELS:
-                    raise UserError(
-                        f"{path}: {file.width}x{file.height} pixels are too many; make it at most "
-                        f"{MOST_PIXELS:,} pixels"
-                    )
-                picture = ImageOps.exif_transpose(file)
-                if picture.mode.startswith("I;16"):
-                    picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-                elif picture.mode in ("I", "F"):
-                    raise UserError(f"{path}: pixels of 32 bits; save it with 8 bits a channel")
-                if picture.has_transparency_data:
-                    picture = picture.convert("RGBA")
-                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-                return picture.convert(mode)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found") from None
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # Pillow has several for damaged files
-        text = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path}: no picture that Pillow reads ({text})") from None
+    identity: Identity
 
 
 def fit_to(size: Size, resize: int | None, fill: tuple[int, ...] | None = None) -> Fit:
@@ -131,6 +104,14 @@ def no_boxes(name: str) -> str:
 def grey_already(name: str) -> str:
     """The line that refuses `--grayscale`."""
     return f"--grayscale: {name} is grey already; leave the flag out"
+
+
+def sha256_of(*arrays: npt.NDArray[Any]) -> str:
+    """Return the SHA-256 sum of the bytes of arrays in C order, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 class ArraySource:
@@ -201,12 +182,14 @@ def digits(image_size: Size | None, resize: int | None = None) -> Dataset:
     images = np.rint(pictures.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     labels = labels.astype(np.int32)
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    parts = (images[train], labels[train], images[test], labels[test])
     return Dataset(
         ArraySource(images[train], labels[train], fit),
         ArraySource(images[test], labels[test], fit),
         tuple("0123456789"),
         (*size, 1),
         *DIGITS_STATISTICS,
+        identity(sha256_of(*parts)),
     )
 
 
@@ -262,4 +245,6 @@ def synthetic(image_size: Size | None, resize: int | None = None, *, grayscale: 
     )
     names = tuple(f"stripes at {18 * index} degrees" for index in range(10))
     statistics = to_grey(SYNTHETIC_STATISTICS) if grayscale else SYNTHETIC_STATISTICS
-    return Dataset(train, test, names, shape, *statistics)
+    # A few examples stand for all: they are functions of their index by NumPy's generator
+    sample = SyntheticSource(0, 4, (32, 32)).read(np.arange(4))
+    return Dataset(train, test, names, shape, *statistics, identity(sha256_of(*sample.values())))

@@ -5,29 +5,35 @@ about missing or damaged data names that command.
 """
 
 import difflib
+import hashlib
 import io
+import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from experiment.errors import UserError
+from experiment.errors import UserError, one_line
+from experiment.images import ImageError, decode_image
 from experiment.sources import (
     Batch,
     Dataset,
     Fit,
+    Identity,
     Labels,
     Source,
     Statistics,
     cached,
     fit_to,
     grey_already,
+    identity,
     no_boxes,
 )
-from experiment.transforms import Size, crop_to_box, fill_color, to_grey
+from experiment.transforms import Size, fill_color, to_grey
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,8 +48,15 @@ STATISTICS: dict[str, Statistics] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-TEST_SPLITS = {"imagenet2012": "validation"}
-"""Where `test` has no public labels. Elsewhere it is `test`, or `validation` where there is no `test`."""
+TEST_SPLITS = {"imagenet2012": ("validation",)}
+"""The splits to test on, the first that has labeled examples; of a data set not named here `test`, then
+`validation`."""
+
+HIDDEN = -1
+"""The label that TFDS stores where the label is not published."""
+
+RECORD_NAMES = ("file_name", "filename", "image/filename", "image/file_name", "id", "image_id", "image/id")
+"""Features by which data sets name their records."""
 
 VARIABLE_SIZES = {"cars196": (96, 96)}
 """The default size of a data set whose pictures differ in size; not named here: 224x224."""
@@ -55,18 +68,30 @@ def prepare_command(name: str, data_dir: str | None) -> str:
     return f"python -m experiment prepare {name}{directory}"
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an error of another library, cut to a part of one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def check_name(name: str) -> None:
+def check_name(name: str, data_dir: str | None) -> None:
     """Raise UserError unless `name` is a plain TFDS name: no path, configuration, version or argument."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise UserError(
-            f"--dataset {name!r} is not a plain TFDS name (lower-case letters, digits and _; no path, "
-            "configuration or version): use one like mnist, or digits, or synthetic"
-        )
+    if re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        return
+    plain = re.match(r"([a-z][a-z0-9_]*)[/:]", name)
+    configs = _prepared_configs(plain[1], data_dir) if plain else []
+    raise UserError(
+        f"--dataset {name!r} is not a plain TFDS name (lower-case letters, digits and _; no path, "
+        "configuration or version): use one like mnist, or digits, or synthetic"
+        + (f"; {_only_the_default(plain[1], configs)}" if plain and configs else "")
+    )
+
+
+def _prepared_configs(name: str, data_dir: str | None) -> list[str]:
+    """Return the configurations of a data set that are prepared in `data_dir`, sorted."""
+    try:
+        return sorted({path.parts[-3] for path in (data_root(data_dir) / name).glob("*/*/features.json")})
+    except OSError:  # a folder that cannot be read
+        return []
+
+
+def _only_the_default(name: str, configs: list[str]) -> str:
+    """Name the prepared configurations, and say which can be used."""
+    return f"of the configurations of {name} ({', '.join(configs)}) only TFDS' default one can be used"
 
 
 def check_known(name: str) -> None:
@@ -90,7 +115,7 @@ def find_prepared(name: str, data_dir: str | None) -> Any | None:
         data_dir: the TFDS data directory; None is TFDS' own default.
 
     Raises:
-        UserError: its description is damaged, or its files are of a format that allows no random access.
+        UserError: its description cannot be read, or its files are of a format that allows no random access.
     """
     import tensorflow_datasets as tfds
 
@@ -103,8 +128,8 @@ def find_prepared(name: str, data_dir: str | None) -> Any | None:
         return None
     except Exception as error:  # whatever the readers of damaged JSON raise
         raise UserError(
-            f"--data-dir: the description of {name} in {directory / name} is damaged ({one_line(error)}); "
-            f"delete that folder and run `{prepare_command(name, data_dir)}`"
+            f"--data-dir: the description of {name} in {directory / name} cannot be read "
+            f"({one_line(error)}){_prepare_again(name, data_dir)}"
         ) from error
     if "array_record" not in formats:
         raise UserError(
@@ -122,12 +147,17 @@ def data_root(data_dir: str | None) -> Path:
     return Path(tfds.core.constants.DATA_DIR if data_dir is None else data_dir).expanduser()
 
 
+def _prepare_again(name: str, data_dir: str | None) -> str:
+    """The remedy for a data set whose files are missing or damaged; it deletes nothing."""
+    return f"; move that folder away and run `{prepare_command(name, data_dir)}`"
+
+
 class TfdsSource:
     """One split of a prepared data set.
 
     Records are read a batch at a time: array_record wakes a pool of threads for each call, which costs more
-    than to read and decode a small picture. Pillow decodes, not TFDS, whose pixels depend on whether OpenCV
-    is installed, and which leaves CMYK and palette pictures as they are.
+    than to read and decode a small image. `decode_image` decodes, not TFDS, whose pixels depend on whether
+    OpenCV is installed, and which ignores orientation and leaves CMYK and palette images as they are.
     """
 
     def __init__(
@@ -142,48 +172,88 @@ class TfdsSource:
     ) -> None:
         import tensorflow_datasets as tfds
 
-        self._mode, self._fit, self._crop_to_bbox = "L" if channels == 1 else "RGB", fit, crop_to_bbox
-        self._classes: int = builder.info.features["label"].num_classes
-        self._complaint = f"--data-dir: cannot read {builder.name} ({split}) in {builder.data_dir}: "
-        self._remedy = f"; delete that folder and run `{prepare_command(builder.name, data_dir)}`"
+        self._channels, self._fit, self._crop_to_bbox = channels, fit, crop_to_bbox
+        features = builder.info.features
+        self._classes: int = features["label"].num_classes
+        self._name = next((name for name in RECORD_NAMES if name in features), None)
+        self._set, self._folder, self.split = builder.name, builder.data_dir, split
+        self._remedy = _prepare_again(builder.name, data_dir)
         for path in map(Path, builder.info.splits[split].filepaths):
             if not path.is_file():
-                raise UserError(f"{self._complaint}{path.name} is missing{self._remedy}")
+                raise UserError(
+                    f"--data-dir: {path.name} is missing, of {self._set} ({split}) in {self._folder}"
+                    f"{self._remedy}"
+                )
         self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:
         return len(self._records)
 
+    def hides_labels(self) -> bool:
+        """Return whether the first, the middle or the last example has no label (-1)."""
+        places = sorted({0, len(self) // 2, len(self) - 1})
+        return any(record["label"] == HIDDEN for record in self._read(places))
+
     def read(self, indices: npt.NDArray[np.int64]) -> Batch:
         """Return the examples at `indices`.
 
         Raises:
-            UserError: bytes that do not decode, or a label that is not one of the classes.
+            UserError: a record that cannot be read or decoded, or a label that is not one of the classes.
+                It names the record.
         """
         pictures, labels = self.pictures(indices)
         return {"image": np.stack([self._fit(picture) for picture in pictures]), "label": labels}
 
     def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
         """Return the pictures at `indices`, cut to their boxes if that was asked for; raises as `read`."""
+        places = indices.tolist()
+        records = self._read(places)
+        images = [self._decode(place, record) for place, record in zip(places, records, strict=True)]
+        return images, np.array([record["label"] for record in records], np.int32)
+
+    def _read(self, places: list[int]) -> list[dict[str, Any]]:
+        """Return the records at `places`, their images not decoded."""
         try:
-            records = self._records.__getitems__(indices.tolist())
-            pictures = [self._decode(record) for record in records]
-            labels = np.array([record["label"] for record in records], np.int32)
-            if labels.min() < 0 or labels.max() >= self._classes:
-                raise ValueError(f"labels outside of 0..{self._classes - 1}")
+            records: list[dict[str, Any]] = self._records.__getitems__(places)
+            return records
         except MemoryError:
             raise
-        except Exception as error:  # array_record, protobuf and Pillow each have their own for bad bytes
-            raise UserError(f"{self._complaint}{one_line(error)}{self._remedy}") from error
-        return pictures, labels
+        except Exception as error:  # array_record and protobuf have their own types for bad bytes
+            if len(places) > 1:  # one by one, to name the record that is damaged
+                return [self._read([place])[0] for place in places]
+            raise UserError(
+                f"{self._record(places[0])} cannot be read ({one_line(error)}){self._remedy}"
+            ) from error
 
-    def _decode(self, record: dict[str, Any]) -> "Image":
-        from PIL import Image
+    def _decode(self, place: int, record: dict[str, Any]) -> "Image":
+        """Return the image of a record, its label checked as well."""
+        label = int(record["label"])
+        if not 0 <= label < self._classes:
+            fault = (
+                "has no label (-1): labels of this split are hidden or unknown"
+                if label == HIDDEN
+                else f"has the label {label}, which is none of its {self._classes} classes"
+            )
+            raise UserError(f"{self._record(place, record)} {fault}; use another data set")
+        try:
+            box = record["bbox"] if self._crop_to_bbox else None
+            return decode_image(io.BytesIO(record["image"]), self._channels, box)
+        except ImageError as error:
+            raise UserError(
+                f"{self._record(place, record)}: {error}; use another data set, or prepare this one "
+                f"in another directory if this copy may be at fault: `{prepare_command(self._set, 'DIR')}`"
+            ) from error
+        except ValueError as error:
+            raise UserError(f"{self._record(place, record)}: {error}; leave --crop-to-bbox out") from error
 
-        with Image.open(io.BytesIO(record["image"])) as picture:
-            # Colour sets hold grey, CMYK and palette files too; ImageNet has the first two.
-            converted = picture.convert(self._mode)
-        return crop_to_box(converted, record["bbox"]) if self._crop_to_bbox else converted
+    def _record(self, place: int, record: dict[str, Any] | None = None) -> str:
+        """Name a record by its place in the split, from 0, and by what the data set calls it."""
+        named = ""
+        if record is not None and self._name is not None:
+            value = record[self._name]
+            value = value.decode(errors="replace") if isinstance(value, bytes) else value
+            named = f", {self._name} {one_line(value)},"
+        return f"--data-dir: record {place}{named} of {self._set} ({self.split}) in {self._folder}"
 
 
 def tfds_dataset(
@@ -210,7 +280,7 @@ def tfds_dataset(
     Raises:
         UserError: an unknown name, data that is missing or damaged, features or splits that do not fit.
     """
-    check_name(name)
+    check_name(name, data_dir)
     builder = find_prepared(name, data_dir)
     if builder is None:
         _refuse(name, data_dir)
@@ -227,16 +297,64 @@ def tfds_dataset(
     shape = (*size, channels)
     fill = fill_color(statistics[0]) if crop_to_bbox else None
     fit = fit_to(size, resize, fill)
-    splits = builder.info.splits
+    options: dict[str, Any] = {"channels": channels, "fit": fit, "crop_to_bbox": crop_to_bbox}
+    train = _labeled(name, builder, ("train",), data_dir, options)
+    test = _labeled(name, builder, TEST_SPLITS.get(name, ("test", "validation")), data_dir, options)
     sources: list[Source] = []
-    for split in ("train", TEST_SPLITS.get(name, "test" if "test" in splits else "validation")):
-        if split not in splits or not splits[split].num_examples:
-            raise UserError(f"--dataset {name} has no examples in a split named {split}; use another")
-        pictures = TfdsSource(builder, split, data_dir, channels=channels, fit=fit, crop_to_bbox=crop_to_bbox)
-        source = cached(pictures, shape)
-        source.read(np.array([0]))  # opens the file: what is cut or foreign is noticed before a run begins
+    for split in (train, test):
+        source = cached(split, shape)
+        source.read(np.array([0]))  # what is not decodable at all is noticed before a run begins
         sources.append(source)
-    return Dataset(sources[0], sources[1], class_names, shape, *statistics)
+    return Dataset(sources[0], sources[1], class_names, shape, *statistics, _identity(builder, test.split))
+
+
+def _labeled(
+    name: str, builder: Any, wanted: Sequence[str], data_dir: str | None, options: dict[str, Any]
+) -> TfdsSource:
+    """Return the first of the splits `wanted` that has examples with labels.
+
+    Raises UserError, which names the splits and configurations there are, if none has.
+    """
+    splits = builder.info.splits
+    hidden = []
+    for split in wanted:
+        if split in splits and splits[split].num_examples:
+            source = TfdsSource(builder, split, data_dir, **options)
+            if not source.hides_labels():
+                return source
+            hidden.append(split)
+    there = ", ".join(f"{split} ({info.num_examples:,} examples)" for split, info in splits.items())
+    if hidden:
+        fault = f"the labels of its {' and '.join(hidden)} split are hidden (-1)"
+    else:
+        fault = f"it has no {' or '.join(wanted)} split with examples"
+    configs = _prepared_configs(name, data_dir)
+    raise UserError(
+        f"--dataset {name}: {fault}; a split to train on and one to test on are needed, and it has "
+        f"{there or 'none'}{f'; {_only_the_default(name, configs)}' if configs else ''}; use another data set"
+    )
+
+
+def _identity(builder: Any, test_split: str) -> Identity:
+    """Return which version and configuration it is, with a hash of what describes the stored examples.
+
+    Texts such as the citation, and how the files are stored, are not part of it.
+    """
+    config = builder.builder_config.name if builder.builder_config else None
+    version = str(builder.version)
+    described = {
+        "name": builder.name,
+        "config": config,
+        "version": version,
+        "features": json.loads((Path(builder.data_dir) / "features.json").read_text(encoding="utf-8")),
+        "splits": {
+            split: {"shard_lengths": list(info.shard_lengths), "num_bytes": info.num_bytes}
+            for split, info in builder.info.splits.items()
+        },
+    }
+    text = json.dumps(described, sort_keys=True)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return identity(sha256, version=version, config=config, test_split=test_split)
 
 
 def _features(name: str, builder: Any) -> tuple[tuple[int | None, int | None, int], tuple[str, ...]]:
@@ -244,13 +362,15 @@ def _features(name: str, builder: Any) -> tuple[tuple[int | None, int | None, in
     import tensorflow_datasets as tfds
 
     features = builder.info.features
-    named = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
+    named = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {"features": features}
     image, label = named.get("image"), named.get("label")
     if not (isinstance(image, tfds.features.Image) and isinstance(label, tfds.features.ClassLabel)):
         raise UserError(
             f"--dataset {name}: a picture `image` and a class `label` are needed, and it has "
             f"{', '.join(f'{key} ({type(value).__name__})' for key, value in named.items())}; use another"
         )
+    if not label.num_classes:
+        raise UserError(f"--dataset {name}: its feature `label` has no number of classes; use another")
     height, width, channels = image.shape
     if channels not in (1, 3) or image.np_dtype != np.uint8:
         raise UserError(
@@ -269,8 +389,13 @@ def _has_bbox(builder: Any) -> bool:
 
 def _refuse(name: str, data_dir: str | None) -> NoReturn:
     """Say why a data set is not there: TFDS does not know it, or it is not prepared."""
-    check_known(name)
     root = data_root(data_dir)
+    if configs := _prepared_configs(name, data_dir):
+        raise UserError(
+            f"--dataset {name}: {_only_the_default(name, configs)}, and --data-dir {root} does not have "
+            f"that: run `{prepare_command(name, data_dir)}`, or use another data set"
+        )
+    check_known(name)
     where = f"{root}" if root.is_dir() else f"{root} (which does not exist)"
     raise UserError(
         f"--dataset {name} is not prepared in --data-dir {where}: run `{prepare_command(name, data_dir)}`, "

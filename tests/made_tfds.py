@@ -39,8 +39,10 @@ def write(
     *,
     shape: tuple[int | None, int | None, int] = (None, None, 3),
     features: Mapping[str, Any] | None = None,
+    version: str = "1.0.0",
+    config: str | None = None,
 ) -> Path:
-    """Write the data set `name`, version 1.0.0, into the TFDS data directory `root`; return its directory.
+    """Write the data set `name` into the TFDS data directory `root`; return its directory.
 
     Args:
         root: the TFDS data directory.
@@ -48,12 +50,14 @@ def write(
         splits: for each split, its examples.
         shape: what the features say of the pictures; None for sizes that differ.
         features: instead of a picture `image` and a class `label`.
+        version: the data set's.
+        config: the name of its configuration, if it has several.
     """
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 
-    directory = root / name / "1.0.0"
+    directory = root / name / (config or "") / version
     directory.mkdir(parents=True)
     if features is None:
         label = tfds.features.ClassLabel(names=["even", "odd"])
@@ -84,6 +88,9 @@ def write(
                 "shardLengths": [str(len(examples))],
             }
         )
-    info = {"name": name, "version": "1.0.0", "fileFormat": "array_record", "splits": described}
+    info: dict[str, Any] = {"name": name, "version": version, "fileFormat": "array_record"}
+    info["splits"] = described
+    if config is not None:
+        info["configName"] = config
     (directory / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     return directory

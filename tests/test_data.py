@@ -86,7 +86,7 @@ def load_numbered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Data]:
         train: int, test: int = 5, *, delay: Callable[[], float] = lambda: 0.0, **options: Any
     ) -> Data:
         parts = (Numbered(train, delay), Numbered(test, delay))
-        dataset = Dataset(*parts, tuple("abcdefg"), (32, 32, 1), (0.5,), (0.5,))
+        dataset = Dataset(*parts, tuple("abcdefg"), (32, 32, 1), (0.5,), (0.5,), sources.identity("0"))
         monkeypatch.setattr(data_module, "open_dataset", lambda *_, **__: dataset)
         return load("numbered", data_dir=None, **({"seed": 0, "batch_size": 1} | options))
 
@@ -512,6 +512,7 @@ def test_default_sizes(
     [
         ("made", {"train": 8, "test": 3, "validation": 4}, 3),
         ("made", {"train": 8, "validation": 4}, 4),
+        ("made", {"train": 8, "test": 0, "validation": 4}, 4),
         ("imagenet2012", {"train": 8, "test": 3, "validation": 4}, 4),
     ],
 )
@@ -537,11 +538,41 @@ def test_splits_that_do_not_fit(root: Path) -> None:
         ("a", {"train": files}),
         ("b", {"test": files}),
         ("c", {"train": files, "test": []}),
+        ("d", {"train": [], "test": files}),
+        ("e", {}),
     ):
         made_tfds.write(root, name, splits)
         with pytest.raises(UserError) as caught:
             load_made(root, name)
-        one_line(caught, f"--dataset {name} has no examples in a split named", "use another")
+        wanted = "test or validation" if splits.get("train") else "train"
+        there = ", ".join(f"{split} ({len(examples)} examples)" for split, examples in splits.items())
+        one_line(
+            caught,
+            f"--dataset {name}: it has no {wanted} split with examples",
+            f"it has {there or 'none'}; use another",
+        )
+
+
+def test_configurations(root: Path) -> None:
+    """The default one is used; an error names those there are."""
+    files = made_tfds.pictures(4, (32, 32, 3))
+    parts = {"train": files, "test": files}
+    for name in ("made", "half"):
+        made_tfds.write(root, name, parts if name == "made" else {"train": files}, config="large")
+        made_tfds.write(root, name, parts, config="small")
+    named = "of the configurations of made (large, small) only TFDS' default one can be used"
+    for name in ("made", "made/small", "made/small:1.0.0", "made:1.0.0"):
+        with pytest.raises(UserError) as caught:
+            load_made(root, name)
+        one_line(caught, named)
+    for name in ("made", "half"):
+        (root / name / ".config").mkdir()
+        (root / name / ".config" / "metadata.json").write_text('{"default_config_name": "large"}')
+    data = load_made(root)
+    assert data.identity["data_config"] == "large"
+    with pytest.raises(UserError) as caught:
+        load_made(root, "half")
+    one_line(caught, "--dataset half: it has no test or validation split", named.replace("made", "half"))
 
 
 def test_features_that_do_not_fit(root: Path) -> None:
@@ -556,6 +587,8 @@ def test_features_that_do_not_fit(root: Path) -> None:
         "c": ({"label": label, "text": features.Text()}, "text (Text)"),
         "d": ({"image": features.Image(shape=(32, 32, 4)), "label": label}, "4 of uint8"),
         "e": ({"image": features.Image(shape=(32, 32, 1), dtype=np.uint16), "label": label}, "1 of uint16"),
+        "f": ({"image": image, "label": features.Sequence(label)}, "label (Sequence)"),
+        "g": ({"image": image, "label": features.ClassLabel()}, "`label` has no number of classes"),
     }
     for name, (named, message) in cases.items():
         made_tfds.write(root, name, {"train": files, "test": files}, features=named)
@@ -564,12 +597,44 @@ def test_features_that_do_not_fit(root: Path) -> None:
         one_line(caught, f"--dataset {name}:", message, "use another")
 
 
-def test_hidden_labels_are_noticed(root: Path) -> None:
+def test_hidden_test_labels(root: Path) -> None:
+    """Validation is the test part where there is one; else the message says that labels are hidden."""
     files = made_tfds.pictures(4, (32, 32, 3))
-    made_tfds.write(root, "made", {"train": files, "test": [(file, -1) for file, _ in files]})
+    hidden = [(file, -1) for file, _ in files]
+    made_tfds.write(root, "made", {"train": files, "validation": files[:3], "test": hidden})
+    data = load_made(root)
+    assert (data.test_size, data.identity["data_test_split"]) == (3, "validation")
+    cases = {
+        "a": ({"train": files, "test": hidden}, "the labels of its test split are hidden (-1)"),
+        "b": (
+            {"train": files, "test": hidden, "validation": hidden},
+            "the labels of its test and validation split are hidden (-1)",
+        ),
+        "c": ({"train": hidden, "test": files}, "the labels of its train split are hidden (-1)"),
+        "d": ({"train": files, "test": [*files, hidden[0]]}, "the labels of its test split are hidden (-1)"),
+        "imagenet2012": ({"train": files, "test": hidden}, "it has no validation split with examples"),
+    }
+    for name, (splits, message) in cases.items():
+        made_tfds.write(root, name, splits)
+        with pytest.raises(UserError) as caught:
+            load_made(root, name)
+        one_line(caught, f"--dataset {name}: {message}", "it has train (4 examples), test (", "use another")
+        assert "delete" not in str(caught.value)
+        assert "prepare" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("label", "fault"), [(-1, "has no label (-1)"), (2, "has the label 2, which is none of its 2 classes")]
+)
+def test_a_label_that_is_no_class_names_its_record(root: Path, label: int, fault: str) -> None:
+    files = made_tfds.pictures(9, (32, 32, 3))
+    files[3] = (files[3][0], label)
+    directory = made_tfds.write(root, "made", {"train": files, "test": files[:3]})
+    data = load_made(root, val_fraction=0)
     with pytest.raises(UserError) as caught:
-        load_made(root)
-    one_line(caught, "made (test)", "labels outside of 0..1")
+        list(data.eval_batches("train", 2))
+    one_line(caught, f"--data-dir: record 3 of made (train) in {directory} {fault}", "use another data set")
+    assert "delete" not in str(caught.value)
 
 
 def data_file(directory: Path, split: str) -> Path:
@@ -606,9 +671,8 @@ def test_damage_is_noticed_before_a_run_begins(root: Path, damage: str) -> None:
     DAMAGE[damage](directory)
     with pytest.raises(UserError) as caught:
         load_made(root)
-    one_line(
-        caught, "--data-dir", "made", str(root), f"python -m experiment prepare made --data-dir '{root}'"
-    )
+    command = f"python -m experiment prepare made --data-dir '{root}'"
+    one_line(caught, "--data-dir", "made", str(root), f"move that folder away and run `{command}`")
 
 
 def test_a_flipped_bit_is_noticed_when_it_is_read(root: Path) -> None:
@@ -616,12 +680,15 @@ def test_a_flipped_bit_is_noticed_when_it_is_read(root: Path) -> None:
     directory = made_tfds.write(root, "made", {"train": files, "test": files})
     path = data_file(directory, "train")
     # The records are the first 64 pictures' bytes; the end of the file is the index and padding.
-    flip(path, 0.5 * sum(len(file) for file, _ in files) / path.stat().st_size)
+    place = sum(len(file) for file, _ in files) // 2
+    flip(path, place / path.stat().st_size)
+    starts = [path.read_bytes().find(file[:60]) for file, _ in files]
+    damaged = max(number for number, start in enumerate(starts) if start < place)
     data = load_made(root, batch_size=8)
     for stream in (data.train_batches(), data.eval_batches("train", 8)):
         with pytest.raises(UserError) as caught:
             list(itertools.islice(stream, data.steps_per_epoch + 1))
-        one_line(caught, "--data-dir", "made (train)", "prepare made")
+        one_line(caught, f"record {damaged} of made (train)", "cannot be read", "move that folder away")
 
 
 @pytest.mark.parametrize("file", [b"", b"no picture", made_tfds.encoded(np.zeros((40, 40), np.uint8))[:45]])
@@ -631,7 +698,36 @@ def test_a_broken_picture_is_noticed(root: Path, file: bytes) -> None:
     data = load_made(root, val_fraction=0)
     with pytest.raises(UserError) as caught:
         list(data.eval_batches("train", 3))
-    one_line(caught, "made (train)", "prepare made")
+    one_line(caught, "record 8 of made (train)", "no image that Pillow reads", "use another data set")
+    assert "delete" not in str(caught.value)
+
+
+def test_a_record_is_named_as_the_data_set_names_it(root: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(num_classes=2),
+        "file_name": tfds.features.Text(),
+        "bbox": tfds.features.BBoxFeature(),
+    }
+    examples: list[dict[str, Any]] = [
+        {"image": file, "label": label, "file_name": b"a\n%d.png" % label, "bbox": (0.0, 0.0, 1.0, 1.0)}
+        for file, label in made_tfds.pictures(3, (32, 32, 3))
+    ]
+    examples[1]["image"] = b"no image"
+    examples[2]["bbox"] = (0.5, 0.0, 0.5, 1.0)
+    made_tfds.write(root, "made", {"train": examples, "test": examples[:1]}, features=features)
+    data = load_made(root, val_fraction=0, crop_to_bbox=True)
+    with pytest.raises(UserError) as caught:
+        list(data.eval_batches("train", 2))
+    one_line(caught, "--data-dir: record 1, file_name a 1.png, of made (train) in ")
+    source, _ = data.parts["train"]
+    with pytest.raises(UserError) as caught:
+        source.read(np.array([2]))
+    one_line(
+        caught, "record 2, file_name a 0.png, of made (train)", "no box inside", "leave --crop-to-bbox out"
+    )
 
 
 def test_other_formats_are_refused(root: Path) -> None:

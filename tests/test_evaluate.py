@@ -12,18 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image, ImageFile, PngImagePlugin
+from PIL import Image
 
 import train
-from experiment import sources
 from experiment.__main__ import main
 from experiment.commands.evaluate import STRIDE, average, by_shape
 from experiment.data import load
 from experiment.engines import load_engine
-from experiment.errors import UserError
 from experiment.finished import open_run
-from experiment.sources import read_picture
-from experiment.transforms import pixels_of, ten_crops, ten_shifts, whole_picture
+from experiment.transforms import ten_crops, ten_shifts, whole_picture
 from tests import made_tfds
 
 Pixels = npt.NDArray[np.uint8]
@@ -292,8 +289,8 @@ REFUSED = [
     (["predict", "run"], ["IMAGE", "--help"]),
     (["predict", "nowhere", "a.png"], ["nowhere", "config.json"]),
     (["predict", "run", "absent.png"], ["absent.png", "not found"]),
-    (["predict", "run", "run"], ["run", "no picture"]),
-    (["predict", "run", "run/config.json"], ["config.json", "no picture"]),
+    (["predict", "run", "run"], ["run", "is a folder"]),
+    (["predict", "run", "run/config.json"], ["config.json", "no image"]),
     (["predict", "run", "a.png", "--top", "0"], ["--top", "at least 1"]),
 ]
 
@@ -373,62 +370,3 @@ def test_predictions_are_the_softmax_of_the_logits(here: Path, capsys: pytest.Ca
         assert [float(value) for value, _ in found] == pytest.approx(row[best], abs=1e-4)
     assert main(["predict", "run", "0.png", "--top", "99", "--framework", "jax"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 11
-
-
-def test_orientation_transparency_and_depth_of_a_file(tmp_path: Path) -> None:
-    colour = noise(20, 30, 3)
-    path = tmp_path / "a.png"
-    turned = Image.Exif()
-    turned[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
-    Image.fromarray(colour).save(path, exif=turned)
-    np.testing.assert_array_equal(read_picture(path, 3), np.rot90(colour, -1))
-    clear = np.dstack([colour, np.full((20, 30), 255, np.uint8)])
-    clear[:10, :, 3] = 0
-    Image.fromarray(clear).save(path)
-    want = colour.copy()
-    want[:10] = 255
-    np.testing.assert_array_equal(read_picture(path, 3), want)
-    np.testing.assert_array_equal(read_picture(path, 1), Image.fromarray(want).convert("L"))
-    grey = noise(20, 30)
-    Image.fromarray(grey).save(path)
-    np.testing.assert_array_equal(read_picture(path, 3), np.repeat(grey[..., None], 3, -1))
-    Image.fromarray(grey.astype(np.uint16) * 257).save(path)
-    np.testing.assert_array_equal(read_picture(path, 1), grey)
-    palette = Image.fromarray(colour).quantize(8)
-    palette.save(path)
-    np.testing.assert_array_equal(read_picture(path, 3), palette.convert("RGB"))
-    assert pixels_of(read_picture(path, 1)).shape == (20, 30, 1)
-
-
-def test_a_large_picture_is_refused_before_it_is_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def decode(self: Any) -> None:
-        raise AssertionError("decoded")
-
-    path = tmp_path / "large.png"
-    Image.new("1", (200, 100)).save(path)
-    monkeypatch.setattr(sources, "MOST_PIXELS", 19_999)
-    for kind in (ImageFile.ImageFile, PngImagePlugin.PngImageFile):
-        monkeypatch.setattr(kind, "load", decode)
-    with pytest.raises(UserError, match=r"large.png: 200x100 pixels are too many; .* 19,999 pixels$"):
-        read_picture(path, 3)
-
-
-@pytest.mark.parametrize("form", ["png", "jpeg", "gif", "bmp"])
-def test_a_damaged_picture_is_one_line(form: str, tmp_path: Path) -> None:
-    """Cut at many places, or with a byte changed: a picture, or one line; never another error."""
-    file = made_tfds.encoded(Image.fromarray(noise(24, 24, 3)), form)
-    path = tmp_path / f"a.{form}"
-    refused = []
-    damaged = [file[:end] for end in range(0, len(file), max(1, len(file) // 40))]
-    for place in range(0, len(file), max(1, len(file) // 40)):
-        damaged.append(file[:place] + bytes([file[place] ^ 0xFF]) + file[place + 1 :])
-    for content in damaged:
-        path.write_bytes(content)
-        try:
-            assert pixels_of(read_picture(path, 3)).shape[-1] == 3
-        except UserError as error:
-            refused.append(str(error))
-    assert len(refused) > 20
-    assert not [line for line in refused if "\n" in line or not line.startswith(f"{path}: ")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -57,9 +58,11 @@ def main(argv: Sequence[str]) -> int:
     if resize is not None:
         arguments["resize"] = (resize,)
     data = data_module.load(run.config.dataset, **{**arguments, "augment": "none"})
-    rundir.check_same_data(run.resolved, {name: getattr(data, name) for name in rundir.DATA_FACTS})
+    note = rundir.check_same_data(run.resolved, data)
     if not len(data.parts[options.split][1]):
         raise UserError(f"--split: the run has no {options.split} part; choose another")
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
     pixels = run.image_shape[0] * run.image_shape[1] * (options.batch_size or run.config.eval_batch_size)
     metrics = Metrics(data.num_classes)
     for logits, labels in _scores(options, run, data, resize, pixels):

@@ -21,7 +21,7 @@ from experiment.config import MODELS, parse_image_size
 from experiment.engines import load_module, set_environment
 from experiment.errors import UserError
 from experiment.identify import Network, identify
-from experiment.sources import read_picture
+from experiment.images import read_image
 from experiment.transforms import fit_picture
 
 Stages = Mapping[str, np.ndarray]
@@ -166,7 +166,7 @@ def _picture(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
     """The picture of any format that Pillow reads, resized: uint8 [H, W, C]."""
     if channels not in (1, 3):
         raise UserError(f"IMAGE: no picture has {channels} channels; leave it out for random numbers")
-    return fit_picture(read_picture(path, channels), size)
+    return fit_picture(read_image(path, channels), size)
 
 
 def _outputs(

@@ -13,7 +13,7 @@ import numpy as np
 from experiment.commands.parser import Parser
 from experiment.errors import UserError
 from experiment.finished import add_run, open_run
-from experiment.sources import read_picture
+from experiment.images import read_image
 from experiment.transforms import fill_color, fit_picture
 
 RELEASED = Path(__file__).parents[2] / "weights" / "digits-resnet8"
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     resize = run.config.resize[0] if run.config.resize else None
     fill = fill_color(run.resolved["mean"]) if run.config.crop_to_bbox else None
     pictures = np.stack(
-        [fit_picture(read_picture(path, channels), (height, width), resize, fill) for path in options.images]
+        [fit_picture(read_image(path, channels), (height, width), resize, fill) for path in options.images]
     )
     size = run.config.eval_batch_size
     batches = (pictures[start : start + size] for start in range(0, len(pictures), size))

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiment.commands.parser import Parser
-from experiment.errors import UserError
+from experiment.errors import UserError, one_line
 from experiment.tfds_source import (
     check_known,
     check_name,
     data_root,
     find_prepared,
-    one_line,
     prepare_command,
 )
 
@@ -48,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     if name in ("digits", "synthetic"):
         print(f"{name} needs no preparation")
         return 0
-    check_name(name)
+    check_name(name, data_dir)
     builder = find_prepared(name, data_dir)
     if builder is not None:
         print(f"{name} {builder.version} is already prepared in {builder.data_dir}")

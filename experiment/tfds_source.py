@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.errors import UserError
+from experiment.paths import local_path
 from experiment.sources import (
     Batch,
     Dataset,
@@ -119,7 +120,8 @@ def data_root(data_dir: str | None) -> Path:
     """Return the TFDS data directory that `--data-dir` names: None is TFDS' own default."""
     import tensorflow_datasets as tfds
 
-    return Path(tfds.core.constants.DATA_DIR if data_dir is None else data_dir).expanduser()
+    directory = tfds.core.constants.DATA_DIR if data_dir is None else data_dir
+    return Path(local_path("--data-dir", directory))
 
 
 class TfdsSource:

@@ -19,15 +19,19 @@ import gc
 import io
 import logging
 import os
+import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from threading import BrokenBarrierError
 from typing import TYPE_CHECKING, Any
 
 from experiment import rundir
-from experiment.config import Config, parse, refuse_unused, resolve
+from experiment.config import Config, parse, refuse_unused, resolve, with_local_paths
+from experiment.console import prepare_streams, release_streams
 from experiment.engines import Engine, load_engine, set_environment
 from experiment.errors import UserError
 from experiment.processes import ALONE, connect
@@ -45,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # JAX and the tracing of a network make a million objects, which stay. To go through them for garbage
     # again and again takes a tenth of the time to the first step.
     gc.set_threshold(100_000)
+    prepare_streams()
     try:
         given = parse(argv)
         if not given.get("resume"):
@@ -53,12 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+    except (OSError, MemoryError) as error:
+        print(f"train.py: error: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C
-        print("train.py: interrupted at once; what was saved before is whole", file=sys.stderr)
+    except KeyboardInterrupt:  # before the folder of the run was opened
+        print("train.py: interrupted before the run began", file=sys.stderr)
         return 128 + signal.SIGINT
+    finally:
+        release_streams()
 
 
 def start(
@@ -72,6 +79,7 @@ def start(
         join: gives the engine to use in place of the run's own, for runs that train together.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what we report in a line
+    given = with_local_paths(given)
     stored = None
     if given.get("resume") and given.get("run_dir"):
         stored = rundir.read_record(Path(given["run_dir"]))
@@ -95,7 +103,15 @@ def run(
     from experiment import data as data_module
     from experiment.checkpoint import Checkpoints
     from experiment.console import Console, conclude, describe
-    from experiment.training import RunFailedError, Trainer, begin, restore
+    from experiment.training import (
+        RunFailedError,
+        Trainer,
+        begin,
+        describe_failure,
+        restore,
+        resume_command,
+        what_is_safe,
+    )
 
     data = data_module.load(config.dataset, **config.data_options())
     note = rundir.check_same_data(stored["resolved"], data) if stored is not None else None
@@ -111,8 +127,10 @@ def run(
         name = f"{config.model}-{config.dataset}-{config.optimizer}"
         run_dir = rundir.create(Path(config.run_dir) if config.run_dir else None, name)
     with rundir.lock(run_dir) if place.leads else nullcontext():
-        checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints, writes=place.leads)
         console = Console(run_dir / "log.txt") if place.leads else Console(stream=io.StringIO())
+        checkpoints = Checkpoints(
+            *(run_dir / "checkpoints", config.keep_checkpoints), writes=place.leads, report=console.say
+        )
         try:
             start = None
             if stored is not None:
@@ -140,7 +158,7 @@ def run(
                 assert trainer.stopped_by is not None
                 console.say(
                     f"stopped by {trainer.stopped_by.name} at step {trainer.step}; everything is saved: "
-                    f"continue with python train.py --resume --run-dir {run_dir}"
+                    f"continue with {resume_command(run_dir)}"
                 )
                 report(config, run_dir, trainer.step, console)
                 return 128 + trainer.stopped_by
@@ -151,18 +169,19 @@ def run(
                 console.say(f"report: {page}")
             return 0
         except RunFailedError as error:
-            console.fail(f"the run failed: {error}")
+            console.fail(f"error: the run failed: {error}")
             report(config, run_dir, trainer.step, console)
             return 1
-        except OSError as error:
-            with suppress(OSError):
-                checkpoints.wait()
-            kept = ", ".join(map(str, checkpoints.steps())) or "none"
-            console.fail(
-                f"the run failed: cannot write in {run_dir}: {error}; checkpoints that are whole: {kept}; "
-                "make room, then continue with --resume"
-            )
+        except (UserError, BrokenBarrierError):  # the second: another of the runs that train together ended
+            raise
+        except Exception as error:
+            if not isinstance(error, OSError | MemoryError):
+                console.log(traceback.format_exc())
+            console.fail(f"error: the run failed: {describe_failure(error, checkpoints, run_dir)}")
             return 1
+        except KeyboardInterrupt:  # before the first step, or the second Ctrl-C
+            console.fail(f"interrupted at once; {what_is_safe(checkpoints, run_dir)}")
+            return 128 + signal.SIGINT
         finally:
             with suppress(OSError):  # told already
                 checkpoints.close()
@@ -183,7 +202,7 @@ def report(config: Config, run_dir: Path, step: int, console: Console) -> Path |
     except Exception as error:  # of a library that draws
         console.say(
             f"the run is saved, but its report could not be made ({type(error).__name__}: {error}); "
-            f"try python -m experiment report {run_dir}"
+            f"try python -m experiment report {shlex.quote(str(run_dir))}"
         )
         return None
 

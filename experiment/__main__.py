@@ -1,9 +1,11 @@
 """`python -m experiment COMMAND ...`: work on data sets and on finished runs."""
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
+from experiment.console import prepare_streams, release_streams
 from experiment.errors import UserError
 
 COMMANDS = {
@@ -20,7 +22,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command; return its exit status: 0, or 2 for a user's mistake, told in one line on stderr."""
+    """Run one command; return its exit status: 0, 2 for a user's mistake, 1 for a failure of the system.
+
+    Mistakes and failures are one line on stderr. 141 is the status of a program whose reader has gone.
+    """
     usage = "\n".join(
         [
             "usage: python -m experiment COMMAND ...",
@@ -31,19 +36,28 @@ def main(argv: Sequence[str]) -> int:
         ]
     )
     name, *rest = argv or ["--help"]
-    if name in ("-h", "--help"):
-        print(usage)
-        return 0
+    prepare_streams()
     try:
+        if name in ("-h", "--help"):
+            print(usage, flush=True)
+            return 0
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
         status: int = importlib.import_module(f"experiment.commands.{name}").main(rest)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head`
+        return 128 + signal.SIGPIPE
+    except (OSError, MemoryError) as error:
+        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        release_streams()
     return status
 
 

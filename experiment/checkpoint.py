@@ -11,10 +11,12 @@ moves.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +33,7 @@ from experiment.rundir import write_json
 
 Tree = dict[str, Any]
 MANIFEST = "manifest.json"
+NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}  # what fsync of a folder says on CIFS, FUSE, vboxsf
 _one_at_a_time = Lock()  # Orbax fails where two threads of a process save, as runs that train together do
 
 
@@ -44,11 +47,15 @@ class Checkpoints:
     Without `writes` nothing is saved or removed: another process does it. Saving goes on in a background
     thread. The tree that is handed over must hold NumPy arrays of its own,
     which nobody changes afterwards: then it is safe that the engine donates its state to the next step.
+    `report` gets a line, once, if the file system cannot bring folders to the disk.
     """
 
-    def __init__(self, directory: Path, keep: int, *, writes: bool = True) -> None:
+    def __init__(
+        self, directory: Path, keep: int, *, writes: bool = True, report: Callable[[str], None] = print
+    ) -> None:
         self.directory, self.keep = directory.absolute(), keep  # Orbax takes no relative path
-        self._writes = writes
+        self._writes, self._report = writes, report
+        self._folders_sync = True
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -88,15 +95,17 @@ class Checkpoints:
             write_json(partial / "run.json", run)
             write_json(partial / MANIFEST, {"files": _sums(partial)})
             for path in [*partial.rglob("*"), partial]:
-                _fsync(path)
+                self._sync(path)
             if final.exists():  # a damaged one that resume has stepped over
                 shutil.rmtree(final)
             os.rename(partial, final)
-            _fsync(self.directory)
+            self._sync(self.directory)
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise OSError(f"checkpoint {step} could not be written: {reason}") from error
+            failure = OSError(f"checkpoint {step} could not be written: {reason}")
+            failure.errno = _errno(error)
+            raise failure from error
         # Damaged ones that resume has stepped over are newer than this one; they do not push out whole ones.
         older = [old for old in self.steps() if old < step]
         for old in older[: max(len(older) + 1 - self.keep, 0)]:
@@ -104,6 +113,24 @@ class Checkpoints:
             removed = self.directory / f"{old}.incomplete"
             os.rename(self.directory / str(old), removed)
             shutil.rmtree(removed)
+
+    def _sync(self, path: Path) -> None:
+        """Bring a file or folder to the disk; report once if the file system cannot do it for folders."""
+        try:
+            _fsync(path)
+        except OSError as error:
+            if not path.is_dir() or error.errno not in NO_FSYNC:
+                raise
+            if self._folders_sync:
+                self._report(
+                    f"warning: the file system of {self.directory} cannot sync folders ({error.strerror}): "
+                    "after a power cut the newest checkpoint may be missing"
+                )
+            self._folders_sync = False
+
+    def verified(self) -> list[int]:
+        """The steps of the checkpoints whose sums are right, ascending; reads all of them."""
+        return [step for step in self.steps() if _is_whole(self.directory / str(step))]
 
     def remove_incomplete(self) -> None:
         """Delete what a killed process left half written."""
@@ -242,6 +269,20 @@ def _verify(folder: Path) -> None:
             raise CheckpointError(f"{name} has {size} bytes, not {wanted['bytes']}")
         if sha256 != wanted["sha256"]:
             raise CheckpointError(f"{name} differs from its SHA-256")
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        _verify(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _errno(error: Exception) -> int | None:
+    """The number of the system's error. TensorStore raises no OSError, and has it in its text."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else getattr(error, "errno", None)
 
 
 def _fsync(path: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from experiment.errors import UserError
+from experiment.paths import local_path
 
 FRAMEWORKS = ("jax", "numpy")
 MODELS = (
@@ -34,6 +35,8 @@ USED_BY = {
     "decay_factor": ("schedule", ("multistep", "plateau")),
     **dict.fromkeys(("patience", "cooldown"), ("schedule", ("plateau",))),
 }
+
+PATHS = ("data_dir", "init_from", "run_dir")  # options that name a local file or folder
 
 # The published defaults: PyTorch's, and for AdaBound those of the reference code.
 DEFAULT_LR = {"sgd": 0.1}
@@ -405,7 +408,14 @@ def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
 def parse(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The flags that were given, as {name of the field: value}. Raises UserError."""
     given = vars(make_parser().parse_args(argv))
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return with_local_paths(given)
+
+
+def with_local_paths(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with `~` expanded in their paths. Raises UserError for a path that is not local."""
+    paths = {name: options[name] for name in PATHS if isinstance(options.get(name), str)}
+    return options | {name: local_path("--" + name.replace("_", "-"), path) for name, path in paths.items()}
 
 
 def refuse_unused(given: dict[str, Any], config: Config) -> None:
@@ -439,6 +449,7 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
     Raises UserError for an option out of range, and on resume for one that differs from the stored one and
     may not.
     """
+    given = with_local_paths(given)
     if stored is None:
         config = Config(**given)
     else:
@@ -449,6 +460,7 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
                 raise UserError(
                     f"config.json: {name} cannot be {value!r}; restore the file, or start a fresh run"
                 )
+        stored = with_local_paths(stored)
         if "epochs" in given and "steps" not in given:
             stored["steps"] = None
         config = Config(**{**stored, **given})

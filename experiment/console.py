@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import time
 from contextlib import suppress
@@ -11,34 +13,65 @@ from typing import Any, TextIO
 PLAIN_LINE_SECONDS = 5.0
 
 
+def prepare_streams() -> None:
+    """Make the standard streams safe to print to.
+
+    A closed one (`>&-`) becomes the null device, so that no file that is opened later takes its number. What
+    the encoding of a stream does not have, and file names that are no text, are printed as escapes.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115 - lasts as long as the process
+            setattr(sys, name, stream)
+        if mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def release_streams() -> None:
+    """Flush the standard streams; what nobody reads any more is dropped, where Python would complain."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
+
+
 class Console:
     """Lines on `stream` and in a log; on a terminal a bar with loss, accuracy, images/s and time left."""
 
     def __init__(self, log: Path | None = None, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
-        self._log = open(log, "a", encoding="utf-8") if log else None  # noqa: SIM115 - closed by close()
+        self._log: TextIO | None = None  # closed by close()
+        if log:
+            self._log = open(log, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         self._bar: Any = None
-        self._terminal = self._stream.isatty()
+        self._terminal = _is_terminal(self._stream)
         self._last_line = 0.0
 
     def say(self, text: str) -> None:
         """One line, above the bar if there is one. A terminal that is gone or a full disk is no error."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             if self._bar is not None:
                 self._bar.write(text, file=self._stream)
             else:
                 print(text, file=self._stream, flush=True)
-        self._keep(text)
+        self.log(text)
 
     def fail(self, text: str) -> None:
         """The last line of a run that failed: on stderr, and in the log."""
         self.stop()
-        print(f"train.py: error: {text}", file=sys.stderr)
-        self._keep(text)
+        with suppress(OSError, ValueError):
+            print(f"train.py: {text}", file=sys.stderr)
+        self.log(text)
 
-    def _keep(self, text: str) -> None:
+    def log(self, text: str) -> None:
+        """One line in the log alone."""
         if self._log:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
                 self._log.flush()
 
@@ -75,7 +108,8 @@ class Console:
     def stop(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError, ValueError):
+                self._bar.close()
             self._bar = None
 
     def close(self) -> None:
@@ -84,6 +118,13 @@ class Console:
         if self._log:
             with suppress(OSError):
                 self._log.close()
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # an object with `write` alone; a closed file
+        return False
 
 
 def describe(record: dict[str, Any], device: str, run_dir: Path, console: Console) -> None:

@@ -15,6 +15,7 @@ from experiment.checkpoint import differences
 from experiment.config import FRAMEWORKS, Config, resolve
 from experiment.engines import Engine, load_engine, set_environment
 from experiment.errors import UserError
+from experiment.paths import path_type
 
 WEIGHTS = {"final": "weights.safetensors", "best": "weights-best.safetensors"}
 
@@ -49,7 +50,7 @@ class FinishedRun:
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of a command that say which run it opens, and how: RUN, --framework, --weights."""
     add = parser.add_argument
-    add("run", metavar="RUN", type=Path, help="the folder of a run")
+    add("run", metavar="RUN", type=path_type("RUN"), help="the folder of a run")
     add("--framework", choices=FRAMEWORKS, help="engine that computes (default: the run's)")
     add("--weights", choices=list(WEIGHTS), default="final", help="which of the run's (default final)")
 
@@ -69,6 +70,8 @@ def open_run(
         UserError: no folder of a run; its files are damaged; the weights are absent, or of another network;
             an engine that cannot do the run's precision.
     """
+    if not run_dir.exists():
+        raise UserError(f"{run_dir}: not found; name the folder of a run")
     if not (run_dir / "config.json").is_file():
         raise UserError(f"{run_dir}: is not the folder of a run (it has no config.json); name another")
     record = rundir.read_record(run_dir)

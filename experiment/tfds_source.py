@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from experiment.errors import UserError, one_line
 from experiment.images import ImageError, decode_image
+from experiment.paths import local_path
 from experiment.sources import (
     Batch,
     Dataset,
@@ -144,7 +145,8 @@ def data_root(data_dir: str | None) -> Path:
     """Return the TFDS data directory that `--data-dir` names: None is TFDS' own default."""
     import tensorflow_datasets as tfds
 
-    return Path(tfds.core.constants.DATA_DIR if data_dir is None else data_dir).expanduser()
+    directory = tfds.core.constants.DATA_DIR if data_dir is None else data_dir
+    return Path(local_path("--data-dir", directory))
 
 
 def _prepare_again(name: str, data_dir: str | None) -> str:

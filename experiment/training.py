@@ -8,19 +8,20 @@ was stopped.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import math
+import shlex
 import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiment import predictions, weights
+from experiment import predictions, signals, weights
 from experiment.checkpoint import Checkpoints, differences
 from experiment.config import Config
 from experiment.console import Console
@@ -52,6 +53,7 @@ class Start:
     epoch_metrics: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
     clock: dict[str, Any] = dataclasses.field(default_factory=dict)
+    validation_due: bool = False  # a signal came before or during the validation of this step
 
 
 @dataclasses.dataclass
@@ -136,13 +138,18 @@ class Trainer:
         self.checkpoint_every = config.checkpoint_every or self.steps_per_epoch
         self.eval_every = config.eval_every or self.steps_per_epoch
         self.stopped_by: signal.Signals | None = None
+        self._request = signals.StopRequest()
+        # Runs that train together must stop at the same step: as processes they ask each other, as threads by
+        # their engine. An answer takes a moment, so that they ask only where they log, and in evaluation.
+        self._agree = getattr(engine, "agree", place.agree)
+        self._stop_every = config.log_every if place.count > 1 or hasattr(engine, "agree") else 1
 
     def fit(self, start: Start) -> dict[str, Any] | None:
         """Train, then test unless `config.test` is off; returns the summary, or None if a signal stopped the
-        run before its last step.
+        run before its end.
 
-        Raises RunFailedError if a loss or gradient is not finite; OSError if the disk is full; UserError for
-        damaged data.
+        Raises RunFailedError if a loss or gradient is not finite or data cannot be read; OSError if the disk
+        is full.
         """
         self.clock = Clock(**{"processor_seconds": None, **start.clock} if start.clock else {})
         if threading.current_thread() is not threading.main_thread():  # other runs share this process
@@ -160,27 +167,28 @@ class Trainer:
         # The one at the end of a run that got more steps later is off the beat: it must not change the rest.
         self.validations[:] = [each for each in self.history.validations if not each[0] % self.eval_every]
         try:
-            with self._signals():
+            with signals.listen() as self._request:
                 if self.config.init_from is not None and not start.history:
                     self._save()  # so that resume has no need of the file
-                self._train(start.step)
-                if self._converged():
+                self._train(start)
+                if self.stopped_by is None and self._converged():
                     self.console.say(
                         f"step {self.step}: no better validation loss for "
                         f"{self.config.early_stopping_patience} validations, the run ends early"
                     )
-                elif self.stopped_by is not None and self.step < self.total_steps:
-                    self.checkpoints.wait()
-                    return None
-                return self._finish()
+                summary = self._finish() if self.stopped_by is None else None
+                self.checkpoints.wait()
+                return summary
         finally:
             self.console.stop()
             self.history.close()
             if self.events is not None:
                 self.events.close()
 
-    def _train(self, start_step: int) -> None:
-        remaining = max(self.total_steps - start_step, 0)
+    def _train(self, start: Start) -> None:
+        if self._stop_requested() or (start.validation_due and not self._validate()):
+            return
+        remaining = max(self.total_steps - start.step, 0)
         if not remaining or self._converged():
             return
         kept = "the next start finds it in the cache" if keeps_programs() else "no cache keeps it"
@@ -189,7 +197,7 @@ class Trainer:
             if self.config.framework == "jax"
             else "taking the first step"
         )
-        batches = itertools.islice(self._batches(start_step), remaining)
+        batches = itertools.islice(self._batches(start.step), remaining)
         chunks: dict[str, Any] = {"pauses": self._pauses} if self.config.framework == "jax" else {}
         pending: list[tuple[int, dict[str, Any]]] = []
         begun = time.monotonic()
@@ -212,7 +220,7 @@ class Trainer:
             last = self.step == self.total_steps
             evaluate = self.step % self.eval_every == 0 or last
             save = self.step % self.checkpoint_every == 0 or last
-            stop = self._asked_to_stop()
+            stop = self.step % self._stop_every == 0 and self._stop_requested()
             if not (stop or self._pauses(self.step)):
                 continue
             self._drain(pending)
@@ -224,11 +232,11 @@ class Trainer:
                 first_seconds = 0.0
             self._show(pending[-1][1])
             pending.clear()
-            if evaluate:
-                self._validate()
+            validated = not evaluate or self._validate()
             converged = self._converged()
-            if save or stop or converged:
-                self._save()
+            if save or converged or self.stopped_by is not None:
+                self._save(validation_due=not validated)
+                stop = self._stop_requested()  # also while the save before this one was waited for
             if stop or converged:
                 break
             begun, measured = time.monotonic(), 0
@@ -236,23 +244,22 @@ class Trainer:
 
     def _batches(self, start_step: int) -> Iterator[Any]:
         """The training batches; of an engine that holds the pictures, what they are made of."""
-        held = self.data.held() if getattr(self.engine, "holds_pictures", False) else None
+        with self._reading("training"):
+            held = self.data.held() if getattr(self.engine, "holds_pictures", False) else None
         if held is None:
-            return self.data.train_batches(start_step)
+            return self._readable("training", self.data.train_batches(start_step))
         self.engine.hold(held["image"], self.data.augmentation.fill)  # type: ignore[attr-defined]
-        return self.data.train_draws(held["label"], start_step)
+        return self._readable("training", self.data.train_draws(held["label"], start_step))
 
     def _pauses(self, step: int) -> bool:
         """Whether something is done after a step that wants its state, or its metrics on the disk."""
         intervals = (self.eval_every, self.checkpoint_every, self.steps_per_epoch, self.config.log_every)
         return step == self.total_steps or any(step % interval == 0 for interval in intervals)
 
-    def _asked_to_stop(self) -> bool:
-        """Whether a signal has come; to any of several processes, which compare where they log."""
-        if self.place.count > 1:
-            if self.step % self.config.log_every:
-                return False
-            number = self.place.agree(self.stopped_by or 0)
+    def _stop_requested(self) -> bool:
+        """True if any of the runs that train together received a stop signal; all must ask at once."""
+        if self.stopped_by is None:
+            number = self._agree(self._request.signal or 0)
             self.stopped_by = signal.Signals(number) if number else None
         return self.stopped_by is not None
 
@@ -273,7 +280,7 @@ class Trainer:
         bad_step = self.engine.first_bad_step(self.state)
         if bad_step is not None:
             self.checkpoints.wait()
-            good = self.checkpoints.steps()
+            good = self.checkpoints.verified()
             kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint before it"
             raise RunFailedError(
                 f"loss or gradient was not finite at step {bad_step}; {kept} "
@@ -303,20 +310,30 @@ class Trainer:
             processor_seconds=processor_seconds() - self._processor_begun if known else None,
         )
 
-    def _evaluate(self, split: Any, collector: predictions.Collector | None = None) -> dict[str, float]:
-        """The metrics of every example of a split, each exactly once."""
+    def _evaluate(
+        self, split: Any, collector: predictions.Collector | None = None
+    ) -> dict[str, float] | None:
+        """The metrics of every example of a split, each exactly once, or None if a signal came."""
         metrics = Metrics(self.data.num_classes)
-        for_engine, for_labels = itertools.tee(self.data.eval_batches(split, self.config.eval_batch_size))
+        batches = self._readable(split, self.data.eval_batches(split, self.config.eval_batch_size))
+        for_engine, for_labels = itertools.tee(batches)
+        if self._stop_requested():
+            return None
         for logits, batch in zip(self.engine.evaluate(self.state, for_engine), for_labels, strict=True):
+            if self._stop_requested():
+                return None
             metrics.update(logits, batch["label"])
             if collector is not None:
                 collector.update(batch["image"], logits, batch["label"])
         return metrics.compute()
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Validate, and keep the best weights; returns False if a signal came before it was done."""
         if not self.data.val_size:
-            return
+            return True
         result = self._evaluate("val")
+        if result is None:
+            return False
         if self.step % self.eval_every == 0:
             self.validations.append((self.step, result["loss"]))
         self._record({**self._line("val", "epoch", self.step), **result})
@@ -324,26 +341,34 @@ class Trainer:
         if result["loss"] < (self.best["loss"] if self.best else math.inf):  # never so for not-a-number
             self.best = {"step": self.step, **result}
             self._write_weights("weights-best.safetensors", self.engine.to_tree(self.state))
+        return True
 
     def _converged(self) -> bool:
         patience = self.config.early_stopping_patience
         return patience is not None and has_converged(self.validations, patience)
 
-    def _save(self) -> None:
-        run = {
+    def _save(self, *, validation_due: bool = False) -> None:
+        run: dict[str, Any] = {
             "history": self.history.sync(),
             "epoch_metrics": self.epoch_metrics.to_json(),
             "best": self.best,
             "clock": dataclasses.asdict(self._clock_now()),
         }
+        if validation_due:
+            run["validation_due"] = True
         self.checkpoints.save(self.step, self.engine.to_tree(self.state), run)
 
-    def _finish(self) -> dict[str, Any]:
-        """Test the final weights and write them; these lines come after the last checkpoint's history."""
+    def _finish(self) -> dict[str, Any] | None:
+        """Test the final weights and write them; these lines come after the last checkpoint's history.
+
+        Returns the summary, or None if a signal came during the test.
+        """
         collector = predictions.Collector(self.data.test_size) if self.config.test else None
         test = None
         if collector is not None:
             test = self._evaluate("test", collector)
+            if test is None:
+                return None
             self._record({**self._line("test", "epoch", self.step), **test})
         self.history.sync()
         tree = self.engine.to_tree(self.state)
@@ -395,27 +420,70 @@ class Trainer:
         """The epoch, from 1, that step `step` belongs to."""
         return -(-step // self.steps_per_epoch)
 
+    def _readable(self, part: str, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches. Raises RunFailedError where one cannot be read."""
+        with self._reading(part):
+            yield from batches
+
     @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C ask for a checkpoint and a clean end; a second one ends at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        signals = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.getsignal(number) for number in signals}
-
-        def ask_to_stop(number: int, frame: Any) -> None:
-            self.stopped_by = signal.Signals(number)
-            for other in signals:
-                signal.signal(other, before[other])
-
-        for number in signals:
-            signal.signal(number, ask_to_stop)
+    def _reading(self, part: str) -> Iterator[None]:
+        """Inside, whatever a reader of data raises becomes a RunFailedError."""
         try:
             yield
-        finally:
-            for number in signals:
-                signal.signal(number, before[number])
+        except MemoryError:
+            raise
+        except Exception as error:
+            safe = what_is_safe(self.checkpoints, self.run_dir)
+            raise RunFailedError(f"{_unreadable(part, error)}; {safe}") from error
+
+
+def _unreadable(part: str, error: BaseException) -> str:
+    """What could not be read: the words of the data's own UserError, also where a reader has wrapped it."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, UserError):
+        inner = inner.__cause__ or inner.__context__
+    return str(inner) if inner else f"the {part} data cannot be read: {_one_line(error)}"
+
+
+def describe_failure(error: Exception, checkpoints: Checkpoints, run_dir: Path) -> str:
+    """Return in one line why a run failed, what is safe, and how to go on."""
+    space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, ChildProcessError | BlockingIOError):
+        reason = str(error)
+    elif isinstance(error, OSError):  # data is read elsewhere
+        reason = f"cannot write in {run_dir}: {error}"
+    elif isinstance(error, MemoryError):
+        reason = f"out of memory ({error})" if str(error) else "out of memory"
+    else:
+        reason = f"{_one_line(error)}; the traceback is in log.txt"
+    return f"{reason}; {what_is_safe(checkpoints, run_dir, 'free disk space, then ' if space else '')}"
+
+
+def what_is_safe(checkpoints: Checkpoints, run_dir: Path, first: str = "") -> str:
+    """Return in words which checkpoints of a run that has failed are verified, and how to go on.
+
+    Args:
+        checkpoints: those of the run; a save under way is waited for.
+        run_dir: its folder.
+        first: what the user must do before.
+    """
+    with suppress(OSError):  # it is told as the failure, or follows from it
+        checkpoints.wait()
+    steps = ", ".join(map(str, checkpoints.verified())) or "none"
+    how = f"continue with {resume_command(run_dir)}"
+    if not (run_dir / "config.json").is_file():
+        how = "start the run again"
+    return f"verified checkpoints: {steps}; {first}{how}"
+
+
+def resume_command(run_dir: Path) -> str:
+    """Return the command that continues a run."""
+    return f"python train.py --resume --run-dir {shlex.quote(str(run_dir))}"
+
+
+def _one_line(error: BaseException) -> str:
+    words = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def _words(result: dict[str, float]) -> str:

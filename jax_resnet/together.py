@@ -90,6 +90,9 @@ class Meeting:
     def __init__(self, size: int) -> None:
         self._all_joined = Barrier(size, self._unite)
         self._all_ready = Barrier(size, self._advance)
+        self._all_answered = Barrier(size, self._take_largest)
+        self._answers: dict[int, int] = {}
+        self._largest = 0
         self._engines: dict[int, Engine] = {}
         self._asked: dict[int, tuple[State | None, Batch]] = {}
         self._stacked: State = {}
@@ -104,8 +107,8 @@ class Meeting:
 
     def leave(self) -> None:
         """End the meeting: whoever waits or comes gets a BrokenBarrierError."""
-        self._all_joined.abort()
-        self._all_ready.abort()
+        for barrier in (self._all_joined, self._all_ready, self._all_answered):
+            barrier.abort()
 
     def step(self, index: int, state: State | None, batch: Batch) -> Metrics:
         """Take part in a step; `state` is None from the second on. Returns the member's metrics."""
@@ -116,6 +119,15 @@ class Meeting:
     def state(self, index: int) -> State:
         """A member's state, as it is until its driver asks for the next step."""
         return self._together.one(self._stacked, index)
+
+    def agree(self, index: int, number: int) -> int:
+        """The largest of the numbers that the drivers give; waits until every one has given its own."""
+        self._answers[index] = number
+        self._all_answered.wait()
+        return self._largest
+
+    def _take_largest(self) -> None:
+        self._largest = max(self._answers.values())
 
     def _unite(self) -> None:
         self._together = Together([self._engines[i] for i in sorted(self._engines)])
@@ -161,6 +173,10 @@ class Member:
     def evaluate(self, state: State | Member, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
         """As `Engine.evaluate`."""
         return self._engine.evaluate(self._own(state), batches)
+
+    def agree(self, number: int) -> int:
+        """The largest of the numbers that the drivers at the meeting give; each of them must ask."""
+        return self._meeting.agree(self._index, number)
 
     def first_bad_step(self, state: State | Member) -> int | None:
         """As `Engine.first_bad_step`."""

@@ -11,9 +11,10 @@ from typing import ClassVar
 import numpy as np
 
 from numpy_ref.layers import Array, Parameter
+from numpy_ref.parallel import omp_threads
 
 TILE = 1 << 17  # numbers: five arrays of so many about fill a second-level cache
-_threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+_threads = omp_threads() or os.cpu_count() or 1
 _pool = ThreadPoolExecutor(_threads)
 
 RANGES: dict[str, tuple[str, float, float]] = {  # what it must be, at least, less than

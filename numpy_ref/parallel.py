@@ -34,12 +34,23 @@ from numpy_ref.layers import Array
 MAX_SUMS = 1 << 16  # numbers that one `all_reduce` can add up
 _SPINS = 20_000  # tries before a wait goes to sleep: some milliseconds
 _spawn = multiprocessing.get_context("spawn")
+# What a terminal or batch system sends to a whole group of processes. It is for the parent, which saves.
+_FOR_THE_PARENT = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 
 
 def core_count() -> int:
     """The cores this process may use, or as many as OMP_NUM_THREADS says."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(os.environ.get("OMP_NUM_THREADS") or cores))
+    return omp_threads() or cores
+
+
+def omp_threads() -> int | None:
+    """The threads that OMP_NUM_THREADS asks for, or None where it names no number above 0.
+
+    Of a list, `4,2`, which OpenMP has for nested parallel regions, the first counts.
+    """
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else None
 
 
 class SharedMemory:
@@ -144,11 +155,13 @@ class Group:
     """
 
     def __init__(self, size: int, memory: SharedMemory, make: MakeReplica) -> None:
-        # A process opens them by name as it starts, so they must last as long as the group
-        self._posts = posts = [[_spawn.Semaphore(0) for _ in range(size)] for _ in range(size)]
+        # A process opens them by name as it starts, so they must last as long as the group. The first starts
+        # the process that cleans up after all.
+        with _signals_blocked():
+            self._posts = posts = [[_spawn.Semaphore(0) for _ in range(size)] for _ in range(size)]
         self._ends: list[Connection] = []
         self._processes: list[BaseProcess] = []
-        with _one_thread_each():
+        with _one_thread_each(), _signals_blocked():
             for rank in range(size):
                 ours, theirs = _spawn.Pipe()
                 process = _spawn.Process(
@@ -163,7 +176,7 @@ class Group:
     def call(self, what: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Have replica r do `what` with arguments[r], all at the same time; what each returned.
 
-        Raises what a replica raised, or RuntimeError if one has died; the group is of no use then.
+        Raises what a replica raised, or ChildProcessError if one has died; the group is of no use then.
         """
         ends = self._ends[: len(arguments)]
         try:
@@ -177,12 +190,24 @@ class Group:
                     if error is not None:
                         raise error
         except (EOFError, OSError) as error:
+            death = self._death()
             self.close()
-            raise RuntimeError("a process of the NumPy engine has died (out of memory?)") from error
+            raise ChildProcessError(death) from error
         except BaseException:
             self.close()
             raise
         return [results[rank] for rank in range(len(arguments))]
+
+    def _death(self) -> str:
+        """Which process has died, and of what."""
+        wait([process.sentinel for process in self._processes], timeout=10)
+        code, rank = next(((p.exitcode, r) for r, p in enumerate(self._processes) if p.exitcode), (None, 0))
+        cause = "closed its connection" if code is None else f"ended with status {code}"
+        if code is not None and code < 0:
+            cause = f"was killed by {signal.Signals(-code).name}"
+            cause += " (out of memory?)" if code == -signal.SIGKILL else ""
+        pid = self._processes[rank].pid
+        return f"process {rank + 1} of {len(self._processes)} of the NumPy engine (pid {pid}) {cause}"
 
 
 def _end(processes: Sequence[BaseProcess], ends: Sequence[Connection]) -> None:
@@ -201,8 +226,8 @@ def _serve(
     posts: Sequence[Sequence[Semaphore]],
 ) -> None:
     """What a process of a group does, until its parent ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or batch system sends them to the group
-        signal.signal(number, signal.SIG_IGN)  # they are for the parent
+    for number in _FOR_THE_PARENT:
+        signal.signal(number, signal.SIG_IGN)
     communicator = Communicator(rank, size, memory, posts)
     replica = make(communicator, memory)
     while True:
@@ -215,6 +240,16 @@ def _serve(
             end.send((None, replica(what, arguments)))
         except Exception as error:
             end.send((error, None))
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Inside, processes that are started keep these signals blocked, until they ignore them and after."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

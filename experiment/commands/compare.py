@@ -7,6 +7,7 @@ from pathlib import Path
 
 from experiment.commands.parser import Parser
 from experiment.errors import UserError
+from experiment.paths import path_type
 from experiment.report import write_page
 from experiment.report.comparison import is_comparison, render_comparison
 from experiment.report.reading import read_run
@@ -24,8 +25,9 @@ def main(argv: Sequence[str]) -> int:
         "best results and of speeds, and the options in which they differ.",
     )
     add = parser.add_argument
-    add("runs", metavar="RUN", type=Path, nargs="+", help="the folder of a run; two or more")
-    add("--out", metavar="DIR", type=Path, default=Path("comparison"), help="default: comparison")
+    add("runs", metavar="RUN", type=path_type("RUN"), nargs="+", help="the folder of a run; two or more")
+    out_type = path_type("--out")
+    add("--out", metavar="DIR", type=out_type, default=Path("comparison"), help="default: comparison")
     options = parser.parse_args(argv)
     if len(options.runs) < 2:
         raise UserError("RUN: one run has nothing to be compared with; name two or more")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from experiment.commands.parser import Parser
 from experiment.errors import UserError
+from experiment.paths import path_type
 from experiment.rundir import write_file
 
 SAFETENSORS = ".safetensors"
@@ -30,10 +31,9 @@ def main(argv: Sequence[str]) -> int:
         epilog=f"Needs PyTorch, which the extra `test` brings: {INSTALL}",
     )
     suffixes = ", ".join(TORCH)
-    parser.add_argument(
-        "source", metavar="IN", type=Path, help=f"the file to read: {suffixes} or {SAFETENSORS}"
-    )
-    parser.add_argument("target", metavar="OUT", type=Path, help="the file to write, of the other kind")
+    add = parser.add_argument
+    add("source", metavar="IN", type=path_type("IN"), help=f"the file to read: {suffixes} or {SAFETENSORS}")
+    add("target", metavar="OUT", type=path_type("OUT"), help="the file to write, of the other kind")
     options = parser.parse_args(argv)
     source, target = options.source, options.target
 

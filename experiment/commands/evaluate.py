@@ -23,6 +23,7 @@ from experiment.config import MIN_IMAGE_SIZE
 from experiment.errors import UserError
 from experiment.finished import FinishedRun, add_run, open_run
 from experiment.metrics import Metrics
+from experiment.paths import local_path
 from experiment.transforms import Pixels, ten_crops, ten_shifts, whole_picture
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--resize", type=int, metavar="N", help="shorter side before a crop (default: the run's)")
     add("--scales", type=int, metavar="N", nargs="+", help="whole pictures whose shorter sides are these")
     add("--batch-size", type=int, metavar="N", help="pictures of the run's size (default: the run's)")
-    add("--data-dir", metavar="DIR", help="where TFDS keeps its data (default: the run's)")
+    data_dir = partial(local_path, "--data-dir")
+    add("--data-dir", metavar="DIR", type=data_dir, help="where TFDS keeps its data (default: the run's)")
     return parser
 
 

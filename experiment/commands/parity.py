@@ -22,6 +22,7 @@ from experiment.engines import load_module, set_environment
 from experiment.errors import UserError
 from experiment.identify import Network, identify
 from experiment.images import read_image
+from experiment.paths import path_type
 from experiment.transforms import fit_picture
 
 Stages = Mapping[str, np.ndarray]
@@ -88,10 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "weights",
         metavar="WEIGHTS",
-        type=Path,
+        type=path_type("WEIGHTS"),
         help="a safetensors state dict: torchvision's, timm's or ours",
     )
-    add("image", metavar="IMAGE", type=Path, nargs="?", help="a picture; without one, random numbers")
+    image_type = path_type("IMAGE")
+    add("image", metavar="IMAGE", type=image_type, nargs="?", help="an image; without one, random numbers")
     add("--model", choices=MODELS, help="default: what the tensors tell")
     add("--stride-in-1x1", action="store_true", help="the paper's place of a bottleneck's stride (v1)")
     add(
@@ -105,10 +107,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--train", action="store_true", help="statistics of the batch: the picture and noisy copies of it")
     add("--precision", choices=list(TOLERANCES), default="float32", help="default float32")
     add("--tolerance", type=float, help="of a tensor's largest magnitude; default by the precision and mode")
-    add("--reference", type=Path, metavar="FILE", help="a safetensors file of stages that your program gave")
+    add(
+        "--reference",
+        type=path_type("--reference"),
+        metavar="FILE",
+        help="a safetensors file of stages that your program gave",
+    )
     add(
         "--dump",
-        type=Path,
+        type=path_type("--dump"),
         metavar="FILE",
         help="write the input and the NumPy engine's stages as such a file",
     )

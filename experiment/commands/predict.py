@@ -5,6 +5,8 @@ Without RUN by the network of handwritten digits that comes with the tree.
 
 from __future__ import annotations
 
+import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from experiment.commands.parser import Parser
 from experiment.errors import UserError
 from experiment.finished import add_run, open_run
 from experiment.images import read_image
+from experiment.paths import path_type
 from experiment.transforms import fill_color, fit_picture
 
 RELEASED = Path(__file__).parents[2] / "weights" / "digits-resnet8"
@@ -34,15 +37,10 @@ def main(argv: Sequence[str]) -> int:
     )
     add = parser.add_argument
     add_run(parser)
-    add("images", metavar="IMAGE", type=Path, nargs="*", help="a file")
+    add("images", metavar="IMAGE", type=path_type("IMAGE"), nargs="*", help="a file")
     add("--top", type=int, metavar="N", default=5, help="how many classes (default 5)")
     options = parser.parse_args(argv)
-    if options.run.is_file():
-        options.run, options.images = RELEASED, [options.run, *options.images]
-    if not options.images:
-        parser.error("the following arguments are required: IMAGE")
-    if options.top < 1:
-        raise UserError(f"--top: {options.top} is out of range; give a number of at least 1")
+    _check(options)
     run = open_run(options.run, which=options.weights, framework=options.framework)
     height, width, channels = run.image_shape
     resize = run.config.resize[0] if run.config.resize else None
@@ -60,3 +58,25 @@ def main(argv: Sequence[str]) -> int:
         for index in np.argsort(-row, kind="stable")[: options.top]:
             print(f"  {row[index]:.4f}  {run.resolved['class_names'][index]}")
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Take RUN for an image where it is a file, and refuse what can be refused before anything is opened."""
+    if options.top < 1:
+        raise UserError(f"--top: {options.top} is out of range; give a number of at least 1")
+    first: Path = options.run
+    if not first.exists():
+        raise UserError(f"{first}: not found; name the folder of a run, or image files")
+    if first.is_file():
+        options.run, options.images = RELEASED, [first, *options.images]
+    elif not options.images and (first / "config.json").exists():
+        raise UserError(f"IMAGE: name image files after the run {first}")
+    elif not options.images:
+        options.images = [first]
+    for path in options.images:
+        if path.is_dir():
+            raise UserError(
+                f"{path}: is a folder, not an image; name the files in it: {shlex.quote(str(path))}/*"
+            )
+        if not path.exists():
+            raise UserError(f"{path}: not found")

@@ -8,10 +8,12 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from experiment.commands.parser import Parser
 from experiment.errors import UserError, one_line
+from experiment.paths import local_path
 from experiment.tfds_source import (
     check_known,
     check_name,
@@ -40,7 +42,10 @@ def main(argv: Sequence[str]) -> int:
         epilog=f"Needs TensorFlow, in an environment of its own: {INSTALL}",
     )
     parser.add_argument("name", metavar="NAME", help="a plain TFDS name: mnist, cifar10, ...")
-    parser.add_argument("--data-dir", metavar="DIR", help="where to put it (default: TFDS' own)")
+    data_dir_type = partial(local_path, "--data-dir")
+    parser.add_argument(
+        "--data-dir", metavar="DIR", type=data_dir_type, help="where to put it (default: TFDS' own)"
+    )
     options = parser.parse_args(argv)
     name, data_dir = options.name, options.data_dir
 

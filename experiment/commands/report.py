@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from experiment.commands.parser import Parser
 from experiment.errors import UserError
+from experiment.paths import path_type
 from experiment.report import FOLDER, write_report
 from experiment.report.reading import read_run
 
@@ -22,7 +22,8 @@ def main(argv: Sequence[str]) -> int:
         description=f"Write {FOLDER}/index.html in the folder of a run, and the pictures in it as PNG. The "
         "run may go on meanwhile, or have been killed: the page says what is absent.",
     )
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="the folder of a run")
+    run_type = path_type("RUN")
+    parser.add_argument("runs", metavar="RUN", type=run_type, nargs="+", help="the folder of a run")
     options = parser.parse_args(argv)
     for run_dir in options.runs:
         read_run(run_dir)

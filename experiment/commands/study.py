@@ -6,22 +6,27 @@ Every run is an ordinary run folder; the same command again continues where it s
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
-from experiment import rundir
+from experiment import rundir, signals
 from experiment.commands.parser import Parser
 from experiment.config import FRAMEWORKS
 from experiment.engines import set_environment
 from experiment.errors import UserError
+from experiment.paths import local_path, path_type
 from experiment.study import running
 from experiment.study.plan import Plan, framework_of, read
 
 
 def main(argv: Sequence[str]) -> int:
     """Carry a study out, or on; write study.json, study.md, study.html and curves. Returns the exit status.
+
+    A signal stops it as it stops a run, and the command to continue is printed.
 
     Raises:
         UserError: a file that is no study, or runs in the folder that are of another.
@@ -33,10 +38,11 @@ def main(argv: Sequence[str]) -> int:
         "command again passes over what is finished and continues what was stopped.",
     )
     add = parser.add_argument
-    add("file", metavar="FILE", type=Path, help="the study, such as those in studies/")
-    add("--run-dir", metavar="DIR", type=Path, help="folder of the study (default: runs/study-NAME)")
+    add("file", metavar="FILE", type=path_type("FILE"), help="the study, such as those in studies/")
+    add("--run-dir", metavar="DIR", type=path_type("--run-dir"), help="its folder (default: runs/study-NAME)")
     add("--framework", choices=FRAMEWORKS, help="engine that trains (default: the file's)")
-    add("--data-dir", metavar="DIR", help="where TFDS keeps its data (default: TFDS' own)")
+    data_dir = partial(local_path, "--data-dir")
+    add("--data-dir", metavar="DIR", type=data_dir, help="where TFDS keeps its data (default: TFDS' own)")
     add(
         "--vmap",
         action=argparse.BooleanOptionalAction,
@@ -64,12 +70,13 @@ def main(argv: Sequence[str]) -> int:
     if not options.report_only:
         together = _on_gpu(plan) if options.vmap is None else options.vmap
         try:
-            _carry_out(plan, folder, together=together)
+            with signals.listen() as request:
+                _carry_out(plan, folder, request, together=together)
         except running.StudyStoppedError as stopped:
             print(f"{stopped}\nthe same command continues", file=sys.stderr)
             status = stopped.status
     if folder.is_dir():
-        command = [str(options.file)]
+        command = [shlex.quote(str(options.file))]
         command += [f"--framework {options.framework}"] if options.framework else []
         command += [] if options.vmap is None else ["--vmap" if options.vmap else "--no-vmap"]
         command += ["--data-dir DIR"] if options.data_dir else []
@@ -88,7 +95,7 @@ def _on_gpu(plan: Plan) -> bool:
     return jax.default_backend() == "gpu"
 
 
-def _carry_out(plan: Plan, folder: Path, *, together: bool) -> None:
+def _carry_out(plan: Plan, folder: Path, request: signals.StopRequest, *, together: bool) -> None:
     """Tuning, then seed by seed all contestants, so that a study that was stopped half way is balanced; with
     `together` contestant by contestant all seeds."""
     settings = [
@@ -105,15 +112,23 @@ def _carry_out(plan: Plan, folder: Path, *, together: bool) -> None:
     )
     done = 0
     for tuning in settings:
-        done = _make(tuning, done, total, together=together, split="validation")
+        done = _make(tuning, done, total, request, together=together, split="validation")
     chosen = {each.name: running.choose(plan, folder, each) for each in plan.contestants}
     groups = [running.final_runs(plan, folder, each, chosen[each.name]) for each in plan.contestants]
     order: Iterable[Sequence[running.Run]] = groups if together else zip(*groups, strict=True)
     for runs in order:
-        done = _make(runs, done, total, together=together, split="test")
+        done = _make(runs, done, total, request, together=together, split="test")
 
 
-def _make(runs: Sequence[running.Run], done: int, total: int, *, together: bool, split: str) -> int:
+def _make(
+    runs: Sequence[running.Run],
+    done: int,
+    total: int,
+    request: signals.StopRequest,
+    *,
+    together: bool,
+    split: str,
+) -> int:
     """Carry out those runs that have not ended; returns how many of the study have ended then.
 
     Print the accuracy of each on `split`: tuning runs evaluate validation alone.
@@ -125,6 +140,7 @@ def _make(runs: Sequence[running.Run], done: int, total: int, *, together: bool,
     if together and running.can_go_together(waiting):
         running.carry_out_together(waiting, train.start)
     for run in waiting:
+        running.check_signal(request)
         if not running.is_done(run):
             running.carry_out(run, train.start)
         if running.has_diverged(run.folder):

@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import BrokenBarrierError, Thread
 from typing import Any
 
-from experiment import rundir
+from experiment import rundir, signals
 from experiment.checkpoint import Checkpoints
 from experiment.config import Config, flag_of, flags, resolve
 from experiment.engines import load_module
@@ -168,8 +168,8 @@ def can_go_together(runs: Sequence[Run]) -> bool:
 def carry_out_together(runs: Sequence[Run], start: Start) -> None:
     """Make or continue runs that differ in the seed alone, in one program of JAX's.
 
-    When one of them ends before its last step all stop: they can be continued one by one.
-    Raises what one of them raised, and StudyStoppedError at Ctrl-C.
+    When one of them fails all stop: they can be continued one by one. At a signal all stop at one step.
+    Raises what one of them raised, and StudyStoppedError at a signal.
     """
     meeting = load_module("jax", "together").Meeting(len(runs))
     errors: list[Exception] = []
@@ -183,11 +183,11 @@ def carry_out_together(runs: Sequence[Run], start: Start) -> None:
         except Exception as error:
             errors.append(error)
         finally:
-            if status:
+            if 0 < status < 128:  # at a signal the others end by themselves
                 meeting.leave()
 
     threads = [Thread(target=drive, args=each) for each in enumerate(runs)]
-    with _quiet():
+    with signals.listen() as request, _quiet():
         for thread in threads:
             thread.start()
         try:
@@ -197,10 +197,18 @@ def carry_out_together(runs: Sequence[Run], start: Start) -> None:
             meeting.leave()
             for thread in threads:
                 thread.join()
-            raise StudyStoppedError("interrupted; every run is whole at its last checkpoint", 130) from None
+            message = "interrupted; each run continues from its newest checkpoint"
+            raise StudyStoppedError(message, 130) from None
     gc.collect()
     if errors:
         raise errors[0]
+    check_signal(request)
+
+
+def check_signal(request: signals.StopRequest) -> None:
+    """Raise StudyStoppedError if a signal asked to stop."""
+    if request.signal is not None:
+        raise StudyStoppedError(f"stopped by {request.signal.name}", 128 + request.signal)
 
 
 def _begin(run: Run, start: Start, *join: Any) -> int:

@@ -1,0 +1,53 @@
+"""Signals that ask a run to save and stop: Ctrl-C, SIGTERM, SIGHUP (lost connection), SIGUSR1 (Slurm)."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+STOP_SIGNALS = tuple(number for number in signal.Signals if number.name in NAMES)
+
+
+@dataclass
+class StopRequest:
+    """The first stop signal since `listen` began, or None."""
+
+    signal: signal.Signals | None = None
+
+
+_request = StopRequest()  # one for the process: the main thread receives signals, other threads read it
+
+
+@contextmanager
+def listen() -> Iterator[StopRequest]:
+    """Turn stop signals into a request. Calls may be nested; only the main thread's installs handlers.
+
+    A second Ctrl-C raises KeyboardInterrupt. The other signals only repeat the request: a terminal that
+    closes sends SIGHUP more than once, and batch systems send SIGTERM after SIGUSR1. A signal that is ignored
+    (`nohup`, `&` in a script) stays ignored.
+    """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    if threading.current_thread() is not threading.main_thread() or _ask_to_stop in before.values():
+        yield _request
+        return
+    _request.signal = None
+    heard = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for number in heard:
+        signal.signal(number, _ask_to_stop)
+    try:
+        yield _request
+    finally:
+        for number, old in heard.items():
+            signal.signal(number, old)
+
+
+def _ask_to_stop(number: int, frame: Any) -> None:
+    if _request.signal is None:
+        _request.signal = signal.Signals(number)
+    if number == signal.SIGINT:
+        signal.signal(number, signal.default_int_handler)

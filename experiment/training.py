@@ -13,6 +13,7 @@ import itertools
 import math
 import shlex
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

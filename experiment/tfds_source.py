@@ -168,16 +168,29 @@ class TfdsSource:
     def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
         """Return the pictures at `indices`, cut to their boxes if that was asked for; raises as `read`."""
         try:
-            records = self._records.__getitems__(indices.tolist())
-            pictures = [self._decode(record) for record in records]
-            labels = np.array([record["label"] for record in records], np.int32)
-            if labels.min() < 0 or labels.max() >= self._classes:
-                raise ValueError(f"labels outside of 0..{self._classes - 1}")
+            return self._decoded(indices.tolist())
         except MemoryError:
             raise
         except Exception as error:  # array_record, protobuf and Pillow each have their own for bad bytes
-            raise UserError(f"{self._complaint}{one_line(error)}{self._remedy}") from error
+            record, cause = self._first_unreadable(indices.tolist(), error)
+            raise UserError(f"{self._complaint}{record}{one_line(cause)}{self._remedy}") from error
+
+    def _decoded(self, indices: list[int]) -> tuple[list["Image"], Labels]:
+        records = self._records.__getitems__(indices)
+        pictures = [self._decode(record) for record in records]
+        labels = np.array([record["label"] for record in records], np.int32)
+        if labels.min() < 0 or labels.max() >= self._classes:
+            raise ValueError(f"labels outside of 0..{self._classes - 1}")
         return pictures, labels
+
+    def _first_unreadable(self, indices: list[int], error: Exception) -> tuple[str, Exception]:
+        """Name the first record that cannot be read by itself, and what is wrong with it."""
+        for index in indices:
+            try:
+                self._decoded([index])
+            except Exception as cause:
+                return f"record {index} (from 0): ", cause
+        return "", error
 
     def _decode(self, record: dict[str, Any]) -> "Image":
         from PIL import Image

@@ -48,6 +48,10 @@ class Console:
         self._log: TextIO | None = None  # closed by close()
         if log:
             self._log = open(log, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        if self._log and _same_file(
+            self._stream, self._log
+        ):  # `> RUN/log.txt`: the log has the lines already
+            self._stream = open(os.devnull, "w")  # noqa: SIM115 - as long as the console
         self._bar: Any = None
         self._terminal = _is_terminal(self._stream)
         self._last_line = 0.0
@@ -124,6 +128,13 @@ def _is_terminal(stream: TextIO) -> bool:
     try:
         return stream.isatty()
     except (AttributeError, ValueError):  # an object with `write` alone; a closed file
+        return False
+
+
+def _same_file(one: TextIO, other: TextIO) -> bool:
+    try:
+        return os.path.sameopenfile(one.fileno(), other.fileno())
+    except (AttributeError, OSError, ValueError):  # a stream without a file
         return False
 
 

@@ -50,7 +50,7 @@ class FinishedRun:
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of a command that say which run it opens, and how: RUN, --framework, --weights."""
     add = parser.add_argument
-    add("run", metavar="RUN", type=path_type("RUN"), help="the folder of a run")
+    add("run", metavar="RUN", type=path_type("RUN", any_bytes=True), help="the folder of a run")
     add("--framework", choices=FRAMEWORKS, help="engine that computes (default: the run's)")
     add("--weights", choices=list(WEIGHTS), default="final", help="which of the run's (default final)")
 

@@ -9,22 +9,29 @@ from pathlib import Path
 from experiment.errors import UserError
 
 
-def local_path(name: str, text: str) -> str:
+def local_path(name: str, text: str, *, any_bytes: bool = False) -> str:
     """Return the local path that the flag or argument `name` was given, with `~` expanded.
 
+    Args:
+        name: the flag or argument.
+        text: its value.
+        any_bytes: take file names that are not UTF-8, too. TFDS, Orbax, TensorBoard and HTML cannot.
+
     Raises:
-        UserError: the text is a URL, or begins with `~` and there is no such home folder.
+        UserError: the text is a URL, is not UTF-8, or begins with `~` and there is no such home folder.
     """
     if "://" in text:
         raise UserError(f"{name}: {text} is a URL; name a local path, such as a mounted folder")
     if "\0" in text:
         raise UserError(f"{name}: {text!r} holds a null character; name another path")
+    if not any_bytes and any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{name}: the name {text!r} is not UTF-8; rename it")
     path = os.path.expanduser(text)
     if path.startswith("~"):
         raise UserError(f"{name}: the home folder of {text} is not known; write the path out, or ./{text}")
     return path
 
 
-def path_type(name: str) -> Callable[[str], Path]:
-    """Return the `type` of an argparse argument called `name` that is a local path."""
-    return lambda text: Path(local_path(name, text))
+def path_type(name: str, *, any_bytes: bool = False) -> Callable[[str], Path]:
+    """Return the `type` of an argparse argument called `name` that is a local path: see `local_path`."""
+    return lambda text: Path(local_path(name, text, any_bytes=any_bytes))

@@ -67,10 +67,9 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     """What config.json of a run holds: {"config", "resolved", "sessions"}. Raises UserError if it is none."""
     path = run_dir / "config.json"
     if not path.is_file():
-        raise UserError(
-            f"--run-dir: {run_dir} is not the folder of a run (it has no config.json); name another, or "
-            "leave --resume out to start one there"
-        )
+        free = not run_dir.is_file() and not other_files(run_dir)
+        remedy = "name another" + (", or leave --resume out to start one there" if free else "")
+        raise UserError(f"--run-dir: {run_dir} is not the folder of a run (it has no config.json); {remedy}")
     record = read_json(path)
     kinds = {"config": dict, "resolved": dict, "sessions": list}
     if (
@@ -140,10 +139,21 @@ def check_fresh(run_dir: Path) -> None:
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir: {run_dir} is a file; name a folder that does not exist yet")
-    if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - BEFORE_CONFIG:
+    if (run_dir / "config.json").exists():
         raise UserError(
             f"--run-dir: {run_dir} is in use; add --resume to continue it, or name another folder"
         )
+    if others := other_files(run_dir):
+        raise UserError(
+            f"--run-dir: {run_dir} holds {others[0]} and no run; name a folder that is empty or does not "
+            "exist, and redirect the output of a run to a file outside (its log.txt has the same lines)"
+        )
+
+
+def other_files(run_dir: Path) -> list[str]:
+    """The names of files in a folder that a run which was killed at its start does not leave."""
+    names = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
+    return sorted(names - BEFORE_CONFIG)
 
 
 def create(run_dir: Path | None, name: str) -> Path:

@@ -245,12 +245,12 @@ class Trainer:
 
     def _batches(self, start_step: int) -> Iterator[Any]:
         """The training batches; of an engine that holds the pictures, what they are made of."""
-        with self._reading("training"):
+        with self._reading("train"):
             held = self.data.held() if getattr(self.engine, "holds_pictures", False) else None
         if held is None:
-            return self._readable("training", self.data.train_batches(start_step))
+            return self._readable("train", self.data.train_batches(start_step))
         self.engine.hold(held["image"], self.data.augmentation.fill)  # type: ignore[attr-defined]
-        return self._readable("training", self.data.train_draws(held["label"], start_step))
+        return self._readable("train", self.data.train_draws(held["label"], start_step))
 
     def _pauses(self, step: int) -> bool:
         """Whether something is done after a step that wants its state, or its metrics on the disk."""
@@ -443,7 +443,7 @@ def _unreadable(part: str, error: BaseException) -> str:
     inner: BaseException | None = error
     while inner is not None and not isinstance(inner, UserError):
         inner = inner.__cause__ or inner.__context__
-    return str(inner) if inner else f"the {part} data cannot be read: {_one_line(error)}"
+    return str(inner) if inner else f"the data ({part}) cannot be read: {_one_line(error)}"
 
 
 def describe_failure(error: Exception, checkpoints: Checkpoints, run_dir: Path) -> str:

@@ -200,14 +200,16 @@ class Group:
 
     def _death(self) -> str:
         """Which process has died, and of what."""
-        wait([process.sentinel for process in self._processes], timeout=10)
-        code, rank = next(((p.exitcode, r) for r, p in enumerate(self._processes) if p.exitcode), (None, 0))
-        cause = "closed its connection" if code is None else f"ended with status {code}"
-        if code is not None and code < 0:
-            cause = f"was killed by {signal.Signals(-code).name}"
-            cause += " (out of memory?)" if code == -signal.SIGKILL else ""
-        pid = self._processes[rank].pid
-        return f"process {rank + 1} of {len(self._processes)} of the NumPy engine (pid {pid}) {cause}"
+        dead = wait([process.sentinel for process in self._processes], timeout=10)
+        for rank, process in enumerate(self._processes, 1):
+            if process.sentinel in dead:
+                process.join(10)
+                code = process.exitcode or 0
+                cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+                cause += " (out of memory?)" if code == -signal.SIGKILL else ""
+                which = f"process {rank} of {len(self._processes)}"
+                return f"{which} of the NumPy engine (pid {process.pid}) {cause}"
+        return "a process of the NumPy engine does not answer"
 
 
 def _end(processes: Sequence[BaseProcess], ends: Sequence[Connection]) -> None:

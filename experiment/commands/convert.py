@@ -31,9 +31,10 @@ def main(argv: Sequence[str]) -> int:
         epilog=f"Needs PyTorch, which the extra `test` brings: {INSTALL}",
     )
     suffixes = ", ".join(TORCH)
+    source_type, target_type = (path_type(name, any_bytes=True) for name in ("IN", "OUT"))
     add = parser.add_argument
-    add("source", metavar="IN", type=path_type("IN"), help=f"the file to read: {suffixes} or {SAFETENSORS}")
-    add("target", metavar="OUT", type=path_type("OUT"), help="the file to write, of the other kind")
+    add("source", metavar="IN", type=source_type, help=f"the file to read: {suffixes} or {SAFETENSORS}")
+    add("target", metavar="OUT", type=target_type, help="the file to write, of the other kind")
     options = parser.parse_args(argv)
     source, target = options.source, options.target
 

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     )
     add = parser.add_argument
     add_run(parser)
-    add("images", metavar="IMAGE", type=path_type("IMAGE"), nargs="*", help="a file")
+    add("images", metavar="IMAGE", type=path_type("IMAGE", any_bytes=True), nargs="*", help="a file")
     add("--top", type=int, metavar="N", default=5, help="how many classes (default 5)")
     options = parser.parse_args(argv)
     _check(options)

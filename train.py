@@ -33,9 +33,10 @@ from experiment import rundir
 from experiment.config import Config, parse, refuse_unused, resolve, with_local_paths
 from experiment.console import prepare_streams, release_streams
 from experiment.engines import Engine, load_engine, set_environment
-from experiment.errors import UserError
+from experiment.errors import FolderLostError, RunFailedError, UserError
 from experiment.processes import ALONE, connect
 from experiment.recipes import with_recipe
+from experiment.results import check_startable
 from experiment.schedules import make_schedule
 from experiment.transfer import initial_tree, sha256
 
@@ -86,9 +87,19 @@ def start(
     if stored is None:  # a resumed run has its options, whatever has become of the recipe
         given = with_recipe(given)
     config = resolve(given, stored and stored["config"])
-    if config.run_dir is not None and not config.resume:
-        rundir.check_fresh(Path(config.run_dir))
+    if config.run_dir is not None:
+        check_folder(Path(config.run_dir), stored)
     return run(config, stored, given, argv, join)
+
+
+def check_folder(run_dir: Path, stored: dict[str, Any] | None) -> None:
+    """Raise UserError if a run cannot begin in `run_dir`, or continue where config.json held `stored`."""
+    if stored is None:
+        rundir.check_fresh(run_dir)
+    elif rundir.read_record(run_dir) != stored:
+        raise UserError(f"--run-dir: another process has trained in {run_dir} meanwhile; start again")
+    else:
+        check_startable(run_dir, stored)
 
 
 def run(
@@ -104,7 +115,6 @@ def run(
     from experiment.checkpoint import Checkpoints
     from experiment.console import Console, conclude, describe
     from experiment.training import (
-        RunFailedError,
         Trainer,
         begin,
         describe_failure,
@@ -123,18 +133,23 @@ def run(
     said = [note] if note else []
     tree = initial_tree(engine, config, resolved, said.append) if stored is None else None
     run_dir = Path(config.run_dir or os.devnull)  # of those that write nothing
-    if place.leads:
+    if place.leads and stored is None:
         name = f"{config.model}-{config.dataset}-{config.optimizer}"
         run_dir = rundir.create(Path(config.run_dir) if config.run_dir else None, name)
-    with rundir.lock(run_dir) if place.leads else nullcontext():
+    with rundir.lock(run_dir) if place.leads else nullcontext(lambda: None) as check_lock:
+        if place.leads:
+            check_folder(run_dir, stored)  # another process may have trained there since the first check
         console = Console(run_dir / "log.txt") if place.leads else Console(stream=io.StringIO())
         checkpoints = Checkpoints(
-            *(run_dir / "checkpoints", config.keep_checkpoints), writes=place.leads, report=console.say
+            *(run_dir / "checkpoints", config.keep_checkpoints),
+            writes=place.leads,
+            check_folder=check_lock,
+            report=console.say,
         )
         try:
-            start = None
+            start, identity = None, rundir.identity(config, resolved)
             if stored is not None:
-                start = restore(engine, checkpoints, run_dir, resolved["total_steps"], console)
+                start = restore(engine, checkpoints, run_dir, resolved["total_steps"], console, identity)
             if start is None:  # fresh, or killed before its first checkpoint
                 start = begin(engine, tree or initial_tree(engine, config, resolved, said.append))
             session = rundir.session(start.step, engine.device, argv)
@@ -151,6 +166,7 @@ def run(
             trainer = Trainer(
                 *(config, data, engine, run_dir, checkpoints, console, resolved["total_steps"]),
                 validations,
+                identity,
                 place,
             )
             summary = trainer.fit(start)
@@ -163,6 +179,7 @@ def run(
                 report(config, run_dir, trainer.step, console)
                 return 128 + trainer.stopped_by
             if place.leads:
+                check_lock()
                 rundir.write_json(run_dir / "summary.json", summary)
             conclude(summary, run_dir, console)
             if page := report(config, run_dir, trainer.step, console):
@@ -170,7 +187,8 @@ def run(
             return 0
         except RunFailedError as error:
             console.fail(f"error: the run failed: {error}")
-            report(config, run_dir, trainer.step, console)
+            if not isinstance(error, FolderLostError):
+                report(config, run_dir, trainer.step, console)
             return 1
         except (UserError, BrokenBarrierError):  # the second: another of the runs that train together ended
             raise

@@ -2,10 +2,11 @@
 
 A checkpoint is a folder `checkpoints/STEP` with
     state/         the engine-neutral tree {params, batch_stats, optimizer, step, ...}, written by Orbax
-    run.json       what the run itself needs: data position, history length and hash, best validation, ...
+    run.json       what the run itself needs: history length and hash, best validation, options, ...
     manifest.json  the size and SHA-256 of every other file; written last
 It is made as `checkpoints/STEP.incomplete` and renamed when all of it has reached the disk, so that a folder
-whose name is a number is complete. This file is the only one that knows Orbax, whose v1 interface still
+whose name is a number is complete. Beside them, `weights-best-STEP.safetensors` are earlier best weights that
+a checkpoint still refers to. This file is the only one that knows Orbax, whose v1 interface still
 moves.
 """
 
@@ -21,15 +22,16 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 
-from experiment.errors import UserError
-from experiment.rundir import write_json
+from experiment import weights
+from experiment.errors import FolderLostError, UserError
+from experiment.rundir import checkpoint_steps, write_file, write_json
 
 Tree = dict[str, Any]
 MANIFEST = "manifest.json"
@@ -47,13 +49,21 @@ class Checkpoints:
     Without `writes` nothing is saved or removed: another process does it. Saving goes on in a background
     thread. The tree that is handed over must hold NumPy arrays of its own,
     which nobody changes afterwards: then it is safe that the engine donates its state to the next step.
-    `report` gets a line, once, if the file system cannot bring folders to the disk.
+    `check_folder` raises where the folder of the run is not to be written in any more. `report` gets a line,
+    once, if the file system cannot bring folders to the disk.
     """
 
     def __init__(
-        self, directory: Path, keep: int, *, writes: bool = True, report: Callable[[str], None] = print
+        self,
+        directory: Path,
+        keep: int,
+        *,
+        writes: bool = True,
+        check_folder: Callable[[], None] = lambda: None,
+        report: Callable[[str], None] = print,
     ) -> None:
         self.directory, self.keep = directory.absolute(), keep  # Orbax takes no relative path
+        self.check_folder = check_folder
         self._writes, self._report = writes, report
         self._folders_sync = True
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -61,12 +71,14 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of complete checkpoints, ascending."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+        return checkpoint_steps(self.directory)
 
     def save(self, step: int, tree: Tree, run: dict[str, Any]) -> None:
-        """Begin to save; waits for the save before it, and raises what that raised (OSError: disk full)."""
+        """Begin to save; waits for the save before it, and raises what that raised (OSError: disk full).
+
+        `run["best"]["step"]`, where there is one, is the step of the best weights so far.
+        """
+        self.check_folder()
         self.wait()
         if not self._writes:
             return
@@ -89,19 +101,22 @@ class Checkpoints:
         final = self.directory / str(step)
         partial = self.directory / f"{step}.incomplete"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         try:
+            self.directory.mkdir(exist_ok=True)  # no parents: the folder of the run is not made again
+            partial.mkdir()
             _alone(_save_arrays, partial / "state", tree)
             write_json(partial / "run.json", run)
             write_json(partial / MANIFEST, {"files": _sums(partial)})
             for path in [*partial.rglob("*"), partial]:
                 self._sync(path)
+            self.check_folder()
             if final.exists():  # a damaged one that resume has stepped over
                 shutil.rmtree(final)
             os.rename(partial, final)
             self._sync(self.directory)
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
+            self._remove_if_lost()
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             failure = OSError(f"checkpoint {step} could not be written: {reason}")
             failure.errno = _errno(error)
@@ -113,6 +128,16 @@ class Checkpoints:
             removed = self.directory / f"{old}.incomplete"
             os.rename(self.directory / str(old), removed)
             shutil.rmtree(removed)
+        self._remove_unused_best()
+
+    def _remove_if_lost(self) -> None:
+        """Remove the empty folders that Orbax has made again after the run was removed."""
+        try:
+            self.check_folder()
+        except FolderLostError:
+            for folder in (self.directory, self.directory.parent):
+                with suppress(OSError):
+                    folder.rmdir()
 
     def _sync(self, path: Path) -> None:
         """Bring a file or folder to the disk; report once if the file system cannot do it for folders."""
@@ -136,6 +161,54 @@ class Checkpoints:
         """Delete what a killed process left half written."""
         for path in self.directory.glob("*.incomplete*") if self._writes else ():
             shutil.rmtree(path, ignore_errors=True)
+        for path in self.directory.glob("*.tmp") if self._writes else ():
+            path.unlink(missing_ok=True)
+
+    def best_weights(self, step: int) -> Path:
+        """Return where the best weights of `step` are kept after better ones have taken their place."""
+        return self.directory / f"weights-best-{step}.safetensors"
+
+    def keep_best(self, path: Path, step: int) -> None:
+        """Keep the best weights in `path`, of `step`, for as long as they are the best of a checkpoint.
+
+        `path` stays where it is, unless the file system has no hard links.
+        """
+        kept = self.best_weights(step)
+        if not self._writes or weights.step_of(path) != step or (kept.exists() and kept.samefile(path)):
+            return
+        temporary = kept.with_name(kept.name + ".tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            os.replace(path, kept)
+        else:
+            os.replace(temporary, kept)
+
+    def restore_best(self, path: Path, step: int) -> bool:
+        """Write the best weights of `step` to `path`, unless they are there; False if they are lost."""
+        if weights.step_of(path) == step:
+            return True
+        kept = self.best_weights(step)
+        if weights.step_of(kept) != step:
+            return False
+        if self._writes:
+            write_file(path, kept.read_bytes())
+        return True
+
+    def _remove_unused_best(self) -> None:
+        used = {self.best_weights(step) for step in map(self._best_step, self.steps()) if step is not None}
+        for path in self.directory.glob("weights-best-*.safetensors"):
+            if path not in used:
+                path.unlink()
+
+    def _best_step(self, step: int) -> int | None:
+        """Return the step of the best weights at a checkpoint, or None if there are none."""
+        try:
+            found = json.loads((self.directory / str(step) / "run.json").read_text())["best"]["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return found if isinstance(found, int) else None
 
     def load_newest(self, report: Callable[[str], None]) -> tuple[int, Tree, dict[str, Any]] | None:
         """(step, tree, run) of the newest whole checkpoint, or None if there is none at all.
@@ -158,9 +231,12 @@ class Checkpoints:
         folder = self.directory / str(step)
         _verify(folder)
         try:
-            return _alone(_load_arrays, folder / "state"), json.loads((folder / "run.json").read_text())
+            tree, run = _alone(_load_arrays, folder / "state"), json.loads((folder / "run.json").read_text())
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"cannot be read: {error}") from error
+        if not np.array_equal(tree.get("step", step), step):
+            raise CheckpointError(f"it is of step {tree['step']}; give its folder that name")
+        return tree, run
 
 
 def differences(expected: Tree, found: Tree) -> list[str]:

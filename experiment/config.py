@@ -56,6 +56,12 @@ CHANGEABLE = frozenset(
 )
 
 
+def is_changeable(name: str, schedule: str) -> bool:
+    """Return True if a resumed run may change an option."""
+    # A plateau is counted in validations: other intervals would change the rates.
+    return name in CHANGEABLE and not (name == "eval_every" and schedule == "plateau")
+
+
 def option(
     default: Any,
     help: str,
@@ -454,7 +460,7 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
         config = Config(**given)
     else:
         hints = typing.get_type_hints(Config)
-        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in hints}
+        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
         for name, value in stored.items():
             if not fits(value, hints[name]):
                 raise UserError(
@@ -466,9 +472,7 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
         config = Config(**{**stored, **given})
         for field in dataclasses.fields(Config):
             old, new = stored.get(field.name, field.default), getattr(config, field.name)
-            # A plateau is counted in validations: other intervals would change the rates.
-            fixed = config.schedule == "plateau" and field.name == "eval_every"
-            if (field.name not in CHANGEABLE or fixed) and old != new:
+            if not is_changeable(field.name, config.schedule) and old != new:
                 remedy = "leave the flag out, or start a fresh run"
                 raise UserError(f"{flag_of(field)}: the run has {old}, not {new}; {remedy}")
     config.check()

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""Exceptions whose message is the one line that the user sees."""
 
 
 class UserError(Exception):
@@ -6,6 +6,14 @@ class UserError(Exception):
 
     The command line prints it on stderr and exits with status 2, without a traceback.
     """
+
+
+class RunFailedError(Exception):
+    """The run cannot go on; one line says why and what is safe. Exit status 1."""
+
+
+class FolderLostError(RunFailedError):
+    """The folder of a run is no longer the one that it locked: nothing more may be written there."""
 
 
 def one_line(error: object) -> str:

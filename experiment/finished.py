@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from experiment import rundir, weights
+from experiment import results, rundir, weights
 from experiment.checkpoint import differences
 from experiment.config import FRAMEWORKS, Config, resolve
 from experiment.engines import Engine, load_engine, set_environment
 from experiment.errors import UserError
 from experiment.paths import path_type
-
-WEIGHTS = {"final": "weights.safetensors", "best": "weights-best.safetensors"}
+from experiment.results import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ def open_run(
         data_dir: where TFDS keeps its data, by default as when the run began.
 
     Raises:
-        UserError: no folder of a run; its files are damaged; the weights are absent, or of another network;
-            an engine that cannot do the run's precision.
+        UserError: no folder of a run; its files are damaged; the weights are absent, of another network or of
+            another step than the run; an engine that cannot do the run's precision.
     """
     if not run_dir.exists():
         raise UserError(f"{run_dir}: not found; name the folder of a run")
@@ -87,6 +86,7 @@ def open_run(
         }
         raise UserError(f"{path}: not found; {remedy[which]}")
     tensors = weights.load(path)
+    results.check_weights(run_dir, which)
     resolved = record["resolved"]
     try:
         engine = load_engine(config.framework)(

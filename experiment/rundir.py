@@ -1,7 +1,8 @@
-"""The folder of a run: its lock, and small files that are written whole, then renamed."""
+"""The folder of a run: its lock, what may lie in it, and small files that are written whole, then renamed."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -9,12 +10,13 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.errors import UserError
+from experiment.config import Config, is_changeable
+from experiment.errors import FolderLostError, UserError
 
 if TYPE_CHECKING:
     from experiment.data import Data
@@ -27,6 +29,16 @@ DATA_FACTS = (
     *("num_classes", "class_names", "image_shape", "mean", "std"),
     *("train_size", "val_size", "test_size"),
 )
+
+# All that "resolved" of config.json may hold, and of these what a resumed run may not change.
+RESOLVED = frozenset(
+    {
+        *("total_steps", "steps_per_epoch", "schedule_steps", "warmup_steps"),
+        *("optimizer_options", "init_from_sha256", *DATA_FACTS),
+        *("data_version", "data_config", "data_test_split", "data_sha256"),
+    }
+)
+FIXED = RESOLVED - {"total_steps", "steps_per_epoch", "optimizer_options"}
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -64,7 +76,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:
-    """What config.json of a run holds: {"config", "resolved", "sessions"}. Raises UserError if it is none."""
+    """What config.json of a run holds: {"config", "resolved", "sessions"}.
+
+    Raises UserError if it is none, or if a newer version wrote it and this one would ignore something in it.
+    """
     path = run_dir / "config.json"
     if not path.is_file():
         free = not run_dir.is_file() and not other_files(run_dir)
@@ -78,7 +93,39 @@ def read_record(run_dir: Path) -> dict[str, Any]:
         or not isinstance(record["resolved"].get("schedule_steps"), int)
     ):
         raise UserError(f"{path}: is not what a run writes; restore the file, or start a fresh run")
+    resolved, usual = record["resolved"], Config()
+    known = [(record, kinds.keys()), (record["config"], vars(usual).keys()), (resolved, RESOLVED)]
+    if isinstance(resolved.get("optimizer_options"), dict):
+        known.append((resolved["optimizer_options"], usual.optimizer_options().keys()))
+    for values, names in known:
+        if unknown := sorted(values.keys() - names):
+            raise UserError(f"{path}: unknown option {unknown[0]!r}, of a newer version; use that version")
     return record
+
+
+def identity(config: Config, resolved: dict[str, Any]) -> dict[str, Any]:
+    """Return what a resumed run may not change, {name: value as JSON has it}, for its checkpoints to keep.
+
+    Args:
+        config: the options of the run.
+        resolved: what followed from them and the data.
+    """
+    options = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if not is_changeable(name, config.schedule)
+    }
+    fixed = {name: value for name, value in resolved.items() if name in FIXED}
+    same: dict[str, Any] = json.loads(json.dumps({**options, **fixed}))
+    return same
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """Return the steps of the complete checkpoints in `directory`, ascending: of the folders named by one."""
+    if not directory.is_dir():
+        return []
+    names = (path.name for path in directory.iterdir() if path.is_dir())
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
 def data_facts(data: Data) -> dict[str, Any]:
@@ -178,13 +225,34 @@ def create(run_dir: Path | None, name: str) -> Path:
 
 
 @contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
-    """Hold the folder for this process; the operating system lets go when the process ends, however."""
+def lock(run_dir: Path) -> Iterator[Callable[[], None]]:
+    """Hold the folder for this process; the operating system lets go when the process ends, however.
+
+    Yields a function that raises FolderLostError if the lock that is held is not the one in the folder any
+    more: the folder was removed, moved, or removed and made again, maybe by another run.
+    """
     import filelock
 
+    path = run_dir.absolute() / ".lock"
+
+    def inode() -> tuple[int, int] | None:
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return status.st_dev, status.st_ino
+
+    def check() -> None:
+        if inode() != held:
+            raise FolderLostError(
+                f"{run_dir} was removed, moved or replaced while the run went on; nothing more is written "
+                "there; put the folder back and continue with --resume, or start a fresh run"
+            )
+
     try:
-        with filelock.FileLock(run_dir / ".lock", timeout=0):
-            yield
+        with filelock.FileLock(path, timeout=0):
+            held = inode()
+            yield check
     except filelock.Timeout:
         raise UserError(
             f"--run-dir: another process is training in {run_dir}; wait for it, or stop it"

@@ -13,9 +13,10 @@ import itertools
 import math
 import shlex
 import signal
+import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,20 +29,17 @@ from experiment.config import Config
 from experiment.console import Console
 from experiment.data import Data
 from experiment.engines import Engine, keeps_programs
-from experiment.errors import UserError
+from experiment.errors import RunFailedError, UserError
 from experiment.events import EventFile
 from experiment.history import History, unchanged_start
 from experiment.metrics import Metrics
 from experiment.processes import ALONE, Place, processor_seconds
+from experiment.results import WEIGHTS
 from experiment.schedules import has_converged
 from experiment.transfer import count_parameters
 
 # What an engine tells of a step beside loss and logits; the last four of AdaBound and its kin alone.
 STEP_NUMBERS = ("grad_norm", "update_norm", "lower_bound", "upper_bound", "at_lower", "at_upper")
-
-
-class RunFailedError(Exception):
-    """The run cannot go on; one line says why and what is safe. Exit status 1."""
 
 
 @dataclasses.dataclass
@@ -78,12 +76,20 @@ def begin(engine: Engine, tree: dict[str, Any] | None = None) -> Start:
 
 
 def restore(
-    engine: Engine, checkpoints: Checkpoints, run_dir: Path, total_steps: int, console: Console
+    engine: Engine,
+    checkpoints: Checkpoints,
+    run_dir: Path,
+    total_steps: int,
+    console: Console,
+    identity: Mapping[str, Any],
 ) -> Start | None:
     """The start of a resumed run: its newest checkpoint that is whole, or None if there is none yet.
 
-    Raises UserError if the checkpoint is of another model, optimizer or number of classes, if it is beyond
-    `total_steps`, or if the history it belongs to was changed. Nothing is written before these checks.
+    `identity` is what the run may not change, as `rundir.identity` returns it.
+
+    Raises UserError if the checkpoint is of other options, of a newer version, of another model, optimizer or
+    number of classes, if it is beyond `total_steps`, or if the history it belongs to was changed. Nothing is
+    written before these checks.
     """
     found = checkpoints.load_newest(console.say)
     if found is None:
@@ -91,6 +97,13 @@ def restore(
         console.say("no checkpoint yet: starting at step 0")
         return None
     step, tree, run = found
+    made_with = run.pop("identity", None)
+    _check_identity(made_with or {}, identity, f"checkpoint {step} in {checkpoints.directory}")
+    if unknown := sorted(run.keys() - {field.name for field in dataclasses.fields(Start)}):
+        raise UserError(
+            f"--resume: checkpoint {step} in {checkpoints.directory} has an unknown entry {unknown[0]!r}, of "
+            "a newer version; use that version"
+        )
     lines = differences(engine.to_tree(engine.init()), tree)
     if lines:
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
@@ -102,8 +115,30 @@ def restore(
         raise UserError(f"--steps: the run is at step {step}; give as many or more")
     unchanged_start(run_dir / "metrics.jsonl", **run["history"])
     checkpoints.remove_incomplete()
+    if made_with is None:
+        console.say(
+            f"checkpoint {step} is of an older version and holds no options: those of config.json are taken"
+        )
+    start = Start(state=engine.from_tree(tree), step=step, **run)
+    best_weights = run_dir / WEIGHTS["best"]
+    if start.best is not None and not checkpoints.restore_best(best_weights, start.best["step"]):
+        console.say(
+            f"{best_weights}: the best weights so far, of step {start.best['step']}, are lost; "
+            "the next better ones are written there"
+        )
     console.say(f"resuming at step {step}")
-    return Start(state=engine.from_tree(tree), step=step, **run)
+    return start
+
+
+def _check_identity(made_with: Mapping[str, Any], identity: Mapping[str, Any], checkpoint: str) -> None:
+    """Raise UserError if a checkpoint was made with other options or data than those of config.json."""
+    for name in made_with:
+        if name in identity and made_with[name] != identity[name]:
+            old, new = (textwrap.shorten(str(each[name]), 60) for each in (made_with, identity))
+            raise UserError(
+                f"--resume: {checkpoint} was made with {name} {old}, and config.json has {new}; restore the "
+                "config.json of that run"
+            )
 
 
 class Trainer:
@@ -117,6 +152,7 @@ class Trainer:
         checkpoints: where checkpoints are.
         total_steps: the last step.
         validations: the list that the engine's schedule looks at; filled here.
+        identity: what a resumed run may not change, for its checkpoints.
         place: which of several processes this is; the first alone writes.
     """
 
@@ -130,11 +166,13 @@ class Trainer:
         console: Console,
         total_steps: int,
         validations: list[tuple[int, float]],
+        identity: dict[str, Any],
         place: Place = ALONE,
     ) -> None:
         self.config, self.data, self.engine = config, data, engine
         self.run_dir, self.checkpoints, self.console = run_dir, checkpoints, console
         self.total_steps, self.validations, self.place = total_steps, validations, place
+        self.identity = identity
         self.steps_per_epoch = data.steps_per_epoch
         self.checkpoint_every = config.checkpoint_every or self.steps_per_epoch
         self.eval_every = config.eval_every or self.steps_per_epoch
@@ -158,6 +196,7 @@ class Trainer:
         self._begun = time.monotonic() - self.clock.wall_seconds
         self._processor_begun = processor_seconds() - (self.clock.processor_seconds or 0.0)
         self.state, self.step, self.best = start.state, start.step, start.best
+        self._saved_step = start.step
         classes = self.data.num_classes
         self.epoch_metrics = (
             Metrics.from_json(start.epoch_metrics) if start.epoch_metrics else Metrics(classes)
@@ -340,8 +379,11 @@ class Trainer:
         self._record({**self._line("val", "epoch", self.step), **result})
         self.console.say(f"step {self.step}: validation {_words(result)}")
         if result["loss"] < (self.best["loss"] if self.best else math.inf):  # never so for not-a-number
+            self._flush()  # else a kill leaves weights of a step that metrics.jsonl does not have
+            if self.best is not None and self.best["step"] <= self._saved_step:  # a checkpoint's best
+                self.checkpoints.keep_best(self.run_dir / WEIGHTS["best"], self.best["step"])
             self.best = {"step": self.step, **result}
-            self._write_weights("weights-best.safetensors", self.engine.to_tree(self.state))
+            self._write_weights(WEIGHTS["best"], self.engine.to_tree(self.state))
         return True
 
     def _converged(self) -> bool:
@@ -354,10 +396,12 @@ class Trainer:
             "epoch_metrics": self.epoch_metrics.to_json(),
             "best": self.best,
             "clock": dataclasses.asdict(self._clock_now()),
+            "identity": self.identity,
         }
         if validation_due:
             run["validation_due"] = True
         self.checkpoints.save(self.step, self.engine.to_tree(self.state), run)
+        self._saved_step = self.step
 
     def _finish(self) -> dict[str, Any] | None:
         """Test the final weights and write them; these lines come after the last checkpoint's history.
@@ -370,13 +414,14 @@ class Trainer:
             test = self._evaluate("test", collector)
             if test is None:
                 return None
+        self.checkpoints.wait()  # whoever finds a result finds a checkpoint of its step
+        if test is not None:
             self._record({**self._line("test", "epoch", self.step), **test})
         self.history.sync()
         tree = self.engine.to_tree(self.state)
-        self._write_weights("weights.safetensors", tree)
+        self._write_weights(WEIGHTS["final"], tree)
         if collector is not None and self.place.leads:
             collector.finish(self.step, self.data.class_names).save(self.run_dir / predictions.FILE)
-        self.checkpoints.wait()
         trained, frozen = count_parameters(tree["params"], freeze_backbone=self.config.freeze_backbone)
         clock = self._clock_now()
         return {
@@ -401,6 +446,7 @@ class Trainer:
     def _write_weights(self, name: str, tree: dict[str, Any]) -> None:
         if not self.place.leads:
             return
+        self.checkpoints.check_folder()
         metadata = {"model": self.config.model, "dataset": self.config.dataset, "step": self.step}
         weights.save(self.run_dir / name, weights.from_tree(tree), metadata)
 

@@ -49,6 +49,17 @@ def load(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
+def step_of(path: Path) -> int | None:
+    """Return the step that a run wrote into its safetensors file, or None if the file has none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            return int(json.loads(file.metadata()["run"])["step"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
 def save(path: Path, state_dict: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
     """Write a safetensors file, whole or not at all; the same content gives the same bytes."""
     from safetensors.numpy import save as serialize

@@ -113,6 +113,7 @@ def test_round_trip_is_exact(saved):
 
 def test_a_relative_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
     save(Path("runs/checkpoints"), [1]).close()
     monkeypatch.chdir("/")
     assert (tmp_path / "runs/checkpoints/1/manifest.json").is_file()

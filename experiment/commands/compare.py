@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--out: {out} holds something else than a comparison; name another folder")
     page, pictures = render_comparison([read_run(run_dir) for run_dir in options.runs])
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         print(write_page(out, page, pictures))
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written ({error.strerror}); name another folder") from None

@@ -26,8 +26,11 @@ def write_report(run_dir: Path) -> tuple[Path, dict[str, Picture]]:
 
 
 def write_page(folder: Path, page: str, pictures: Mapping[str, Picture]) -> Path:
-    """Write a page and its pictures as PNG; those of an earlier one that are there no more are removed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a page and its pictures as PNG; those of an earlier one that are there no more are removed.
+
+    The folder above `folder` must exist: that of a run, which is not made again where it was removed.
+    """
+    folder.mkdir(exist_ok=True)
     for picture in pictures.values():
         write_file(folder / f"{picture.name}.png", picture.png)
     for path in folder.glob("*.png"):

@@ -82,7 +82,7 @@ def render_report(run: RunFiles, pictures: Mapping[str, Picture]) -> str:
         curves=[pictures[name] for name in pictures if name not in ("confusion", *SHEETS)],
         pictures=pictures,
         found=found,
-        stale=found is not None and found.step < run.step,
+        stale=found is not None and found.step != run.step,
         versions=newest.get("versions") or {},
         sessions=[_session(session) for session in run.sessions],
         changed=_changed(run.config),

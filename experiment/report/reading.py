@@ -31,7 +31,7 @@ class RunFiles:
         resolved: what followed from them and the data.
         sessions: a start or resume each, with versions, commit and device.
         lines: those of metrics.jsonl.
-        summary: summary.json, if the run has come to its end.
+        summary: summary.json, if the run is at its end.
         predictions: of the test set, if it has.
         absent: what is not there or damaged, in words.
     """
@@ -80,7 +80,7 @@ class RunFiles:
     @property
     def finished(self) -> bool:
         """Whether it has come to its end, and was not continued after that."""
-        return self.summary is not None and self.summary["steps"] >= self.step
+        return self.summary is not None
 
     @property
     def resumes(self) -> list[int]:
@@ -125,13 +125,14 @@ def read_run(folder: Path) -> RunFiles:
     if not all(isinstance(session, dict) for session in sessions):
         raise UserError(f"{folder / 'config.json'}: its sessions are not what a run writes; restore it")
     absent: list[str] = []
+    lines = _read_lines(folder / "metrics.jsonl", absent)
     return RunFiles(
         folder=folder,
         config=resolve({}, record["config"]),
         resolved=record["resolved"],
         sessions=sessions,
-        lines=_read_lines(folder / "metrics.jsonl", absent),
-        summary=_read_summary(folder / "summary.json", absent),
+        lines=lines,
+        summary=_read_summary(folder / "summary.json", lines, absent),
         predictions=_read_predictions(folder / predictions.FILE, absent),
         absent=absent,
     )
@@ -172,14 +173,20 @@ def _is_line(line: Any) -> bool:
     )
 
 
-def _read_summary(path: Path, absent: list[str]) -> dict[str, Any] | None:
+def _read_summary(path: Path, lines: list[dict[str, Any]], absent: list[str]) -> dict[str, Any] | None:
+    """Read summary.json; one of another step than the last line's is that of an earlier end of the run."""
     if not path.is_file():
         absent.append("summary.json is absent: the run has not come to its end.")
         return None
     try:
         summary = rundir.read_json(path)
         if isinstance(summary, dict) and isinstance(summary.get("steps"), int):
-            return summary
+            if not lines or summary["steps"] == lines[-1]["step"]:
+                return summary
+            absent.append(
+                f"summary.json is of step {summary['steps']:,}, and the run is at step {lines[-1]['step']:,}."
+            )
+            return None
     except UserError:
         pass
     absent.append("summary.json is damaged.")

@@ -24,6 +24,7 @@ from experiment.checkpoint import Checkpoints
 from experiment.config import Config, flag_of, flags, resolve
 from experiment.engines import load_module
 from experiment.errors import UserError
+from experiment.results import read_summary
 from experiment.study.plan import Contestant, Options, Plan
 
 Start = Callable[..., int]  # train.start
@@ -116,9 +117,8 @@ def lines(folder: Path, split: str, scope: str = "epoch") -> Iterator[dict[str, 
 def has_diverged(folder: Path) -> bool:
     """Whether a run ended because its loss or gradient was not finite, or ended with a test loss that is not,
     or a validation loss where it was not tested; the same would happen again."""
-    if (folder / "summary.json").exists():
-        result = rundir.read_json(folder / "summary.json")["test"] or _last_validation(folder)
-        return result["loss"] is None
+    if summary := read_summary(folder):
+        return (summary["test"] or _last_validation(folder))["loss"] is None
     return NOT_FINITE in _log(folder)
 
 
@@ -142,7 +142,7 @@ def is_done(run: Run) -> bool:
                 f"{run.folder}: is of another study: {flag_of(field)}: the run has {old}, not {new}; restore "
                 "the study's file, or give another --run-dir"
             )
-    return (run.folder / "summary.json").exists() or has_diverged(run.folder)
+    return read_summary(run.folder) is not None or has_diverged(run.folder)
 
 
 def carry_out(run: Run, start: Start) -> None:

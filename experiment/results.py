@@ -1,0 +1,141 @@
+"""Files of a run outside its checkpoints: the step that each belongs to, so that none is taken for another.
+
+A run that is continued after its end, or is resumed from an older checkpoint, keeps weights, summary and
+predictions of a step that is not its last any more, until it writes them again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from experiment import rundir, weights
+from experiment.errors import UserError
+
+WEIGHTS = {"final": "weights.safetensors", "best": "weights-best.safetensors"}
+HISTORY = "metrics.jsonl"
+SUMMARY = "summary.json"
+PREDICTIONS = "predictions.npz"
+
+
+def last_step(run_dir: Path) -> int | None:
+    """Return the step of the last whole line of metrics.jsonl, or None if there is no such line."""
+    steps = (_step_and_loss(line)[0] for line in reversed(_lines(run_dir)))
+    return next((step for step in steps if step is not None), None)
+
+
+def best_step(run_dir: Path) -> int | None:
+    """Return the step of the first lowest validation loss in metrics.jsonl, or None if there is no such line.
+
+    The run takes its best weights from the same step.
+    """
+    found = (_step_and_loss(line) for line in _lines(run_dir) if b'"split": "val"' in line)
+    losses = [(loss, step) for step, loss in found if step is not None and loss is not None]
+    return min(losses, key=lambda pair: pair[0])[1] if losses else None
+
+
+def _lines(run_dir: Path) -> list[bytes]:
+    path = run_dir / HISTORY
+    return path.read_bytes().splitlines() if path.is_file() else []
+
+
+def _step_and_loss(line: bytes) -> tuple[int | None, float | None]:
+    """Return step and loss of a line of metrics.jsonl; None for what a damaged line does not have."""
+    try:
+        values = json.loads(line)
+        step, loss = values.get("step"), values.get("loss")
+    except (ValueError, AttributeError):
+        return None, None
+    return (
+        step if isinstance(step, int) else None,
+        loss if isinstance(loss, int | float) and math.isfinite(loss) else None,
+    )
+
+
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """Return what summary.json of a run holds, or None if the run is not at its end.
+
+    A summary of another step than the last one in metrics.jsonl is that of an earlier end.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run_dir / SUMMARY
+    if not path.is_file():
+        return None
+    summary = rundir.read_json(path)
+    if not isinstance(summary, dict) or not isinstance(summary.get("steps"), int):
+        raise UserError(f"{path}: is not what a run writes; continue the run with --resume")
+    return summary if last_step(run_dir) in (None, summary["steps"]) else None
+
+
+def check_weights(run_dir: Path, which: str) -> None:
+    """Raise UserError if a file of weights is of another step than metrics.jsonl says.
+
+    Args:
+        run_dir: the folder of the run; without metrics.jsonl in it nothing is known.
+        which: "final", the weights of the last step, or "best", those of the lowest validation loss.
+    """
+    path = run_dir / WEIGHTS[which]
+    step = weights.step_of(path)
+    expected = last_step(run_dir) if which == "final" else best_step(run_dir)
+    if step is None or last_step(run_dir) is None or step == expected:
+        return
+    present = {
+        "final": f"the run is at step {expected}; continue it to its end with --resume",
+        "best": f"the best validation of the run is of step {expected}; continue it with --resume",
+    }
+    if expected is None:
+        present["best"] = "the run has no validation yet; continue it with --resume"
+    raise UserError(f"{path}: is of step {step}, and {present[which]}")
+
+
+def check_startable(run_dir: Path, record: dict[str, Any]) -> None:
+    """Raise UserError if a run has no checkpoint to continue from, and step 0 would discard results.
+
+    A run that was killed before its first checkpoint was complete discards nothing: it makes the same lines
+    again. It may have recorded two checkpoint intervals, as saving goes on in the background.
+
+    Args:
+        run_dir: the folder of the run.
+        record: what its config.json holds.
+    """
+    if rundir.checkpoint_steps(run_dir / "checkpoints"):
+        return
+    interval = record["config"].get("checkpoint_every") or record["resolved"].get("steps_per_epoch")
+    before_first = 2 * interval if isinstance(interval, int) else 0
+    resumed = [session.get("step", 0) for session in record["sessions"] if isinstance(session, dict)]
+    limits = {HISTORY: before_first, WEIGHTS["best"]: before_first}
+    steps = {name: _step_of(run_dir / name) for name in (*limits, *WEIGHTS.values(), SUMMARY, PREDICTIONS)}
+    steps["config.json"] = max(resumed, default=0)
+    for name, step in steps.items():
+        if step is None or step > limits.get(name, 0):
+            of = "results" if step is None else f"results of step {step}"
+            raise UserError(
+                f"--resume: {run_dir} has {of} ({name}) but no checkpoint to continue from, and step 0 would "
+                "overwrite them; restore its checkpoints, or start a fresh run in another --run-dir"
+            )
+
+
+def _step_of(path: Path) -> int | None:
+    """Return the step that a file of a run belongs to: 0 without such a file, None if it does not say."""
+    if not path.exists():
+        return 0
+    if path.name == HISTORY:
+        return last_step(path.parent) or 0
+    if path.name == SUMMARY:
+        try:
+            step = rundir.read_json(path)["steps"]
+        except (UserError, KeyError, TypeError):
+            return None
+        return step if isinstance(step, int) else None
+    if path.name == PREDICTIONS:
+        from experiment import predictions
+
+        try:
+            return predictions.load(path).step
+        except UserError:
+            return None
+    return weights.step_of(path)

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 150_000_000
-"""Of one image: 600 MB in Pillow's memory. Pillow itself opens up to 178,956,970; the largest image of
-ImageNet has 61 million."""
+"""The most pixels of an image: 600 MB in Pillow's memory. Pillow itself opens up to 178,956,970."""
 
 _ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC = 274, 258, 262  # tags of TIFF and EXIF
 _MIN_IS_WHITE = 0

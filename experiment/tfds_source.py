@@ -311,15 +311,15 @@ def tfds_dataset(
 
 
 def _labeled(
-    name: str, builder: Any, wanted: Sequence[str], data_dir: str | None, options: dict[str, Any]
+    name: str, builder: Any, candidates: Sequence[str], data_dir: str | None, options: dict[str, Any]
 ) -> TfdsSource:
-    """Return the first of the splits `wanted` that has examples with labels.
+    """Return the first of the splits `candidates` that has examples with labels.
 
     Raises UserError, which names the splits and configurations there are, if none has.
     """
     splits = builder.info.splits
     hidden = []
-    for split in wanted:
+    for split in candidates:
         if split in splits and splits[split].num_examples:
             source = TfdsSource(builder, split, data_dir, **options)
             if not source.hides_labels():
@@ -329,7 +329,7 @@ def _labeled(
     if hidden:
         fault = f"the labels of its {' and '.join(hidden)} split are hidden (-1)"
     else:
-        fault = f"it has no {' or '.join(wanted)} split with examples"
+        fault = f"it has no {' or '.join(candidates)} split with examples"
     configs = _prepared_configs(name, data_dir)
     raise UserError(
         f"--dataset {name}: {fault}; a split to train on and one to test on are needed, and it has "

@@ -544,11 +544,11 @@ def test_splits_that_do_not_fit(root: Path) -> None:
         made_tfds.write(root, name, splits)
         with pytest.raises(UserError) as caught:
             load_made(root, name)
-        wanted = "test or validation" if splits.get("train") else "train"
+        needed = "test or validation" if splits.get("train") else "train"
         there = ", ".join(f"{split} ({len(examples)} examples)" for split, examples in splits.items())
         one_line(
             caught,
-            f"--dataset {name}: it has no {wanted} split with examples",
+            f"--dataset {name}: it has no {needed} split with examples",
             f"it has {there or 'none'}; use another",
         )
 

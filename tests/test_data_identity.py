@@ -77,9 +77,9 @@ def test_the_identity_is_that_of_the_stored_examples(tmp_path: Path) -> None:
 
 def test_the_identity_of_data_without_files(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("digits", "synthetic"):
-        found = identity(Path(), name)
-        assert list(found.values())[:3] == [None, None, None]
-        assert identity(Path(), name, image_size=(40, 40), val_fraction=0.5) == found
+        facts = identity(Path(), name)
+        assert list(facts.values())[:3] == [None, None, None]
+        assert identity(Path(), name, image_size=(40, 40), val_fraction=0.5) == facts
     before = identity(Path(), "synthetic")
     monkeypatch.setattr(
         sources.SyntheticSource, "_picture", lambda self, number: np.zeros((32, 32, 3), np.uint8)
@@ -142,14 +142,14 @@ def test_the_data_that_were_recorded_are_taken(here: Path, capsys: pytest.Captur
 def test_a_run_that_recorded_no_data_goes_on_and_says_so(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As of commits before the fields were there; a resumed run has them."""
+    """A run folder of a commit before these fields; a resumed run has them."""
     path = here / "run" / "config.json"
     recorded = json.loads(path.read_text())["resolved"]
     edit(path, lambda record: [record["resolved"].pop(name) for name in FIELDS])
-    said = "which version of its data the run began with is not recorded; taken is made (version 1.0.0, "
+    note = "which version of its data the run began with is not recorded; taken is made (version 1.0.0, "
     capsys.readouterr()
     assert main(EVALUATE) == 0
-    assert said in capsys.readouterr().err
+    assert note in capsys.readouterr().err
     assert train.main([*RESUME[:3], "--data-dir", "data"]) == 0
-    assert said in (here / "run" / "log.txt").read_text()
+    assert note in (here / "run" / "log.txt").read_text()
     assert json.loads(path.read_text())["resolved"] == recorded

@@ -50,7 +50,7 @@ def rgb(grey: Pixels) -> Pixels:
 
 
 def on_white(image: Pixels) -> Pixels:
-    """What is left of an image whose first ten rows are transparent."""
+    """Return an image with its ten transparent rows put on white."""
     image = image.copy()
     image[:10] = 255
     return image
@@ -79,7 +79,7 @@ UPRIGHT: dict[int, Callable[[Any], Any]] = {
     7: lambda image: np.swapaxes(np.rot90(image, 2), 0, 1),
     8: np.rot90,
 }
-"""By the EXIF orientation, what shows the stored image as the camera saw it."""
+"""By EXIF orientation: the function that makes the stored image upright."""
 
 
 def png(raw: bytes, depth: int, color_type: int, transparent: bytes | None = None) -> bytes:
@@ -108,7 +108,7 @@ def tiff(pixels: bytes, bits: int, white_is_zero: bool = False) -> bytes:
 
 
 def twelve_bits(values: npt.NDArray[Any]) -> bytes:
-    """Pairs of 12 bits in three bytes, the upper bits first."""
+    """Return pairs of 12-bit values in three bytes, the upper bits first."""
     first, second = values.reshape(-1, 2).T
     return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
 
@@ -128,7 +128,7 @@ def kinds() -> Kinds:
     moving: dict[str, Any] = {"save_all": True, "append_images": frames}
     gif = saved(palette, "gif", transparency=0, save_all=True, append_images=[frames[0].quantize(16)])
     cmyk = Image.fromarray(COLOR).convert("CMYK")
-    found: Kinds = {
+    files: Kinds = {
         "rgb png": (saved(COLOR), COLOR),
         "grey png": (saved(GREY), rgb(GREY)),
         "16-bit grey png": (saved(GREY16), rgb(GREY)),
@@ -168,34 +168,34 @@ def kinds() -> Kinds:
         "cmyk tiff": (saved(cmyk, "tiff"), np.asarray(cmyk.convert("RGB"))),
     }
     if features.check("jpg_2000"):
-        found["16-bit jpeg 2000"] = (saved(GREY16, "jpeg2000", irreversible=False), rgb(GREY))
+        files["16-bit jpeg 2000"] = (saved(GREY16, "jpeg2000", irreversible=False), rgb(GREY))
     if features.check("webp"):
         rgba = np.dstack([COLOR, ALPHA])
-        found["webp"] = (saved(rgba, "webp", lossless=True, exact=True), on_white(COLOR))
-        found["animated webp"] = (saved(COLOR, "webp", lossless=True, **moving), COLOR)
+        files["webp"] = (saved(rgba, "webp", lossless=True, exact=True), on_white(COLOR))
+        files["animated webp"] = (saved(COLOR, "webp", lossless=True, **moving), COLOR)
     if features.check("avif"):
-        found["avif"] = (saved(COLOR, "avif"), None)
-        found["animated avif"] = (saved(COLOR, "avif", **moving), None)
+        files["avif"] = (saved(COLOR, "avif"), None)
+        files["animated avif"] = (saved(COLOR, "avif", **moving), None)
     for orientation, upright in UPRIGHT.items():
         for form in ("png", "jpeg", "tiff"):
             name = f"{form}, orientation {orientation}"
             file = saved(COLOR, form, exif=exif(orientation))
             want = pixels_of(Image.open(io.BytesIO(saved(COLOR, form))).convert("RGB"))
-            found[name] = (file, upright(want))
-    return found
+            files[name] = (file, upright(want))
+    return files
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Kinds]:
     """A folder with the TFDS sets `color` and `grey` of every kind and the files beside them; the kinds."""
     folder = tmp_path_factory.mktemp("kinds")
-    found = kinds()
-    examples = [(file, 0) for file, _ in found.values()]
+    files = kinds()
+    examples = [(file, 0) for file, _ in files.values()]
     for name, channels in (("color", 3), ("grey", 1)):
         made_tfds.write(folder, name, {"train": examples, "test": examples}, shape=(None, None, channels))
-    for number, (file, _) in enumerate(found.values()):
+    for number, (file, _) in enumerate(files.values()):
         (folder / str(number)).write_bytes(file)
-    return folder, found
+    return folder, files
 
 
 def predicted(
@@ -230,23 +230,23 @@ def test_training_and_predict_see_the_same_pixels(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder, found = stored
+    folder, files = stored
     data = load(name, data_dir=str(folder), batch_size=1, seed=0, val_fraction=0, image_size=(size, size))
     source, _ = data.parts["train"]
-    trained = source.read(np.arange(len(found)))["image"]
-    files = predicted(folder, len(found), channels, monkeypatch, size)
-    for kind, one, other in zip(found, trained, files, strict=True):
+    trained = source.read(np.arange(len(files)))["image"]
+    predictions = predicted(folder, len(files), channels, monkeypatch, size)
+    for kind, one, other in zip(files, trained, predictions, strict=True):
         np.testing.assert_array_equal(one, other, err_msg=kind)
     batches = data.train_batches()
-    epoch = [next(batches)["image"][0].tobytes() for _ in found]
+    epoch = [next(batches)["image"][0].tobytes() for _ in files]
     assert sorted(epoch) == sorted(image.tobytes() for image in trained)
 
 
 def test_every_kind_has_its_pixels(
     stored: tuple[Path, Kinds],
 ) -> None:
-    folder, found = stored
-    for number, (kind, (file, want)) in enumerate(found.items()):
+    folder, files = stored
+    for number, (kind, (file, want)) in enumerate(files.items()):
         image = read_image(folder / str(number), 3)
         if want is None:  # Pillow's own, which is upright, opaque, and of 8 bits
             want = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
@@ -280,7 +280,7 @@ def test_grey_of_32_bits_is_refused_in_both(tmp_path: Path, file: bytes, fault: 
 
 
 def test_boxes_refer_to_the_stored_image(tmp_path: Path) -> None:
-    """Of each orientation: what is inside the box of the stored image, shown upright."""
+    """For each orientation: crop to the box in the stored image, then make it upright."""
     import tensorflow_datasets as tfds
 
     image, (top, left) = noise(50, 70, 3), (5, 30)
@@ -336,7 +336,7 @@ print(refused)
 
 
 def test_no_library_writes_lines_of_its_own(tmp_path: Path) -> None:
-    """Damaged TIFFs, of which libtiff and Pillow's logger complain; a large image, of which Pillow warns."""
+    """Decode damaged TIFFs, for which libtiff and Pillow's logger write lines, and a large image."""
     count = 0
     for name, file in (
         ("lzw", saved(COLOR, "tiff", compression="tiff_lzw")),

@@ -136,8 +136,8 @@ def test_the_walkthrough_of_parity(
     exec(program.replace("EPSILON = 1e-3", "EPSILON = 1e-5"), {})
     ours, corrected = load_file("stages.safetensors"), load_file("mine.safetensors")
     assert ours.keys() == corrected.keys()
-    for name, stage in ours.items():
-        assert np.abs(stage - corrected[name]).max() < 1e-6 * np.abs(stage).max()
+    for name, array in ours.items():
+        assert np.abs(array - corrected[name]).max() < 1e-6 * np.abs(array).max()
 
 
 def test_the_image_to_predict_can_be_made(

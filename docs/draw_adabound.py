@@ -1,4 +1,4 @@
-"""Draw the picture of docs/adabound.md: python docs/draw_adabound.py"""
+"""Draw the figure of docs/adabound.md, at a constant learning rate: python docs/draw_adabound.py"""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def draw_sizes(axes: Any) -> None:
 
 def draw() -> None:
     """Both, side by side."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure.suptitle("at a constant learning rate; a schedule scales both bounds", fontsize=11)
     draw_interval(left)
     draw_sizes(right)
     for axes in (left, right):

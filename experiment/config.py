@@ -372,7 +372,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line of train.py, made from Config. Flags that are not given are absent from its result."""
     parser = _Parser(
         prog="train.py",
-        description="Train a ResNet; every number of the run can be checked.",
+        description="Train a ResNet with JAX or with NumPy.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

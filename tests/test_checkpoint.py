@@ -376,6 +376,65 @@ def test_a_full_disk_costs_only_the_checkpoint_being_written(copy, failure):
     assert_same(checkpoints.load(3)[0], make_tree(3))
 
 
+def fsync_fails(monkeypatch, code, *, folders):
+    """fsync gives an error for folders, or for files."""
+    fsync = os.fsync
+
+    def fail(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}") == folders:
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_folders_is_told_once(tmp_path, monkeypatch, code):
+    """CIFS, FUSE and vboxsf: the checkpoints are written, and a line says what a power cut may cost."""
+    fsync_fails(monkeypatch, code, folders=True)
+    reported: list[str] = []
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 3, report=reported.append)
+    for step in (1, 2):
+        checkpoints.save(step, make_tree(step), RUN)
+    checkpoints.close()
+    assert checkpoints.verified() == [1, 2]
+    (line,) = reported
+    assert len(line.splitlines()) == 1
+    assert line.startswith("warning: ")
+    assert str(tmp_path) in line
+    assert os.strerror(code) in line
+
+
+@pytest.mark.parametrize(
+    ("code", "folders"), [(errno.EIO, True), (errno.EINVAL, False), (errno.ENOSPC, True)]
+)
+def test_any_other_failure_to_sync_fails_the_save(tmp_path, monkeypatch, code, folders):
+    fsync_fails(monkeypatch, code, folders=folders)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 3, report=forbid)
+    checkpoints.save(1, make_tree(1), RUN)
+    with pytest.raises(OSError, match="checkpoint 1 could not be written") as caught:
+        checkpoints.close()
+    assert caught.value.errno == code
+    assert checkpoints.steps() == []
+
+
+def test_the_number_of_an_error_of_tensorstore_is_known(copy):
+    checkpoints = Checkpoints(copy, 3)
+    with half_the_arrays():
+        checkpoints.save(3, make_tree(3), RUN)
+        with pytest.raises(OSError, match="checkpoint 3") as caught:
+            checkpoints.close()
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_only_whole_checkpoints_are_verified(copy):
+    assert Checkpoints(copy, 3).verified() == [1, 2]
+    damage(copy / "2", "flip", 0)
+    assert Checkpoints(copy, 3).verified() == [1]
+    damage(copy / "1", "missing", 0)
+    assert Checkpoints(copy, 3).verified() == []
+
+
 @pytest.mark.parametrize("then", ["save", "close"])
 def test_a_failed_save_is_told_by_what_comes_next(copy, then):
     checkpoints = Checkpoints(copy, 2)

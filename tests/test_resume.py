@@ -522,7 +522,8 @@ def check_full_disk(run: Run, process: subprocess.Popen[str], reason: str = "") 
     result = ended(process, 1)
     (told,) = result.stderr.splitlines()
     assert told.startswith(f"train.py: error: the run failed: cannot write in {run.run_dir}: {reason}")
-    assert told.endswith("checkpoints that are whole: 140, 147; make room, then continue with --resume")
+    command = f"python train.py --resume --run-dir {run.run_dir}"
+    assert told.endswith(f"; verified checkpoints: 140, 147; continue with {command}")
     assert run.steps() == [140, 147]
     for step in run.steps():
         Checkpoints(run.run_dir / "checkpoints", 1).load(step)

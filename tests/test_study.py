@@ -5,25 +5,30 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
+from time import sleep
 from typing import Any
 
 import numpy as np
 import pytest
 
-from experiment import rundir, weights
+from experiment import rundir, signals, weights
 from experiment.__main__ import main
 from experiment.checkpoint import Checkpoints
+from experiment.commands.study import _make
 from experiment.config import OPTIMIZERS, flags, parse, resolve
 from experiment.data import Data
 from experiment.processes import processor_seconds
 from experiment.study import curves, results, running, tables
 from experiment.study.plan import Plan, read
 from experiment.study.statistics import paired, summarize
+from tests.test_stopping import hook_data, send
 
 FOLDER = Path(__file__).parents[1] / "studies"
 STUDY = """
@@ -467,15 +472,68 @@ def test_intervals_are_students() -> None:
     assert math.isnan(summarize([]).mean)
 
 
+def stop_in_validation(part: str, time: int, number: int) -> None:
+    """Send SIGTERM in the first validation; the main thread, which waits for the others, hears it."""
+    with signals.listen() as request:  # in a thread this only reads
+        if part == "val" and request.signal is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):
+                if request.signal is None:
+                    sleep(0.01)
+
+
+def test_a_signal_stops_a_study_and_its_run_goes_on(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the validation of its first run, which then ends as that of a study that nothing stopped."""
+    path = write(tmp_path, STUDY.replace("[base]", "[base]\nreport = false"))
+    with pytest.MonkeyPatch.context() as patch:
+        hook_data(patch, send(signal.SIGHUP, ("val", 0, 0)))
+        assert main(["study", str(path), "--run-dir", str(tmp_path / "out")]) == 128 + signal.SIGHUP
+    err = capsys.readouterr().err
+    assert "adam, lr 0.0001, seed 9: " in err
+    assert "stopped by SIGHUP at step 3; everything is saved" in err
+    assert err.endswith("\nthe same command continues\n")
+    plan = read(path, {})
+    runs = running.candidate(plan, tmp_path / "out", plan.contestants[0], 0)
+    assert _make(runs, 0, 1, signals.StopRequest(), together=False, split="validation") == 1
+    (expected,) = running.candidate(plan, made / "out", plan.contestants[0], 0)
+    metrics = [(each.folder / "metrics.jsonl").read_bytes() for each in (*runs, expected)]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_signal_between_the_runs_of_a_study_is_heard(tmp_path: Path) -> None:
+    plan = read(write(tmp_path), {})
+    request = signals.StopRequest(signal.SIGUSR1)
+    runs = running.candidate(plan, tmp_path, plan.contestants[0], 0)
+    with pytest.raises(running.StudyStoppedError, match="stopped by SIGUSR1") as caught:
+        _make(runs, 0, 1, request, together=False, split="test")
+    assert caught.value.status == 128 + signal.SIGUSR1
+    assert not runs[0].folder.exists()
+
+
 @pytest.mark.slow
 def test_seeds_together_write_the_runs_of_seeds_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """JAX, by vmap and one after another: the same lines to rounding. Runs at different steps go alone."""
+    """JAX, by vmap and one after another: the same lines to rounding. Runs at different steps go alone.
+
+    Those by vmap are stopped by a signal in their first validation; all stop at that step, and go on from it.
+    """
     text = STUDY[: STUDY.index('[[optimizers]]\nname = "clipped"')].replace(', "clipped"', "")
     text = text.replace("{ lr = 0.0001 }, ", "").replace('"numpy"', '"jax"').replace("steps = 3", "steps = 6")
     path = write(tmp_path, text)
     alone = running.carry_out
+    with monkeypatch.context() as patch:
+        hook_data(patch, stop_in_validation)
+        patch.setattr(running, "carry_out", None)
+        status = main(["study", str(path), "--run-dir", str(tmp_path / "--vmap"), "--vmap"])
+    assert status == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM\nthe same command continues\n" in capsys.readouterr().err
+    for seed in ("seed-1", "seed-2"):
+        run_dir = tmp_path / "--vmap" / "runs" / "adam" / seed
+        assert Checkpoints(run_dir / "checkpoints", 1).steps() == [3]
+        assert not list(running.lines(run_dir, "val"))
     for flag, carry_out in (("--vmap", None), ("--no-vmap", alone)):
         monkeypatch.setattr(running, "carry_out", carry_out)
         assert main(["study", str(path), "--run-dir", str(tmp_path / flag), flag]) == 0

@@ -74,6 +74,21 @@ def test_five_seeds_together_equal_five_alone(
             assert_all_close("tree", flat(tree), flat(wanted), 1e-8)
 
 
+def test_drivers_agree_on_the_largest_number() -> None:
+    """Each time they ask, so that a signal stops all of them at one step."""
+    meeting, found = Meeting(3), {}
+
+    def drive(index: int) -> None:
+        found[index] = [meeting.agree(index, number) for number in (index, 0, -index)]
+
+    threads = [Thread(target=drive, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {index: [2, 0, 0] for index in range(3)}
+
+
 def test_drivers_that_meet_see_engines_like_any_other() -> None:
     """In float32 each trains two steps, evaluates, and trains on; one leaves, and the others are told."""
     engines, batches = make_engines(2, precision="float32"), make_batches(4)

@@ -34,12 +34,24 @@ from numpy_ref.layers import Array
 MAX_SUMS = 1 << 16  # numbers that one `all_reduce` can add up
 _SPINS = 20_000  # tries before a wait goes to sleep: some milliseconds
 _spawn = multiprocessing.get_context("spawn")
+DIED = "a process of the NumPy engine has died (out of memory?)"
+NOT_STARTED = (
+    "a process of the NumPy engine could not start. Each imports the script again: it must be a file, not "
+    'standard input, and what it runs must stand under `if __name__ == "__main__":`; or use one process '
+    "(processes=1, OMP_NUM_THREADS=1)"
+)
 
 
 def core_count() -> int:
     """The cores this process may use, or as many as OMP_NUM_THREADS says."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(os.environ.get("OMP_NUM_THREADS") or cores))
+    return thread_count(cores)
+
+
+def thread_count(cores: int) -> int:
+    """As many as OMP_NUM_THREADS says, the first of a list such as 4,2; or `cores`, if it says nothing."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return max(1, int(first)) if first.isdecimal() else cores
 
 
 class SharedMemory:
@@ -148,6 +160,7 @@ class Group:
         self._posts = posts = [[_spawn.Semaphore(0) for _ in range(size)] for _ in range(size)]
         self._ends: list[Connection] = []
         self._processes: list[BaseProcess] = []
+        self._starting, self._owner = set(range(size)), os.getpid()
         with _one_thread_each():
             for rank in range(size):
                 ours, theirs = _spawn.Pipe()
@@ -158,13 +171,16 @@ class Group:
                 theirs.close()
                 self._ends.append(ours)
                 self._processes.append(process)
-        self.close = weakref.finalize(self, _end, self._processes, self._ends)
+        self.close = weakref.finalize(self, _end, self._owner, self._processes, self._ends)
 
     def call(self, what: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Have replica r do `what` with arguments[r], all at the same time; what each returned.
 
-        Raises what a replica raised, or RuntimeError if one has died; the group is of no use then.
+        Raises what a replica raised, or RuntimeError if one has died or could not start; the group is of no
+        use then. Raises RuntimeError, too, in the child of a fork: the processes are its parent's.
         """
+        if os.getpid() != self._owner:
+            raise RuntimeError("the NumPy engine's processes are the parent's: after a fork make a new state")
         ends = self._ends[: len(arguments)]
         try:
             for end, each in zip(ends, arguments, strict=True):
@@ -173,20 +189,25 @@ class Group:
             while pending:
                 for ready in wait(list(pending.values())):
                     rank = next(r for r, end in pending.items() if end is ready)
-                    error, results[rank] = pending.pop(rank).recv()
+                    error, results[rank] = pending[rank].recv()
                     if error is not None:
                         raise error
+                    if rank in self._starting:  # it says that it is ready
+                        self._starting.remove(rank)
+                    else:
+                        del pending[rank]
         except (EOFError, OSError) as error:
             self.close()
-            raise RuntimeError("a process of the NumPy engine has died (out of memory?)") from error
+            started = self._starting.isdisjoint(range(len(arguments)))
+            raise RuntimeError(DIED if started else NOT_STARTED) from error
         except BaseException:
             self.close()
             raise
         return [results[rank] for rank in range(len(arguments))]
 
 
-def _end(processes: Sequence[BaseProcess], ends: Sequence[Connection]) -> None:
-    for process in processes:
+def _end(owner: int, processes: Sequence[BaseProcess], ends: Sequence[Connection]) -> None:
+    for process in processes if os.getpid() == owner else ():  # not in the child of a fork
         process.kill()  # they hold nothing that would have to be saved
     for end in ends:
         end.close()
@@ -200,11 +221,16 @@ def _serve(
     memory: SharedMemory,
     posts: Sequence[Sequence[Semaphore]],
 ) -> None:
-    """What a process of a group does, until its parent ends."""
+    """Serve as a process of a group until its parent ends; the first message says that it is ready."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or batch system sends them to the group
         signal.signal(number, signal.SIG_IGN)  # they are for the parent
     communicator = Communicator(rank, size, memory, posts)
-    replica = make(communicator, memory)
+    try:
+        replica = make(communicator, memory)
+    except Exception as error:
+        end.send((error, None))
+        return
+    end.send((None, None))
     while True:
         try:
             what, active, arguments = end.recv()

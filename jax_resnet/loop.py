@@ -88,7 +88,7 @@ class Engine:
             **model_options,
             dtype=jnp.dtype(precision),
         )
-        self._seed, self._frozen = seed, freeze_backbone
+        self._seed, self._frozen, self._num_classes = seed, freeze_backbone, num_classes
         with self._precision():
             self._dtype = parameter_dtype(precision)
             network = self._build(rngs=nnx.Rngs(seed))
@@ -162,11 +162,13 @@ class Engine:
         A step is followed by others in the same call of the program where `pauses` is false of it (steps
         count from 1): then None stands for its state. How steps are divided into calls changes no bit.
 
+        Raises ValueError, before the step, for labels [N] that are not integers in range(num_classes).
+
         Of several processes each gives its share of the rows of a batch, in the order of their numbers, and
         is given the metrics of the whole batch. They stay on the device until someone reads them, and the
         state that went in is gone (donated).
         """
-        step = int(state["step"])
+        step, batches = int(state["step"]), map(self._checked, batches)
         if self.chunk > 1 or self._pictures:
             yield from self._train_in_chunks(state, step, batches, pauses)
             return
@@ -178,6 +180,10 @@ class Engine:
             if jax.process_count() == 1:
                 metrics["label"] = batch["label"]
             yield state, metrics
+
+    def _checked(self, batch: Batch) -> Batch:
+        check_labels(batch["label"], self._num_classes)
+        return batch
 
     def _train_in_chunks(
         self, state: State, step: int, batches: Iterable[Batch], pauses: Callable[[int], bool]
@@ -419,3 +425,18 @@ def norm(arrays: Mapping[str, jax.Array]) -> jax.Array:
 def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
     """Mean over the batch of -log softmax(logits [N, C])[label [N]]."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+
+
+def check_labels(label: np.ndarray, num_classes: int) -> None:
+    """Raise ValueError that names the shape, the type or the first wrong label.
+
+    XLA would take -1 for the last class, and give NaN for one that is too large.
+    """
+    label = np.asarray(label)
+    if label.ndim != 1 or not label.size:
+        raise ValueError(f"labels must have shape (N,) with N of 1 or more, got {label.shape}")
+    if label.dtype.kind not in "iu":
+        raise ValueError(f"labels must be integers, got {label.dtype}")
+    if not 0 <= label.min() <= label.max() < num_classes:
+        index = int(np.argmax((label < 0) | (label >= num_classes)))
+        raise ValueError(f"label {index} is {label[index]}, where classes are 0 to {num_classes - 1}")

@@ -1,8 +1,27 @@
 """ResNets, their optimizers and the loop that trains them, in plain NumPy."""
 
 from numpy_ref.adabound import AdaBound, AdaBoundW, AMSBound, SGDBound, adabound_bounds
-from numpy_ref.layers import Parameter, cross_entropy, no_grad
+from numpy_ref.layers import (
+    AvgPool2d,
+    BatchNorm,
+    Conv2d,
+    Flatten,
+    GlobalAvgPool2d,
+    Layer,
+    Linear,
+    LoopConv2d,
+    MaxPool2d,
+    NoNorm,
+    OptionA,
+    Parameter,
+    ReLU,
+    Sequential,
+    Sigmoid,
+    cross_entropy,
+    no_grad,
+)
 from numpy_ref.loop import Engine
+from numpy_ref.optimizer_base import Optimizer
 from numpy_ref.optimizers import OPTIMIZERS, SGD, Adam, AdamW, AMSGrad, make_optimizer
 from numpy_ref.resnet import (
     CNN,
@@ -38,12 +57,27 @@ __all__ = [
     "AdaBoundW",
     "Adam",
     "AdamW",
+    "AvgPool2d",
     "BasicBlock",
+    "BatchNorm",
     "Bottleneck",
+    "Conv2d",
     "Engine",
+    "Flatten",
+    "GlobalAvgPool2d",
+    "Layer",
+    "Linear",
+    "LoopConv2d",
+    "MaxPool2d",
+    "NoNorm",
+    "Optimizer",
+    "OptionA",
     "Parameter",
+    "ReLU",
     "ResNet",
     "SGDBound",
+    "Sequential",
+    "Sigmoid",
     "adabound_bounds",
     "cnn",
     "cross_entropy",

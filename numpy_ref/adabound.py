@@ -10,12 +10,14 @@ meaning of each argument, and what a schedule does to the bounds, is set out at 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from numpy_ref.layers import Array, Parameter
-from numpy_ref.optimizer_base import Optimizer, check_hyperparameters, update_moments
+from numpy_ref.optimizer_base import Hyperparameter, Optimizer, update_moments
 
 
 def adabound_bounds(count: int, ratio: float = 100.0, gamma: float = 1e-3) -> tuple[float, float]:
@@ -23,9 +25,12 @@ def adabound_bounds(count: int, ratio: float = 100.0, gamma: float = 1e-3) -> tu
 
         lower = ratio * (1 - 1 / (gamma t + 1)),   upper = ratio * (1 + 1 / (gamma t))
 
-    Both converge to `ratio` = final_lr / base_lr; after 1 / gamma steps they are ratio / 2 and 2 ratio.
+    Both converge to `ratio` = final_lr / base_lr; after 1 / gamma steps they are ratio / 2 and 2 ratio. At 0,
+    before the first step, they are 0 and infinity.
     """
     x = gamma * count
+    if x == 0:
+        return 0.0, math.inf
     return ratio * (x / (x + 1)), ratio * (1 + 1 / x)
 
 
@@ -41,21 +46,25 @@ class AdaBound(Optimizer):
     *uncorrected* root: this is not Adam and a clip.
 
     Args:
-        lr: Adam's step size; set it anew before each step to follow a schedule.
+        parameters: what to train, or groups with values of their own, as in `Optimizer`.
+        lr: Adam's step size; set it before each step to follow a schedule.
         final_lr: SGD's step size, which the bounds converge to when the learning rate is `base_lr`.
-        base_lr: the rate that `final_lr` goes with; by default the `lr` given here.
+        base_lr: the rate that `final_lr` goes with; by default the `lr` given here, or the group's.
         gamma: how fast the bounds converge, per step.
         b1, b2: decay rates, per step, of the exponential averages of the gradients and of their squares.
         eps: added to the root of the second moment; in units of the gradient.
         weight_decay: the L2 penalty, added to the gradient.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        TypeError, ValueError: see `Optimizer`.
     """
+
+    final_lr, base_lr, gamma = Hyperparameter(), Hyperparameter(), Hyperparameter()
+    b1, b2, eps = Hyperparameter(), Hyperparameter(), Hyperparameter()
 
     def __init__(
         self,
-        parameters: Iterable[Parameter],
+        parameters: Iterable[Parameter] | Iterable[Mapping[str, Any]],
         lr: float = 1e-3,
         final_lr: float = 0.1,
         *,
@@ -66,33 +75,34 @@ class AdaBound(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(parameters, lr, weight_decay=weight_decay)
-        base_lr = lr if base_lr is None else base_lr
-        check_hyperparameters(final_lr=final_lr, base_lr=base_lr, b1=b1, b2=b2, gamma=gamma, eps=eps)
-        self.ratio, self.b1, self.b2, self.gamma, self.eps = final_lr / base_lr, b1, b2, gamma, eps
+        bounds = {"final_lr": final_lr, "base_lr": base_lr, "gamma": gamma}
+        super().__init__(parameters, lr, **bounds, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
-    def prepare(self) -> None:
+    def prepare(self, h: SimpleNamespace) -> None:
         """The bias correction, and the bounds."""
-        self._correction = math.sqrt(1 - self.b2**self.count) / (1 - self.b1**self.count)
-        self._bounds = adabound_bounds(self.count, self.ratio, self.gamma)
+        h.correction = math.sqrt(1 - h.b2**self.count) / (1 - h.b1**self.count)
+        h.lower, h.upper = adabound_bounds(self.count, h.final_lr / h.base_lr, h.gamma)
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The interval of the step sizes."""
-        lower, upper = self._bounds
+        """The interval of the first group's step sizes; before the first step (0, inf)."""
+        if self.count == 0:
+            return 0.0, math.inf
+        lower, upper = adabound_bounds(self.count, self.final_lr / self.base_lr, self.gamma)
         return self.lr * lower, self.lr * upper
 
-    def update(self, grad: Array, moments: Sequence[Array], change: Array) -> tuple[int, int]:
+    def update(
+        self, grad: Array, moments: Sequence[Array], change: Array, h: SimpleNamespace
+    ) -> tuple[int, int]:
         """See the class."""
-        update_moments(grad, moments[0], moments[1], self.b1, self.b2, change)
+        update_moments(grad, moments[0], moments[1], h.b1, h.b2, change)
         size = np.sqrt(self.second_moment(moments), out=change)
-        size += self.eps
-        np.divide(self._correction, size, out=size)
-        lower, upper = self._bounds
-        held = int(np.count_nonzero(size < lower)), int(np.count_nonzero(size > upper))
-        np.clip(size, lower, upper, out=size)
+        size += h.eps
+        np.divide(h.correction, size, out=size)
+        held = int(np.count_nonzero(size < h.lower)), int(np.count_nonzero(size > h.upper))
+        np.clip(size, h.lower, h.upper, out=size)
         size *= moments[0]
-        size *= self.lr
+        size *= h.lr
         return held
 
     def second_moment(self, moments: Sequence[Array]) -> Array:
@@ -128,11 +138,12 @@ class SGDBound(AdaBound):
 
     fields = ("mu",)
 
-    def update(self, grad: Array, moments: Sequence[Array], change: Array) -> tuple[int, int]:
+    def update(
+        self, grad: Array, moments: Sequence[Array], change: Array, h: SimpleNamespace
+    ) -> tuple[int, int]:
         """See the class."""
         (mu,) = moments
-        mu *= self.b1
-        mu += np.multiply(grad, 1 - self.b1, out=change)
-        lower, upper = self._bounds
-        np.multiply(mu, min(max(1.0, lower), upper) * self.lr, out=change)
-        return mu.size * (lower > 1), mu.size * (upper < 1)
+        mu *= h.b1
+        mu += np.multiply(grad, 1 - h.b1, out=change)
+        np.multiply(mu, min(max(1.0, h.lower), h.upper) * h.lr, out=change)
+        return mu.size * (h.lower > 1), mu.size * (h.upper < 1)

@@ -21,7 +21,7 @@ from itertools import pairwise
 import numpy as np
 
 from numpy_ref import layers
-from numpy_ref.layers import Array, Pair, output_size
+from numpy_ref.layers import Array, Pair, check_channels, check_count, output_size, promote
 from numpy_ref.memory import empty, empty_like
 
 TILE = 1 << 18  # bytes of one array in a tile: several arrays of a tile fit into a second-level cache
@@ -30,13 +30,17 @@ COLUMNS_TILE = 1 << 22  # bytes of columns in a tile: matrix products want many 
 
 def tiles(rows: Array) -> Iterator[slice]:
     """Slices of the first axis of so many rows as `TILE` bytes hold, at least one."""
-    step = max(1, TILE * len(rows) // max(rows.nbytes, 1))
-    return (slice(i, i + step) for i in range(0, len(rows), step))
+    return slices(len(rows), max(1, TILE * len(rows) // max(rows.nbytes, 1)))
+
+
+def slices(n: int, step: int) -> Iterator[slice]:
+    """Slices of range(n), `step` long but for the last."""
+    return (slice(i, i + step) for i in range(0, n, step))
 
 
 def even_tiles(n: int, nbytes: int) -> Iterator[slice]:
     """Even slices of n pictures of `COLUMNS_TILE` bytes, if all take `nbytes`."""
-    count = min(n, math.ceil(nbytes / COLUMNS_TILE))
+    count = max(1, min(n, math.ceil(nbytes / COLUMNS_TILE)))
     bounds = [n * i // count for i in range(count + 1)]
     return (slice(*each) for each in pairwise(bounds))
 
@@ -136,9 +140,12 @@ class Conv2d(layers.Conv2d):
 
     def forward(self, x: Array, train: bool = False) -> Array:
         """x [N, H, W, I] to [N, OH, OW, O]."""
+        weight = self.weight.value
+        check_channels(x, weight.shape[2], 4)
         n, h, w, _ = x.shape
         size = output_size((h, w), self.kernel, self.stride, self.padding)
-        y = empty((n, *size, self.weight.value.shape[-1]), x.dtype)
+        x = promote(x, weight)
+        y = empty((n, *size, weight.shape[-1]), x.dtype)
         if self.kernel == (1, 1) and self.padding == (0, 0):
             self._pointwise(x, y)
         elif self._suits_winograd(x):
@@ -158,8 +165,10 @@ class Conv2d(layers.Conv2d):
     def backward(self, dy: Array) -> Array:
         """dL/dx, zeros without `needs_dx`, and the gradients of the parameters, by the form forward took."""
         form, x, *kept = self.kept
+        dy = promote(dy, x)
         if self.bias is not None:
-            self.bias.add_grad(dy.sum((0, 1, 2)))
+            rows, fold = _wide(dy)
+            self.bias.add_grad(_fold(_sum(rows, slices(len(rows), 128)), fold))
         dx = empty_like(x)
         form(x, *kept, dy, dx)
         return dx
@@ -169,11 +178,11 @@ class Conv2d(layers.Conv2d):
     def _pointwise(self, x: Array, y: Array) -> None:
         (sh, sw) = self.stride
         rows = x[:, ::sh, ::sw].reshape(-1, x.shape[-1])  # a view, unless strided
-        np.matmul(rows, self._matrix, out=y.reshape(len(rows), -1))
+        np.matmul(rows, self._matrix, out=y.reshape(-1, y.shape[-1]))
         self.keep(self._pointwise_backward, x, rows)
 
     def _pointwise_backward(self, x: Array, rows: Array, dy: Array, dx: Array) -> None:
-        (sh, sw), dy = self.stride, dy.reshape(len(rows), -1)
+        (sh, sw), dy = self.stride, dy.reshape(-1, dy.shape[-1])
         self.weight.add_grad_product(rows.T, dy)
         if not self.needs_dx:
             dx.fill(0)
@@ -294,7 +303,7 @@ class Conv2d(layers.Conv2d):
         kept = []
         for part in self._tiles(y):
             columns = self._columns(x[part], y[part])
-            np.matmul(columns, self._matrix, out=y[part].reshape(len(columns), -1))
+            np.matmul(columns, self._matrix, out=y[part].reshape(-1, y.shape[-1]))
             if self.keep_columns:
                 kept.append(columns)
         self.keep(self._by_columns_backward, x, taps, kept)
@@ -305,13 +314,13 @@ class Conv2d(layers.Conv2d):
         dx.fill(0)
         for index, part in enumerate(self._tiles(dy)):
             columns = kept[index] if self.keep_columns else self._columns(x[part], dy[part])
-            rows = dy[part].reshape(len(columns), -1)
+            rows = dy[part].reshape(-1, dy.shape[-1])
             self.weight.add_grad_product(columns.T, rows)
             if not self.needs_dx:
                 continue
             dcolumns = empty_like(columns) if self.keep_columns else columns
             np.matmul(rows, self._matrix.T, out=dcolumns)
-            each = dcolumns.reshape(*dy[part].shape[:3], -1, x.shape[-1])
+            each = dcolumns.reshape(*dy[part].shape[:3], math.prod(self.kernel), x.shape[-1])
             for tap, out, inner in taps:
                 dx[part, *inner] += each[:, *out, tap]
 
@@ -328,6 +337,7 @@ class Conv2d(layers.Conv2d):
             padded.fill(0)
             padded[:, ph : ph + h, pw : pw + w] = x
             x = padded
+        x = np.ascontiguousarray(x)  # a copy of what is not, such as a view of every other pixel
         (bn, bh, bw, bc) = x.strides
         columns = empty((n, *y.shape[1:3], kh, kw * c), x.dtype)
         fields = np.ndarray(columns.shape, x.dtype, x, 0, (bn, sh * bh, sw * bw, bh, bc))
@@ -352,7 +362,8 @@ class BatchNorm(layers.BatchNorm):
 
     def forward(self, x: Array, train: bool = False, shortcut: Array | None = None) -> Array:
         """x [..., C], and a shortcut of its shape, to that shape."""
-        rows, fold = _wide(x)
+        check_channels(x, len(self.weight.value))
+        rows, fold = _wide(promote(x, self.weight.value))
         centred, y = empty_like(rows), empty_like(rows)
         inverse_std, n = self._centre(rows, centred, fold, train)
         scale, offset = _tile(self.weight.value * inverse_std, fold), _tile(self.bias.value, fold)
@@ -374,14 +385,11 @@ class BatchNorm(layers.BatchNorm):
         if not train:
             np.subtract(rows, _tile(self.running_mean, fold), out=centred)
             return self._statistics(rows, train)[1], 0
-        ones = np.ones(len(rows), rows.dtype)
-        sums, squares = np.zeros((2, rows.shape[1]), np.float64)
-        for part in tiles(rows):
-            sums += ones[part] @ rows[part]
-        totals = self.all_reduce(np.append(_fold(sums, fold), len(rows) * fold))
+        totals = self.all_reduce(np.append(_fold(_sum(rows, tiles(rows)), fold), len(rows) * fold))
         n = int(totals[-1])
+        check_count(n)
         mean = (totals[:-1] / n).astype(rows.dtype)
-        wide_mean = _tile(mean, fold)
+        wide_mean, squares = _tile(mean, fold), np.zeros(rows.shape[1], np.float64)
         for part in tiles(rows):
             tile = np.subtract(rows[part], wide_mean, out=centred[part])
             squares += np.einsum("nc,nc->c", tile, tile)
@@ -398,7 +406,7 @@ class BatchNorm(layers.BatchNorm):
         """dL/dx; the shortcut's gradient is then in `dshortcut`."""
         centred, inverse_std, y, n = self.kept
         fold = centred.shape[1] // len(inverse_std)
-        d = dy.reshape(centred.shape)
+        d = promote(dy.reshape(centred.shape), centred)
         masked = d if y is None else empty_like(d)
         ones = np.ones(len(d), d.dtype)
         sums = np.zeros((2, d.shape[1]), np.float64)
@@ -437,6 +445,14 @@ def _wide(x: Array) -> tuple[Array, int]:
     while fold * channels < 1024 and pixels % (2 * fold) == 0:
         fold *= 2
     return x.reshape(pixels // fold, fold * channels), fold
+
+
+def _sum(rows: Array, parts: Iterator[slice]) -> Array:
+    """The sum of rows [M, C], float64 [C]: of each part by BLAS, in the type of the rows."""
+    ones, sums = np.ones(len(rows), rows.dtype), np.zeros(rows.shape[1], np.float64)
+    for part in parts:
+        sums += ones[part] @ rows[part]
+    return sums
 
 
 def _tile(a: Array, fold: int) -> Array:

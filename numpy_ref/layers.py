@@ -2,7 +2,8 @@
 
 Every layer has `forward(x, train=False) -> y` and `backward(dy) -> dx`. `dy` is the gradient of a loss L with
 respect to the output, dL/dy; `dx` is dL/dx; the gradients of the parameters are added to their `.grad`. What
-backward needs is kept from the last forward until `forget()`; inside `no_grad()` nothing is kept.
+backward needs is kept from the last forward until `forget()`; inside `no_grad()` nothing is kept. So a layer
+serves one thread at a time.
 
 These are the readable forms. `fast.py` has the same layers in the forms that training uses; the tests hold
 them equal. The derivations use one rule, the chain rule: dL/da = sum over all b that a enters, dL/db * db/da.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -22,9 +24,36 @@ Array = npt.NDArray[Any]
 Pair = tuple[int, int]
 
 
-def pair(value: int | Pair) -> Pair:
-    """A number for height and width alike, or one for each."""
-    return (value, value) if isinstance(value, int) else value
+SHORT = 1024  # terms of a sum that float32 adds one by one with an error of some 1e-6 at most
+
+
+def pair(name: str, value: int | Pair, least: int = 1) -> Pair:
+    """Return (height, width) from one integer for both, or one for each.
+
+    Raises ValueError that names the argument if one is not an integer of at least `least`.
+    """
+    values = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(values) != 2 or not all(isinstance(v, int | np.integer) and v >= least for v in values):
+        hint = "; kernel_size // 2 keeps the size at stride 1" if name == "padding" else ""
+        raise ValueError(f"{name} must be an integer from {least} on or a pair of them, got {value!r}{hint}")
+    return int(values[0]), int(values[1])
+
+
+def sum_type(dtype: np.dtype[Any], terms: int) -> np.dtype[Any]:
+    """Return the type in which to add up so many numbers along an axis that is not the last.
+
+    NumPy adds these one after the other, so that the error grows with their number: in float32 a mean of
+    16 x 224 x 224 values is off by 4e-5, their variance by 4e-4. From `SHORT` terms on it is float64.
+    """
+    return np.promote_types(dtype, np.float64 if terms > SHORT else np.float32)
+
+
+def promote(x: Array, weight: Array) -> Array:
+    """Return x in the type of its products with `weight`, in the machine's byte order; itself if it has that.
+
+    A product of a float16 input and a float16 gradient would be added up in float16.
+    """
+    return x.astype(np.result_type(x, weight), copy=False)
 
 
 def draw(
@@ -37,10 +66,16 @@ def draw(
     """`scale` times random float32 numbers: "normal" ones, or "uniform" ones in [-1, 1).
 
     Each call draws from the next child of `rng`, as `jax_resnet.layers.draw` does: both engines' networks of
-    seed s start from the same weights, bit for bit. Without `rng` they are zeros, to be loaded.
+    seed s start from the same weights, bit for bit. Without `rng` they are zeros, to be loaded. Raises
+    TypeError for a seed: layers that are made with the same seed would start with the same numbers.
     """
     if rng is None:
         return np.zeros(shape, dtype)
+    if not isinstance(rng, np.random.Generator):
+        raise TypeError(
+            f"rng must be a generator that all layers share, such as np.random.default_rng(0), or None for "
+            f"zeros, got {rng!r}"
+        )
     (child,) = rng.spawn(1)
     if distribution == "normal":
         values = child.standard_normal(shape, np.float32)
@@ -53,16 +88,38 @@ def draw(
 class Parameter:
     """A trainable array and, in place, the gradient of the loss with respect to it.
 
+    Args:
+        value: the array, of a floating type. It becomes the parameter's own, not a copy, unless it is
+            read-only, not C-contiguous (Fortran order, a transposed kernel, a slice) or not in the machine's
+            byte order.
+
     Attributes:
-        value: the array; change its elements, not the array.
         trainable: False holds it where it is: layers add no gradient and optimizers pass it over.
+
+    Raises:
+        ValueError: if the array is of another type, such as complex128.
     """
 
-    def __init__(self, value: Array) -> None:
-        self.value = value
+    def __init__(self, value: npt.ArrayLike) -> None:
         self.trainable = True
         self._grad: Array | None = None
         self._is_zero = True  # whatever _grad holds
+        self.value = value
+
+    @property
+    def value(self) -> Array:
+        """The array: C-contiguous and writeable. Another one that is assigned is taken as in `__init__`."""
+        return self._value
+
+    @value.setter
+    def value(self, value: npt.ArrayLike) -> None:
+        array = np.asarray(value)
+        if array.dtype.kind != "f":
+            hint = "; make the real and the imaginary part two parameters" if array.dtype.kind == "c" else ""
+            raise ValueError(f"a parameter must be of a floating type, got {array.dtype}{hint}")
+        self._value = np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
+        if self._grad is not None and (self._grad.shape, self._grad.dtype) != (array.shape, array.dtype):
+            self._grad, self._is_zero = None, True
 
     @property
     def grad(self) -> Array:
@@ -78,7 +135,11 @@ class Parameter:
         self._is_zero = True
 
     def add_grad(self, gradient: Array) -> None:
-        """grad += gradient."""
+        """grad += gradient. Raises ValueError if it is not of the shape of `value`."""
+        if np.shape(gradient) != self.value.shape:
+            raise ValueError(
+                f"a gradient of shape {np.shape(gradient)} for a parameter of shape {self.value.shape}"
+            )
         self.add_written(lambda out: np.copyto(out, gradient))
 
     def add_grad_product(self, a: Array, b: Array) -> None:
@@ -98,7 +159,12 @@ class Parameter:
             self._place()[...] += out
 
     def keep_grad_in(self, place: Array) -> None:
-        """Let `grad` be this array from now on; whatever it holds is overwritten."""
+        """Let `grad` be this array from now on; whatever it holds is overwritten.
+
+        Raises ValueError unless it is C-contiguous and of the shape of `value`.
+        """
+        if place.shape != self.value.shape or not place.flags.c_contiguous:
+            raise ValueError(f"a gradient must be a C-contiguous array of shape {self.value.shape}")
         self._grad, self._is_zero = place, True
 
     def _place(self) -> Array:
@@ -110,18 +176,29 @@ class Parameter:
         return {**vars(self), "_grad": None, "_is_zero": True}
 
 
-_keeping = True
+_keeping = ContextVar("_keeping", default=True)
 
 
 @contextmanager
 def no_grad() -> Iterator[None]:
-    """Inside, forward keeps nothing for backward, as under `torch.no_grad()`."""
-    global _keeping
-    before, _keeping = _keeping, False
+    """Inside, forward keeps nothing for backward, as under `torch.no_grad()`: in this thread (or asynchronous
+    task) alone."""
+    token = _keeping.set(False)
     try:
         yield
     finally:
-        _keeping = before
+        _keeping.reset(token)
+
+
+def check_channels(x: Array, channels: int, ndim: int | None = None) -> None:
+    """Raise ValueError unless the last axis of x is that of the channels, and it has `ndim` axes."""
+    if x.ndim and x.shape[-1] == channels and ndim in (None, x.ndim):
+        return
+    wanted = "[N, H, W, {}]" if ndim == 4 else "[..., {}]" if ndim is None else "[N, {}]"
+    hint = ""
+    if x.ndim == 4 and x.shape[1] == channels and ndim != 2:
+        hint = "; from channels first it is x.transpose(0, 2, 3, 1)"
+    raise ValueError(f"expected channels last, {wanted.format(channels)}, got shape {x.shape}{hint}")
 
 
 class Layer:
@@ -142,7 +219,7 @@ class Layer:
 
     def keep(self, *values: Any) -> None:
         """Keep what backward needs, unless inside `no_grad()`."""
-        self._kept = values if _keeping else None
+        self._kept = values if _keeping.get() else None
 
     @property
     def kept(self) -> Any:
@@ -184,18 +261,23 @@ class Layer:
         return {name: value for name, value in self.variables().items() if isinstance(value, Parameter)}
 
     def parameters(self) -> list[Parameter]:
-        """The parameters, to hand to an optimizer."""
-        return list(self.named_parameters().values())
+        """The parameters, to hand to an optimizer; one that has several names stands there once."""
+        return list(dict.fromkeys(self.named_parameters().values()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_kept", "dshortcut")}
 
 
 class Sequential(Layer):
-    """Layers one after another; their names are "0", "1", ..."""
+    """Layers one after another, given one by one or as a list; their names are "0", "1", ..."""
 
-    def __init__(self, *layers: Layer) -> None:
-        self.layers = list(layers)
+    def __init__(self, *layers: Layer | list[Layer] | tuple[Layer, ...]) -> None:
+        self.layers: list[Layer] = []
+        for layer in layers:
+            self.layers += layer if isinstance(layer, list | tuple) else [layer]
+        for layer in self.layers:
+            if not isinstance(layer, Layer):
+                raise TypeError(f"Sequential takes layers, got {layer!r}")
 
     def parts(self) -> Iterator[tuple[str, Layer]]:
         """The layers by their numbers."""
@@ -234,6 +316,8 @@ class Linear(Layer):
 
     def forward(self, x: Array, train: bool = False) -> Array:
         """x [N, in] to [N, out]."""
+        check_channels(x, len(self.weight.value), 2)
+        x = promote(x, self.weight.value)
         self.keep(x)
         return x @ self.weight.value + self.bias.value
 
@@ -246,7 +330,7 @@ class Linear(Layer):
         """
         (x,) = self.kept
         self.weight.add_grad_product(x.T, dy)
-        self.bias.add_grad(dy.sum(0))
+        self.bias.add_grad(dy.sum(0, sum_type(dy.dtype, len(dy))))
         return dy @ self.weight.value.T
 
 
@@ -295,7 +379,7 @@ def im2col(x: Array, kernel: Pair, stride: Pair, padding: Pair) -> Array:
     columns = np.empty((n, oh, ow, kernel[0] * kernel[1], c), x.dtype)
     for tap, (rows, cols) in enumerate(taps(kernel, stride, (oh, ow))):
         columns[:, :, :, tap] = padded[:, rows, cols]
-    return columns.reshape(n, oh, ow, -1)
+    return columns.reshape(n, oh, ow, kernel[0] * kernel[1] * c)
 
 
 def col2im(columns: Array, shape: tuple[int, ...], kernel: Pair, stride: Pair, padding: Pair) -> Array:
@@ -329,7 +413,8 @@ class Conv2d(Layer):
         rng: np.random.Generator | None,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
-        self.kernel, self.stride, self.padding = pair(kernel_size), pair(stride), pair(padding)
+        self.kernel, self.stride = pair("kernel_size", kernel_size), pair("stride", stride)
+        self.padding = pair("padding", padding, 0)
         shape = (*self.kernel, in_channels, out_channels)
         std = math.sqrt(2.0 / (self.kernel[0] * self.kernel[1] * out_channels))
         self.weight = Parameter(draw(rng, "normal", shape, std, dtype))
@@ -341,7 +426,8 @@ class Conv2d(Layer):
         y[n, p, q, o] = sum over i, j, c of x[n, p * sh + i - ph, q * sw + j - pw, c] * weight[i, j, c, o],
         zero outside the picture: rows of `im2col(x)` times `weight` as a matrix [KH * KW * I, O].
         """
-        columns = im2col(x, self.kernel, self.stride, self.padding)
+        check_channels(x, self.weight.value.shape[2], 4)
+        columns = im2col(promote(x, self.weight.value), self.kernel, self.stride, self.padding)
         self.keep(x.shape, columns)
         y = columns @ self._matrix
         return y if self.bias is None else y + self.bias.value
@@ -356,9 +442,9 @@ class Conv2d(Layer):
         """
         shape, columns = self.kept
         rows = dy.reshape(-1, dy.shape[-1])
-        self.weight.add_grad_product(columns.reshape(len(rows), -1).T, rows)
+        self.weight.add_grad_product(columns.reshape(-1, columns.shape[-1]).T, rows)
         if self.bias is not None:
-            self.bias.add_grad(rows.sum(0))
+            self.bias.add_grad(rows.sum(0, sum_type(rows.dtype, len(rows))))
         return col2im(dy @ self._matrix.T, shape, self.kernel, self.stride, self.padding)
 
     @property
@@ -372,11 +458,12 @@ class LoopConv2d(Conv2d):
 
     def forward(self, x: Array, train: bool = False) -> Array:
         """x [N, H, W, I] to [N, OH, OW, O]: the kernel meets the window that it lies on."""
-        (kh, kw), (sh, sw) = self.kernel, self.stride
+        (kh, kw), (sh, sw), weight = self.kernel, self.stride, self.weight.value
+        check_channels(x, weight.shape[2], 4)
         oh, ow = output_size(x.shape[1:3], self.kernel, self.stride, self.padding)
-        padded, weight = pad2d(x, self.padding), self.weight.value
+        padded = promote(pad2d(x, self.padding), weight)
         self.keep(padded)
-        y = np.empty((len(x), oh, ow, weight.shape[-1]), x.dtype)
+        y = np.empty((len(x), oh, ow, weight.shape[-1]), padded.dtype)
         for n in range(len(x)):
             for p in range(oh):
                 for q in range(ow):
@@ -395,8 +482,14 @@ class LoopConv2d(Conv2d):
             dweight += padded[window][..., np.newaxis] * dy[n, p, q]
         self.weight.add_grad(dweight)
         if self.bias is not None:
-            self.bias.add_grad(dy.sum((0, 1, 2)))
+            self.bias.add_grad(dy.sum((0, 1, 2), sum_type(dy.dtype, math.prod(dy.shape[:3]))))
         return unpad2d(dpadded, self.padding)
+
+
+def check_count(n: int) -> None:
+    """Raise ValueError unless batch norm has the values per channel that training needs."""
+    if n <= 1:
+        raise ValueError(f"batch norm needs more than 1 value per channel in training, got {n}")
 
 
 class BatchNorm(Layer):
@@ -434,9 +527,10 @@ class BatchNorm(Layer):
     def forward(self, x: Array, train: bool = False, shortcut: Array | None = None) -> Array:
         """x [..., C], and a shortcut of its shape, to that shape.
 
-        Raises ValueError in training when a channel has a single value, as PyTorch does.
+        Raises ValueError in training when a channel has a single value, as PyTorch does, or none.
         """
-        rows = x.reshape(-1, x.shape[-1])
+        check_channels(x, len(self.weight.value))
+        rows = promote(x.reshape(-1, x.shape[-1]), self.weight.value)
         mean, inverse_std = self._statistics(rows, train)
         normalised = (rows - mean) * inverse_std
         y = normalised * self.weight.value + self.bias.value
@@ -450,14 +544,14 @@ class BatchNorm(Layer):
     def _statistics(self, rows: Array, train: bool) -> tuple[Array, Array]:
         """Mean and 1 / sqrt(var + eps), [C] each; in training the batch's, which the running ones note."""
         if train:
-            mean = rows.mean(0)
-            return self._learn(mean, np.square(rows - mean).mean(0), len(rows))
+            check_count(len(rows))
+            mean = rows.mean(0, np.float64).astype(rows.dtype)
+            var = np.square(rows - mean).mean(0, np.float64).astype(rows.dtype)
+            return self._learn(mean, var, len(rows))
         return self.running_mean, 1 / np.sqrt(self.running_var + self.eps)
 
     def _learn(self, mean: Array, var: Array, n: int) -> tuple[Array, Array]:
         """Note the batch's statistics in the running ones."""
-        if n <= 1:
-            raise ValueError(f"batch norm needs more than 1 value per channel in training, got {n}")
         for running, batch in ((self.running_mean, mean), (self.running_var, var * (n / (n - 1)))):
             running *= 1 - self.momentum
             running += self.momentum * batch
@@ -487,7 +581,7 @@ class BatchNorm(Layer):
         if y is not None:
             d = d * (y > 0)
         self.dshortcut = d.reshape(dy.shape)
-        dweight, dbias = (d * z).sum(0), d.sum(0)
+        dweight, dbias = (terms.sum(0, np.float64).astype(z.dtype) for terms in (d * z, d))
         self.weight.add_grad(dweight)
         self.bias.add_grad(dbias)
         scale = self.weight.value * inverse_std
@@ -561,7 +655,7 @@ class Flatten(Layer):
     def forward(self, x: Array, train: bool = False) -> Array:
         """Channels outermost."""
         self.keep(x.shape)
-        return np.ascontiguousarray(x.transpose(0, 3, 1, 2)).reshape(len(x), -1)
+        return np.ascontiguousarray(x.transpose(0, 3, 1, 2)).reshape(len(x), math.prod(x.shape[1:]))
 
     def backward(self, dy: Array) -> Array:
         """The same elements in their old places."""
@@ -575,8 +669,8 @@ class Pool2d(Layer):
     def __init__(
         self, kernel_size: int | Pair, *, stride: int | Pair | None = None, padding: int | Pair = 0
     ) -> None:
-        self.kernel, self.padding = pair(kernel_size), pair(padding)
-        self.stride = self.kernel if stride is None else pair(stride)
+        self.kernel, self.padding = pair("kernel_size", kernel_size), pair("padding", padding, 0)
+        self.stride = self.kernel if stride is None else pair("stride", stride)
         if any(2 * p > k for p, k in zip(self.padding, self.kernel, strict=True)):
             raise ValueError(f"padding {self.padding} is more than half of the kernel {self.kernel}")
 
@@ -618,12 +712,12 @@ class AvgPool2d(Pool2d):
         """x [N, H, W, C] to [N, OH, OW, C]."""
         (oh, ow), slices = self._taps(x)
         padded = pad2d(x, self.padding)
-        y = np.zeros((len(x), oh, ow, x.shape[-1]), x.dtype)
+        y = np.zeros((len(x), oh, ow, x.shape[-1]), sum_type(x.dtype, len(slices)))
         for rows, cols in slices:
             y += padded[:, rows, cols]
         y /= len(slices)
         self.keep(x.shape, slices)
-        return y
+        return y.astype(x.dtype, copy=False)
 
     def backward(self, dy: Array) -> Array:
         """Each of the KH * KW values of a window enters its mean with 1 / (KH * KW)."""
@@ -640,7 +734,8 @@ class GlobalAvgPool2d(Layer):
     def forward(self, x: Array, train: bool = False) -> Array:
         """x [N, H, W, C] to [N, C]."""
         self.keep(x.shape)
-        return np.asarray(x.mean((1, 2)))
+        mean = x.mean((1, 2), sum_type(x.dtype, x.shape[1] * x.shape[2]))
+        return np.asarray(mean, x.dtype if x.dtype.kind == "f" else None)
 
     def backward(self, dy: Array) -> Array:
         """Each of the H * W values enters with 1 / (H * W)."""
@@ -675,6 +770,23 @@ class OptionA(Layer):
         return dx
 
 
+def check_labels(label: Array, num_classes: int, examples: int) -> Array:
+    """Return labels [N] as an array. Raises ValueError that names the shape, the type or the first wrong one.
+
+    NumPy would take -1 for the last class, and a column [N, 1] or one-hot rows for more examples.
+    """
+    label = np.asarray(label)
+    if label.shape != (examples,):
+        hint = "; of one-hot rows take label.argmax(1)" if label.shape == (examples, num_classes) else ""
+        raise ValueError(f"labels must have shape ({examples},), one class each, got {label.shape}{hint}")
+    if label.dtype.kind not in "iu":
+        raise ValueError(f"labels must be integers, got {label.dtype}")
+    if examples and not 0 <= label.min() <= label.max() < num_classes:
+        index = int(np.argmax((label < 0) | (label >= num_classes)))
+        raise ValueError(f"label {index} is {label[index]}, where classes are 0 to {num_classes - 1}")
+    return label
+
+
 def cross_entropy(logits: Array, label: Array, batch_size: int | None = None) -> tuple[Any, Array]:
     """Mean over the batch of -log softmax(logits [N, C])[label [N]], and its gradient [N, C].
 
@@ -683,8 +795,15 @@ def cross_entropy(logits: Array, label: Array, batch_size: int | None = None) ->
 
     With p = softmax(z): -log p_label = -z_label + log sum_k exp(z_k), whose derivative by z_k is p_k, less 1
     where k is the label. The largest logit is subtracted before exp, which changes nothing but the overflow.
+
+    Raises ValueError for labels that are not N integers in range(C), and for a batch of 0 examples.
     """
-    n = batch_size or len(logits)
+    logits = np.asarray(logits)
+    logits = logits.astype(np.promote_types(logits.dtype, np.float32), copy=False)
+    label = check_labels(label, logits.shape[1], len(logits))
+    n = len(logits) if batch_size is None else batch_size
+    if n < 1:
+        raise ValueError("the mean loss of a batch of 0 examples is not defined")
     shifted = logits - logits.max(1, keepdims=True)
     exponentials = np.exp(shifted)
     total = exponentials.sum(1, keepdims=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from numpy_ref import resnet
 from numpy_ref.fast import BatchNorm, Conv2d
-from numpy_ref.layers import Array, Layer, Parameter, cross_entropy, no_grad
+from numpy_ref.layers import Array, Layer, Parameter, check_labels, cross_entropy, no_grad
 from numpy_ref.memory import trim
 from numpy_ref.optimizers import make_optimizer
 from numpy_ref.parallel import Communicator, Group, SharedMemory, aligned, board_size, core_count, split
@@ -245,7 +245,11 @@ class Engine:
         precision: "float32" or "float64".
         seed: seed of the initial weights, which are those of the JAX engine.
         freeze_backbone: only the head `fc` is trained; everything before it computes as in evaluation.
-        processes: how many share a batch; by default as many as there are cores.
+        processes: how many share a batch; by default as many as there are cores. With more than one, a script
+            must have `if __name__ == "__main__":` around what it runs, since each process imports it again.
+
+    Raises:
+        ValueError: if a name is unknown or a number out of its range.
     """
 
     def __init__(
@@ -280,6 +284,10 @@ class Engine:
             seed=seed,
             freeze_backbone=freeze_backbone,
         )
+        if model not in resnet.MODELS:
+            raise ValueError(f"unknown model {model!r}; choose one of {', '.join(resnet.MODELS)}")
+        if self.processes < 1:
+            raise ValueError(f"processes must be 1 or more, got {processes}")
         make_optimizer(optimizer, [], 0.0, **optimizer_options)  # refuses what is out of range
 
     @property
@@ -307,14 +315,23 @@ class Engine:
             state = State(replica, lambda: Group(self.processes, memory, self._setup.make))
         given = dict(leaves(arrays))
         for name, place in leaves(state.replica.arrays()):
+            if name not in given or np.shape(given[name]) != place.shape:
+                raise ValueError(f"the tree is of another model or optimizer: it does not fit {name}")
             place[...] = given[name]
         return state
 
     def train(self, state: State, batches: Iterable[Batch]) -> Iterator[tuple[State, Metrics]]:
         """Take one step for each batch; yields the state after it and {"loss", "logits", "label",
-        "grad_norm", "update_norm"}."""
+        "grad_norm", "update_norm"}.
+
+        Raises ValueError, before the step, for labels that are not one integer in range(num_classes) for each
+        picture, and for a batch of 0.
+        """
         for batch in batches:
             image, label = batch["image"], batch["label"]
+            check_labels(label, self._setup.num_classes, len(image))
+            if not len(image):
+                raise ValueError("a training step needs at least 1 example, got a batch of 0")
             parts = split(len(image), min(self.processes, len(image)))
             lr = self.learning_rate(state.step)
             state.step += 1
@@ -331,7 +348,7 @@ class Engine:
         """The logits [N, num_classes] of each batch, with the running statistics."""
         for batch in batches:
             image = batch["image"]
-            parts = split(len(image), min(self.processes, len(image)))
+            parts = split(len(image), max(1, min(self.processes, len(image))))
             yield np.concatenate(state.call("evaluate", [(image[part],) for part in parts]))
 
     def first_bad_step(self, state: State) -> int | None:

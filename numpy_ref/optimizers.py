@@ -7,13 +7,15 @@ of the state, are those of `jax_resnet/optimizers.py`. AdaBound and its kin are 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from numpy_ref.adabound import AdaBound, AdaBoundW, AMSBound, SGDBound
 from numpy_ref.layers import Array, Parameter
-from numpy_ref.optimizer_base import Optimizer, check_hyperparameters, update_moments
+from numpy_ref.optimizer_base import Hyperparameter, Optimizer, update_moments
 
 
 class SGD(Optimizer):
@@ -25,25 +27,24 @@ class SGD(Optimizer):
 
     fields = ("trace",)
     counts = False
+    momentum = Hyperparameter()
 
     def __init__(
         self,
-        parameters: Iterable[Parameter],
+        parameters: Iterable[Parameter] | Iterable[Mapping[str, Any]],
         lr: float,
         *,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(parameters, lr, weight_decay=weight_decay)
-        check_hyperparameters(momentum=momentum)
-        self.momentum = momentum
+        super().__init__(parameters, lr, momentum=momentum, weight_decay=weight_decay)
 
-    def update(self, grad: Array, moments: Sequence[Array], change: Array) -> None:
+    def update(self, grad: Array, moments: Sequence[Array], change: Array, h: SimpleNamespace) -> None:
         """See the class."""
         (trace,) = moments
-        trace *= self.momentum
+        trace *= h.momentum
         trace += grad
-        np.multiply(trace, self.lr, out=change)
+        np.multiply(trace, h.lr, out=change)
 
 
 class Adam(Optimizer):
@@ -56,9 +57,11 @@ class Adam(Optimizer):
         eps: added to the root of the second moment; in units of the gradient.
     """
 
+    b1, b2, eps = Hyperparameter(), Hyperparameter(), Hyperparameter()
+
     def __init__(
         self,
-        parameters: Iterable[Parameter],
+        parameters: Iterable[Parameter] | Iterable[Mapping[str, Any]],
         lr: float = 1e-3,
         *,
         b1: float = 0.9,
@@ -66,22 +69,20 @@ class Adam(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(parameters, lr, weight_decay=weight_decay)
-        check_hyperparameters(b1=b1, b2=b2, eps=eps)
-        self.b1, self.b2, self.eps = b1, b2, eps
+        super().__init__(parameters, lr, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
-    def prepare(self) -> None:
+    def prepare(self, h: SimpleNamespace) -> None:
         """Both corrections, taken out of the fraction: rate * mu / (sqrt(nu) + eps')."""
-        root = math.sqrt(1 - self.b2**self.count)
-        self._rate, self._eps = self.lr * root / (1 - self.b1**self.count), self.eps * root
+        root = math.sqrt(1 - h.b2**self.count)
+        h.rate, h.scaled_eps = h.lr * root / (1 - h.b1**self.count), h.eps * root
 
-    def update(self, grad: Array, moments: Sequence[Array], change: Array) -> None:
+    def update(self, grad: Array, moments: Sequence[Array], change: Array, h: SimpleNamespace) -> None:
         """See the class."""
-        update_moments(grad, moments[0], moments[1], self.b1, self.b2, change)
+        update_moments(grad, moments[0], moments[1], h.b1, h.b2, change)
         np.sqrt(self.second_moment(moments), out=change)
-        change += self._eps
+        change += h.scaled_eps
         np.divide(moments[0], change, out=change)
-        change *= self._rate
+        change *= h.rate
 
     def second_moment(self, moments: Sequence[Array]) -> Array:
         """nu_t; AMSGrad takes its maximum."""
@@ -112,7 +113,7 @@ class AdamW(Adam):
 
     def __init__(
         self,
-        parameters: Iterable[Parameter],
+        parameters: Iterable[Parameter] | Iterable[Mapping[str, Any]],
         lr: float = 1e-3,
         *,
         weight_decay: float = 0.01,
@@ -126,7 +127,7 @@ OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "sgdbound", "amsgrad"
 
 def make_optimizer(
     name: str,
-    parameters: Iterable[Parameter],
+    parameters: Iterable[Parameter] | Iterable[Mapping[str, Any]],
     learning_rate: float,
     *,
     base_lr: float | None = None,
@@ -140,8 +141,9 @@ def make_optimizer(
 ) -> Optimizer:
     """The optimizer of that name; arguments it has no use for are ignored, out of range or not.
 
-    They are those of `jax_resnet.optimizers.make_optimizer`, but for `parameters`: what to train. Raises
-    ValueError if the name is unknown or an argument is out of its range.
+    They are those of `jax_resnet.optimizers.make_optimizer`, but for `parameters`: what to train, or groups
+    of it. Groups serve where JAX has a `mask`: a group of the parameters that shall not decay has
+    "weight_decay": 0. Raises ValueError if the name is unknown; TypeError and ValueError as `Optimizer` does.
     """
     if weight_decay is None:
         weight_decay = 0.01 if name == "adamw" else 0.0

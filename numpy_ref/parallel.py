@@ -36,21 +36,23 @@ _SPINS = 20_000  # tries before a wait goes to sleep: some milliseconds
 _spawn = multiprocessing.get_context("spawn")
 # What a terminal or batch system sends to a whole group of processes. It is for the parent, which saves.
 _FOR_THE_PARENT = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
+NOT_STARTED = (
+    "a process of the NumPy engine could not start. Each imports the script again: it must be a file, not "
+    'standard input, and what it runs must stand under `if __name__ == "__main__":`; or use one process '
+    "(processes=1, OMP_NUM_THREADS=1)"
+)
 
 
 def core_count() -> int:
     """The cores this process may use, or as many as OMP_NUM_THREADS says."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return omp_threads() or cores
+    return thread_count(cores)
 
 
-def omp_threads() -> int | None:
-    """The threads that OMP_NUM_THREADS asks for, or None where it names no number above 0.
-
-    Of a list, `4,2`, which OpenMP has for nested parallel regions, the first counts.
-    """
+def thread_count(cores: int) -> int:
+    """As many as OMP_NUM_THREADS says, of a list (4,2) the first; `cores` if it names none above 0."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return int(first) if first.isdecimal() and int(first) > 0 else None
+    return int(first) if first.isdecimal() and int(first) > 0 else cores
 
 
 class SharedMemory:
@@ -161,6 +163,7 @@ class Group:
             self._posts = posts = [[_spawn.Semaphore(0) for _ in range(size)] for _ in range(size)]
         self._ends: list[Connection] = []
         self._processes: list[BaseProcess] = []
+        self._starting, self._owner = set(range(size)), os.getpid()
         with _one_thread_each(), _signals_blocked():
             for rank in range(size):
                 ours, theirs = _spawn.Pipe()
@@ -171,13 +174,17 @@ class Group:
                 theirs.close()
                 self._ends.append(ours)
                 self._processes.append(process)
-        self.close = weakref.finalize(self, _end, self._processes, self._ends)
+        self.close = weakref.finalize(self, _end, self._owner, self._processes, self._ends)
 
     def call(self, what: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Have replica r do `what` with arguments[r], all at the same time; what each returned.
 
-        Raises what a replica raised, or ChildProcessError if one has died; the group is of no use then.
+        Raises what a replica raised, ChildProcessError if one has died, RuntimeError if one could not start;
+        the group is of no use then. Raises RuntimeError, too, in the child of a fork: the processes are its
+        parent's.
         """
+        if os.getpid() != self._owner:
+            raise RuntimeError("the NumPy engine's processes are the parent's: after a fork make a new state")
         ends = self._ends[: len(arguments)]
         try:
             for end, each in zip(ends, arguments, strict=True):
@@ -186,12 +193,18 @@ class Group:
             while pending:
                 for ready in wait(list(pending.values())):
                     rank = next(r for r, end in pending.items() if end is ready)
-                    error, results[rank] = pending.pop(rank).recv()
+                    error, results[rank] = pending[rank].recv()
                     if error is not None:
                         raise error
+                    if rank in self._starting:  # it says that it is ready
+                        self._starting.remove(rank)
+                    else:
+                        del pending[rank]
         except (EOFError, OSError) as error:
             death = self._death()
             self.close()
+            if not self._starting.isdisjoint(range(len(arguments))):
+                raise RuntimeError(NOT_STARTED) from error
             raise ChildProcessError(death) from error
         except BaseException:
             self.close()
@@ -212,8 +225,8 @@ class Group:
         return "a process of the NumPy engine does not answer"
 
 
-def _end(processes: Sequence[BaseProcess], ends: Sequence[Connection]) -> None:
-    for process in processes:
+def _end(owner: int, processes: Sequence[BaseProcess], ends: Sequence[Connection]) -> None:
+    for process in processes if os.getpid() == owner else ():  # not in the child of a fork
         process.kill()  # they hold nothing that would have to be saved
     for end in ends:
         end.close()
@@ -227,11 +240,16 @@ def _serve(
     memory: SharedMemory,
     posts: Sequence[Sequence[Semaphore]],
 ) -> None:
-    """What a process of a group does, until its parent ends."""
+    """Serve as a process of a group until its parent ends; the first message says that it is ready."""
     for number in _FOR_THE_PARENT:
         signal.signal(number, signal.SIG_IGN)
     communicator = Communicator(rank, size, memory, posts)
-    replica = make(communicator, memory)
+    try:
+        replica = make(communicator, memory)
+    except Exception as error:
+        end.send((error, None))
+        return
+    end.send((None, None))
     while True:
         try:
             what, active, arguments = end.recv()

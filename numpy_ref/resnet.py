@@ -177,7 +177,7 @@ class Network(Layer):
     def stages(self, x: Array, train: bool = False) -> dict[str, Array]:
         """The output of every stage, in order."""
         out = {}
-        x = x.astype(self.dtype, copy=False)
+        x = np.asarray(x, self.dtype)
         for stage, layer in self.body():
             x = out[stage] = layer.forward(x, train)
         return out
@@ -195,7 +195,7 @@ class Network(Layer):
 
     def forward(self, x: Array, train: bool = False) -> Array:
         """Pictures [N, H, W, C] to logits [N, num_classes]."""
-        x = x.astype(self.dtype, copy=False)
+        x = np.asarray(x, self.dtype)
         for _, layer in islice(self.body(), self.frozen):
             with no_grad():
                 x = layer.forward(x)

@@ -135,9 +135,7 @@ MUTANTS = [
     Mutant("numpy-max-pool-ties-share", FAST, "left[:, *out] -= taken", "pass"),
     Mutant("numpy-max-pool-padding", FAST, "y.fill(-np.inf)", "y.fill(0)"),
     Mutant("numpy-loss-sign", PLAIN, "dlogits[picked] -= 1", "dlogits[picked] += 1"),
-    Mutant(
-        "numpy-flatten-order", PLAIN, "x.transpose(0, 3, 1, 2)).reshape(len(x), -1)", "x).reshape(len(x), -1)"
-    ),
+    Mutant("numpy-flatten-order", PLAIN, "(x.transpose(0, 3, 1, 2)).reshape(len(x)", "(x).reshape(len(x)"),
     Mutant("numpy-option-A-front", PLAIN, "front = self.pad[0]", "front = self.pad[1]"),
     Mutant(
         "numpy-shortcut-gradient-lost",
@@ -155,8 +153,8 @@ MUTANTS = [
     Mutant(
         "numpy-adabound-correction",
         NUMPY_BOUND,
-        "/ (1 - self.b1**self.count)",
-        "/ (1 - self.b1 ** (self.count + 1))",
+        "/ (1 - h.b1**self.count)",
+        "/ (1 - h.b1 ** (self.count + 1))",
     ),
     Mutant(
         "numpy-amsbound-forgets-maximum",
@@ -164,13 +162,13 @@ MUTANTS = [
         "return np.maximum(moments[2], moments[1], out=moments[2])",
         "return moments[1]",
     ),
-    Mutant("numpy-adam-epsilon", NUMPY_OPTIMIZERS, "self.eps * root", "self.eps"),
+    Mutant("numpy-adam-epsilon", NUMPY_OPTIMIZERS, "h.eps * root", "h.eps"),
     Mutant("numpy-sgd-dampening", NUMPY_OPTIMIZERS, "trace += grad", "trace += 0.9 * grad"),
     Mutant(
         "numpy-decay-unscaled",
         BASE,
-        "change += self.lr * self.weight_decay * value",
-        "change += self.weight_decay * value",
+        "change += h.lr * h.weight_decay * value",
+        "change += h.weight_decay * value",
     ),
     Mutant("numpy-second-moment-decay", BASE, "scratch *= 1 - b2", "scratch *= 1 - b1"),
 ]

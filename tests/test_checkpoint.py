@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -381,7 +382,7 @@ def fsync_fails(monkeypatch, code, *, folders):
     fsync = os.fsync
 
     def fail(descriptor):
-        if os.path.isdir(f"/proc/self/fd/{descriptor}") == folders:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folders:
             raise OSError(code, os.strerror(code))
         fsync(descriptor)
 

@@ -190,8 +190,44 @@ def test_the_first_bad_step_is_kept():
 def test_an_error_in_a_process_is_raised():
     batch = make_batches(1, 4)[0]
     engine = make_engine(processes=2)
-    with pytest.raises(IndexError):
-        train(engine, engine.init(), [{**batch, "label": batch["label"] + CLASSES}])
+    with pytest.raises(ValueError, match="expected channels last"):
+        train(engine, engine.init(), [{**batch, "image": batch["image"][..., :1]}])
+
+
+@pytest.mark.parametrize("make", [make_engine, make_jax_engine])
+def test_wrong_labels_are_refused_before_the_step(make):
+    """NumPy and XLA both take -1 for the last class. The state goes on from the step before."""
+    engine: Any = make("cnn")
+    first, second = make_batches(2)
+    state, _ = train(engine, engine.init(), [first])
+    label = second["label"]
+    one_hot = np.eye(CLASSES, dtype=np.int32)[label]
+    wrong = [
+        (
+            np.where(np.arange(len(label)) == 3, -1, label),
+            "label 3 is -1, where classes are 0 to",
+        ),
+        (label + CLASSES, f"label 0 is {label[0] + CLASSES}, where"),
+        (label[:, np.newaxis], r"must have shape .*, got \(8, 1\)"),
+        (one_hot, rf"must have shape .*, got \(8, {CLASSES}\)"),
+        (label.astype(np.float32), "must be integers, got float32"),
+    ]
+    for array, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            next(engine.train(state, [{**second, "label": array}]))
+    with pytest.raises(ValueError, match=r"labels must have shape|batch of 0"):
+        next(engine.train(state, [{name: array[:0] for name, array in second.items()}]))
+    _, found = train(engine, state, [second])
+    _, expected = train(engine, engine.init(), [first, second])
+    assert_same_bits(found[0], expected[1])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_empty_batch_is_evaluated_to_no_logits(processes):
+    engine, batches = make_engine("cnn", processes=processes), make_batches(2)
+    batches[0] = {name: array[:0] for name, array in batches[0].items()}
+    shapes = [logits.shape for logits in engine.evaluate(engine.init(), batches)]
+    assert shapes == [(0, CLASSES), (8, CLASSES)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])

@@ -84,6 +84,7 @@ def open_run(
         }
         raise UserError(f"{path}: not found; {remedy[which]}")
     tensors = weights.load(path)
+    weights.check(path, tensors)
     resolved = record["resolved"]
     try:
         engine = load_engine(config.framework)(

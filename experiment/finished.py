@@ -86,6 +86,7 @@ def open_run(
         }
         raise UserError(f"{path}: not found; {remedy[which]}")
     tensors = weights.load(path)
+    weights.check(path, tensors)
     results.check_weights(run_dir, which)
     resolved = record["resolved"]
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,10 @@ IMAGENET = {  # name: (has bottlenecks, blocks of each stage)
     "resnet101": (True, (3, 4, 23, 3)),
     "resnet152": (True, (3, 8, 36, 3)),
 }
+PARTS = {f"{kind}{i}" for kind in ("conv", "bn") for i in (1, 2, 3)} | {"downsample"}  # of a block
+PART_NAMES = {"se": "SE modules", "aa": "anti-aliasing filters", "shortcut": "shortcuts"}
+LISTED = 4  # how many single tensors `summary` names
+
 # Blocks of each stage.
 CIFAR = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 
@@ -33,10 +37,14 @@ class Network:
     image_size: tuple[int, int]  # what pictures of it usually have; of a `cnn`, what they must have
     options: dict[str, Any]
 
+    @property
+    def usual_width(self) -> int:
+        """The number of channels after the stem that a model of this name has."""
+        return 8 if self.model == "cnn" else 16 if self.model in CIFAR else 64
+
     def __str__(self) -> str:
         """In words: the model, classes, channels, and options that are not the model's own."""
-        usual = {"width": 8 if self.model == "cnn" else 16 if self.model in CIFAR else 64, "batch_norm": True}
-        usual |= {"small_images": False, "stride_in_1x1": False}
+        usual = {"width": self.usual_width, "batch_norm": True, "small_images": False, "stride_in_1x1": False}
         special = [f"{name} {value}" for name, value in self.options.items() if usual.get(name) != value]
         return ", ".join(
             [self.model, f"{self.num_classes} classes", f"{self.in_channels} channels", *special]
@@ -52,13 +60,15 @@ def identify(shapes: Shapes, model: str | None = None, *, stride_in_1x1: bool = 
         stride_in_1x1: of the two places of a bottleneck's stride the first; no tensor tells which.
 
     Raises:
-        UserError: the tensors are those of no network that this project knows.
+        UserError: the tensors are those of no network that this project knows; what it lacks is named (SE
+            modules, grouped or wider convolutions).
     """
     shapes = {re.sub(r"^linear\.", "fc.", name): shape for name, shape in shapes.items()}
     if model is None:
         model, options = _recognise(shapes)
     else:
         options = {}
+    _check_blocks(shapes)
     first = "conv.weight" if model == "cnn" else "conv1.weight"
     kernel, head = _shape(shapes, first, 4), _shape(shapes, "fc.weight", 2)
     options["width"] = kernel[0]
@@ -75,10 +85,67 @@ def identify(shapes: Shapes, model: str | None = None, *, stride_in_1x1: bool = 
     return Network(model, head[0], kernel[1], size, options)
 
 
+def summary(names: Iterable[str]) -> str:
+    """Return in words which tensors these are: blocks by their number, what recurs in blocks, others by name.
+
+    `layer1.0.se.fc1.weight`, `layer1.1.se.fc1.weight`, ... are "SE modules (se) in 8 blocks".
+    """
+    single: list[str] = []
+    blocks: dict[tuple[int, int], dict[str, set[str]]] = {}  # of each block {part: names in it}
+    for name in names:
+        if found := re.match(r"layer(\d+)\.(\d+)\.(\w+)\.?(.*)", name):
+            block = blocks.setdefault((int(found[1]), int(found[2])), {})
+            block.setdefault(found[3], set()).add(found[4])
+        else:
+            single.append(name)
+    whole: list[str] = []
+    blocks_of_part: dict[str, list[str]] = {}
+    for (stage, index), parts in sorted(blocks.items()):
+        if all("weight" in parts.get(conv, ()) for conv in ("conv1", "conv2")):  # no block is without them
+            whole.append(f"layer{stage}.{index}")
+            continue
+        for part, leaves in sorted(parts.items()):
+            label = part if leaves == {"weight"} or len(leaves) > 1 else f"{part}.{min(leaves)}"
+            label = f"{PART_NAMES[part]} ({part})" if part in PART_NAMES else label
+            blocks_of_part.setdefault(label, []).append(f"layer{stage}.{index}")
+    phrases = [*single[:LISTED], *([f"{len(single) - LISTED} more"] if len(single) > LISTED else [])]
+    if whole:
+        phrases.append(f"{len(whole)} whole blocks ({whole[0]} to {whole[-1]})" if whole[1:] else whole[0])
+    parts_of_place: dict[str, list[str]] = {}
+    for part, places in blocks_of_part.items():
+        parts_of_place.setdefault(" ".join(places), []).append(part)
+    for place, labels in parts_of_place.items():
+        count = place.count(" ") + 1
+        phrases.append(f"{' and '.join(labels)} in {place if count == 1 else f'{count} blocks'}")
+    return ", ".join(phrases)
+
+
+def _check_blocks(shapes: Shapes) -> None:
+    """Raise UserError for blocks of ResNets that this project does not have."""
+    foreign = [
+        name
+        for name in shapes
+        if (found := re.match(r"layer\d+\.\d+\.(\w+)", name)) and found[1] not in PARTS
+    ]
+    if foreign:
+        raise UserError(f"it has {summary(foreign)}, which no network here has")
+    stem, first, second = (
+        shapes.get(name, ()) for name in ("conv1.weight", "layer1.0.conv1.weight", "layer1.0.conv2.weight")
+    )
+    if len(second) == 4 and 0 < second[1] != second[0]:
+        raise UserError(
+            f"its convolutions have {second[0] // second[1]} groups (ResNeXt), which no network here has"
+        )
+    if stem and first and first[0] != stem[0] > 0:
+        raise UserError(
+            f"its blocks are {first[0] / stem[0]:g} times as wide as its stem, as in no network here"
+        )
+
+
 def _shape(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
     """The shape of a tensor that every network has."""
     shape = shapes.get(name)
-    if shape is None or len(shape) != ndim:
+    if shape is None or len(shape) != ndim or 0 in shape:
         found = "missing" if shape is None else f"of shape {list(shape)}"
         raise UserError(f"{name} is {found}: these are not the weights of a network that is known here")
     return shape

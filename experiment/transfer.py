@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from experiment import weights
 from experiment.config import Config
 from experiment.engines import Engine
 from experiment.errors import UserError
-from experiment.identify import identify
+from experiment.identify import Shapes, identify, summary
 
 HEAD = "fc."
 STEMS = ("conv1.weight", "conv.weight")  # the first convolution: of the ResNets, of the CNN
-NAMES = 4  # how many tensors of a kind a refusal names
+NAMES = 4  # how many shapes that do not fit a refusal names
 
 
 def initial_tree(
@@ -34,15 +33,16 @@ def initial_tree(
 
     Args:
         engine: what is to be trained.
-        config: its `init_from` is a safetensors file of torchvision's names; `linear.*` is read as `fc.*`,
-            and `num_batches_tracked` is passed over. Without one there is no such tree.
+        config: its `init_from` is a safetensors file of torchvision's names, under any prefix
+            (`weights.network_names`); `linear.*` is read as `fc.*`, and `num_batches_tracked` is passed over.
+            Without one there is no such tree.
         resolved: its `init_from_sha256` is that of the file.
-        say: is told, in a line each, of a new head, of a stem whose channels were adapted, and of the numbers
-            of trained and frozen parameters.
+        say: is told, in a line each, of tensors beside the network, of a new head, of a stem whose channels
+            were adapted, and of the numbers of trained and frozen parameters.
 
     Raises:
-        UserError: the file is another than it was or no safetensors file, or tensors are missing, surplus or
-            misshapen.
+        UserError: the file is another than it was or no safetensors file; tensors are missing, unexpected or
+            of another shape; values are not finite or are integers.
     """
     if config.init_from is None:
         return None
@@ -51,7 +51,7 @@ def initial_tree(
         raise UserError(f"--init-from: {path} was changed since the run began; restore it, or start afresh")
     tree = engine.to_tree(engine.init())
     try:
-        tensors = weights.load(path)
+        tensors, rest = weights.load_network(path)
     except UserError as error:
         raise UserError(f"--init-from: {error}") from None
     given = {}
@@ -60,14 +60,12 @@ def initial_tree(
             given["fc." + name.removeprefix("linear.") if name.startswith("linear.") else name] = array
     own = weights.from_tree(tree)
     shapes = {name: array.shape for name, array in given.items()}
+    if rest:
+        say(f"left out of {path}, as it lies beside the network: {summary(rest)}")
     _adapt(own, given, say)
     if problems := _problems(own, given):
-        found = ""
-        with suppress(UserError):
-            found = f"; the file is of {identify(shapes)}"
-        raise UserError(
-            f"--init-from: {path} does not fit the network: {problems}{found}; choose its --model"
-        )
+        what_to_do = remedy({name: array.shape for name, array in own.items()}, shapes)
+        raise UserError(f"--init-from: {path} does not fit the network: {problems}; {what_to_do}")
     for part in ("params", "batch_stats"):
         tree[part] = {name: given[name].astype(array.dtype) for name, array in tree[part].items()}
     trained, frozen = count_parameters(tree["params"], freeze_backbone=config.freeze_backbone)
@@ -125,16 +123,45 @@ def _adapt(own: Mapping[str, np.ndarray], given: dict[str, np.ndarray], say: Cal
 
 
 def _problems(own: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray]) -> str:
-    """What is missing, surplus and misshapen, by name; empty if nothing is."""
+    """Return what is missing, unexpected and of another shape; empty if nothing is."""
     both = [name for name in own if name in given and given[name].shape != own[name].shape]
+    shapes = [f"{name} {list(given[name].shape)}, not {list(own[name].shape)}" for name in both[:NAMES]]
+    more = f" and {len(both) - NAMES} more" if len(both) > NAMES else ""
     kinds = {
-        "missing": [name for name in own if name not in given],
-        "surplus": [name for name in given if name not in own],
-        "misshapen": [f"{name} {list(given[name].shape)}, not {list(own[name].shape)}" for name in both],
+        "missing": summary(name for name in own if name not in given),
+        "unexpected": summary(name for name in given if name not in own),
+        "shape mismatch": ", ".join(shapes) + more,
     }
+    return "; ".join(f"{kind} {words}" for kind, words in kinds.items() if words)
 
-    def words(names: list[str]) -> str:
-        more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
-        return ", ".join(names[:NAMES]) + more
 
-    return "; ".join(f"{kind} {words(names)}" for kind, names in kinds.items() if names)
+def remedy(own: Shapes, given: Shapes) -> str:
+    """Return which network a file is of that does not fit, and what to do: the flags for it, if there are.
+
+    Args:
+        own: {name: shape} of the network that the flags choose.
+        given: those of the file.
+    """
+    try:
+        network, chosen = identify(given), identify(own)
+    except UserError as error:
+        # Where names differ, they have told already what the file has and no network here does
+        return "name another file" if own.keys() != given.keys() else f"{error}; name another file"
+    fixed = []
+    if network.options.get("stage_sizes") not in (None, chosen.options.get("stage_sizes")):
+        fixed.append("stage_sizes")
+    if network.options["width"] not in (network.usual_width, chosen.options["width"]):
+        fixed.append("width")
+    if fixed:
+        return f"the file is of {network}; no flag sets its {' and '.join(fixed)}: name another file"
+    steps = [f"choose --model {network.model}"] if network.model != chosen.model else []
+    for option, usual, flag in (
+        ("batch_norm", True, "--no-batch-norm"),
+        ("small_images", False, "--small-images"),
+    ):
+        value = network.options.get(option, usual)
+        if value != chosen.options.get(option, usual):
+            steps.append(f"leave {flag} out" if value == usual else f"add {flag}")
+    if network.model == "cnn" and network.image_size != chosen.image_size:
+        steps.append("add --image-size {}x{}".format(*network.image_size))
+    return f"the file is of {network}: {', '.join(steps)}" if steps else "name another file"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,16 @@ import numpy as np
 from experiment.errors import UserError
 from experiment.rundir import write_file
 
-TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
+Shapes = Mapping[str, tuple[int, ...]]
+
+TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?"}
+TYPES |= {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)}
 """The types in a safetensors file as NumPy's. It has none for BF16: the upper half of a float32."""
+
+# What torch.compile, FSDP and checkpointing of activations put into names, wherever a wrapped part begins.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+HEADS = ("fc.", "linear.", "head.fc.", "head.", "classifier.")  # beside a backbone: its last layer
+LARGEST = np.finfo(np.float32).max
 
 
 def from_tree(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -37,7 +46,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
         remedy = "`python -m experiment convert` makes one of PyTorch's files"
         raise UserError(f"{path}: no safetensors file, or a damaged one ({error}); {remedy}") from None
     tensors = {}
-    for name, entry in entries:
+    for name, entry in sorted(entries, key=lambda item: item[0]):  # the library's order is another each time
         kind, data = entry["dtype"], entry["data"]
         if kind == "BF16":
             array = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
@@ -58,6 +67,113 @@ def step_of(path: Path) -> int | None:
             return int(json.loads(file.metadata()["run"])["step"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
+
+
+def load_network(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Return the network in a safetensors file, from whatever program, and the names that are not of it.
+
+    The names are those of `network_names`, without the prefixes of wrappers; the values have passed `check`.
+
+    Raises:
+        UserError: as `load`, `network_names` and `check` do.
+    """
+    tensors = load(path)
+    try:
+        names = network_names({name: array.shape for name, array in tensors.items()})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    network = {name: tensors[found] for name, found in names.items()}
+    check(path, network)
+    return network, sorted(tensors.keys() - set(names.values()))
+
+
+def network_names(shapes: Shapes) -> dict[str, str]:
+    """Return {torchvision's name: name in the file} for the tensors of the network in a file.
+
+    A network of the families here is found under any prefix by its first block. What lies beside it is left
+    out (`n_averaged`, weights of a loss), but for a head beside a backbone, which becomes `fc`. Of another
+    network only the prefix `module.` is removed, once or more, where every tensor but scalars has it.
+
+    Args:
+        shapes: {name in the file: shape}.
+
+    Raises:
+        UserError: several networks, or two tensors that would have one name.
+    """
+    found = {WRAPPERS.sub("", name): name for name in shapes}
+    if len(found) < len(shapes):
+        twice = next(name for name in shapes if found[WRAPPERS.sub("", name)] != name)
+        raise UserError(f"it holds {WRAPPERS.sub('', twice)} twice, with and without the name of a wrapper")
+    prefixes = _prefixes(found.keys())
+    if len(prefixes) > 1:
+        words = ", ".join(sorted(prefix.removesuffix(".") for prefix in prefixes))
+        raise UserError(
+            f"it holds several networks, under {words}: name one with --key of `python -m experiment convert`"
+        )
+    if prefixes:
+        prefix = prefixes[0]
+    else:
+        started = [re.findall(r"^(?:module\.)*", name)[0] for name in found if shapes[found[name]]]
+        prefix = min(started, default="", key=len)
+    names = {name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)}
+    if prefixes and prefix and not {"fc.weight", "linear.weight"} & names.keys():
+        outer = re.sub(r"[^.]+\.$", "", prefix)
+        for head in (f"{outer}{head}" for head in HEADS):
+            if len(shapes.get(found.get(f"{head}weight", ""), ())) == 2:
+                names |= {
+                    f"fc.{name.removeprefix(head)}": found[name] for name in found if name.startswith(head)
+                }
+                break
+    return names
+
+
+def _prefixes(names: Set[str]) -> list[str]:
+    """Return the prefixes under which a ResNet's first block lies, or the convolution and head of a CNN."""
+    prefixes = []
+    for name in names:
+        for end in ("layer1.0.conv1.weight", "conv.bias"):
+            prefix = name.removesuffix(end)
+            if prefix == name or prefix[-1:] not in ("", "."):
+                continue
+            if end != "conv.bias" or names & {f"{prefix}fc.weight", f"{prefix}linear.weight"}:
+                prefixes.append(prefix)
+    return [p for p in prefixes if not any(p != other and p.startswith(other) for other in prefixes)]
+
+
+def check(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise UserError, naming the tensor, if values are none that a trained network has; see `fault`."""
+    for name, values in tensors.items():
+        if found := fault(name, values):
+            raise UserError(f"{path}: {found}")
+
+
+def fault(name: str, values: np.ndarray) -> str | None:
+    """Return what is wrong with the values of a weight, bias or statistic, and the remedy; None if nothing.
+
+    They are floating-point numbers, finite in float32, and variances are at least 0.
+    """
+    kind = name.rpartition(".")[2]
+    if kind not in ("weight", "bias", "running_mean", "running_var"):
+        return None
+    if values.dtype.kind != "f":
+        return f"{name} is of type {values.dtype}, and weights are floating-point numbers; save it as float32"
+    infinite = ~(np.abs(values) <= LARGEST)
+    if infinite.any():
+        return (
+            f"{name} has {infinite.sum():,} of {values.size:,} values that are NaN or infinite, the first at "
+            f"{_first(infinite)}; take an earlier checkpoint of that training"
+        )
+    if kind == "running_var" and (values < 0).any():
+        return (
+            f"{name} has a variance below 0, the first at {_first(values < 0)}, which no training gives; "
+            "take another copy of the file"
+        )
+    return None
+
+
+def _first(mask: np.ndarray) -> list[int]:
+    """Return the index of the first True."""
+    return [int(i) for i in np.unravel_index(mask.argmax(), mask.shape)]
 
 
 def save(path: Path, state_dict: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:

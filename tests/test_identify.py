@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch_oracle
 from experiment import weights
 from experiment.config import MODELS
 from experiment.errors import UserError
-from experiment.identify import CIFAR, IMAGENET, Shapes, identify
+from experiment.identify import CIFAR, IMAGENET, Shapes, identify, summary
 
 
 def shapes_of(model: str, classes: int = 7, channels: int = 3, **options: Any) -> dict[str, tuple[int, ...]]:
@@ -95,6 +96,52 @@ def without(shapes: Shapes, *names: str) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if not name.startswith(names)}
 
 
+def with_se(model: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a network with squeeze and excitation, as timm names them."""
+    shapes = shapes_of(model)
+    for name in list(shapes):
+        if re.fullmatch(r"layer\d+\.\d+\.conv2\.weight", name):
+            block = name.removesuffix("conv2.weight")
+            for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
+                shapes[f"{block}se.{part}"] = (4,)
+    return shapes
+
+
+def changed(model: str, names: str, factors: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a network with more output channels, and fewer input channels, in some convolutions."""
+    more, fewer = factors
+    return {
+        name: (shape[0] * more, shape[1] // (32 if fewer > 1 else 1), *shape[2:])
+        if re.fullmatch(names, name)
+        else shape
+        for name, shape in shapes_of(model).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([], ""),
+        (["conv.weight", "fc.bias"], "conv.weight, fc.bias"),
+        ([f"a{i}" for i in range(6)], "a0, a1, a2, a3, 2 more"),
+        (["layer1.0.se.fc1.bias", "layer1.0.se.fc2.bias"], "SE modules (se) in layer1.0"),
+        ([name for name in with_se("resnet18") if ".se." in name], "SE modules (se) in 8 blocks"),
+        ([n for n in shapes_of("resnet50") if ".downsample" in n], "downsample in 4 blocks"),
+        (
+            [n for n in shapes_of("resnet50") if re.search(r"layer.*[nv]3\.|^fc", n)],
+            "fc.weight, fc.bias, bn3 and conv3 in 16 blocks",
+        ),
+        (
+            sorted(shapes_of("resnet101").keys() - shapes_of("resnet50").keys()),
+            "17 whole blocks (layer3.6 to layer3.22)",
+        ),
+        ([n for n in shapes_of("resnet20") if n.startswith("layer1.2")], "layer1.2"),
+    ],
+)
+def test_a_list_of_names_is_a_phrase(names: list[str], words: str) -> None:
+    assert summary(names) == words
+
+
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
@@ -107,6 +154,12 @@ def without(shapes: Shapes, *names: str) -> dict[str, tuple[int, ...]]:
         (without(shapes_of("resnet20"), "layer1.2", "layer2.2", "layer3.2"), "stages of 2, 2, 2 .*--model"),
         (without(shapes_of("resnet50"), "layer2.0.downsample"), "stages of 3, 4, 6, 3 .*--model"),
         ({**shapes_of("cnn"), "fc.weight": (7, 8 * 6)}, "fc.weight has 48 columns"),
+        (with_se("resnet18"), r"it has SE modules \(se\) in 8 blocks, which no network here has"),
+        (
+            changed("resnet50", r"(layer.*conv2\.weight)", (1, 4)),
+            r"32 groups \(ResNeXt\), .* no network here",
+        ),
+        (changed("resnet50", r"(layer.*conv1\.weight)", (2, 1)), r"2 times as wide as its stem"),
     ],
 )
 def test_what_is_no_known_network_is_refused(shapes: Shapes, message: str) -> None:
@@ -125,6 +178,10 @@ def test_every_type_of_number_is_read(tmp_path: Path) -> None:
         str(kind): drawn.to(kind) for kind in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     }
     others = {"count": torch.tensor(2**40), "int32": torch.tensor([-3], dtype=torch.int32)}
+    others |= {
+        str(kind): torch.tensor([3]).to(kind)
+        for kind in (torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64)
+    }
     others |= {"bytes": torch.tensor([255], dtype=torch.uint8), "mask": torch.tensor([True, False])}
     save_file({**floats, **others, "nothing": torch.zeros(0, 3)}, tmp_path / "a.safetensors")
     found = weights.load(tmp_path / "a.safetensors")
@@ -160,3 +217,24 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
     save_file({"odd": torch.zeros(2, dtype=torch.complex64)}, path)
     with pytest.raises(UserError, match=r"a\.safetensors: odd is of type C64"):
         weights.load(path)
+
+
+def test_two_names_that_would_be_one_are_refused(tmp_path: Path) -> None:
+    state = {"conv.bias": torch.ones(1), "_orig_mod.conv.bias": torch.ones(1)}
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors: it holds conv.bias twice"):
+        weights.load_network(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "names", [[], ["n_averaged"], ["odd\nname", "conv.bias"], ["module.a.b", "module.c.d"]]
+)
+def test_of_an_unknown_network_no_name_is_lost(names: list[str]) -> None:
+    found = weights.network_names(dict.fromkeys(names, (1,)))
+    assert sorted(found.values()) == sorted(names)
+    assert list(found) == [name.removeprefix("module.") for name in names]
+
+
+def test_the_names_of_an_unknown_network_that_mean_something_stay() -> None:
+    names = ["model.embed.weight", "model.layers.0.weight", "backbone.weight"]
+    assert list(weights.network_names(dict.fromkeys(names, (1, 2)))) == names

@@ -5,6 +5,7 @@ Numbers are checked by PyTorch.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import shutil
@@ -18,12 +19,14 @@ import safetensors.numpy
 import torch
 import torch.nn.functional as F
 
+import experiment.__main__
 import torch_oracle
 import train
 from experiment.checkpoint import Checkpoints
 from experiment.config import Config
-from experiment.transfer import adapt_channels, count_parameters, initial_tree, sha256
+from experiment.transfer import adapt_channels, count_parameters, initial_tree, remedy, sha256
 from tests.comparing import assert_all_close, assert_close, nchw
+from tests.test_identify import shapes_of, with_se
 from tests.test_loop import CLASSES, THIN, assert_same_bits, make_batches
 from tests.test_loop import make_engine as make_jax_engine
 from tests.test_loop import train as take_steps
@@ -217,18 +220,40 @@ def test_both_engines_begin_from_the_same_tensors(tmp_path, classes, channels):
             np.testing.assert_array_equal(array, given[name], err_msg=name)
 
 
-def test_names_of_others_are_read(tmp_path):
-    """akamaster's `linear`, and PyTorch's `num_batches_tracked`."""
+def test_names_of_others_are_read(tmp_path, capsys):
+    """akamaster's `linear`, PyTorch's `num_batches_tracked`, and an average of a compiled network."""
 
     def change(state):
         renamed = {name.replace("fc.", "linear."): array for name, array in state.items()}
-        return {**renamed, "bn1.num_batches_tracked": np.array(3)}
+        renamed["bn1.num_batches_tracked"] = np.array(3)
+        return {"n_averaged": np.array(7)} | {f"module._orig_mod.{k}": array for k, array in renamed.items()}
 
     path = cnn_file(tmp_path / "weights.safetensors", change=change)
     argv = ["--init-from", str(path), "--steps", "0", "--run-dir", str(tmp_path / "run")]
-    assert train.main([*SMALL, *argv]) == 0
+    assert train.main([*SMALL, "--framework", "numpy", *argv]) == 0
+    assert f"left out of {path}, as it lies beside the network: n_averaged" in capsys.readouterr().out
     saved = safetensors.numpy.load_file(tmp_path / "run" / "weights.safetensors")
-    assert saved["fc.bias"].tobytes() == safetensors.numpy.load_file(path)["linear.bias"].tobytes()
+    given = safetensors.numpy.load_file(path)
+    for name in ("conv.weight", "fc.bias"):
+        original = f"module._orig_mod.{name.replace('fc', 'linear')}"
+        assert saved[name].tobytes() == given[original].tobytes()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_a_runs_own_weights_are_looked_at_too(tmp_path, capsys, command):
+    run_dir = tmp_path / "run"
+    argv = ["--framework", "numpy", "--steps", "0", "--run-dir", str(run_dir)]
+    assert train.main([*SMALL, *argv]) == 0
+    path = run_dir / "weights.safetensors"
+    state = safetensors.numpy.load_file(path)
+    state["conv.bias"][2] = np.nan
+    safetensors.numpy.save_file(state, path)
+    (tmp_path / "a.png").write_bytes(b"")
+    capsys.readouterr()
+    images = [str(tmp_path / "a.png")] if command == "predict" else []
+    assert experiment.__main__.main([command, str(run_dir), *images]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path}: conv.bias has 1 of 8 values that are NaN or infinite, the first at [2]" in line
 
 
 @pytest.mark.parametrize("framework", ["jax", "numpy"])
@@ -282,14 +307,25 @@ UNFIT = {
     "another model": (
         ["--model", "resnet20"],
         [
-            "missing ",
-            "bn1.weight",
-            " more; surplus ",
-            "conv.weight",
+            "missing conv1.weight, bn1.weight, ",
+            ", 9 whole blocks (layer1.0 to layer3.2); unexpected conv.bias, conv.weight; shape mismatch ",
             "the file is of cnn, 10 classes, 1 channels",
+            ": choose --model cnn",
         ],
     ),
-    "names": ([], ["missing conv.weight", "surplus stray.weight", "misshapen conv.bias [3], not [8]"]),
+    "names": (
+        [],
+        [
+            "missing conv.weight; unexpected stray.weight; shape mismatch conv.bias [3], not [8]; ",
+            "name another file",
+        ],
+    ),
+    "NaN": ([], ["conv.bias has 1 of 8 values that are NaN or infinite, the first at [1]"]),
+    "integers": ([], ["fc.bias is of type int32, and weights are floating-point numbers"]),
+    "two networks": (
+        [],
+        ["several networks, under student, teacher", "--key of `python -m experiment convert`"],
+    ),
     "no such file": (["--init-from", "absent.safetensors"], ["absent.safetensors", "No such file"]),
     "no safetensors": (["--init-from", "notes.txt"], ["notes.txt", "python -m experiment convert"]),
     "a folder": (["--init-from", "folder"], ["folder", "directory"]),
@@ -297,23 +333,93 @@ UNFIT = {
 }
 
 
+def with_nan(state):
+    state["conv.bias"][1] = np.nan
+    return state
+
+
+CHANGES = {
+    "names": without_some,
+    "NaN": with_nan,
+    "integers": lambda state: {**state, "fc.bias": np.arange(10, dtype=np.int32)},
+    "two networks": lambda state: {
+        f"{name}.{key}": array for name in ("student", "teacher") for key, array in state.items()
+    },
+}
+
+
 @pytest.mark.parametrize("mistake", UNFIT)
 def test_a_file_that_does_not_fit_is_refused_in_a_line(tmp_path, monkeypatch, capsys, mistake):
     monkeypatch.chdir(tmp_path)
     argv, words = UNFIT[mistake]
-    path = cnn_file(
-        tmp_path / "weights.safetensors", change=without_some if mistake == "names" else lambda state: state
-    )
+    path = cnn_file(tmp_path / "weights.safetensors", change=CHANGES.get(mistake, lambda state: state))
     (tmp_path / "notes.txt").write_text("no tensors here")
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.rglob("*"))
     init = [] if mistake == "frozen without a file" else ["--init-from", str(path)]
-    assert train.main([*SMALL, "--steps", "1", *init, *argv]) == 2
+    assert train.main([*SMALL, "--framework", "numpy", "--steps", "1", *init, *argv]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train.py: error: --")
     for word in words:
         assert word in line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+CNN: dict[str, Any] = {"image_size": (40, 40)}
+REMEDIES: dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]], str]] = {
+    "another model": (
+        ("resnet50", {}),
+        ("resnet34", {}),
+        "the file is of resnet34, *: choose --model resnet34",
+    ),
+    "a thin one": (
+        ("resnet18", {}),
+        ("resnet18", {"width": 8}),
+        "the file is of resnet18, *, width 8; no flag sets its width: name another file",
+    ),
+    "a thin one of another model": (
+        ("resnet18", {}),
+        ("resnet20", {"width": 4}),
+        "the file is of resnet20, *, width 4; no flag sets its width: name another file",
+    ),
+    "a thin one of few blocks": (
+        ("resnet101", {}),
+        ("resnet50", {"width": 8, "stage_sizes": (2, 2)}),
+        "*; no flag sets its stage_sizes and width: name another file",
+    ),
+    "no batch norm": (("resnet18", {}), ("resnet18", {"batch_norm": False}), "*: add --no-batch-norm"),
+    "batch norm": (("resnet18", {"batch_norm": False}), ("resnet18", {}), "*: leave --no-batch-norm out"),
+    "a small stem": (
+        ("resnet20", {}),
+        ("resnet18", {"small_images": True}),
+        "*: choose --model resnet18, add --small-images",
+    ),
+    "no small stem": (("resnet18", {"small_images": True}), ("resnet18", {}), "*: leave --small-images out"),
+    "a cnn": (("resnet18", {}), ("cnn", CNN), "*: choose --model cnn, add --image-size 40x40"),
+    "a cnn of another size": (("cnn", {}), ("cnn", CNN), "*: add --image-size 40x40"),
+}
+
+
+@pytest.mark.parametrize("case", REMEDIES)
+def test_the_remedy_names_flags_that_there_are(case):
+    (model, options), (other, other_options), words = REMEDIES[case]
+    found = remedy(shapes_of(model, **options), shapes_of(other, **other_options))
+    assert fnmatch.fnmatchcase(found, words), found
+
+
+def test_what_no_network_here_has_is_named_once():
+    own, with_modules = shapes_of("resnet18"), with_se("resnet18")
+    assert remedy(own, with_modules) == "name another file"  # its names are listed before
+    grouped = {
+        name: (*shape[:1], shape[1] // 4, *shape[2:]) if name.endswith("conv2.weight") else shape
+        for name, shape in own.items()
+    }
+    assert remedy(own, grouped).startswith(
+        "its convolutions have 4 groups (ResNeXt), which no network here has"
+    )
+    assert remedy(own, {**own, "conv1.weight": (0, 3, 7, 7)}).startswith(
+        "conv1.weight is of shape [0, 3, 7, 7]"
+    )
 
 
 def test_counts():

@@ -7,6 +7,7 @@ that are missing, surplus or misshapen: `test_resnet.py` and `test_numpy_resnet.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,24 @@ def converted(save: Callable[[torch.nn.Module, Path], None]) -> Callable[[torch.
     return run
 
 
+def compiled(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The names that torch.compile gives under DataParallel."""
+    return {f"module._orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def save_averaged(model: torch.nn.Module, path: Path) -> None:
+    """An average of weights in training, with its count, in a safetensors file."""
+    state = {f"module.{name}": tensor for name, tensor in compiled(model).items()}
+    save_file({"n_averaged": torch.tensor(3), **state}, path)
+
+
 FILES: dict[str, Callable[[torch.nn.Module, Path], None]] = {
     "safetensors": save_safetensors,
-    "pth": converted(lambda model, path: torch.save(model.state_dict(), path)),
-    "checkpoint of DataParallel": converted(
-        lambda model, path: torch.save({"state_dict": torch.nn.DataParallel(model).state_dict()}, path)
+    "safetensors, an average of a compiled network": save_averaged,
+    "checkpoint of timm, compiled": converted(
+        lambda model, path: torch.save(
+            {"state_dict": compiled(model), "args": argparse.Namespace(lr=0.1), "metric": np.float64(1)}, path
+        )
     ),
 }
 
@@ -81,7 +95,8 @@ FILES: dict[str, Callable[[torch.nn.Module, Path], None]] = {
 def test_a_file_of_pytorchs_loads_as_it_is(name: str, kind: str, engine: str, tmp_path: Path) -> None:
     judge = torch_model(name)
     FILES[kind](judge, tmp_path / "a.safetensors")
-    found = weights.load(tmp_path / "a.safetensors")
+    found, rest = weights.load_network(tmp_path / "a.safetensors")
+    assert rest == (["n_averaged"] if "average" in kind else [])
     assert found["bn1.num_batches_tracked"].dtype == np.int64
     assert found["bn1.num_batches_tracked"] == 1234
     package, build = ENGINES[engine]

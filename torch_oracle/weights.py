@@ -1,7 +1,8 @@
 """PyTorch's weight files and safetensors files: each as a state dict {name: tensor}, and back.
 
 A file of `torch.save` is a pickle, which can run any code when it is read. Here it is read with
-`weights_only=True`, which builds tensors and plain containers and refuses everything else.
+`weights_only=True`, which builds tensors and plain containers. Of the other types, those of `BESIDE` become
+objects without content, and every other one is refused.
 """
 
 from __future__ import annotations
@@ -9,55 +10,159 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
-SAFETENSORS = ".safetensors"
-TORCH = (".pth", ".pt", ".th")
-WRAPPERS = ("state_dict", "model_state_dict", "model")
-"""The keys under which training scripts (timm's, PyTorch's tutorials, torchvision's) keep the state dict."""
+KEYS = (
+    *("state_dict", "model_state_dict", "model", "model_state", "net", "network", "module", "app"),
+    *("weights", "params", "teacher", "student"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model_state_dict"),
+    *("ema_model", "ema", "ema_state", "params_ema"),
+)
+"""The keys under which training scripts keep a state dict, and below them the running averages.
+
+Among them are those of timm (`state_dict`, `state_dict_ema`), torchvision (`model`, `model_ema`), Lightning
+(`state_dict`), PyTorch's tutorials (`model_state_dict`), DeepSpeed (`module`) and pycls (`model_state`).
+"""
+
+FLOATS = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+)
+DTYPES = (
+    *FLOATS,
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.bool, torch.complex64),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
+"""The types of numbers that both kinds of file hold."""
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, on the CPU, dtypes as they are.
+class _Object:
+    """Takes the place of an object that lies beside the weights; keeps none of its content."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Dict:
+    """Takes the place of a kind of dict. PyTorch's reader fills in few kinds, `OrderedDict` among them."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return OrderedDict()
+
+
+class _List:
+    """Takes the place of a kind of list."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return []
+
+
+BESIDE: dict[str, type] = {
+    **dict.fromkeys(("argparse.Namespace", "types.SimpleNamespace", "typing.Any"), _Object),
+    **{
+        f"builtins.{name}": _Object
+        for name in ("bool", "bytes", "dict", "float", "frozenset", "int", "list", "range", "slice", "str")
+    },
+    **{f"datetime.{name}": _Object for name in ("date", "datetime", "time", "timedelta", "timezone")},
+    **{
+        f"{module}.{name}Path": _Object
+        for module in ("pathlib", "pathlib._local")
+        for name in ("Posix", "Windows", "PurePosix", "PureWindows")
+    },
+    **dict.fromkeys(("numpy.dtype", "numpy.ndarray", "torch.torch_version.TorchVersion"), _Object),
+    **{
+        f"numpy.{core}.multiarray.{name}": _Object
+        for core in ("core", "_core")
+        for name in ("scalar", "_reconstruct")
+    },
+    **{
+        f"omegaconf.{name}": _Object
+        for name in (
+            *("dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata"),
+            *("nodes.AnyNode", "nodes.BooleanNode", "nodes.FloatNode", "nodes.IntegerNode"),
+            *("nodes.StringNode", "nodes.PathNode"),
+        )
+    },
+    "collections.deque": _List,
+    **dict.fromkeys(
+        (
+            *("collections.defaultdict", "yacs.config.CfgNode"),
+            "pytorch_lightning.utilities.parsing.AttributeDict",
+            *(
+                "lightning_fabric.utilities.data.AttributeDict",
+                "lightning.fabric.utilities.data.AttributeDict",
+            ),
+        ),
+        _Dict,
+    ),
+}
+"""{the type of an object that training scripts save beside the weights: what is built in its place}.
+
+None of these types itself is ever called, and none needs to be installed.
+"""
+
+
+def read(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """Return the state dict in a file, on the CPU, names and dtypes as they are.
 
     Arguments:
-        path: a safetensors file, or one of `torch.save` (`.pth`, `.pt`, `.th`): a state dict, or a dict that
-            holds it under a key of `WRAPPERS`. The prefix `module.`, which DataParallel puts before every
-            name, is taken off.
+        path: a safetensors file or one of `torch.save`, which its first bytes tell: a state dict, or a dict
+            that holds one under a key of `KEYS`, which may lie in one another.
+        key: which to take where there are several: a key of the file, `outer/inner` for one in another, or
+            a prefix of names, without its dot, which is then removed.
 
     Raises:
-        ValueError: an unknown suffix; a file that is damaged, is no state dict, or holds objects that only
-            code from the file could build. One line, without the path.
+        ValueError: a file that is damaged, is no state dict or holds several; objects that only code from the
+            file could build; a tensor without plain values. One line, without the path.
         OSError: the file cannot be opened.
     """
-    _check_suffix(path.suffix)
     content = path.read_bytes()
-    if path.suffix == SAFETENSORS:
+    saved: Any
+    if is_safetensors(path):
         try:
-            return safetensors.torch.load(content)
+            saved = safetensors.torch.load(content)
         except Exception as error:  # the library's own type, and KeyError for a dtype that it does not know
             raise ValueError(f"no safetensors file, or a damaged one ({_one_line(error)})") from None
-    return _state_dict(_load(content))
+    else:
+        saved = _load(content)
+    state = _state_dict(saved, key)
+    for name, tensor in state.items():
+        if fault := _fault(tensor):
+            raise ValueError(f"{name} is {fault}")
+    return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def serialize(state: Mapping[str, Tensor], suffix: str) -> bytes:
-    """The file that holds a state dict, of the kind that `suffix` tells; the inverse of `read`.
+def is_safetensors(path: Path) -> bool:
+    """True if a file begins as safetensors files do: 8 bytes of a length, then a JSON object."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
 
-    Tensors that share memory are written each on its own. Raises ValueError for an unknown suffix.
+
+def serialize(state: Mapping[str, Tensor], *, as_safetensors: bool) -> bytes:
+    """Return the safetensors file, else the file of `torch.save`, that holds a state dict; inverts `read`.
+
+    Tensors that share memory are written each on its own.
     """
-    _check_suffix(suffix)
     # A clone is contiguous and its storage is no larger than itself: torch.save writes whole storages
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
     }
-    if suffix == SAFETENSORS:
+    if as_safetensors:
         # Some readers ask for the entry `format`
         return bytes(safetensors.torch.save(tensors, {"format": "pt"}))
     file = io.BytesIO()
@@ -65,15 +170,17 @@ def serialize(state: Mapping[str, Tensor], suffix: str) -> bytes:
     return file.getvalue()
 
 
-def _check_suffix(suffix: str) -> None:
-    if suffix not in (SAFETENSORS, *TORCH):
-        raise ValueError(f"suffix must be one of {', '.join((SAFETENSORS, *TORCH))}, not {suffix!r}")
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """Return the values of a tensor that `read` gave; types that NumPy has not as float32, which is exact."""
+    narrow = tensor.dtype in FLOATS[3:]
+    return np.asarray((tensor.float() if narrow else tensor).resolve_neg().resolve_conj().numpy())
 
 
 def _load(content: bytes) -> Any:
-    """What `torch.save` saved, if it can be had without running code from the file."""
+    """Return what `torch.save` saved, if no code from the file is needed for it."""
+    beside: list[Any] = [(stand_in, name) for name, stand_in in BESIDE.items()]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(beside):
             warnings.simplefilter("ignore")  # what it warns of is an error here, told in one line
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (
@@ -87,22 +194,68 @@ def _load(content: bytes) -> Any:
             f"it holds a {wanted[1]}, which only code from the file could build, and none is run; "
             "save the model's state_dict() alone"
         )
-    raise ValueError(f"no file of torch.save that holds only tensors, or a damaged one ({_shorten(text)})")
+    if "torch.distributed.tensor" in text:
+        raise ValueError("it holds parts of tensors on several devices; save the full state dict instead")
+    raise ValueError(f"no safetensors file and none of torch.save, or a damaged one ({_shorten(text)})")
 
 
-def _state_dict(saved: Any) -> dict[str, Tensor]:
-    """The state dict in what was saved, without wrapper and prefix."""
-    for key in WRAPPERS:
-        if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
-            saved = saved[key]
-            break
-    if not isinstance(saved, Mapping) or not saved:
-        raise ValueError(f"no state dict: it holds {type(saved).__name__}, not names and tensors")
-    others = [f"{name} ({type(v).__name__})" for name, v in saved.items() if not isinstance(v, Tensor)]
+def _state_dict(saved: Any, key: str | None) -> dict[str, Tensor]:
+    """Return the state dict in what was saved: the one that `key` names, or the only one."""
+    found = dict(_nested(saved))
+    if not found:
+        found = {"": saved}
+    if key is not None and key in found:
+        state = found[key]
+    elif key is not None and isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
+        state = saved[key]
+    elif len(found) > 1:
+        raise ValueError(f"it holds several state dicts: name one with --key, of {', '.join(found)}")
+    else:
+        (state,) = found.values()
+        if key is not None and isinstance(state, Mapping):
+            start = f"{key}."
+            state = {str(n).removeprefix(start): v for n, v in state.items() if str(n).startswith(start)}
+            if not state:
+                raise ValueError(f"it has no key and no prefix {key}, which --key names; leave --key out")
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"no state dict: it holds {type(state).__name__}, not names and tensors")
+    kinds = {name: type(value).__name__.lstrip("_") for name, value in state.items()}
+    others = [f"{name} ({kinds[name]})" for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
-        raise ValueError(f"no state dict: these are no tensors: {', '.join(others)}")
-    prefix = "module." if all(str(name).startswith("module.") for name in saved) else ""
-    return {str(name).removeprefix(prefix): tensor.detach() for name, tensor in saved.items()}
+        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+        inner = any(isinstance(value, Mapping) for value in state.values())
+        remedy = "; where one of them is the state dict, name it with --key" if inner else ""
+        raise ValueError(f"no state dict: these are no tensors: {', '.join(others[:4])}{more}{remedy}")
+    return {str(name): tensor for name, tensor in state.items()}
+
+
+def _nested(saved: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Yield each state dict that lies under `KEYS`, with its key: `outer/inner` for one in another."""
+    for key in KEYS if isinstance(saved, Mapping) else ():
+        inner = saved.get(key)
+        if isinstance(inner, Mapping):
+            deeper = list(_nested(inner))
+            if deeper:
+                yield from ((f"{key}/{name}", state) for name, state in deeper)
+            elif any(isinstance(value, Tensor) for value in inner.values()):
+                yield key, inner
+
+
+def _fault(tensor: Tensor) -> str | None:
+    """Return what a tensor is instead of plain values, and the remedy; None if it has plain values."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        return f"a {type(tensor).__name__}; save a plain tensor instead"
+    if tensor.is_meta:
+        return "a meta tensor, which has a shape and no values; save the model after its weights are loaded"
+    if tensor.layout != torch.strided:
+        return "a sparse tensor; save its to_dense() instead"
+    if tensor.is_quantized:
+        return "a quantized tensor; save its dequantize() instead"
+    if tensor.is_nested:
+        return "a nested tensor; save plain tensors instead"
+    if tensor.dtype not in DTYPES:
+        return f"of type {str(tensor.dtype).removeprefix('torch.')}; save it as float32 instead"
+    return None
 
 
 def _one_line(error: Exception) -> str:
@@ -110,5 +263,5 @@ def _one_line(error: Exception) -> str:
 
 
 def _shorten(text: str) -> str:
-    """The first sentence, in one line: PyTorch's go on for paragraphs."""
+    """Return the first sentence, in one line: PyTorch's go on for paragraphs."""
     return " ".join(text.split()).partition(". ")[0][:200]

@@ -1,40 +1,49 @@
 """`python -m experiment convert IN OUT`: weights from PyTorch's files to safetensors, or back.
 
-The suffixes say which. Pickles are read without running any code in them (`torch_oracle/weights.py`).
+The content of IN says what it is, the name of OUT what it becomes. Pickles are read without running any code
+in them (`torch_oracle/weights.py`).
 """
 
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiment import weights
 from experiment.commands.parser import Parser
 from experiment.errors import UserError
 from experiment.paths import path_type
 from experiment.rundir import write_file
 
 SAFETENSORS = ".safetensors"
-TORCH = (".pth", ".pt", ".th")
+TORCH = (".pth", ".pt", ".th", ".pth.tar", ".ckpt", ".bin")
 INSTALL = "pip install -c constraints.txt -e '.[test]'"
+NAMES = 4  # how many of the tensors that are left out are named
 
 
 def main(argv: Sequence[str]) -> int:
     """Convert one file; return 0. Nothing is written unless all of it was read.
 
     Raises:
-        UserError: files that are absent, in the way, of the wrong suffix or without a state dict; PyTorch is
-            missing.
+        UserError: files that are absent, in the way, of an unknown suffix or without a state dict; several
+            state dicts; values that no trained network has; PyTorch is missing.
     """
     parser = Parser(
         prog="python -m experiment convert",
         description="Convert weights between PyTorch's files and safetensors files. Names, shapes and types "
-        "stay as they are, but for the prefix `module.`, which is taken off.",
+        "stay as they are, but for prefixes of wrappers (`module.`, `_orig_mod.`, `model.`, ...), which are "
+        "removed.",
         epilog=f"Needs PyTorch, which the extra `test` brings: {INSTALL}",
     )
-    suffixes = ", ".join(TORCH)
     source_type, target_type = (path_type(name, any_bytes=True) for name in ("IN", "OUT"))
     add = parser.add_argument
-    add("source", metavar="IN", type=source_type, help=f"the file to read: {suffixes} or {SAFETENSORS}")
-    add("target", metavar="OUT", type=target_type, help="the file to write, of the other kind")
+    add("source", metavar="IN", type=source_type, help="the file to read; its content says its kind")
+    suffixes = ", ".join((SAFETENSORS, *TORCH))
+    add("target", metavar="OUT", type=target_type, help=f"the file to write: {suffixes}")
+    add(
+        "--key",
+        metavar="NAME",
+        help="which state dict to take, where IN holds several: its key, or the prefix of its names",
+    )
     options = parser.parse_args(argv)
     source, target = options.source, options.target
 
@@ -44,26 +53,33 @@ def main(argv: Sequence[str]) -> int:
     import torch_oracle.weights
 
     try:
-        state = torch_oracle.weights.read(source)
-    except (ValueError, OSError) as error:
+        state = torch_oracle.weights.read(source, options.key)
+        names = weights.network_names({name: tuple(tensor.shape) for name, tensor in state.items()})
+    except (ValueError, OSError, UserError) as error:
         raise UserError(f"{source}: {error}") from None
+    network = {name: state[original] for name, original in names.items()}
+    for name, tensor in network.items():
+        weights.check(source, {name: torch_oracle.weights.to_numpy(tensor)})
+    content = torch_oracle.weights.serialize(
+        network, as_safetensors=target.name.lower().endswith(SAFETENSORS)
+    )
     try:
-        write_file(target, torch_oracle.weights.serialize(state, target.suffix))
+        write_file(target, content)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from None
-    print(f"{target}: {len(state)} tensors, {sum(tensor.numel() for tensor in state.values()):,} numbers")
+    print(f"{target}: {len(network)} tensors, {sum(tensor.numel() for tensor in network.values()):,} numbers")
+    if rest := sorted(state.keys() - set(names.values())):
+        more = f" and {len(rest) - NAMES} more" if len(rest) > NAMES else ""
+        print(f"left out, as they lie beside the network: {', '.join(rest[:NAMES])}{more}")
     return 0
 
 
 def _check(source: Path, target: Path) -> None:
-    """Everything that can be told before a file is opened."""
-    for path in (source, target):
-        if path.suffix not in (SAFETENSORS, *TORCH):
-            raise UserError(f"{path}: the suffix must be one of {', '.join((SAFETENSORS, *TORCH))}")
+    """Raise UserError for what is wrong with the names, before a file is opened."""
+    if not target.name.lower().endswith((SAFETENSORS, *TORCH)):
+        raise UserError(f"{target}: the suffix must be one of {', '.join((SAFETENSORS, *TORCH))}")
     if source.resolve() == target.resolve():
         raise UserError(f"{target}: is the file to be read; give OUT another name")
-    if (source.suffix == SAFETENSORS) == (target.suffix == SAFETENSORS):
-        raise UserError(f"{target}: is of the kind of {source}; one of the two must be {SAFETENSORS}")
     if not source.is_file():
         raise UserError(f"{source}: {'is no file' if source.exists() else 'not found'}")
     if target.exists():

@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     if options.dump is not None and (options.dump.exists() or not options.dump.parent.is_dir()):
         fault = "exists; remove it" if options.dump.exists() else "there is no such folder; make it"
         raise UserError(f"--dump: {options.dump}: {fault}, or give another name")
-    tensors = weights.load(options.weights)
+    tensors, _ = weights.load_network(options.weights)
     shapes = {name: array.shape for name, array in tensors.items()}
     try:
         network = identify(shapes, options.model, stride_in_1x1=options.stride_in_1x1)

@@ -167,8 +167,7 @@ class Conv2d(layers.Conv2d):
         form, x, *kept = self.kept
         dy = promote(dy, x)
         if self.bias is not None:
-            rows, fold = _wide(dy)
-            self.bias.add_grad(_fold(_sum(rows, slices(len(rows), 128)), fold))
+            self.bias.add_grad(_sum_pixels(dy))
         dx = empty_like(x)
         form(x, *kept, dy, dx)
         return dx
@@ -453,6 +452,14 @@ def _sum(rows: Array, parts: Iterator[slice]) -> Array:
     for part in parts:
         sums += ones[part] @ rows[part]
     return sums
+
+
+def _sum_pixels(x: Array) -> Array:
+    """The sum of x [..., C] over all axes but the last, [C]; of float32 in float64, 128 rows at a time."""
+    if x.dtype == np.float64:
+        return np.asarray(x.sum(tuple(range(x.ndim - 1))))
+    rows, fold = _wide(x)
+    return _fold(_sum(rows, slices(len(rows), 128)), fold)
 
 
 def _tile(a: Array, fold: int) -> Array:

@@ -325,7 +325,7 @@ class Engine:
         "grad_norm", "update_norm"}.
 
         Raises ValueError, before the step, for labels that are not one integer in range(num_classes) for each
-        picture, and for a batch of 0.
+        image, and for a batch of 0.
         """
         for batch in batches:
             image, label = batch["image"], batch["label"]

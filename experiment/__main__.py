@@ -10,7 +10,7 @@ from experiment.errors import UserError
 
 COMMANDS = {
     "compare": "runs side by side: curves over one another, results, differences of their options",
-    "convert": "weights from PyTorch's files (.pth, .pt, .th) to safetensors, or back",
+    "convert": "weights from PyTorch's files (.pth, .ckpt, .pth.tar, ...) to safetensors, or back",
     "evaluate": "test a finished run: one crop, ten crops, or whole pictures at several scales",
     "parity": "one network in NumPy, JAX and PyTorch: the first stage at which two of them depart",
     "predict": "the most likely classes of pictures in files, by a finished run",

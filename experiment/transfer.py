@@ -52,6 +52,7 @@ def initial_tree(
     tree = engine.to_tree(engine.init())
     try:
         tensors, rest = weights.load_network(path)
+        weights.check(path, tensors)
     except UserError as error:
         raise UserError(f"--init-from: {error}") from None
     given = {}

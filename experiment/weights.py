@@ -72,19 +72,18 @@ def step_of(path: Path) -> int | None:
 def load_network(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """Return the network in a safetensors file, from whatever program, and the names that are not of it.
 
-    The names are those of `network_names`, without the prefixes of wrappers; the values have passed `check`.
+    The names are those of `network_names`, without the prefixes of wrappers.
 
     Raises:
-        UserError: as `load`, `network_names` and `check` do.
+        UserError: as `load` and `network_names` do.
     """
     tensors = load(path)
     try:
         names = network_names({name: array.shape for name, array in tensors.items()})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    network = {name: tensors[found] for name, found in names.items()}
-    check(path, network)
-    return network, sorted(tensors.keys() - set(names.values()))
+    rest = sorted(tensors.keys() - set(names.values()))
+    return {name: tensors[found] for name, found in names.items()}, rest
 
 
 def network_names(shapes: Shapes) -> dict[str, str]:

@@ -176,14 +176,10 @@ class Checkpoints:
         kept = self.best_weights(step)
         if not self._writes or weights.step_of(path) != step or (kept.exists() and kept.samefile(path)):
             return
-        temporary = kept.with_name(kept.name + ".tmp")
-        temporary.unlink(missing_ok=True)
         try:
-            os.link(path, temporary)
+            _link(path, kept)
         except OSError:
             os.replace(path, kept)
-        else:
-            os.replace(temporary, kept)
 
     def restore_best(self, path: Path, step: int) -> bool:
         """Write the best weights of `step` to `path`, unless they are there; False if they are lost."""
@@ -193,7 +189,10 @@ class Checkpoints:
         if weights.step_of(kept) != step:
             return False
         if self._writes:
-            write_file(path, kept.read_bytes())
+            try:
+                _link(kept, path)
+            except OSError:
+                write_file(path, kept.read_bytes())
         return True
 
     def _remove_unused_best(self) -> None:
@@ -359,6 +358,14 @@ def _errno(error: Exception) -> int | None:
     """The number of the system's error. TensorStore raises no OSError, and has it in its text."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
     return int(found[1]) if found else getattr(error, "errno", None)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target`, which may exist, another name of the file `source`; it takes no space."""
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    os.link(source, temporary)
+    os.replace(temporary, target)
 
 
 def _fsync(path: Path) -> None:

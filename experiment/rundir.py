@@ -116,6 +116,8 @@ def identity(config: Config, resolved: dict[str, Any]) -> dict[str, Any]:
         if not is_changeable(name, config.schedule)
     }
     fixed = {name: value for name, value in resolved.items() if name in FIXED}
+    if config.schedule != "cosine":  # the others have no length
+        fixed.pop("schedule_steps", None)
     same: dict[str, Any] = json.loads(json.dumps({**options, **fixed}))
     return same
 
@@ -249,6 +251,8 @@ def lock(run_dir: Path) -> Iterator[Callable[[], None]]:
                 "there; put the folder back and continue with --resume, or start a fresh run"
             )
 
+    if not run_dir.is_dir():  # filelock would make it
+        raise UserError(f"--run-dir: {run_dir} was removed meanwhile; name another folder")
     try:
         with filelock.FileLock(path, timeout=0):
             held = inode()

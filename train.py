@@ -168,7 +168,7 @@ def run(
                 console.say(f"report: {page}")
             return 0
         except RunFailedError as error:
-            console.fail(f"error: the run failed: {error}")
+            console.fail(f"the run failed: {error}")
             report(config, run_dir, trainer.step, console)
             return 1
         except (UserError, BrokenBarrierError):  # the second: another of the runs that train together ended
@@ -176,10 +176,10 @@ def run(
         except Exception as error:
             if not isinstance(error, OSError | MemoryError):
                 console.log(traceback.format_exc())
-            console.fail(f"error: the run failed: {describe_failure(error, checkpoints, run_dir)}")
+            console.fail(f"the run failed: {describe_failure(error, checkpoints, run_dir)}")
             return 1
         except KeyboardInterrupt:  # before the first step, or the second Ctrl-C
-            console.fail(f"interrupted at once; {what_is_safe(checkpoints, run_dir)}")
+            console.fail(f"interrupted at once; {what_is_safe(checkpoints, run_dir)}", label="")
             return 128 + signal.SIGINT
         finally:
             with suppress(OSError):  # told already

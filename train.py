@@ -186,7 +186,7 @@ def run(
                 console.say(f"report: {page}")
             return 0
         except RunFailedError as error:
-            console.fail(f"error: the run failed: {error}")
+            console.fail(f"the run failed: {error}")
             if not isinstance(error, FolderLostError):
                 report(config, run_dir, trainer.step, console)
             return 1
@@ -195,10 +195,10 @@ def run(
         except Exception as error:
             if not isinstance(error, OSError | MemoryError):
                 console.log(traceback.format_exc())
-            console.fail(f"error: the run failed: {describe_failure(error, checkpoints, run_dir)}")
+            console.fail(f"the run failed: {describe_failure(error, checkpoints, run_dir)}")
             return 1
         except KeyboardInterrupt:  # before the first step, or the second Ctrl-C
-            console.fail(f"interrupted at once; {what_is_safe(checkpoints, run_dir)}")
+            console.fail(f"interrupted at once; {what_is_safe(checkpoints, run_dir)}", label="")
             return 128 + signal.SIGINT
         finally:
             with suppress(OSError):  # told already

@@ -65,11 +65,11 @@ class Console:
                 print(text, file=self._stream, flush=True)
         self.log(text)
 
-    def fail(self, text: str) -> None:
-        """The last line of a run that failed: on stderr, and in the log."""
+    def fail(self, text: str, label: str = "error: ") -> None:
+        """The last line of a run that failed or was interrupted: on stderr after a label, and in the log."""
         self.stop()
         with suppress(OSError, ValueError):
-            print(f"train.py: {text}", file=sys.stderr)
+            print(f"train.py: {label}{text}", file=sys.stderr)
         self.log(text)
 
     def log(self, text: str) -> None:

@@ -103,7 +103,7 @@ FRESH = {
     "nothing left to train on": (["--train-subset", "0.0001"], ["--train-subset", "--val-fraction"]),
     "run folder is a file": (["--run-dir", "file"], ["--run-dir", "file"]),
     "run folder in a file": (["--run-dir", "file/run"], ["--run-dir", "file/run"]),
-    "run folder in use": (["--run-dir", "used"], ["--run-dir", "used", "--resume"]),
+    "run folder with other files": (["--run-dir", "used"], ["--run-dir", "used holds thesis.txt", "empty"]),
     "resume of nothing": (["--resume"], ["--resume", "--run-dir"]),
     "resume of no run": (["--resume", "--run-dir", "used"], ["--run-dir", "used", "config.json"]),
     "resume of no folder": (["--resume", "--run-dir", "absent"], ["--run-dir", "absent"]),

@@ -274,7 +274,7 @@ def listing(directory: Path) -> dict[str, tuple[int, bytes | None]]:
 
 REFUSED = [
     (["evaluate"], ["RUN", "--help"]),
-    (["evaluate", "nowhere"], ["nowhere", "config.json", "name another"]),
+    (["evaluate", "nowhere"], ["nowhere", "not found"]),
     (["evaluate", "run", "--crops", "5"], ["--crops"]),
     (["evaluate", "run", "--framework", "torch"], ["--framework", "jax"]),
     (["evaluate", "run", "--batch-size", "0"], ["--batch-size", "at least 1"]),
@@ -286,8 +286,8 @@ REFUSED = [
     (["evaluate", "run", "--scales", "31"], ["--scales: 31", "at least 32"]),
     (["evaluate", "run", "--scales", "40", "--crops", "10"], ["--crops", "--scales"]),
     (["evaluate", "run", "--scales", "40", "--resize", "40"], ["--resize", "--scales"]),
-    (["predict", "run"], ["IMAGE", "--help"]),
-    (["predict", "nowhere", "a.png"], ["nowhere", "config.json"]),
+    (["predict", "run"], ["IMAGE", "after the run"]),
+    (["predict", "nowhere", "a.png"], ["nowhere", "not found"]),
     (["predict", "run", "absent.png"], ["absent.png", "not found"]),
     (["predict", "run", "run"], ["run", "is a folder"]),
     (["predict", "run", "run/config.json"], ["config.json", "no image"]),
@@ -325,6 +325,7 @@ def test_a_mistake_is_one_line(
 
 
 def test_weights_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(noise(40, 40)).save("a.png")
     path = here / "run" / "weights.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])

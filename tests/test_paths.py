@@ -176,11 +176,15 @@ def test_without_a_home_folder_a_data_set_needs_a_data_dir(
 ) -> None:
     """As in a container whose user has no entry in the passwd file."""
 
+    import tensorflow_datasets as tfds
+
     def unknown(*_: object) -> NoReturn:
         raise KeyError("getpwuid(): uid not found: 12345")
 
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", unknown)
+    # What TFDS makes of it when it is imported there
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", os.path.expanduser("~/tensorflow_datasets"))
     line = refusal(["--dataset", "mnist", "--framework", "numpy"], capsys)
     assert "--data-dir: the home folder of ~" in line
 

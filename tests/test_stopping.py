@@ -239,10 +239,10 @@ def flip(run: Run, step: int) -> None:
 
 
 def failure_of(run: Run, capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line on stderr, which log.txt ends with; the words for it after `train.py: `."""
+    """The one line on stderr, which log.txt ends with, without its label."""
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("train.py: ")
-    words = line.removeprefix("train.py: ")
+    words = line.removeprefix("train.py: ").removeprefix("error: ")
     assert (run.folder / "log.txt").read_text().splitlines()[-1].endswith(words)
     assert not (run.folder / "summary.json").exists()
     return words
@@ -305,7 +305,7 @@ def test_data_that_cannot_be_read_fails_the_run_in_one_line(
         hook_data(patch, raising(error, at))
         run = run_in(tmp_path / "run", *PLATEAU, status=1)
     words = failure_of(run, capfd)
-    assert words.startswith(f"error: the run failed: {expected}")
+    assert words.startswith(f"the run failed: {expected}")
     steps = "3, 6" if at[0] == "test" else "3"
     assert f"; verified checkpoints: {steps}; continue with python train.py --resume --run-dir" in words
     resume(run)
@@ -420,7 +420,7 @@ def test_the_advice_to_free_space_is_for_a_full_disk_alone(
         monkeypatch.setattr(Trainer, "_record", fail_in_line)
     run_in(run.folder, "--checkpoint-every", "1", status=1)
     words = failure_of(run, capfd)
-    assert words.startswith(f"error: the run failed: cannot write in {run.folder}: ")
+    assert words.startswith(f"the run failed: cannot write in {run.folder}: ")
     assert os.strerror(code) in words
     assert "; verified checkpoints: 1, 3; " in words
     assert DISK[code] in words

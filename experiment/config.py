@@ -462,6 +462,8 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
         hints = typing.get_type_hints(Config)
         stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
         for name, value in stored.items():
+            if name not in hints:
+                raise UserError(f"config.json: unknown option {name!r}, of a newer version; use that version")
             if not fits(value, hints[name]):
                 raise UserError(
                     f"config.json: {name} cannot be {value!r}; restore the file, or start a fresh run"

@@ -426,9 +426,10 @@ def test_resume_keeps_the_validations_that_a_plateau_counts():
     assert resolve(parse(argv[:3]), stored).eval_every == 5
 
 
-def test_options_of_a_later_version_are_passed_over():
+def test_options_of_a_later_version_are_refused_by_name():
     stored = {**stored_options(), "from_the_future": 1}
-    assert resolve(parse(["--resume", "--run-dir", "r"]), stored).seed == 0
+    with pytest.raises(UserError, match="unknown option .from_the_future., of a newer version"):
+        resolve(parse(["--resume", "--run-dir", "r"]), stored)
 
 
 @pytest.mark.parametrize(

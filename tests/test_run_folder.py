@@ -354,7 +354,7 @@ def test_results_of_an_earlier_end_are_not_taken_for_those_of_the_run(run: Path,
         stop(run, 16, "--steps", "20")
     step = last_step(run)
     assert (run / "weights.safetensors").exists()
-    for arguments in (["evaluate", str(run)], ["predict", str(run), str(ROOT / "docs" / "digit.png")]):
+    for arguments in (["evaluate", str(run)], ["predict", str(run), str(ROOT / "docs" / "overview.png")]):
         assert f"weights.safetensors: is of step {END}, and the run is at step {step};" in refusal(arguments)
     assert main(["evaluate", str(run), "--weights", "best"]) == 0
     found = read_run(run)
@@ -451,8 +451,8 @@ def test_an_unknown_option_in_config_json_is_refused_by_name(run: Path, place: s
     change_record(run, UNKNOWN[place])
     before = contents(run)
     lines = [refused(run)]
-    digit = str(ROOT / "docs" / "digit.png")
-    for arguments in (["evaluate"], ["report"], ["predict", digit], ["compare", str(run)]):
+    image = str(ROOT / "docs" / "overview.png")
+    for arguments in (["evaluate"], ["report"], ["predict", image], ["compare", str(run)]):
         lines.append(refusal([arguments[0], str(run), *arguments[1:]]))
     for line in lines:
         assert f"{run / 'config.json'}: unknown option 'squeeze', of a newer version" in line

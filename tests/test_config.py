@@ -428,7 +428,7 @@ def test_resume_keeps_the_validations_that_a_plateau_counts():
 
 def test_options_of_a_later_version_are_refused_by_name():
     stored = {**stored_options(), "from_the_future": 1}
-    with pytest.raises(UserError, match="unknown option .from_the_future., of a newer version"):
+    with pytest.raises(UserError, match="unknown option 'from_the_future', of a newer version"):
         resolve(parse(["--resume", "--run-dir", "r"]), stored)
 
 

@@ -216,7 +216,7 @@ def predicted(
         logits=logits,
     )
     monkeypatch.setattr(predict, "open_run", lambda *_, **__: run)
-    assert main(["predict", "run", *(str(folder / str(number)) for number in range(count))]) == 0
+    assert main(["predict", str(folder), *(str(folder / str(number)) for number in range(count))]) == 0
     return np.concatenate(seen)
 
 

@@ -15,7 +15,7 @@ from jax_resnet.adabound import (
     sgdbound,
 )
 from jax_resnet.loop import Engine
-from jax_resnet.optimizers import make_optimizer
+from jax_resnet.optimizers import amsgrad, make_optimizer, scale_by_amsgrad
 from jax_resnet.resnet import (
     CNN,
     MODELS,
@@ -50,6 +50,7 @@ __all__ = [
     "adabound_bounds",
     "adaboundw",
     "amsbound",
+    "amsgrad",
     "cnn",
     "load_state_dict",
     "make_optimizer",
@@ -69,6 +70,7 @@ __all__ = [
     "resnet_imagenet",
     "scale_by_adabound",
     "scale_by_amsbound",
+    "scale_by_amsgrad",
     "scale_by_sgdbound",
     "sgdbound",
     "state_dict",

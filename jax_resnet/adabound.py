@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 Scalar = float | jax.Array  # a hyperparameter: a Python number, or a scalar array, tracers among them
 
@@ -31,6 +32,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "b2": _DECAY,
     "momentum": _NON_NEGATIVE,
     "eps": _NON_NEGATIVE,
+    "eps_root": _NON_NEGATIVE,
     "weight_decay": _NON_NEGATIVE,
 }
 
@@ -40,8 +42,8 @@ class ScaleByAdaBoundState(NamedTuple):
 
     Attributes:
         count: number of updates made; shape (), int32.
-        mu: exponential average of the gradients; shapes of the parameters, at least float32.
-        nu: exponential average of the squared gradients; likewise. Neither is bias-corrected.
+        mu: exponential average of the gradients; shapes of the parameters, in `mu_dtype` or at least float32.
+        nu: exponential average of the squared gradients; at least float32. Neither is bias-corrected.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
@@ -65,33 +67,69 @@ class ScaleBySgdBoundState(NamedTuple):
     mu: optax.Updates
 
 
+def is_number(value: Any) -> bool:
+    """True for a number of Python or NumPy, a NumPy array of shape () among them."""
+    return isinstance(value, int | float | np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
+
+
+def is_zero(value: Scalar) -> bool:
+    """True for the number 0. False for every array of JAX, whose value may be unknown."""
+    return is_number(value) and bool(value == 0)
+
+
 def check_hyperparameters(**values: Any) -> None:
-    """Raise a ValueError that names the first Python number out of its range.
+    """Raise a ValueError that names the first number of Python or NumPy out of its range.
 
     Anything else passes: under `jax.jit` or `optax.inject_hyperparams` a hyperparameter is a tracer, whose
     value is not known.
     """
     for name, value in values.items():
         valid, requirement = _RANGES[name]
-        if isinstance(value, int | float) and not valid(value):
+        if is_number(value) and not valid(value):
             raise ValueError(f"{name} must be {requirement}, got {value}")
 
 
-def zero_moments(params: optax.Params) -> optax.Updates:
-    """Zeros in the shapes of `params`, at least float32: in bfloat16, 0.999 * nu rounds back to nu."""
+def check_mu_dtype(mu_dtype: DTypeLike | None) -> jnp.dtype | None:
+    """Return `mu_dtype` as a type of JAX. Raises ValueError if it is not a floating-point type."""
+    if mu_dtype is None:
+        return None
+    if not jnp.issubdtype(mu_dtype, jnp.floating):
+        raise ValueError(f"mu_dtype must be a floating-point type, got {jnp.dtype(mu_dtype)}")
+    return jax.dtypes.canonicalize_dtype(mu_dtype)
 
-    def zeros(p: jax.Array) -> jax.Array:
-        dtype = jnp.result_type(p)
-        return jnp.zeros_like(p, jnp.float32 if dtype.itemsize < 4 else dtype)
 
-    return jax.tree.map(zeros, params)
+def moment_dtype(x: ArrayLike) -> jnp.dtype:
+    """Type of x, at least float32: in bfloat16, 0.999 * nu rounds back to nu."""
+    dtype = jnp.result_type(x)
+    return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
+
+
+def zero_moments(params: optax.Params, dtype: DTypeLike | None = None) -> optax.Updates:
+    """Zeros in the shapes of `params`, in `dtype` or each in its `moment_dtype`.
+
+    Raises:
+        ValueError: if a parameter is not of a real floating-point type; the message names it.
+    """
+
+    def zeros(path: Any, p: jax.Array) -> jax.Array:
+        p_dtype = jnp.result_type(p)
+        if not jnp.issubdtype(p_dtype, jnp.floating):
+            is_complex = jnp.issubdtype(p_dtype, jnp.complexfloating)
+            remedy = "optax.contrib.split_real_and_imaginary" if is_complex else "optax.masked"
+            name = jax.tree_util.keystr(path, simple=True, separator=".") or "a parameter"
+            raise ValueError(
+                f"parameters must be real floating-point numbers, {name} is {p_dtype}; use {remedy}"
+            )
+        return jnp.zeros_like(p, dtype or moment_dtype(p))
+
+    return jax.tree_util.tree_map_with_path(zeros, params)
 
 
 def update_moments(
     grads: optax.Updates, mu: optax.Updates, nu: optax.Updates, b1: Scalar, b2: Scalar
 ) -> tuple[optax.Updates, optax.Updates]:
-    """The next exponential averages of `grads` and of their squares, in the types of `mu` and `nu`."""
-    grads = optax.tree.cast_like(grads, mu)
+    """The next exponential averages of `grads` and of their squares, in the types of `nu`."""
+    grads, mu = optax.tree.cast_like(grads, nu), optax.tree.cast_like(mu, nu)
     return optax.tree.update_moment(grads, mu, b1, 1), optax.tree.update_moment(grads, nu, b2, 2)
 
 
@@ -126,27 +164,32 @@ def adabound_bounds(
     return ratio * (x / (x + 1)), ratio * (1 + 1 / x)
 
 
-def unclipped_size(nu: jax.Array, count: jax.Array, b1: Scalar, b2: Scalar, eps: Scalar) -> jax.Array:
+def unclipped_size(
+    nu: jax.Array, count: jax.Array, b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar = 0.0
+) -> jax.Array:
     """Adam's step size of every coordinate in units of the learning rate, which the bounds then clip.
 
-    sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(nu_t) + eps), of the second moment or its maximum, in its shape.
+    sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(nu_t + eps_root) + eps), of the second moment or its maximum, in its
+    shape.
     """
     correction = jnp.sqrt(one_minus_power(b2, count)) / one_minus_power(b1, count)
     # eps stands beside the *uncorrected* root, so this is not optax.scale_by_adam and a clip
+    if not is_zero(eps_root):
+        nu = nu + eps_root
     return correction.astype(nu.dtype) / (jnp.sqrt(nu) + eps)
 
 
 def _clipped_step(
-    ratio: Scalar, b1: Scalar, b2: Scalar, gamma: Scalar, eps: Scalar
+    ratio: Scalar, b1: Scalar, b2: Scalar, gamma: Scalar, eps: Scalar, eps_root: Scalar
 ) -> Callable[[optax.Updates, optax.Updates, optax.Updates, jax.Array], optax.Updates]:
-    """The rule (grads, mu, nu, count) -> clip(c_t / (sqrt(nu) + eps), lower_t, upper_t) * mu."""
-    check_hyperparameters(ratio=ratio, b1=b1, b2=b2, gamma=gamma, eps=eps)
+    """The rule (grads, mu, nu, count) -> clip(c_t / (sqrt(nu + eps_root) + eps), lower_t, upper_t) * mu."""
+    check_hyperparameters(ratio=ratio, b1=b1, b2=b2, gamma=gamma, eps=eps, eps_root=eps_root)
 
     def step(grads: optax.Updates, mu: optax.Updates, nu: optax.Updates, count: jax.Array) -> optax.Updates:
         lower, upper = adabound_bounds(count, ratio, gamma)
 
         def leaf(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-            size = unclipped_size(v, count, b1, b2, eps)
+            size = unclipped_size(v, count, b1, b2, eps, eps_root)
             return (jnp.clip(size, lower.astype(v.dtype), upper.astype(v.dtype)) * m).astype(g.dtype)
 
         return jax.tree.map(leaf, grads, mu, nu)
@@ -160,6 +203,9 @@ def scale_by_adabound(
     b2: Scalar = 0.999,
     gamma: Scalar = 1e-3,
     eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    *,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     """Rescale updates according to the AdaBound algorithm.
 
@@ -171,17 +217,23 @@ def scale_by_adabound(
         b2: decay rate, per step, of the exponential average of the squared gradients.
         gamma: how fast the bounds converge, per step; see :func:`adabound_bounds`.
         eps: added to the root of the second moment; in units of the gradient.
+        eps_root: added to the second moment under the root, to differentiate through an update where a
+            gradient may be 0.
+        mu_dtype: the type `mu` is stored in; by default that of the parameter, at least float32.
 
     Returns:
         The transformation. Its updates are not yet multiplied by the (negative) learning rate.
 
     Raises:
-        ValueError: if an argument that is a Python number is out of its range.
+        ValueError: if an argument that is a number of Python or NumPy is out of its range; in `init`, if a
+            parameter is not of a real floating-point type.
     """
-    step = _clipped_step(ratio, b1, b2, gamma, eps)
+    step = _clipped_step(ratio, b1, b2, gamma, eps, eps_root)
+    mu_dtype = check_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByAdaBoundState:
-        return ScaleByAdaBoundState(jnp.zeros([], jnp.int32), zero_moments(params), zero_moments(params))
+        mu, nu = zero_moments(params, mu_dtype), zero_moments(params)
+        return ScaleByAdaBoundState(jnp.zeros([], jnp.int32), mu, nu)
 
     def update_fn(
         updates: optax.Updates, state: ScaleByAdaBoundState, params: optax.Params | None = None
@@ -189,7 +241,8 @@ def scale_by_adabound(
         del params
         count = optax.safe_increment(state.count)
         mu, nu = update_moments(updates, state.mu, state.nu, b1, b2)
-        return step(updates, mu, nu, count), ScaleByAdaBoundState(count, mu, nu)
+        scaled = step(updates, mu, nu, count)
+        return scaled, ScaleByAdaBoundState(count, optax.tree.cast(mu, mu_dtype), nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -200,17 +253,21 @@ def scale_by_amsbound(
     b2: Scalar = 0.999,
     gamma: Scalar = 1e-3,
     eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    *,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     """Rescale updates according to the AMSBound algorithm.
 
     :func:`scale_by_adabound` with the running maximum of the second moment, before any bias correction, in
     its place. Arguments, result and errors are the same.
     """
-    step = _clipped_step(ratio, b1, b2, gamma, eps)
+    step = _clipped_step(ratio, b1, b2, gamma, eps, eps_root)
+    mu_dtype = check_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByAmsBoundState:
         # Three calls: one buffer in two fields could not be donated
-        mu, nu, nu_max = zero_moments(params), zero_moments(params), zero_moments(params)
+        mu, nu, nu_max = zero_moments(params, mu_dtype), zero_moments(params), zero_moments(params)
         return ScaleByAmsBoundState(jnp.zeros([], jnp.int32), mu, nu, nu_max)
 
     def update_fn(
@@ -220,40 +277,47 @@ def scale_by_amsbound(
         count = optax.safe_increment(state.count)
         mu, nu = update_moments(updates, state.mu, state.nu, b1, b2)
         nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
-        return step(updates, mu, nu_max, count), ScaleByAmsBoundState(count, mu, nu, nu_max)
+        scaled = step(updates, mu, nu_max, count)
+        return scaled, ScaleByAmsBoundState(count, optax.tree.cast(mu, mu_dtype), nu, nu_max)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
 def scale_by_sgdbound(
-    ratio: Scalar = 100.0, b1: Scalar = 0.9, gamma: Scalar = 1e-3
+    ratio: Scalar = 100.0, b1: Scalar = 0.9, gamma: Scalar = 1e-3, *, mu_dtype: DTypeLike | None = None
 ) -> optax.GradientTransformation:
     """Rescale updates according to SGDBound; see :func:`sgdbound`, and :func:`scale_by_adabound`."""
     check_hyperparameters(ratio=ratio, b1=b1, gamma=gamma)
+    mu_dtype = check_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleBySgdBoundState:
-        return ScaleBySgdBoundState(jnp.zeros([], jnp.int32), zero_moments(params))
+        return ScaleBySgdBoundState(jnp.zeros([], jnp.int32), zero_moments(params, mu_dtype))
 
     def update_fn(
         updates: optax.Updates, state: ScaleBySgdBoundState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleBySgdBoundState]:
         del params
         count = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(optax.tree.cast_like(updates, state.mu), state.mu, b1, 1)
+        mu = state.mu
+        if mu_dtype is not None:
+            mu = jax.tree.map(lambda g, m: m.astype(moment_dtype(g)), updates, mu)
+        mu = optax.tree.update_moment(optax.tree.cast_like(updates, mu), mu, b1, 1)
         size = jnp.clip(1.0, *adabound_bounds(count, ratio, gamma))
         scaled = jax.tree.map(lambda g, m: (size.astype(m.dtype) * m).astype(g.dtype), updates, mu)
-        return scaled, ScaleBySgdBoundState(count, mu)
+        return scaled, ScaleBySgdBoundState(count, optax.tree.cast(mu, mu_dtype))
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
 def bound_ratio(learning_rate: optax.ScalarOrSchedule, final_lr: Scalar, base_lr: Scalar | None) -> Scalar:
-    """final_lr / base_lr, where base_lr is the learning rate itself only if that is a Python number."""
+    """final_lr / base_lr, where base_lr is by default the learning rate, if that is a number."""
     check_hyperparameters(learning_rate=learning_rate, final_lr=final_lr)
     if base_lr is None:
-        if not isinstance(learning_rate, int | float):
-            raise ValueError(f"base_lr is required: learning_rate is no Python number, but {learning_rate}")
-        base_lr = learning_rate
+        if not is_number(learning_rate):
+            raise ValueError(
+                f"base_lr is required where learning_rate is a schedule or an array of JAX: {learning_rate}"
+            )
+        base_lr = float(learning_rate)
     check_hyperparameters(base_lr=base_lr)
     return final_lr / base_lr
 
@@ -267,7 +331,10 @@ def adabound(
     b2: Scalar = 0.999,
     gamma: Scalar = 1e-3,
     eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
     weight_decay: Scalar = 0.0,
+    mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaBound: begins as Adam and ends as SGD with momentum and step size `final_lr`.
 
@@ -294,18 +361,24 @@ def adabound(
     Args:
         learning_rate: Adam's step size: a number, a scalar array, or a schedule from update count (from 0).
         final_lr: SGD's step size, which the bounds converge to when the learning rate is `base_lr`.
-        base_lr: the rate that `final_lr` goes with; `learning_rate` if that is a Python number.
+        base_lr: the rate that `final_lr` goes with; `learning_rate` if that is a number of Python or NumPy.
         b1: decay rate, per step, of the exponential average of the gradients.
         b2: decay rate, per step, of the exponential average of the squared gradients.
         gamma: how fast the bounds converge, per step; see :func:`adabound_bounds`.
         eps: added to the root of the second moment; in units of the gradient.
-        weight_decay: the L2 penalty $\lambda$, added to the gradient of all parameters.
+        eps_root: added to the second moment under the root, to differentiate through an update where a
+            gradient may be 0.
+        weight_decay: the L2 penalty $\lambda$, added to the gradient.
+        mask: which parameters decay, as in `optax.adamw`: a tree of bools, or a function that makes one of
+            the parameters. By default all do.
+        mu_dtype: the type $m_t$ is stored in; by default that of the parameter, at least float32.
 
     Returns:
         The optimizer. `update` needs `params`.
 
     Raises:
-        ValueError: if an argument that is a Python number is out of its range, or `base_lr` is missing.
+        ValueError: if an argument that is a number of Python or NumPy is out of its range, or `base_lr` is
+            missing; in `init`, if a parameter is not of a real floating-point type.
 
     References:
         Luo et al, `Adaptive Gradient Methods with Dynamic Bound of Learning Rate
@@ -313,8 +386,10 @@ def adabound(
     """
     check_hyperparameters(weight_decay=weight_decay)
     return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        scale_by_adabound(bound_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps),
+        optax.add_decayed_weights(weight_decay, mask),
+        scale_by_adabound(
+            bound_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps, eps_root, mu_dtype=mu_dtype
+        ),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -328,7 +403,10 @@ def amsbound(
     b2: Scalar = 0.999,
     gamma: Scalar = 1e-3,
     eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
     weight_decay: Scalar = 0.0,
+    mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AMSBound: :func:`adabound` with $\max_{s \le t} v_s$ in place of $v_t$.
 
@@ -337,8 +415,10 @@ def amsbound(
     """
     check_hyperparameters(weight_decay=weight_decay)
     return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        scale_by_amsbound(bound_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps),
+        optax.add_decayed_weights(weight_decay, mask),
+        scale_by_amsbound(
+            bound_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps, eps_root, mu_dtype=mu_dtype
+        ),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -352,7 +432,10 @@ def adaboundw(
     b2: Scalar = 0.999,
     gamma: Scalar = 1e-3,
     eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
     weight_decay: Scalar = 0.0,
+    mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaBoundW: :func:`adabound` with decoupled weight decay, scaled by the learning rate as in AdamW.
 
@@ -369,8 +452,10 @@ def adaboundw(
     """
     check_hyperparameters(weight_decay=weight_decay)
     return optax.chain(
-        scale_by_adabound(bound_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps),
-        optax.add_decayed_weights(weight_decay),
+        scale_by_adabound(
+            bound_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps, eps_root, mu_dtype=mu_dtype
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -383,6 +468,8 @@ def sgdbound(
     b1: Scalar = 0.9,
     gamma: Scalar = 1e-3,
     weight_decay: Scalar = 0.0,
+    mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGDBound: :func:`adabound` without the second moment, the control that shows what adaptivity adds.
 
@@ -399,7 +486,7 @@ def sgdbound(
     """
     check_hyperparameters(weight_decay=weight_decay)
     return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        scale_by_sgdbound(bound_ratio(learning_rate, final_lr, base_lr), b1, gamma),
+        optax.add_decayed_weights(weight_decay, mask),
+        scale_by_sgdbound(bound_ratio(learning_rate, final_lr, base_lr), b1, gamma, mu_dtype=mu_dtype),
         optax.scale_by_learning_rate(learning_rate),
     )

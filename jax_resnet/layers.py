@@ -8,6 +8,7 @@ variable in the module tree *is* its name there.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,10 @@ def draw(
     """
 
     def sample(key: jax.Array, count: jax.Array) -> np.ndarray:
-        high, low = map(int, np.asarray(key))
-        child = np.random.SeedSequence(high << 32 | low, spawn_key=(int(count),))
+        # A key as one integer, most significant word first. "threefry2x32", the default generator, has two
+        # words, "rbg" four
+        seed = int.from_bytes(np.asarray(key, ">u4").tobytes(), "big")
+        child = np.random.SeedSequence(seed, spawn_key=(int(count),))
         generator = np.random.default_rng(child)
         if distribution == "normal":
             values = generator.standard_normal(shape, np.float32)
@@ -110,16 +113,25 @@ def conv2d(x: jax.Array, weight: jax.Array, stride: Pair, padding: Pair) -> jax.
     )
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0), whose derivative at 0 is 0, as in PyTorch.
-
-    Backward needs a mask; of `jax.nn.relu` JAX would keep an array of zeros as well. In reverse mode only.
-    """
+    """max(x, 0), whose derivative at 0 is 0, as in PyTorch; forward and reverse mode, of any order."""
     return jnp.maximum(x, 0)
 
 
-relu.defvjp(lambda x: (relu(x), x > 0), lambda positive, dy: (jnp.where(positive, dy, 0),))
+@relu.defjvp
+def _relu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    return relu(x), _where(x > 0, dx)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _where(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """x where the mask is true, else 0.
+
+    Backward of `relu` needs the mask only. Without `checkpoint` JAX would save the array of zeros as well.
+    """
+    return lax.select(mask, x, lax.full_like(x, 0))
 
 
 def max_pool2d(x: jax.Array, kernel_size: int, stride: int, padding: int) -> jax.Array:
@@ -161,7 +173,10 @@ class Conv2d(nnx.Module):
         self.stride, self.padding, self.dtype = stride, padding, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [N, H, W, I] to [N, OH, OW, O]."""
+        """x [N, H, W, I] to [N, OH, OW, O]. Raises ValueError if x has another rank or other channels."""
+        in_channels = self.weight.shape[2]
+        if x.ndim != 4 or x.shape[-1] != in_channels:
+            raise ValueError(f"expected channels last, [N, H, W, {in_channels}], got {list(x.shape)}")
         weight = self.weight[...].astype(self.dtype)
         y = conv2d(x.astype(self.dtype), weight, (self.stride, self.stride), (self.padding, self.padding))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
@@ -186,6 +201,15 @@ class BatchNorm(nnx.Module):
         self.running_var = nnx.BatchStat(constant(1, num_features, param_dtype))
         self.eps, self.momentum, self.dtype = eps, momentum, dtype
         self.use_running_average = False  # set by model.train() and model.eval()
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Set the mode; `nnx.view` calls this, and `nnx.view_info` reads arguments indented by two spaces.
+
+        Args:
+          use_running_average: if True, use the running statistics instead of the batch's.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., C] to the same shape. Raises ValueError in training when a channel has a single value."""

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 from jax_resnet.adabound import (
     Scalar,
@@ -23,6 +24,8 @@ from jax_resnet.adabound import (
     amsbound,
     bound_ratio,
     check_hyperparameters,
+    check_mu_dtype,
+    is_zero,
     one_minus_power,
     sgdbound,
     unclipped_size,
@@ -39,8 +42,8 @@ class ScaleByAmsgradState(NamedTuple):
 
     Attributes:
         count: number of updates made; shape (), int32.
-        mu: exponential average of the gradients; shapes of the parameters, at least float32.
-        nu: exponential average of the squared gradients; likewise.
+        mu: exponential average of the gradients; shapes of the parameters, in `mu_dtype` or at least float32.
+        nu: exponential average of the squared gradients; at least float32.
         nu_max: element-wise maximum of every `nu` so far. None of the three is bias-corrected.
     """
 
@@ -51,33 +54,42 @@ class ScaleByAmsgradState(NamedTuple):
 
 
 def scale_by_amsgrad(
-    b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    *,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""Rescale updates according to AMSGrad as `torch.optim.Adam(amsgrad=True)` has it.
 
     With $t$ from 1 and $m_t$, $v_t$ as in Adam, the maximum is taken *before* bias correction:
 
     $$ \hat v_t = \max(\hat v_{t-1}, v_t), \qquad
-       u_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{\hat v_t} / \sqrt{1 - \beta_2^t} + \epsilon} $$
+       u_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{\hat v_t / (1 - \beta_2^t) + \epsilon_r} + \epsilon} $$
 
     Args:
         b1: decay rate, per step, of the exponential average of the gradients.
         b2: decay rate, per step, of the exponential average of the squared gradients.
         eps: added to the corrected root of the second moment; in units of the gradient.
+        eps_root: $\epsilon_r$, to differentiate through an update where a gradient may be 0.
+        mu_dtype: the type `mu` is stored in; by default that of the parameter, at least float32.
 
     Returns:
         The transformation. Its updates are not yet multiplied by the (negative) learning rate.
 
     Raises:
-        ValueError: if an argument that is a Python number is out of its range.
+        ValueError: if an argument that is a number of Python or NumPy is out of its range; in `init`, if a
+            parameter is not of a real floating-point type.
 
     References:
         Reddi et al, `On the Convergence of Adam and Beyond <https://arxiv.org/abs/1904.09237>`_, 2018
     """
-    check_hyperparameters(b1=b1, b2=b2, eps=eps)
+    check_hyperparameters(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    mu_dtype = check_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByAmsgradState:
-        mu, nu, nu_max = zero_moments(params), zero_moments(params), zero_moments(params)
+        mu, nu, nu_max = zero_moments(params, mu_dtype), zero_moments(params), zero_moments(params)
         return ScaleByAmsgradState(jnp.zeros([], jnp.int32), mu, nu, nu_max)
 
     def update_fn(
@@ -90,12 +102,48 @@ def scale_by_amsgrad(
         correction1, correction2 = one_minus_power(b1, count), jnp.sqrt(one_minus_power(b2, count))
 
         def leaf(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-            denominator = jnp.sqrt(v) / correction2.astype(v.dtype) + eps
+            root = correction2.astype(v.dtype)
+            if not is_zero(eps_root):
+                v = v + eps_root * root**2
+            denominator = jnp.sqrt(v) / root + eps
             return (m / correction1.astype(m.dtype) / denominator).astype(g.dtype)
 
-        return jax.tree.map(leaf, updates, mu, nu_max), ScaleByAmsgradState(count, mu, nu, nu_max)
+        scaled = jax.tree.map(leaf, updates, mu, nu_max)
+        return scaled, ScaleByAmsgradState(count, optax.tree.cast(mu, mu_dtype), nu, nu_max)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def amsgrad(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    weight_decay: Scalar = 0.0,
+    mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AMSGrad as `torch.optim.Adam(amsgrad=True)` has it; `optax.amsgrad` is another one.
+
+    See :func:`scale_by_amsgrad` for the equations, arguments and errors.
+
+    Args:
+        learning_rate: the step size: a number, a scalar array, or a schedule from update count (from 0).
+        weight_decay: the L2 penalty, added to the gradient.
+        mask: which parameters decay, as in `optax.adamw`: a tree of bools, or a function that makes one of
+            the parameters. By default all do.
+
+    Returns:
+        The optimizer. `update` needs `params`.
+    """
+    check_hyperparameters(learning_rate=learning_rate, weight_decay=weight_decay)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask),
+        scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype=mu_dtype),
+        optax.scale_by_learning_rate(learning_rate),
+    )
 
 
 def make_optimizer(
@@ -120,7 +168,7 @@ def make_optimizer(
         name: one of `OPTIMIZERS`.
         learning_rate: a number or a scalar array, of this step; a schedule is evaluated by the caller.
         base_lr: the four of `BOUNDED`: the rate that `final_lr` goes with, usually the schedule's
-            peak. Required unless `learning_rate` is a Python number.
+            peak. Required unless `learning_rate` is a number of Python or NumPy.
         final_lr: the same four: SGD's step size, which the bounds converge to.
         gamma: the same four: how fast the bounds converge, per step.
         b1: all but sgd: decay rate, per step, of the exponential average of the gradients.
@@ -135,8 +183,8 @@ def make_optimizer(
         The optimizer. `update` needs `params`.
 
     Raises:
-        ValueError: if the name is unknown, `base_lr` is missing, or an argument that is a Python number is
-            out of its range.
+        ValueError: if the name is unknown, `base_lr` is missing, or an argument that is a number of Python or
+            NumPy is out of its range.
     """
     if weight_decay is None:
         weight_decay = 0.01 if name == "adamw" else 0.0
@@ -144,7 +192,7 @@ def make_optimizer(
         learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, momentum=momentum, weight_decay=weight_decay
     )
     l2 = optax.add_decayed_weights(weight_decay)
-    adam = {"b1": b1, "b2": b2, "eps": eps}
+    adam: dict[str, Any] = {"b1": b1, "b2": b2, "eps": eps}
     bound: dict[str, Any] = {
         **adam,
         "final_lr": final_lr,
@@ -164,7 +212,7 @@ def make_optimizer(
         case "sgdbound":
             return sgdbound(learning_rate, **{k: v for k, v in bound.items() if k not in ("b2", "eps")})
         case "amsgrad":
-            return optax.chain(l2, scale_by_amsgrad(**adam), optax.scale_by_learning_rate(learning_rate))
+            return amsgrad(learning_rate, **adam, weight_decay=weight_decay)
         case "adamw":
             return optax.adamw(learning_rate, **adam, weight_decay=weight_decay)
         case "sgd":

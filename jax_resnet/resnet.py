@@ -7,6 +7,7 @@ H and W of 32 or more, outputs logits [N, num_classes] in at least float32. The 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -146,42 +147,57 @@ def _shortcut_of(downsample: nnx.List[Any] | OptionA | None, x: jax.Array) -> ja
 def run_block(block: nnx.Module, x: jax.Array, remat: bool = False) -> jax.Array:
     """block(x), traced once for all blocks of a kind and shape: ResNet-101 traces in a third of the time.
 
-    With `remat` backward keeps x alone of the block, and computes the rest anew (Chen et al. 2016, "Training
-    Deep Nets with Sublinear Memory Cost", arXiv 1604.06174).
+    Variables that the block changes or adds come back: batch statistics in training, the counts of random
+    streams, whatever it sows. Nothing is written where nothing changed, so that a block in eval mode may be
+    called from any transformation of JAX.
+
+    With `remat` backward saves x alone of the block, and computes the rest again (Chen et al. 2016, "Training
+    Deep Nets with Sublinear Memory Cost", arXiv 1604.06174). Then there is no forward mode: `jax.jvp`,
+    `jax.linearize` and `jax.jacfwd` of the network raise TypeError. A Hessian-vector product is
+    `jax.jvp(jax.grad(f), ...)`, which works.
     """
-    graphdef, stats, rest = nnx.split(block, nnx.BatchStat, ...)  # type: ignore[misc]
-    y, stats = (_call_block_twice if remat else _call_block)(graphdef, stats, rest, x)
-    nnx.update(block, stats)
+    graphdef, state = nnx.split(block)
+    y, changed = (_call_block_twice if remat else _call_block)(graphdef, state, x)
+    if changed:
+        nnx.update(block, changed)
     return y
 
 
 @partial(jax.jit, static_argnums=0)
-def _call_block(graphdef: Any, stats: Any, rest: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-    block = nnx.merge(graphdef, stats, rest)
+def _call_block(graphdef: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+    """block(x), and the variables that the call has changed or added."""
+    block = nnx.merge(graphdef, state)
+    before = {path: jax.tree.leaves(variable) for path, variable in nnx.to_flat_state(nnx.state(block))}
     y = block(x)
-    return y, nnx.state(block, nnx.BatchStat)
+
+    def same(path: Any, variable: Any) -> bool:
+        old, new = before.get(path), jax.tree.leaves(variable)
+        return old is not None and len(old) == len(new) and all(map(operator.is_, old, new))
+
+    after = nnx.to_flat_state(nnx.state(block))
+    return y, nnx.from_flat_state([entry for entry in after if not same(*entry)])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _call_block_twice(graphdef: Any, stats: Any, rest: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+def _call_block_twice(graphdef: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
     """`_call_block`, and once more in backward.
 
     What `jax.checkpoint` is for; but on a CPU XLA drops its barriers before it last looks for what is
     computed twice, and computes it once. Here x + 0 * dy is not the same to the compiler, and cannot be
     computed too early.
     """
-    return _call_block(graphdef, stats, rest, x)
+    return _call_block(graphdef, state, x)
 
 
-def _call_first(graphdef: Any, stats: Any, rest: Any, x: jax.Array) -> tuple[Any, Any]:
-    return _call_block(graphdef, stats, rest, x), (stats, rest, x)
+def _call_first(graphdef: Any, state: Any, x: jax.Array) -> tuple[Any, Any]:
+    return _call_block(graphdef, state, x), (state, x)
 
 
-def _call_again(graphdef: Any, kept: Any, cotangents: Any) -> Any:
-    stats, rest, x = kept
+def _call_again(graphdef: Any, saved: Any, cotangents: Any) -> Any:
+    state, x = saved
     dy = cotangents[0]
-    _, pull_back = jax.vjp(partial(_call_block, graphdef), stats, rest, x + 0 * dy.reshape(-1)[0])
-    return pull_back(cotangents)
+    _, pullback = jax.vjp(partial(_call_block, graphdef), state, x + 0 * dy.reshape(-1)[0])
+    return pullback(cotangents)
 
 
 _call_block_twice.defvjp(_call_first, _call_again)
@@ -193,29 +209,35 @@ Block = type[BasicBlock] | type[Bottleneck]
 class Stem(nnx.Module):
     """What comes before the blocks. [N, H, W, C] to [N, H', W', width]."""
 
-    def __init__(self, conv1: Conv2d, bn1: BatchNorm | None, kind: str) -> None:
-        self.conv1, self.bn1, self.kind = conv1, bn1, kind
+    def __init__(self, conv1: Conv2d, bn1: BatchNorm | None, kind: str, dtype: DTypeLike) -> None:
+        self.conv1, self.bn1, self.kind, self.dtype = conv1, bn1, kind, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = relu(_apply(self.bn1, self.conv1(x.astype(self.conv1.dtype))))
+        x = relu(_apply(self.bn1, self.conv1(x.astype(self.dtype))))
         return max_pool2d(x, 3, 2, 1) if self.kind == "imagenet" else x
 
 
 class Head(nnx.Module):
-    """What comes after the blocks. [N, H, W, C] to logits [N, num_classes] in at least float32."""
+    """What comes after the blocks. [N, H, W, C] to logits [N, num_classes] in at least float32.
 
-    def __init__(self, fc: Linear) -> None:
+    `fc` may be any module of [N, C], or a function: `model.fc = nnx.static(nnx.identity)`.
+    """
+
+    def __init__(self, fc: Callable[[jax.Array], jax.Array]) -> None:
         self.fc = fc
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc(global_average_pool(x)).astype(parameter_dtype(self.fc.dtype))
+        y = self.fc(global_average_pool(x))
+        return y.astype(parameter_dtype(y.dtype))
 
 
 class ResNet(nnx.Module):
     """A stem, three or four stages of residual blocks, global average pooling and a linear layer (table 1).
 
     Args:
-        block: BasicBlock or Bottleneck.
+        block: BasicBlock, Bottleneck, or a module class of your own: its `expansion` is output channels over
+            width, it takes the arguments of BasicBlock, and it may have variables of any type. `last_norm` is
+            asked for where `residual_scale` is not 1.
         stage_sizes: how many blocks each stage has; stage s is width * 2**s wide, and all but the first halve
             height and width.
         num_classes: the number of logits.
@@ -228,7 +250,7 @@ class ResNet(nnx.Module):
         batch_norm: without it, every convolution has a bias.
         residual_scale: the initial weight of the batch norm that ends each block. 1 is torchvision's; a
             small one lets blocks start close to their shortcuts (De & Smith 2020, arXiv 2002.10444).
-        remat: backward computes the blocks anew, see `run_block`.
+        remat: backward computes the blocks again, see `run_block`.
         rngs: source of the initial weights.
         dtype: compute type; parameters, statistics and logits are promote_types(dtype, float32).
     """
@@ -267,7 +289,7 @@ class ResNet(nnx.Module):
                 step = 2 if stage > 0 and index == 0 else 1
                 blocks.append(make(channels, stage_width, stride=step, rngs=rngs, dtype=dtype))
                 channels = stage_width * block.expansion
-                norm = blocks[-1].last_norm
+                norm = None if residual_scale == 1 else blocks[-1].last_norm
                 if norm is not None:
                     norm.weight.set_value(constant(residual_scale, channels, parameter_dtype(dtype)))
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
@@ -275,7 +297,7 @@ class ResNet(nnx.Module):
 
     def parts(self) -> Iterator[tuple[str, Any]]:
         """The network as a row of modules: stem, blocks, head; each with the prefix of its arrays' names."""
-        yield "", Stem(self.conv1, self.bn1, self.stem)
+        yield "", Stem(self.conv1, self.bn1, self.stem, self.dtype)
         for stage in range(1, self.num_stages + 1):
             for index, block in enumerate(getattr(self, f"layer{stage}")):
                 yield f"layer{stage}.{index}.", block
@@ -284,7 +306,7 @@ class ResNet(nnx.Module):
     def stages(self, x: jax.Array) -> dict[str, jax.Array]:
         """The output of every stage, in order: stem, layer1, ..., pool, logits; jit prunes what is unused."""
         out = {}
-        x = out["stem"] = Stem(self.conv1, self.bn1, self.stem)(x)
+        x = out["stem"] = Stem(self.conv1, self.bn1, self.stem, self.dtype)(x)
         for stage in range(1, self.num_stages + 1):
             for block in getattr(self, f"layer{stage}"):
                 x = run_block(block, x, self.remat)
@@ -313,14 +335,18 @@ class CNN(nnx.Module):
     ) -> None:
         self.conv = Conv2d(in_channels, width, 3, padding=1, bias=True, rngs=rngs, dtype=dtype)
         self.fc = Linear(width * image_size[0] * image_size[1], num_classes, rngs=rngs, dtype=dtype)
-        self.dtype = dtype
+        self.image_size, self.dtype = tuple(image_size), dtype
 
     def stages(self, x: jax.Array) -> dict[str, jax.Array]:
         """The output of every stage, in order: conv, logits."""
+        height, width = self.image_size
+        if x.shape[1:3] != (height, width):
+            raise ValueError(f"expected channels last, [N, {height}, {width}, C], got {list(x.shape)}")
         y = relu(self.conv(x.astype(self.dtype)))
         # PyTorch flattens [N, C, H, W]; the linear layer's rows must mean the same here.
         flat = y.transpose(0, 3, 1, 2).reshape(len(y), -1)
-        return {"conv": y, "logits": self.fc(flat).astype(parameter_dtype(self.dtype))}
+        logits = self.fc(flat)
+        return {"conv": y, "logits": logits.astype(parameter_dtype(logits.dtype))}
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Pictures [N, H, W, C] to logits [N, num_classes]."""

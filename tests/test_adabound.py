@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,10 @@ from jax_resnet.adabound import (
     amsbound,
     scale_by_adabound,
     scale_by_amsbound,
+    scale_by_sgdbound,
+    sgdbound,
 )
+from jax_resnet.optimizers import amsgrad, scale_by_amsgrad
 from tests.comparing import assert_close
 from tests.published_adabound import FINAL_LR, PEAK, SHAPES, STEPS, problem, published, warmup_cosine
 
@@ -146,12 +150,23 @@ def test_base_lr_defaults_to_a_number_learning_rate():
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("learning_rate", [optax.constant_schedule(1e-3), np.float32(1e-3), np.asarray(1e-3)])
-def test_learning_rate_that_is_no_python_number_requires_base_lr(optimizer, learning_rate):
+@pytest.mark.parametrize("learning_rate", [optax.constant_schedule(1e-3), jnp.float32(1e-3)])
+def test_learning_rate_that_is_no_number_requires_base_lr(optimizer, learning_rate):
     with pytest.raises(ValueError, match="base_lr is required") as error:
         optimizer(learning_rate)
     assert "\n" not in str(error.value)
     optimizer(learning_rate, base_lr=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, sgdbound])
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.asarray])
+def test_learning_rate_may_be_a_number_of_numpys(optimizer, number):
+    params, grads = jnp.ones(3), jnp.array([0.1, -1.0, 10.0])
+    given, expected = optimizer(number(2e-3)), optimizer(2e-3)
+    actual = given.update(grads, given.init(params), params)[0]
+    np.testing.assert_allclose(
+        actual, expected.update(grads, expected.init(params), params)[0], rtol=FLOAT32_STEP
+    )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -168,14 +183,15 @@ def test_traced_and_injected_learning_rates_require_base_lr(optimizer):
 # --- arguments ----------------------------------------------------------------------------------------------
 
 BAD = {
-    "learning_rate": [-1e-3, math.inf, math.nan],
-    "final_lr": [0.0, -0.1, math.nan],
-    "base_lr": [0.0, -1e-3],
-    "gamma": [0, -1e-3, math.nan],
-    "b1": [1.0, -0.1, math.nan],
-    "b2": [1, -0.1],
-    "eps": [-1e-8, math.nan],
-    "weight_decay": [-1e-4],
+    "learning_rate": [-1e-3, math.inf, math.nan, np.float32(-1)],
+    "final_lr": [0.0, -0.1, math.nan, np.float32(math.inf)],
+    "base_lr": [0.0, -1e-3, np.asarray(0)],
+    "gamma": [0, -1e-3, math.nan, np.int64(0)],
+    "b1": [1.0, -0.1, math.nan, np.asarray(1.5)],
+    "b2": [1, -0.1, np.float32(1)],
+    "eps": [-1e-8, math.nan, np.float16(-1)],
+    "eps_root": [-1e-8, math.nan, np.float32(-1)],
+    "weight_decay": [-1e-4, np.float32(math.nan)],
 }
 
 
@@ -215,7 +231,7 @@ def test_edges_of_the_ranges_work(optimizer):
 def test_every_hyperparameter_may_be_traced(optimizer):
     params = {"w": jnp.linspace(-1, 1, 5)}
     values = {"learning_rate": 1e-3, "final_lr": 0.2, "base_lr": 2e-3, "b1": 0.8, "b2": 0.99, "gamma": 0.01}
-    values |= {"eps": 1e-6, "weight_decay": 0.1}
+    values |= {"eps": 1e-6, "eps_root": 1e-3, "weight_decay": 0.1}
 
     def step(values):
         tx = optimizer(**values)
@@ -400,5 +416,108 @@ def test_signature_is_the_documented_one(optimizer):
         "b2": 0.999,
         "gamma": 1e-3,
         "eps": 1e-8,
+        "eps_root": 0.0,
         "weight_decay": 0.0,
+        "mask": None,
+        "mu_dtype": None,
     }
+
+
+# --- what optax's own optimizers offer ----------------------------------------------------------------------
+
+ALL: list[Any] = [*OPTIMIZERS, sgdbound, amsgrad]
+SCALE_BY = [*TRANSFORMATIONS, scale_by_amsgrad]
+
+
+def first_update(tx, params, grads):
+    return jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(grads, params)
+
+
+@pytest.mark.parametrize("optimizer", ALL)
+@pytest.mark.parametrize("mask", [{"w": True, "b": False}, lambda params: {"w": True, "b": False}])
+def test_mask_says_which_parameters_decay(optimizer, mask):
+    params = {"w": jnp.array([3.0, -2.0]), "b": jnp.array([1.0, 5.0])}
+    grads = {"w": jnp.array([0.1, 0.2]), "b": jnp.array([-0.3, 1e-3])}
+    options = {} if optimizer is sgdbound else {"eps": 0.1}  # so that the size of a gradient matters
+    masked = first_update(optimizer(1e-3, weight_decay=0.5, mask=mask, **options), params, grads)
+    decayed = first_update(optimizer(1e-3, weight_decay=0.5, **options), params, grads)
+    plain = first_update(optimizer(1e-3, **options), params, grads)
+    np.testing.assert_array_equal(masked["w"], decayed["w"])
+    np.testing.assert_array_equal(masked["b"], plain["b"])
+    assert (decayed["w"] != plain["w"]).all()
+    assert (decayed["b"] != plain["b"]).any()
+
+
+@pytest.mark.parametrize("scale_by", SCALE_BY)
+def test_an_update_can_be_differentiated_where_a_gradient_is_zero(scale_by):
+    def end(grads, eps_root):
+        tx = scale_by(eps_root=eps_root)
+        return tx.update(grads, tx.init(grads))[0].sum()
+
+    grads = jnp.array([0.0, 1e-3])
+    derivative = jax.jit(jax.grad(end), static_argnums=1)
+    assert np.isnan(derivative(grads, 0.0)).any()
+    assert np.isfinite(derivative(grads, 1e-8)).all()
+
+
+@pytest.mark.parametrize("scale_by", TRANSFORMATIONS)
+def test_eps_root_stands_under_the_root(scale_by):
+    with jax.enable_x64(True):
+        grads = jnp.array([0.0, 1e-3, -0.3])
+        tx = scale_by(ratio=1e3, b1=0.5, b2=0.75, eps=0.01, eps_root=0.0025, gamma=1e-3)
+        actual, state = tx.update(grads, tx.init(grads))
+    g = np.array(grads)
+    lower, upper = 1e3 / 1001, 1e3 * 1001
+    size = np.clip(0.5 / 0.5 / (np.sqrt(0.25 * g**2 + 0.0025) + 0.01), lower, upper)
+    assert_close("update", actual, size * 0.5 * g, FLOAT64)
+    assert_close("nu", state.nu, 0.25 * g**2, FLOAT64)
+
+
+def test_eps_root_of_amsgrad_is_adams():
+    """At the first step AMSGrad is Adam; optax corrects the moment before it adds eps_root."""
+    with jax.enable_x64(True):
+        grads = jnp.array([0.0, 1e-3, -0.3])
+        ours, adam = (make(0.5, 0.75, 0.01, 0.0025) for make in (scale_by_amsgrad, optax.scale_by_adam))
+        actual, expected = (tx.update(grads, tx.init(grads))[0] for tx in (ours, adam))
+    assert_close("update", actual, expected, FLOAT64)
+
+
+@pytest.mark.parametrize("scale_by", [*SCALE_BY, scale_by_sgdbound])
+def test_mu_dtype_is_how_mu_is_stored_and_nothing_else(scale_by):
+    params, grads = jnp.ones(5), jnp.linspace(-1, 1, 5) ** 3
+    narrow, wide = scale_by(mu_dtype="bfloat16"), scale_by()
+    state = narrow.init(params)
+    before = jax.tree.map(jnp.result_type, state._asdict())
+    assert before["mu"] == jnp.bfloat16
+    assert {before[name] for name in before.keys() & {"nu", "nu_max"}} <= {jnp.dtype(jnp.float32)}
+    first, state = jax.jit(narrow.update)(grads, state)
+    expected, other = jax.jit(wide.update)(grads, wide.init(params))
+    np.testing.assert_array_equal(first, expected)  # of the average before it is rounded
+    np.testing.assert_array_equal(state.mu, other.mu.astype(jnp.bfloat16))
+    assert jax.tree.map(jnp.result_type, state._asdict()) == before
+    second, state = jax.jit(narrow.update)(grads, state)
+    expected, _ = jax.jit(wide.update)(grads, other)
+    assert (second != expected).any()
+    np.testing.assert_allclose(second, expected, rtol=2**-8)
+    assert jax.tree.map(jnp.result_type, state._asdict()) == before
+
+
+@pytest.mark.parametrize("scale_by", [*SCALE_BY, scale_by_sgdbound])
+def test_mu_dtype_that_holds_no_fractions_is_refused(scale_by):
+    with pytest.raises(ValueError, match=r"^mu_dtype must be a floating-point type, got int8$"):
+        scale_by(mu_dtype=jnp.int8)
+
+
+@pytest.mark.parametrize("optimizer", ALL)
+def test_parameters_that_are_no_real_numbers_are_refused(optimizer):
+    tx = optimizer(1e-3)
+    remedy = r"complex64; use optax\.contrib\.split_real_and_imaginary"
+    for bad, reported in {jnp.complex64: remedy, jnp.int32: "int32"}.items():
+        with pytest.raises(ValueError, match=rf"^parameters must be real .*, layer\.w is {reported}"):
+            tx.init({"layer": {"w": jnp.ones(2, bad)}})
+        with pytest.raises(ValueError, match=rf"^parameters must be real .*, a parameter is {reported}"):
+            tx.init(jnp.ones(2, bad))
+    params = jnp.array([1 + 2j, -3j])
+    updates = first_update(optax.contrib.split_real_and_imaginary(tx), params, params)
+    parts = first_update(tx, params.real, params.real), first_update(tx, params.imag, params.imag)
+    np.testing.assert_array_equal(updates, parts[0] + 1j * parts[1])

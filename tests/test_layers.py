@@ -15,13 +15,13 @@ import torch
 from flax import nnx
 
 from jax_resnet import layers
-from jax_resnet.layers import BatchNorm, Conv2d, Linear, OptionA, conv2d, draw
+from jax_resnet.layers import BatchNorm, Conv2d, Linear, OptionA, conv2d, draw, relu
 from jax_resnet.state_dict import (
     apply,
     split,
     state_dict,
 )
-from tests.comparing import assert_all_close, assert_close
+from tests.comparing import assert_all_close, assert_close, quick_jit
 from tests.tolerances import BFLOAT16_LAYER, FLOAT32_LAYER
 
 
@@ -50,7 +50,60 @@ def test_conv2d_takes_the_form_chosen(form: str) -> None:
     assert ("conv_general_dilated" in jaxpr, "dot_general" in jaxpr) == (form != "matmul", form == "matmul")
 
 
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 8, 8), (8, 8, 3), (1, 8, 8, 4)], ids=["NCHW", "no batch", "channels"]
+)
+def test_a_convolution_says_what_shape_it_expects(shape: tuple[int, ...]) -> None:
+    layer = Conv2d(3, 4, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^expected channels last, \[N, H, W, 3\], got \[") as caught:
+        layer(jnp.zeros(shape))
+    assert str(caught.value).endswith(str(list(shape)))
+
+
+# ReLU
+
+
+def test_relu_in_both_modes_and_their_orders() -> None:
+    """All derivatives are 0 where x <= 0, even if the tangent is infinite."""
+    x = jnp.array([-2.0, -0.0, 0.0, 3.0])
+    tangent = jnp.array([jnp.inf, jnp.nan, jnp.inf, 5.0])
+    cubed = jax.grad(lambda x: (relu(x) ** 3).sum())
+
+    @quick_jit
+    def run(x: jax.Array, dx: jax.Array) -> dict[str, Any]:
+        return {
+            "jvp": jax.jvp(relu, (x,), (dx,))[1],
+            "vjp": jax.vjp(relu, x)[1](dx)[0],
+            "linearize": jax.linearize(relu, x)[1](dx),
+            "vmap": jax.vmap(lambda x, dx: jax.jvp(relu, (x,), (dx,))[1])(x, dx),
+        } | {
+            "forward over reverse": jax.jvp(cubed, (x,), (jnp.ones(4),))[1] / 18 * 5,
+            "reverse over reverse": jax.grad(lambda x: cubed(x).sum())(x) / 18 * 5,
+        }
+
+    for how, actual in run(x, tangent).items():
+        np.testing.assert_allclose(actual, [0, 0, 0, 5], rtol=1e-6, err_msg=how)
+
+
+def test_backward_of_relu_saves_a_mask_alone() -> None:
+    """Saved arrays between two compiled functions, as in `blockwise`."""
+    pullback = quick_jit(lambda x: jax.vjp(relu, x)[1])(jnp.ones((3, 4)))
+    inner = quick_jit(lambda x: jax.vjp(jax.jit(relu), x)[1])(jnp.ones((3, 4)))
+    for function in (pullback, inner):
+        assert [(saved.dtype, saved.shape) for saved in jax.tree.leaves(function)] == [(jnp.bool, (3, 4))]
+
+
 # Batch norm
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_batch_norm_takes_its_mode_from_a_view(train: bool) -> None:
+    layer = BatchNorm(3)
+    layer.use_running_average = train  # the other mode
+    view = nnx.view(layer, use_running_average=not train)
+    assert (layer.use_running_average, view.use_running_average) == (train, not train)
+    assert view.running_mean is layer.running_mean
+    assert "use_running_average" in nnx.view_info(layer)
 
 
 def test_batch_norm_updates_by_the_unbiased_variance_in_training_only() -> None:
@@ -187,6 +240,24 @@ def test_draw_takes_the_next_key_of_its_stream() -> None:
     first, second = (draw(rngs, "normal", (50,), 1.0, jnp.float32) for _ in range(2))
     assert len(np.unique([first, second])) == 100
     np.testing.assert_array_equal(draw(nnx.Rngs(params=7), "normal", (50,), 1.0, jnp.float32), first)
+
+
+@pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg", "threefry2x32"])
+def test_draw_takes_every_type_of_key(kind: str) -> None:
+    def sample(seed: int) -> np.ndarray:
+        return np.asarray(draw(nnx.Rngs(jax.random.key(seed, impl=kind)), "normal", (50,), 1.0, jnp.float32))
+
+    first, second, again = sample(7), sample(8), sample(7)
+    assert len(np.unique([first, second])) == 100
+    np.testing.assert_array_equal(first, again)
+    inside = jax.jit(lambda key: draw(nnx.Rngs(key), "normal", (50,), 1.0, jnp.float32))(
+        jax.random.key(7, impl=kind)
+    )
+    np.testing.assert_array_equal(inside, first)
+    if kind == "threefry2x32":
+        np.testing.assert_array_equal(
+            np.random.default_rng(7).spawn(1)[0].standard_normal(50, np.float32), first
+        )
 
 
 @pytest.mark.parametrize("distribution", ["normal", "uniform"])

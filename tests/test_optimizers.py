@@ -13,6 +13,7 @@ import optax
 import pytest
 import torch
 
+import jax_resnet
 from jax_resnet.adabound import adabound, adaboundw, amsbound, sgdbound
 from jax_resnet.optimizers import (
     BOUNDED,
@@ -144,6 +145,17 @@ def test_amsgrad_keeps_float32_moments_of_bfloat16():
     updates, state = jax.jit(tx.update)(params, tx.init(params))
     assert updates.dtype == jnp.bfloat16
     assert {m.dtype for m in (state.mu, state.nu, state.nu_max)} == {jnp.dtype(jnp.float32)}
+
+
+def test_the_optimizers_that_optax_has_not_are_exported():
+    assert {*BOUNDED, "amsgrad", "scale_by_amsgrad"} <= set(jax_resnet.__all__)
+    assert jax_resnet.scale_by_amsgrad is scale_by_amsgrad
+    params, grads = make_params(np.float32), {key: g[0] for key, g in make_grads(1, np.float32).items()}
+    options: dict[str, Any] = {"b1": 0.8, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.1}
+    exported, table = jax_resnet.amsgrad(0.1, **options), make_optimizer("amsgrad", 0.1, **options)
+    actual, expected = (tx.update(grads, tx.init(params), params)[0] for tx in (exported, table))
+    for key in params:
+        np.testing.assert_array_equal(actual[key], expected[key])
 
 
 def test_unknown_name_is_refused_with_the_names_known():

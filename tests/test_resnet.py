@@ -4,7 +4,8 @@ held against NumPy's and PyTorch's in `test_parity.py`.
 
 from __future__ import annotations
 
-from functools import partial
+import warnings
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from flax import nnx
 
 import jax_resnet
 import torch_oracle
+from jax_resnet import resnet
 from jax_resnet.resnet import MODELS, BasicBlock, Bottleneck, ResNet
 from jax_resnet.state_dict import (
     apply,
@@ -29,6 +31,7 @@ from jax_resnet.state_dict import (
 from tests.comparing import (
     assert_all_close,
     assert_close,
+    quick_jit,
     random_state,
 )
 from tests.tolerances import (
@@ -398,3 +401,130 @@ def test_nnx_grad_works_on_the_model_itself() -> None:
         {name: to_torch_layout(value) for name, value in expected.items()},
         FLOAT32_NETWORK,
     )
+
+
+# Networks with custom parts
+
+
+class Calls(nnx.Variable[Any]):
+    """Number of calls of a block."""
+
+
+class CustomBlock(BasicBlock):
+    """A block with random streams, a counter and a sown value, which its first call adds."""
+
+    def __init__(self, *arguments: Any, rngs: nnx.Rngs, **options: Any) -> None:
+        super().__init__(*arguments, rngs=rngs, **options)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.calls = Calls(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.calls.set_value(self.calls.get_value() + 1)
+        y = self.dropout(super().__call__(x))
+        self.sow(nnx.Intermediate, "sown", y.mean())
+        return y
+
+
+def leaves(state: Any) -> dict[str, np.ndarray]:
+    """Arrays in the variables of a state, by name."""
+    arrays = {}
+    for path, variable in nnx.to_flat_state(state):
+        for i, leaf in enumerate(jax.tree.leaves(variable)):
+            is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            name = f"{'.'.join(map(str, path))}[{i}]"
+            arrays[name] = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+    return arrays
+
+
+@cache
+def trained(compiled_blocks: bool, remat: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The losses of two calls in training, the second one's with a gradient, and all state after them."""
+    options: dict[str, Any] = {"width": 2, "stem": "small", "remat": remat, "rngs": nnx.Rngs(0, dropout=1)}
+    graph, state = nnx.split(ResNet(CustomBlock, (1,), CLASSES, **options))
+
+    def loss(model: Any) -> jax.Array:
+        return jnp.square(model(jnp.ones((2, 4, 4, 3)))).sum()
+
+    @quick_jit
+    def run(state: Any) -> Any:
+        model = nnx.merge(graph, state)
+        return (loss(model), nnx.value_and_grad(loss)(model)[0]), nnx.state(model)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using 'Module.sow", DeprecationWarning)
+        if not compiled_blocks:
+            patch.setattr(resnet, "run_block", lambda block, x, remat: block(x))
+        losses, state = run(state)
+    return np.array(losses), leaves(state)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_all_state_of_a_custom_block_comes_back(remat: bool) -> None:
+    """State and losses equal those of direct calls of the block."""
+    losses, state = trained(True, remat)
+    expected_losses, expected = trained(False, False)
+    assert losses[0] != losses[1], "dropout drew the same mask again"
+    assert_close("losses", losses, expected_losses, FLOAT32_NETWORK)
+    assert_all_close("state", state, expected, FLOAT32_NETWORK)
+    assert state["layer1.0.calls[0]"] == 2
+    assert {name for name in state if "sown" in name} == {"layer1.0.sown[0]", "layer1.0.sown[1]"}
+
+
+def test_what_blocks_sow_is_captured() -> None:
+    def run() -> Any:
+        model = ResNet(CustomBlock, (1,), CLASSES, width=2, stem="small", rngs=nnx.Rngs(0))
+        return nnx.capture(model, nnx.Intermediate)(jnp.ones((2, 4, 4, 3)))[1]
+
+    ((path, variable),) = nnx.to_flat_state(nnx.eval_shape(run))
+    assert path == ("layer1", 0, "sown")
+    assert [leaf.shape for leaf in jax.tree.leaves(variable)] == [()]
+
+
+def test_a_custom_block_needs_no_last_norm() -> None:
+    class Plain(nnx.Module):
+        expansion = 1
+
+        def __init__(self, in_channels: int, width: int, *, rngs: nnx.Rngs, **options: Any) -> None:
+            self.conv = nnx.Conv(in_channels, width, (1, 1), rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.conv(x)
+
+    def run() -> Any:
+        model = ResNet(Plain, (1,), CLASSES, width=2, stem="small", rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+        return model(jnp.ones((2, 4, 4, 3)))
+
+    assert nnx.eval_shape(run).shape == (2, CLASSES)
+
+
+HEADS: dict[str, Any] = {
+    "linear": lambda: nnx.Linear(4, 3, rngs=nnx.Rngs(1)),
+    "sequential": lambda: nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(1)), nnx.relu),
+    "bfloat16": lambda: nnx.Linear(4, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(1)),
+    "identity": nnx.Sequential,
+    "function": lambda: nnx.static(nnx.identity),
+}
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_new_head_and_a_new_stem(head: str, x64: bool, dtype: str) -> None:
+    """Logits are of the type that the head gives, at least float32; never float64 for the lack of a type."""
+    with jax.enable_x64(x64):
+        model = nnx.eval_shape(lambda: two_stages(dtype))
+        model.fc = HEADS[head]() if head == "function" else nnx.eval_shape(HEADS[head])
+        model.conv1 = nnx.eval_shape(lambda: nnx.Conv(3, 2, (3, 3), dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+        graph, state = nnx.split(model)
+        x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.uint8)
+        logits = jax.eval_shape(lambda state, x: nnx.merge(graph, state)(x), state, x)
+    assert (logits.shape, logits.dtype) == ((2, 4 if head in ("identity", "function") else 3), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"), [((2, 3, 32, 32), "resnet8"), ((2, 3, 32, 32), "cnn"), ((2, 16, 16, 3), "cnn")]
+)
+def test_an_image_of_the_wrong_layout_or_size_is_refused(shape: tuple[int, ...], name: str) -> None:
+    model = abstract(name, CLASSES)
+    with pytest.raises(ValueError, match=r"^expected channels last, \[N, .*, got \[2, "):
+        model(jnp.zeros(shape))

@@ -131,6 +131,23 @@ def test_a_scheduler_moves_the_rate_and_the_bounds(gradient: float) -> None:
     assert rates == pytest.approx([5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3, 2e-4, 2e-4])
 
 
+@pytest.mark.parametrize("optimizer", [*BOUNDED, SGDBound])
+def test_a_rate_that_is_a_tensor_does_what_a_number_does(optimizer: type[AdaBound]) -> None:
+    """A scheduler changes it in place; the rate that `final_lr` goes with stays."""
+    ends = []
+    for rate in (2e-3, torch.tensor(2e-3, dtype=torch.float64), np.float64(2e-3)):
+        parameters = tensors({"w": np.ones(3)})
+        tested = optimizer(parameters.values(), rate, gamma=0.5)  # type: ignore[arg-type]
+        schedule = StepLR(tested, step_size=1, gamma=0.1)
+        for step in range(4):
+            take_steps(tested, parameters, range(step, step + 1))
+            schedule.step()
+        assert tested.param_groups[0]["base_lr"] == pytest.approx(2e-3, rel=1e-12)
+        ends.append(values(parameters)["w"])
+    for end in ends[1:]:
+        assert_close("w", end, ends[0], FLOAT64)
+
+
 def test_each_group_has_its_own_arguments() -> None:
     start = {"a": np.ones((3, 2)), "b": np.ones(4)}
     together, apart = tensors(start), tensors(start)
@@ -236,6 +253,18 @@ def test_a_bad_argument_is_named_in_one_line(optimizer: type[AdaBound], name: st
         optimizer([parameter], **arguments)
     with pytest.raises(ValueError, match=rf"^{name} must be .*, got {value}$"):
         optimizer([{"params": [parameter], **arguments}])
+
+
+@pytest.mark.parametrize("optimizer", [*BOUNDED, SGDBound])
+def test_complex_parameters_are_refused(optimizer: type[AdaBound]) -> None:
+    real, other = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    message = r"^parameters must be real, one of shape \[2\] is torch\.complex64; use torch\.view_as_real$"
+    with pytest.raises(ValueError, match=message):
+        optimizer([real, other])
+    tested = optimizer([real])
+    with pytest.raises(ValueError, match=message):
+        tested.add_param_group({"params": [other]})
+    assert [group["params"] for group in tested.param_groups] == [[real]]
 
 
 def test_a_rate_of_zero_needs_a_base_lr() -> None:

@@ -55,7 +55,7 @@ class AdaBound(Optimizer):
         lr: Adam's step size; read from `param_groups` at every step, where PyTorch's schedulers set it.
         final_lr: SGD's step size, which the bounds converge to when the learning rate is `base_lr`.
         base_lr: the rate that `final_lr` goes with; by default the group's `lr` when it is added. A scheduler
-            that warms up changes `lr` only later.
+            that warms up changes `lr` only later, even an `lr` that is a tensor.
         gamma: how fast the bounds converge, per step.
         b1, b2: decay rates, per step, of the exponential averages of the gradients and of their squares.
         eps: added to the root of the second moment; in units of the gradient. With 0, as in the authors'
@@ -63,7 +63,7 @@ class AdaBound(Optimizer):
         weight_decay: the L2 penalty, added to the gradient.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of its range, or a parameter is complex.
 
     State of each parameter: `step`, `exp_avg` (m), `exp_avg_sq` (v) and, in AMSBound, `max_exp_avg_sq`.
     """
@@ -89,12 +89,19 @@ class AdaBound(Optimizer):
         super().__init__(params, {**rates, **others})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; `__init__` calls it too. Raises ValueError if an argument is out of its range."""
+        """Add parameters; `__init__` calls it too. Raises as the class does, and then adds nothing."""
         group = {**self.defaults, **param_group}
         if group["base_lr"] is None:
-            group["base_lr"] = group["lr"]
+            group["base_lr"] = float(group["lr"])  # a scheduler changes a tensor in place
         check_hyperparameters(**{name: group[name] for name in self.defaults})
         super().add_param_group(group)
+        for parameter in group["params"]:
+            if parameter.is_complex():
+                self.param_groups.pop()
+                raise ValueError(
+                    f"parameters must be real, one of shape {list(parameter.shape)} is {parameter.dtype}; "
+                    "use torch.view_as_real"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

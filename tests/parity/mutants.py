@@ -55,7 +55,7 @@ MUTANTS = [
         "weight.reshape(kh * kw * i, o)",
         "weight.swapaxes(0, 1).reshape(kh * kw * i, o)",
     ),
-    Mutant("jax-relu-passes-zero", JAX, "(relu(x), x > 0)", "(relu(x), x >= 0)"),
+    Mutant("jax-relu-passes-zero", JAX, "_where(x > 0, dx)", "_where(x >= 0, dx)"),
     Mutant("jax-epsilon", JAX, "eps: float = 1e-5", "eps: float = 1e-3"),
     Mutant("jax-momentum", JAX, "momentum: float = 0.1", "momentum: float = 0.01"),
     Mutant("jax-biased-running-variance", JAX, "var * (n / (n - 1))", "var"),

@@ -520,7 +520,9 @@ def test_resuming_a_finished_run_changes_nothing(references, tmp_path):
 def check_full_disk(run: Run, process: subprocess.Popen[str], reason: str = "") -> None:
     """The run said in one line why it failed and what is whole, and that is true."""
     result = ended(process, 1)
-    (told,) = result.stderr.splitlines()
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    (told,) = lines
     assert told.startswith(f"train.py: error: the run failed: cannot write in {run.run_dir}: {reason}")
     command = f"python train.py --resume --run-dir {run.run_dir}"
     assert told.endswith(f"; verified checkpoints: 140, 147; continue with {command}")

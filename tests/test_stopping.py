@@ -328,8 +328,7 @@ def test_an_unreadable_image_in_the_midst_of_a_tfds_set_is_named(
     flags = ["--dataset", "made", "--data-dir", str(tmp_path), "--val-fraction", "0", "--train-subset", "1"]
     run = run_in(tmp_path / "run", *flags, "--checkpoint-every", "1", status=1)
     words = failure_of(run, capfd)
-    assert "cannot read made (train)" in words
-    assert "record 37 (from 0): " in words
+    assert "--data-dir: record 37 of made (train) in " in words
     assert "; verified checkpoints: " in words
 
 

@@ -1,4 +1,4 @@
-"""Pictures by index: what a source is, and the data sets that need no files.
+"""Images by index: the interface of a source, and the data sets that need no files.
 
 A source hands out uint8 pictures of one fixed shape and knows nothing of splits by seed, shuffling or
 batches, which are in `experiment.data`. The data sets of TFDS are in `experiment.tfds_source`.

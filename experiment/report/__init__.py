@@ -26,7 +26,7 @@ def write_report(run_dir: Path) -> tuple[Path, dict[str, Picture]]:
 
 
 def write_page(folder: Path, page: str, pictures: Mapping[str, Picture]) -> Path:
-    """Write a page and its pictures as PNG; those of an earlier one that are there no more are removed.
+    """Write a page and its figures as PNG; remove figures of an earlier page that this one does not have.
 
     The folder above `folder` must exist: that of a run, which is not made again where it was removed.
     """

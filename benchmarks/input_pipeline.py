@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from experiment.config import Config, parse, resolve
-from experiment.data import Data, load
+from experiment.commands.train import make_engine, resolve_lengths
+from experiment.data.builtin import SyntheticSource
+from experiment.data.loading import Data, load
 from experiment.engines import set_environment
-from experiment.sources import SyntheticSource
+from experiment.options.config import Config, parse, resolve
 from tests import made_tfds
-from train import make_engine, resolve_lengths
 
 CIFAR = "--dataset cifar10 --train-subset 0.2 --model resnet20 --batch-size 128"
 CARS = "--dataset cars196 --crop-to-bbox --image-size 64x96 --model resnet101"

@@ -28,15 +28,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 import scipy.stats
 
-import experiment.data
+import experiment.data.loading
 import torch_oracle
-import train
-from experiment.checkpoint import Checkpoints
-from experiment.config import Config, parse, resolve
-from experiment.data import Data
+from experiment.commands import train
+from experiment.data.loading import Data
+from experiment.files.checkpoints import Checkpoints
+from experiment.files.run_folder import write_file
 from experiment.metrics import Metrics
-from experiment.recipes import with_recipe
-from experiment.rundir import write_file
+from experiment.options.config import Config, parse, resolve
+from experiment.options.recipes import with_recipe
 from tests.parity.recipe import Oracle
 
 JUDGE, NUDGED = "torch", "torch-nudged"
@@ -97,7 +97,7 @@ def compare(
     results = out / "results.jsonl"
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     for config in configs:
-        data = experiment.data.load(config.dataset, **config.data_options())
+        data = experiment.data.loading.load(config.dataset, **config.data_options())
         contestants = {name: make_contestant(name, config, data) for name in names}
         for epoch, name in itertools.product(range(1, epochs + 1), names):
             key = {"seed": config.seed, "contestant": name, "epoch": epoch}

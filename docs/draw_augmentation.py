@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 
-from experiment.config import AUGMENTATIONS, parse, resolve
-from experiment.data import Data, load
+from experiment.data.loading import Data, load
+from experiment.options.config import AUGMENTATIONS, parse, resolve
 
 COLUMNS = 10
 

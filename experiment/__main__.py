@@ -5,8 +5,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from experiment.console import prepare_streams, release_streams
 from experiment.errors import UserError
+from experiment.run.console import prepare_streams, release_streams
 
 COMMANDS = {
     "compare": "runs side by side: curves over one another, results, differences of their options",

@@ -21,7 +21,7 @@ def picture(image: Any, fill: Any, batch: Mapping[str, Any]) -> jax.Array:
     """The pictures `batch["index"]` [N] of image [M, H, W, C], shifted, then mirrored: [N, H, W, C].
 
     Pixel (y, x) of a picture that is not mirrored is (y, x) + `batch["shift"]` of the one that is held, or
-    `fill` [C] beyond its edge. Together with `experiment.transforms.pad_crop` and `flip`: the same bits.
+    `fill` [C] beyond its edge. The same bits as `pad_crop` and `flip` of `experiment.data.augmentation`.
     """
     height, width = image.shape[1:3]
     columns = jnp.arange(width)

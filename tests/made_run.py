@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from experiment.config import resolve
-from experiment.predictions import Collector
+from experiment.files.predictions import Collector
+from experiment.options.config import resolve
 
 VERSIONS = {"jax": "0.0.1", "numpy": "0.0.2"}
 

@@ -14,6 +14,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -61,7 +62,6 @@ ROOMS = {
         lazily={
             "experiment/commands/parity.py": TORCH,
             "experiment/commands/convert.py": TORCH,
-            "experiment/commands/study.py": frozenset({"train"}),
             "experiment/commands/prepare.py": TENSORFLOW | {"importlib_resources"},
         },
     ),
@@ -177,9 +177,51 @@ def pickle_violations(path: str, source: str) -> Iterator[str]:
             yield f"{path}:{node.lineno}: {called(node)}"
 
 
+# The folders of `experiment`, the lowest first: each may import itself and those before it. The modules
+# beside the folders (errors, engines, processes, metrics) are below all of them.
+LAYERS = ("", "options", "data", "files", "report", "run", "study", "commands")
+
+
+def layer(module: str) -> int:
+    """The place in `LAYERS` of a module of `experiment`, such as "experiment.data.images"."""
+    _, *parts = module.split(".")
+    if parts[:1] == ["__main__"]:
+        return LAYERS.index("commands")
+    return LAYERS.index(parts[0]) if parts and parts[0] in LAYERS else 0
+
+
+def experiment_imports(path: str, source: str) -> Iterator[tuple[str, int]]:
+    """The modules of `experiment` that one of its files imports, and the lines; in functions, too."""
+    package = PurePosixPath(path).parent.parts
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            whole = {f"{module}.{alias.name}" for alias in node.names}
+            names = sorted(whole & MODULES) or [module]
+        else:
+            continue
+        yield from ((name, node.lineno) for name in names if name.split(".")[0] == "experiment")
+
+
+def layer_violations(path: str, source: str) -> Iterator[str]:
+    """The imports in a file of `experiment` of a layer above its own."""
+    if path.startswith("experiment/"):
+        own = layer(path.removesuffix(".py").replace("/", "."))
+        for name, line in experiment_imports(path, source):
+            if layer(name) > own:
+                yield f"{path}:{line}: {LAYERS[own] or 'experiment'} must not import {name}, a layer above"
+
+
 def violations(path: str, source: str) -> list[str]:
     """Every broken rule in one file, as "file:line: what"; `path` is relative to the repository."""
-    return [*import_violations(path, source), *pickle_violations(path, source)]
+    return [
+        *import_violations(path, source),
+        *layer_violations(path, source),
+        *pickle_violations(path, source),
+    ]
 
 
 def engine_lookups(path: str, source: str) -> set[str]:
@@ -190,6 +232,11 @@ def engine_lookups(path: str, source: str) -> set[str]:
 
 FILES = [ROOT / "train.py", *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")))]
 SOURCES = {f.relative_to(ROOT).as_posix(): f.read_text(encoding="utf-8") for f in FILES if f.is_file()}
+MODULES = {
+    path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    for path in SOURCES
+    if path.startswith("experiment/")
+}
 
 
 @pytest.mark.parametrize("path", SOURCES)
@@ -206,6 +253,17 @@ def test_experiment_looks_engines_up_in_one_function() -> None:
     room = [path for path in SOURCES if path.startswith("experiment/")]
     lookups = {found for path in room for found in engine_lookups(path, SOURCES[path])}
     assert len(lookups) <= 1, lookups
+
+
+def test_modules_of_experiment_import_in_no_circle() -> None:
+    graph = {
+        path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): {
+            name for name, _ in experiment_imports(path, SOURCES[path]) if name in MODULES
+        }
+        for path in SOURCES
+        if path.startswith("experiment/")
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
 def test_what_is_imported_is_declared() -> None:
@@ -265,14 +323,19 @@ BROKEN = [
     ("jax_resnet/resnet.py", "t = __import__('torch')"),
     ("torch_oracle/resnet.py", "import jax_resnet"),
     ("torch_oracle/resnet.py", "def f():\n    import experiment"),
-    ("experiment/weights.py", "def f():\n    import torch"),
-    ("experiment/weights.py", "def f():\n    import flax"),
-    ("experiment/report.py", "def f():\n    import torch_oracle"),
+    ("experiment/files/weights.py", "def f():\n    import torch"),
+    ("experiment/files/weights.py", "def f():\n    import flax"),
+    ("experiment/report/page.py", "def f():\n    import torch_oracle"),
     ("experiment/engines.py", "def f():\n    from jax_resnet import loop"),
     ("experiment/engines.py", "import importlib\nE = importlib.import_module('numpy_ref.loop')"),
-    ("experiment/data.py", "class A:\n    import grain"),
-    *(("experiment/data.py", f"import numpy\nimport {name}.a as b") for name in sorted(HEAVY)),
-    ("experiment/data.py", "def f():\n    import tensorflow as tf"),
+    ("experiment/data/loading.py", "class A:\n    import grain"),
+    *(("experiment/data/loading.py", f"import numpy\nimport {name}.a as b") for name in sorted(HEAVY)),
+    ("experiment/data/loading.py", "def f():\n    import tensorflow as tf"),
+    ("experiment/errors.py", "from experiment.options import config"),
+    ("experiment/data/loading.py", "def f():\n    from experiment.files.weights import save"),
+    ("experiment/files/weights.py", "from ..run import console"),
+    ("experiment/run/trainer.py", "from experiment import study"),
+    ("experiment/study/plan.py", "import experiment.commands.train as t"),
     ("experiment/commands/parity.py", "import torch_oracle"),
     ("experiment/commands/parity.py", "def f():\n    import jax_resnet"),
     ("experiment/commands/report.py", "def f():\n    import torch_oracle"),
@@ -280,7 +343,7 @@ BROKEN = [
     ("train.py", "def main():\n    import torch"),
     ("train.py", "from torch_oracle import resnet"),
     ("tests/test_data.py", "def test():\n    import tensorflow"),
-    ("experiment/checkpoint.py", "import pickle"),
+    ("experiment/files/checkpoints.py", "import pickle"),
     ("train.py", "def f():\n    from pickle import loads"),
     ("train.py", "import joblib"),
     ("tests/test_weights.py", "import pickle\npickle.loads(b'')"),
@@ -302,10 +365,10 @@ KEPT = [
     ("jax_resnet/loop.py", "import jax\nimport optax\nfrom flax import nnx\nfrom jax_resnet import layers"),
     ("torch_oracle/resnet.py", "import torch\ntorch.load('x', weights_only=True)"),
     (
-        "experiment/data.py",
+        "experiment/data/loading.py",
         "import numpy\nimport tqdm\ndef f():\n    import grain\n    import sklearn.datasets",
     ),
-    ("experiment/data.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import grain"),
+    ("experiment/data/loading.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import grain"),
     ("experiment/engines.py", LOOK_UP.format("TABLE[n]")),
     ("experiment/commands/report.py", "from ..errors import UserError\nfrom . import study"),
     ("experiment/commands/parity.py", "def run():\n    import torch\n    import torch_oracle"),

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 import jax_resnet
-from experiment import checkpoint
-from experiment.checkpoint import CheckpointError, Checkpoints, differences
 from experiment.errors import UserError
-from experiment.rundir import write_json
+from experiment.files import checkpoints
+from experiment.files.checkpoints import CheckpointError, Checkpoints, differences
+from experiment.files.run_folder import write_json
 
 
 def make_tree(step, seed=0):
@@ -257,7 +257,7 @@ def test_whole_by_its_sums_and_yet_no_checkpoint(copy, name):
     """Made by something else, or by a version that writes other files."""
     folder = copy / "2"
     shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
-    write_json(folder / "manifest.json", {"files": checkpoint._sums(folder)})
+    write_json(folder / "manifest.json", {"files": checkpoints._sums(folder)})
     reported: list[str] = []
     assert newest(copy, reported.append)[0] == 1
     (line,) = reported
@@ -269,7 +269,7 @@ def test_a_disk_that_cannot_read_is_damage_too(copy, monkeypatch):
     def fail(path):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr(checkpoint, "_sha256", fail)
+    monkeypatch.setattr(checkpoints, "_sha256", fail)
     with pytest.raises(CheckpointError, match="Input/output error"):
         Checkpoints(copy, 3).load(2)
 
@@ -345,16 +345,16 @@ def half_the_arrays() -> Iterator[None]:
         write(path, {name: arrays for name, arrays in tree.items() if name != "params"})
         raise ValueError("OUT_OF_RANGE: Error writing \"params.fc.bias/c/0\"\n[os_error_code='28']")
 
-    write = checkpoint._save_arrays
+    write = checkpoints._save_arrays
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_save_arrays", fail)
+        patch.setattr(checkpoints, "_save_arrays", fail)
         yield
 
 
 FAILURES = {
     "an array": half_the_arrays,
-    "run.json": lambda: no_space_at(checkpoint, "write_json"),
-    "fsync": lambda: no_space_at(checkpoint, "_fsync"),
+    "run.json": lambda: no_space_at(checkpoints, "write_json"),
+    "fsync": lambda: no_space_at(checkpoints, "_fsync"),
     "the last rename": lambda: no_space_at(os, "rename"),
 }
 
@@ -439,7 +439,7 @@ def test_only_whole_checkpoints_are_verified(copy):
 @pytest.mark.parametrize("then", ["save", "close"])
 def test_a_failed_save_is_told_by_what_comes_next(copy, then):
     checkpoints = Checkpoints(copy, 2)
-    with no_space_at(checkpoint, "write_json"):
+    with no_space_at(checkpoints, "write_json"):
         checkpoints.save(3, make_tree(3), RUN)
         with pytest.raises(OSError, match="checkpoint 3"):
             checkpoints.save(4, make_tree(4), RUN) if then == "save" else checkpoints.close()

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import experiment.data
-import train
-from experiment.sources import ArraySource
-from experiment.transforms import Augmentation, fit_picture
+import experiment.data.loading
+from experiment.commands import train
+from experiment.data.augmentation import Augmentation, fit_picture
+from experiment.data.builtin import ArraySource
 from jax_resnet import Engine, loop, pictures
 from tests.comparing import assert_all_close, assert_close
 from tests.test_loop import assert_same_bits, learning_rate, make_batches, make_engine
@@ -62,7 +62,7 @@ def test_pictures_made_on_the_device_are_those_of_the_host(name, shape):
 
 
 def test_what_is_drawn_is_what_the_batches_are_made_of():
-    data = experiment.data.load("digits", data_dir=None, batch_size=32, seed=1, augment="crop-flip")
+    data = experiment.data.loading.load("digits", data_dir=None, batch_size=32, seed=1, augment="crop-flip")
     held = data.held()
     assert held is not None
     for step, (drawn, batch) in enumerate(
@@ -77,8 +77,8 @@ def test_what_is_drawn_is_what_the_batches_are_made_of():
 
 def test_what_a_device_does_not_do_is_left_to_the_host():
     options: dict[str, Any] = {"data_dir": None, "batch_size": 32, "seed": 1}
-    assert experiment.data.load("synthetic", augment="autoaugment", **options).held() is None
-    ranged = experiment.data.load("synthetic", augment="crop-flip", resize=(40, 50), **options)
+    assert experiment.data.loading.load("synthetic", augment="autoaugment", **options).held() is None
+    ranged = experiment.data.loading.load("synthetic", augment="crop-flip", resize=(40, 50), **options)
     assert ranged.held() is None
 
 

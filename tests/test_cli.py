@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import experiment.data
+import experiment.data.loading
 import torch_oracle
-import train
-from experiment.checkpoint import Checkpoints
+from experiment.commands import train
+from experiment.files.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--model", "cnn", "--dataset", "digits", "--steps", "3", "--no-report"]
@@ -154,9 +154,11 @@ def test_a_run_folder_in_use_is_refused(run_dir, capfd):
 
 
 def test_other_data_are_refused(run_dir, capfd, monkeypatch):
-    load = experiment.data.load
+    load = experiment.data.loading.load
     monkeypatch.setattr(
-        experiment.data, "load", lambda *args, **kw: dataclasses.replace(load(*args, **kw), test_size=359)
+        experiment.data.loading,
+        "load",
+        lambda *args, **kw: dataclasses.replace(load(*args, **kw), test_size=359),
     )
     line = refused(RESUME, capfd)
     for words in ("--data-dir", "test_size 359", "had 360"):

@@ -16,7 +16,8 @@ import torch
 
 import jax_resnet
 import numpy_ref
-from experiment.config import (
+from experiment.errors import UserError
+from experiment.options.config import (
     CHANGEABLE,
     MODELS,
     OPTIMIZERS,
@@ -29,8 +30,7 @@ from experiment.config import (
     refuse_unused,
     resolve,
 )
-from experiment.errors import UserError
-from experiment.schedules import has_converged, make_schedule
+from experiment.run.schedules import has_converged, make_schedule
 from jax_resnet.optimizers import BOUNDED
 from tests.tolerances import FLOAT64_LAYER
 

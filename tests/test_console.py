@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from experiment.__main__ import main
-from experiment.console import Console, prepare_streams
+from experiment.run.console import Console, prepare_streams
 
 ROOT = Path(__file__).parents[1]
 BYTES = os.fsdecode(b"caf\xe9.png")  # a file name that is not UTF-8

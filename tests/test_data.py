@@ -28,12 +28,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiment import data as data_module
-from experiment import sources, tfds_source
-from experiment.data import Data, Split, load
+from experiment.data import builtin, tfds
+from experiment.data import loading as data_module
+from experiment.data.augmentation import fit_picture, picture_of
+from experiment.data.builtin import CachedSource, SyntheticSource, cached
+from experiment.data.loading import Data, Split, load
+from experiment.data.types import Batch, Dataset, Labels
 from experiment.errors import UserError
-from experiment.sources import Batch, CachedSource, Dataset, Labels, SyntheticSource, cached
-from experiment.transforms import fit_picture, picture_of
 from tests import made_tfds
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +87,7 @@ def load_numbered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Data]:
         train: int, test: int = 5, *, delay: Callable[[], float] = lambda: 0.0, **options: Any
     ) -> Data:
         parts = (Numbered(train, delay), Numbered(test, delay))
-        dataset = Dataset(*parts, tuple("abcdefg"), (32, 32, 1), (0.5,), (0.5,), sources.identity("0"))
+        dataset = Dataset(*parts, tuple("abcdefg"), (32, 32, 1), (0.5,), (0.5,), builtin.identity("0"))
         monkeypatch.setattr(data_module, "open_dataset", lambda *_, **__: dataset)
         return load("numbered", data_dir=None, **({"seed": 0, "batch_size": 1} | options))
 
@@ -410,9 +411,9 @@ def test_cache_under_threads() -> None:
 
 def test_what_is_too_large_is_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     source = Numbered(10)
-    monkeypatch.setattr(sources, "CACHE_BYTES", 10 * 32 * 32)
+    monkeypatch.setattr(builtin, "CACHE_BYTES", 10 * 32 * 32)
     assert isinstance(cached(source, (32, 32, 1)), CachedSource)
-    monkeypatch.setattr(sources, "CACHE_BYTES", 10 * 32 * 32 - 1)
+    monkeypatch.setattr(builtin, "CACHE_BYTES", 10 * 32 * 32 - 1)
     assert cached(source, (32, 32, 1)) is source
 
 
@@ -521,7 +522,7 @@ def test_which_split_is_test(root: Path, name: str, splits: dict[str, int], test
     made_tfds.write(root, name, files)
     data = load_made(root, name)
     assert (data.train_size + data.val_size, data.test_size) == (8, tested)
-    assert (data.mean, data.std) == tfds_source.IMAGENET
+    assert (data.mean, data.std) == tfds.IMAGENET
 
 
 def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
@@ -834,7 +835,7 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(
 
 QUIET = """
 import json, os, sys
-from experiment.data import load
+from experiment.data.loading import load
 from experiment.errors import UserError
 name, data_dir = sys.argv[1:]
 data = load(name, data_dir=data_dir, batch_size=8, seed=0)
@@ -882,7 +883,7 @@ def test_loading_is_quiet_and_needs_no_tensorflow(root: Path, tmp_path: Path) ->
 def test_only_what_is_needed_is_imported(name: str, absent: set[str]) -> None:
     program = f"""
 import sys
-from experiment.data import load
+from experiment.data.loading import load
 assert not {{"grain", "jax", "PIL", "sklearn", "tensorflow_datasets"}} & set(sys.modules)
 load({name!r}, data_dir=None, batch_size=8, seed=0)
 assert not {absent | {"grain", "jax"}!r} & set(sys.modules)
@@ -955,5 +956,5 @@ def test_messages_name_existing_flags() -> None:
     """What the messages tell the user to change is what the command line has."""
     flags = {f"--{name}" for name in ("dataset", "data-dir", "batch-size", "seed", "image-size")}
     flags |= {"--train-subset", "--val-fraction", "--augment", "--resize", "--crop-to-bbox", "--grayscale"}
-    text = "".join(Path(module.__file__ or "").read_text() for module in (data_module, sources, tfds_source))
+    text = "".join(Path(module.__file__ or "").read_text() for module in (data_module, builtin, tfds))
     assert set(re.findall(r"--[a-z][a-z-]+", text)) == flags

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import train
-from experiment import sources
 from experiment.__main__ import main
-from experiment.data import load
+from experiment.commands import train
+from experiment.data import builtin
+from experiment.data.loading import load
 from tests import made_tfds
 
 FILES = made_tfds.pictures(8, (32, 32, 3))
@@ -82,7 +82,7 @@ def test_the_identity_of_data_without_files(monkeypatch: pytest.MonkeyPatch) -> 
         assert identity(Path(), name, image_size=(40, 40), val_fraction=0.5) == facts
     before = identity(Path(), "synthetic")
     monkeypatch.setattr(
-        sources.SyntheticSource, "_picture", lambda self, number: np.zeros((32, 32, 3), np.uint8)
+        builtin.SyntheticSource, "_picture", lambda self, number: np.zeros((32, 32, 3), np.uint8)
     )
     assert identity(Path(), "synthetic") != before
 

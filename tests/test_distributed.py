@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import train
+from experiment.commands import train
 from experiment.errors import UserError
 from experiment.processes import Place, connect
 from tests import test_loop

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiment.__main__ import main
-from experiment.schedules import make_schedule
+from experiment.run.schedules import make_schedule
 from experiment.study.plan import read
 from experiment.study.tables import in_markdown, tables
 from numpy_ref import adabound_bounds
@@ -158,7 +158,7 @@ def test_the_image_to_predict_can_be_made(
 
 
 def test_the_sheet_of_augmented_pictures_can_be_drawn(tmp_path, monkeypatch):
-    from experiment.data import load
+    from experiment.data.loading import load
 
     script = runpy.run_path(str(ROOT / "docs" / "draw_augmentation.py"))
     monkeypatch.setitem(script["rows"].__globals__, "COLUMNS", 2)

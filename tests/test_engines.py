@@ -9,7 +9,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-import train
+from experiment.commands import train
 from experiment.engines import keeps_programs, set_environment
 
 

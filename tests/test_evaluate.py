@@ -14,13 +14,13 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-import train
 from experiment.__main__ import main
+from experiment.commands import train
 from experiment.commands.evaluate import STRIDE, average, by_shape
-from experiment.data import load
+from experiment.data.augmentation import ten_crops, ten_shifts, whole_picture
+from experiment.data.loading import load
 from experiment.engines import load_engine
-from experiment.finished import open_run
-from experiment.transforms import ten_crops, ten_shifts, whole_picture
+from experiment.run.completed_run import open_run
 from tests import made_tfds
 
 Pixels = npt.NDArray[np.uint8]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import train
+from experiment.commands import train
 from jax_resnet.loop import Engine, cross_entropy
 from jax_resnet.resnet import resnet50
 from jax_resnet.state_dict import apply, load_state_dict, split, state_dict

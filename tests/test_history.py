@@ -8,7 +8,7 @@ import json
 import pytest
 
 from experiment.errors import UserError
-from experiment.history import History
+from experiment.files.metrics_log import History
 
 LINES = [{"split": "train", "step": step, "loss": 2.5 / step, "accuracy": step / 7} for step in range(1, 9)]
 

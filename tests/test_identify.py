@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 import torch_oracle
-from experiment import weights
-from experiment.config import MODELS
 from experiment.errors import UserError
-from experiment.identify import CIFAR, IMAGENET, Shapes, identify, summary
+from experiment.files import weights
+from experiment.files.identify import CIFAR, IMAGENET, Shapes, identify, summary
+from experiment.options.config import MODELS
 
 
 def shapes_of(model: str, classes: int = 7, channels: int = 3, **options: Any) -> dict[str, tuple[int, ...]]:

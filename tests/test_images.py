@@ -17,14 +17,14 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageFile, PngImagePlugin, features
 
-from experiment import images
 from experiment.__main__ import main
 from experiment.commands import predict
-from experiment.config import resolve
-from experiment.data import load
+from experiment.data import images
+from experiment.data.augmentation import pixels_of
+from experiment.data.images import read_image
+from experiment.data.loading import load
 from experiment.errors import UserError
-from experiment.images import read_image
-from experiment.transforms import pixels_of
+from experiment.options.config import resolve
 from tests import made_tfds
 
 ROOT = Path(__file__).parents[1]
@@ -324,7 +324,7 @@ QUIET = """
 import sys
 from pathlib import Path
 from experiment.errors import UserError
-from experiment.images import read_image
+from experiment.data.images import read_image
 refused = 0
 for path in sorted(Path(sys.argv[1]).iterdir()):
     try:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import torch_oracle
-import train as command
-from experiment.finished import open_run
+from experiment.commands import train as command
+from experiment.run.completed_run import open_run
 from tests.comparing import assert_all_close, assert_close, nchw, quick_jit
 from tests.test_loop import THIN, flat, learning_rate, make_batches, make_engine, oracle, train
 from tests.test_training import highest_precision

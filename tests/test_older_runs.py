@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-import train
 from experiment.__main__ import main
-from experiment.config import resolve
-from experiment.recipes import checked
+from experiment.commands import train
+from experiment.options.config import resolve
+from experiment.options.recipes import checked
 
 OLDER = sorted((Path(__file__).parent / "fixtures").iterdir())
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from experiment.schedules import make_schedule
+from experiment.run.schedules import make_schedule
 from tests.comparing import assert_close
 from tests.parity import cases
 from tests.parity.case import Case

@@ -9,12 +9,12 @@ from typing import NoReturn
 
 import pytest
 
-import train
 from experiment.__main__ import main
-from experiment.config import parse, resolve
+from experiment.commands import train
 from experiment.errors import UserError
-from experiment.paths import local_path
-from experiment.rundir import check_fresh
+from experiment.files.run_folder import check_fresh
+from experiment.options.config import parse, resolve
+from experiment.options.paths import local_path
 from numpy_ref.parallel import core_count, thread_count
 
 BYTES = os.fsdecode(b"caf\xe9")
@@ -87,7 +87,7 @@ def test_every_command_expands_the_home_folder(
         seen.append(expand(name, text, any_bytes=any_bytes))
         return seen[-1]
 
-    monkeypatch.setattr("experiment.paths.local_path", spy)
+    monkeypatch.setattr("experiment.options.paths.local_path", spy)
     for command in ("evaluate", "prepare", "study"):
         monkeypatch.setattr(f"experiment.commands.{command}.local_path", spy)
     monkeypatch.setattr("experiment.commands.prepare.find_prepared", lambda name, data_dir: refuse(data_dir))

@@ -19,7 +19,7 @@ import pytest
 
 from experiment.__main__ import COMMANDS, main
 from experiment.commands import prepare
-from experiment.data import load
+from experiment.data.loading import load
 from experiment.errors import UserError
 from tests import made_tfds
 

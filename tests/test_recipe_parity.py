@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-import experiment.data
+import experiment.data.loading
 import jax_resnet
 import numpy_ref
 import torch_oracle
-import train
 from benchmarks import recipe_parity
-from experiment.config import Config, parse, resolve
+from experiment.commands import train
 from experiment.engines import Batch
-from experiment.recipes import with_recipe
+from experiment.options.config import Config, parse, resolve
+from experiment.options.recipes import with_recipe
 from tests.comparing import assert_all_close, assert_close
 from tests.parity.recipe import Oracle
 from tests.test_loop import train as take_steps
@@ -96,7 +96,7 @@ def test_each_of_fifty_steps_of_the_recipe(data_dir, monkeypatch, framework):
     """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of NumPy's processes: each step begins anew
     config = recipe("--data-dir", str(data_dir), "--framework", framework)
-    data = experiment.data.load(config.dataset, **config.data_options())
+    data = experiment.data.loading.load(config.dataset, **config.data_options())
     resolved = {"optimizer_options": config.optimizer_options(), "schedule_steps": 64000, "warmup_steps": 0}
     engine: Any = train.make_engine(config, data, resolved)
     oracle = Oracle(torch_oracle.resnet20(10, 3).double(), data.mean, data.std)

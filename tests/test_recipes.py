@@ -8,11 +8,11 @@ import tomllib
 
 import pytest
 
-import train
-from experiment import recipes
-from experiment.config import Config, parse, resolve
+from experiment.commands import train
 from experiment.errors import UserError
-from experiment.recipes import with_recipe
+from experiment.options import recipes
+from experiment.options.config import Config, parse, resolve
+from experiment.options.recipes import with_recipe
 
 
 def resolved(*argv: str) -> Config:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from experiment import rundir
 from experiment.__main__ import main
 from experiment.commands.predict import RELEASED
-from experiment.data import load
+from experiment.data.loading import load
+from experiment.files import run_folder
 from numpy_ref.parallel import core_count
 
 MACHINE = RELEASED / "machine.json"
@@ -55,7 +55,7 @@ def test_the_files_are_those_that_were_released() -> None:
 
 def test_it_predicts_out_of_the_box(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ten test pictures as files: at least nine are known."""
-    config = rundir.read_record(RELEASED)["config"]
+    config = run_folder.read_record(RELEASED)["config"]
     data = load("digits", data_dir=None, batch_size=8, seed=config["seed"])
     batch = next(iter(data.eval_batches("test", 10)))
     paths = [str(tmp_path / f"{index}.png") for index in range(10)]
@@ -70,15 +70,15 @@ def test_it_predicts_out_of_the_box(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 def test_its_command_makes_it_again(tmp_path: Path) -> None:
     """Bit for bit on the machine and versions that made it, elsewhere as accurate."""
-    import train
+    from experiment.commands import train
 
-    command = rundir.read_record(RELEASED)["sessions"][-1]["command"]
+    command = run_folder.read_record(RELEASED)["sessions"][-1]["command"]
     command[command.index("--run-dir") + 1] = str(tmp_path / "again")
     assert train.main(command) == 0
     accuracy, released = (
-        rundir.read_json(folder / "summary.json")["test"]["accuracy"]
+        run_folder.read_json(folder / "summary.json")["test"]["accuracy"]
         for folder in (tmp_path / "again", RELEASED)
     )
     assert accuracy == pytest.approx(released, abs=ELSEWHERE)
-    if machine() == rundir.read_json(MACHINE):
+    if machine() == run_folder.read_json(MACHINE):
         assert sha256(tmp_path / "again" / "weights.safetensors") == listed()["weights.safetensors"]

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train
-from experiment import predictions
 from experiment.__main__ import main
-from experiment.config import Config, argv_of, parse, resolve
-from experiment.console import Console
+from experiment.commands import train
 from experiment.errors import UserError
+from experiment.files import predictions
+from experiment.options.config import Config, argv_of, parse, resolve
 from experiment.report import comparison, page, pictures, style, tables
 from experiment.report.reading import read_run
+from experiment.run.console import Console
 from tests import made_run
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -31,9 +31,9 @@ from safetensors.numpy import load_file
 
 import jax_resnet
 import numpy_ref
-import train
-from experiment.checkpoint import Checkpoints
-from experiment.rundir import check_fresh
+from experiment.commands import train
+from experiment.files.checkpoints import Checkpoints
+from experiment.files.run_folder import check_fresh
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = os.environ.get("THREEWAY_GPU") == "1"

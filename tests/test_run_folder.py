@@ -17,17 +17,17 @@ from typing import Any
 import pytest
 import safetensors
 
-import experiment.data
-import train
-from experiment import checkpoint
+import experiment.data.loading
 from experiment.__main__ import main
-from experiment.checkpoint import Checkpoints
+from experiment.commands import train
 from experiment.errors import FolderLostError
+from experiment.files import checkpoints as checkpoints_module
+from experiment.files.checkpoints import Checkpoints
+from experiment.files.results import best_step, last_step, read_summary
+from experiment.files.run_folder import lock, write_json
 from experiment.report.page import render_report, state
 from experiment.report.pictures import Picture
 from experiment.report.reading import read_run
-from experiment.results import best_step, last_step, read_summary
-from experiment.rundir import lock, write_json
 from tests.test_checkpoint import RUN, make_tree
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +129,7 @@ def change_checkpoint(run_dir: Path, step: int, change: Callable[[dict[str, Any]
     run = json.loads((folder / "run.json").read_text())
     change(run)
     write_json(folder / "run.json", run)
-    write_json(folder / "manifest.json", {"files": checkpoint._sums(folder)})
+    write_json(folder / "manifest.json", {"files": checkpoints_module._sums(folder)})
 
 
 def step_of(path: Path) -> int:
@@ -137,7 +137,7 @@ def step_of(path: Path) -> int:
         return int(json.loads(file.metadata()["run"])["step"])
 
 
-class Interfering(experiment.data.Data):
+class Interfering(experiment.data.loading.Data):
     """Data that do something when the batch after step `at` is asked for."""
 
     at: int
@@ -152,14 +152,14 @@ class Interfering(experiment.data.Data):
 
 def interfere(monkeypatch: pytest.MonkeyPatch, at: int, action: Callable[[], Any]) -> None:
     """Let every run from here on do something in the midst of training."""
-    load = experiment.data.load
+    load = experiment.data.loading.load
 
     def changed(*arguments: Any, **options: Any) -> Any:
         data = load(*arguments, **options)
         values = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
         return type("Data", (Interfering,), {"at": at, "action": staticmethod(action)})(**values)
 
-    monkeypatch.setattr(experiment.data, "load", changed)
+    monkeypatch.setattr(experiment.data.loading, "load", changed)
 
 
 def stop(run_dir: Path, at: int, *extra: str) -> None:
@@ -228,14 +228,14 @@ def test_a_completed_run_of_no_steps_can_be_resumed(tmp_path: Path) -> None:
 
 def during_the_imports(monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]) -> None:
     """Let the next run do something after its first checks, before it takes the lock."""
-    load = experiment.data.load
+    load = experiment.data.loading.load
 
     def slow(*arguments: Any, **options: Any) -> Any:
-        monkeypatch.setattr(experiment.data, "load", load)
+        monkeypatch.setattr(experiment.data.loading, "load", load)
         action()
         return load(*arguments, **options)
 
-    monkeypatch.setattr(experiment.data, "load", slow)
+    monkeypatch.setattr(experiment.data.loading, "load", slow)
 
 
 def test_a_slow_starter_does_not_touch_a_run_completed_meanwhile(
@@ -318,7 +318,7 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def write_weights(path: Path, step: int) -> None:
-    from experiment import weights
+    from experiment.files import weights
 
     weights.save(path, make_tree(step)["params"], {"step": step})
 
@@ -509,14 +509,14 @@ def test_a_run_whose_folder_is_gone_does_not_make_it_again(
 def test_a_folder_that_is_removed_during_a_save_is_not_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    run, function = tmp_path / "run", getattr(checkpoint, moment)
+    run, function = tmp_path / "run", getattr(checkpoints_module, moment)
 
     def removed_first(*arguments: Any) -> Any:
         shutil.rmtree(run)
         return function(*arguments)
 
     run.mkdir()
-    monkeypatch.setattr(checkpoint, moment, removed_first)
+    monkeypatch.setattr(checkpoints_module, moment, removed_first)
     with lock(run) as check_folder:
         checkpoints = Checkpoints(run / "checkpoints", 3, check_folder=check_folder)
         checkpoints.save(1, make_tree(1), RUN)

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import experiment.data
-import train
-from experiment import checkpoint
-from experiment.checkpoint import Checkpoints
+import experiment.data.loading
+from experiment.commands import train
 from experiment.errors import UserError
-from experiment.training import Trainer
+from experiment.files import checkpoints
+from experiment.files.checkpoints import Checkpoints
+from experiment.run.trainer import Trainer
 from tests import made_tfds
 from tests.test_training import SMALL, Run, patch_data
 
@@ -83,7 +83,7 @@ Hook = Callable[[str, int, int], None]
 def hook_data(patch: pytest.MonkeyPatch, hook: Hook) -> None:
     """Have `hook` called before each batch that a run reads from here on."""
 
-    class Hooked(experiment.data.Data):
+    class Hooked(experiment.data.loading.Data):
         def train_batches(self, start_step: int = 0) -> Iterator[Any]:
             return self.hooked("train", 0, super().train_batches(start_step), start_step)
 
@@ -97,7 +97,7 @@ def hook_data(patch: pytest.MonkeyPatch, hook: Hook) -> None:
                 yield batch
 
     begun: dict[str, int] = {}
-    fields = dataclasses.fields(experiment.data.Data)
+    fields = dataclasses.fields(experiment.data.loading.Data)
     patch_data(patch, lambda data: Hooked(**{field.name: getattr(data, field.name) for field in fields}))
 
 
@@ -400,7 +400,7 @@ def test_the_advice_to_free_space_is_for_a_full_disk_alone(
     inside: bool,
 ) -> None:
     """And a checkpoint that is damaged is not among those that are called verified."""
-    record, save = Trainer._record, checkpoint._save_arrays
+    record, save = Trainer._record, checkpoints._save_arrays
 
     def fail(*_: Any) -> None:
         flip(run, 2)
@@ -414,7 +414,7 @@ def test_the_advice_to_free_space_is_for_a_full_disk_alone(
 
     run = Run(tmp_path / "run")
     if inside:
-        monkeypatch.setattr(checkpoint, "_save_arrays", fail_in_save)
+        monkeypatch.setattr(checkpoints, "_save_arrays", fail_in_save)
     else:
         monkeypatch.setattr(Trainer, "_record", fail_in_line)
     run_in(run.folder, "--checkpoint-every", "1", status=1)
@@ -431,7 +431,7 @@ def test_a_disk_that_is_full_from_the_start_does_not_name_a_run_to_continue(
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("experiment.rundir.write_json", fail)
+    monkeypatch.setattr("experiment.files.run_folder.write_json", fail)
     run = run_in(tmp_path / "run", status=1)
     words = failure_of(run, capfd)
     assert words.endswith("verified checkpoints: none; free disk space, then start the run again")

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiment import rundir, signals, weights
 from experiment.__main__ import main
-from experiment.checkpoint import Checkpoints
 from experiment.commands.study import _make
-from experiment.config import OPTIMIZERS, flags, parse, resolve
-from experiment.data import Data
+from experiment.data.loading import Data
+from experiment.files import run_folder, weights
+from experiment.files.checkpoints import Checkpoints
+from experiment.options.config import OPTIMIZERS, flags, parse, resolve
 from experiment.processes import processor_seconds
+from experiment.run import signals
 from experiment.study import curves, results, running, tables
 from experiment.study.plan import Plan, read
 from experiment.study.statistics import paired, summarize
@@ -99,20 +100,20 @@ def test_tuning_runs_never_evaluate_the_test_set(made: Path, evaluated: list[str
         assert len(folders) == 4
         assert [len(list(running.lines(folder, split))) for folder in folders] == [expected] * 4
     for folder in (made / "out" / "tuning").glob("**/seed-*"):
-        assert rundir.read_json(folder / "summary.json")["test"] is None
+        assert run_folder.read_json(folder / "summary.json")["test"] is None
         assert "the test set was not evaluated (--no-test); " in (folder / "log.txt").read_text()
         assert not (folder / "predictions.npz").exists()
         assert (folder / "weights.safetensors").exists()
 
 
 def test_a_tuning_run_can_be_tested_later(made: Path, tmp_path: Path) -> None:
-    import train
+    from experiment.commands import train
 
     folder = tmp_path / "run"
     shutil.copytree(made / "out" / "tuning" / "adam" / "candidate-2" / "seed-9", folder)
     assert train.main(["--run-dir", str(folder), "--resume", "--test"]) == 0
     (line,) = running.lines(folder, "test")
-    test = rundir.read_json(folder / "summary.json")["test"]
+    test = run_folder.read_json(folder / "summary.json")["test"]
     assert test == {name: line[name] for name in test}
     assert (folder / "predictions.npz").exists()
 
@@ -120,7 +121,7 @@ def test_a_tuning_run_can_be_tested_later(made: Path, tmp_path: Path) -> None:
 def test_runs_draw_no_report_unless_asked(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import train
+    from experiment.commands import train
 
     assert not [*(made / "out").glob("**/report"), *(made / "out").glob("**/tensorboard")]
     asked: list[bool] = []
@@ -155,7 +156,9 @@ def test_processor_time_counts_work_and_child_processes() -> None:
         pass
     assert processor_seconds() - before > 0.03  # os.times counts in ticks of 0.01
     before, own = processor_seconds(), time.process_time()
-    child = multiprocessing.get_context("spawn").Process(target=sum, args=(range(10**12),))  # works until stopped
+    child = multiprocessing.get_context("spawn").Process(
+        target=sum, args=(range(10**12),)
+    )  # works until stopped
     child.start()
     try:
         deadline = time.monotonic() + 60
@@ -174,11 +177,11 @@ def test_runs_of_older_versions_are_read(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(made / "out", out)
     for folder in out.glob("**/seed-*"):
-        record, summary = rundir.read_record(folder), rundir.read_json(folder / "summary.json")
+        record, summary = run_folder.read_record(folder), run_folder.read_json(folder / "summary.json")
         del record["config"]["test"], summary["processor_seconds"]
         summary["test"] = summary["test"] or {"accuracy": 0.5, "loss": 1.0, "f1": 0.5}
-        rundir.write_json(folder / "config.json", record)
-        rundir.write_json(folder / "summary.json", summary)
+        run_folder.write_json(folder / "config.json", record)
+        run_folder.write_json(folder / "summary.json", summary)
     assert main(["study", str(made / "tiny.toml"), "--run-dir", str(out)]) == 0
     old, new = (json.loads((folder / "study.json").read_text()) for folder in (out, made / "out"))
     for name, each in new["contestants"].items():
@@ -189,14 +192,14 @@ def test_runs_of_older_versions_are_read(made: Path, tmp_path: Path) -> None:
 
 def test_processor_time_is_not_known_of_a_run_beside_others(tmp_path: Path) -> None:
     """Seeds that train in one program each have a thread of the same process."""
-    import train
+    from experiment.commands import train
 
     argv = ["--framework", "numpy", "--model", "cnn", "--steps", "1", "--no-report", "--no-test"]
     argv += ["--val-fraction", "0", "--run-dir", str(tmp_path / "run")]
     thread = Thread(target=train.main, args=(argv,))
     thread.start()
     thread.join()
-    summary = rundir.read_json(tmp_path / "run" / "summary.json")
+    summary = run_folder.read_json(tmp_path / "run" / "summary.json")
     assert summary["processor_seconds"] is None
     assert summary["wall_seconds"] > 0
 
@@ -214,10 +217,10 @@ def test_runs_of_one_seed_begin_alike_and_see_the_same_batches(made: Path) -> No
 
 def test_a_run_is_that_of_its_command(made: Path, tmp_path: Path) -> None:
     """What config.json tells as the command of a run makes the same weights again."""
-    import train
+    from experiment.commands import train
 
     run = made / "out" / "runs" / "clipped" / "seed-2"
-    command = rundir.read_record(run)["sessions"][-1]["command"]
+    command = run_folder.read_record(run)["sessions"][-1]["command"]
     command[command.index("--run-dir") + 1] = str(tmp_path / "again")
     assert train.main(command) == 0
     again = weights.load(tmp_path / "again" / "weights.safetensors")
@@ -233,7 +236,7 @@ def test_the_setting_is_chosen_on_validation(made: Path) -> None:
         assert each["chosen"] == 1, (name, scores)  # the first hardly moves
         assert scores[1] >= scores[0]
         for seed in study["seeds"]:
-            config = rundir.read_record(made / "out" / "runs" / name / f"seed-{seed}")["config"]
+            config = run_folder.read_record(made / "out" / "runs" / name / f"seed-{seed}")["config"]
             assert {key: config[key] for key in each["setting"]} == each["setting"]
 
 
@@ -257,7 +260,7 @@ def test_tables_hold_means_intervals_and_paired_differences(made: Path) -> None:
 def test_the_same_command_makes_nothing_twice_and_continues_what_was_stopped(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import train
+    from experiment.commands import train
 
     started: list[Any] = []
     start = train.start
@@ -290,7 +293,7 @@ def test_the_same_command_makes_nothing_twice_and_continues_what_was_stopped(
 def test_a_run_of_an_older_checkpoint_does_not_know_its_processor_time(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import train
+    from experiment.commands import train
 
     run = tmp_path / "run"
     shutil.copytree(made / "out" / "runs" / "adam" / "seed-1", run)
@@ -304,7 +307,7 @@ def test_a_run_of_an_older_checkpoint_does_not_know_its_processor_time(
 
     monkeypatch.setattr(Checkpoints, "load_newest", older)
     assert train.main(["--run-dir", str(run), "--resume"]) == 0
-    assert rundir.read_json(run / "summary.json")["processor_seconds"] is None
+    assert run_folder.read_json(run / "summary.json")["processor_seconds"] is None
 
 
 def test_runs_of_another_study_are_not_mixed_in(
@@ -429,7 +432,7 @@ def test_files_and_folders_that_are_not_there_are_one_line(
 
 def test_tables_and_curves_of_a_study_that_has_hardly_begun(tmp_path: Path) -> None:
     plan: Plan = read(write(tmp_path), {})
-    study = json.loads(json.dumps(rundir.finite(results.collect(plan, tmp_path, ["tiny.toml"]))))
+    study = json.loads(json.dumps(run_folder.finite(results.collect(plan, tmp_path, ["tiny.toml"]))))
     text = tables.markdown(study)
     assert "| adam | - | 0 of 2 | - | - |" in text
     (picture,) = curves.draw(study, tmp_path)
@@ -538,7 +541,7 @@ def test_seeds_together_write_the_runs_of_seeds_alone(
         monkeypatch.setattr(running, "carry_out", carry_out)
         assert main(["study", str(path), "--run-dir", str(tmp_path / flag), flag]) == 0
     for seed in ("seed-1", "seed-2"):
-        summary = rundir.read_json(tmp_path / "--vmap" / "runs" / "adam" / seed / "summary.json")
+        summary = run_folder.read_json(tmp_path / "--vmap" / "runs" / "adam" / seed / "summary.json")
         assert summary["processor_seconds"] is None  # that of one process, in which both trained
         vmapped, separate = (tmp_path / flag / "runs" / "adam" / seed for flag in ("--vmap", "--no-vmap"))
         for split, scope in (("train", "step"), ("val", "epoch"), ("test", "epoch")):

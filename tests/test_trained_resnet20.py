@@ -19,9 +19,9 @@ from flax import nnx
 import jax_resnet
 import numpy_ref
 import torch_oracle
-from experiment import weights
 from experiment.__main__ import main
-from experiment.tfds_source import tfds_dataset
+from experiment.data.tfds import tfds_dataset
+from experiment.files import weights
 from tests.comparing import assert_all_close, assert_close, nchw
 from tests.tolerances import FLOAT32_TRAINED
 

@@ -21,12 +21,12 @@ import safetensors.numpy
 import sklearn.metrics
 import torch
 
-import experiment.data
+import experiment.data.loading
 import torch_oracle
-import train
-from experiment.checkpoint import Checkpoints
-from experiment.config import Config
-from experiment.schedules import make_schedule
+from experiment.commands import train
+from experiment.files.checkpoints import Checkpoints
+from experiment.options.config import Config
+from experiment.run.schedules import make_schedule
 from tests.tolerances import FLOAT32_LAYER, FLOAT64_LAYER
 
 # 130 pictures to train on, 14 to validate: eight steps an epoch. An evaluation batch that divides nothing.
@@ -89,7 +89,7 @@ def untrained(tmp_path_factory) -> Run:
 
 def pictures(split, seed=0):
     """(pictures, labels) of a part of the data that SMALL names, as PyTorch takes them."""
-    data = experiment.data.load("digits", data_dir=None, batch_size=16, seed=seed, train_subset=0.1)
+    data = experiment.data.loading.load("digits", data_dir=None, batch_size=16, seed=seed, train_subset=0.1)
     return as_tensors(data, next(iter(data.eval_batches(split, 10_000))))
 
 
@@ -200,7 +200,7 @@ def test_training_learns(run):
 
 def test_the_first_step_by_pytorch(run, untrained):
     """Loss and gradient norm of the first batch, from the weights of a run that took no step."""
-    data = experiment.data.load("digits", data_dir=None, batch_size=16, seed=0, train_subset=0.1)
+    data = experiment.data.loading.load("digits", data_dir=None, batch_size=16, seed=0, train_subset=0.1)
     image, label = as_tensors(data, next(data.train_batches(0)))
     model = judge(untrained.weights())
     loss = torch.nn.functional.cross_entropy(model(image), label)
@@ -273,8 +273,10 @@ def test_best_is_not_last(tmp_path):
 
 def patch_data(monkeypatch, change):
     """Every run from here on reads changed data."""
-    load = experiment.data.load
-    monkeypatch.setattr(experiment.data, "load", lambda *args, **kwargs: change(load(*args, **kwargs)))
+    load = experiment.data.loading.load
+    monkeypatch.setattr(
+        experiment.data.loading, "load", lambda *args, **kwargs: change(load(*args, **kwargs))
+    )
 
 
 class Mislabelled:
@@ -407,7 +409,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, every, kept):
 def test_what_is_poisoned_later_leaves_the_good_checkpoints(tmp_path, capsys, monkeypatch):
     """A picture of no numbers in step 8, between two checkpoints and two updates of the metrics."""
 
-    class Poisoned(experiment.data.Data):
+    class Poisoned(experiment.data.loading.Data):
         def train_batches(self, start_step=0):
             for step, batch in enumerate(super().train_batches(start_step), start_step):
                 image = batch["image"].astype(np.float32)  # taken as it is
@@ -453,7 +455,7 @@ PLATEAU = [
 def interrupt(monkeypatch, at):
     """SIGTERM when the batch of the step after `at` is asked for; it takes effect after that step."""
 
-    class Interrupting(experiment.data.Data):
+    class Interrupting(experiment.data.loading.Data):
         def train_batches(self, start_step=0):
             for step, batch in enumerate(super().train_batches(start_step), start_step):
                 if step == at:

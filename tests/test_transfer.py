@@ -21,10 +21,10 @@ import torch.nn.functional as F
 
 import experiment.__main__
 import torch_oracle
-import train
-from experiment.checkpoint import Checkpoints
-from experiment.config import Config
-from experiment.transfer import adapt_channels, count_parameters, initial_tree, remedy, sha256
+from experiment.commands import train
+from experiment.files.checkpoints import Checkpoints
+from experiment.options.config import Config
+from experiment.run.transfer import adapt_channels, count_parameters, initial_tree, remedy, sha256
 from tests.comparing import assert_all_close, assert_close, nchw
 from tests.test_identify import shapes_of, with_se
 from tests.test_loop import CLASSES, THIN, assert_same_bits, make_batches

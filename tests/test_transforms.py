@@ -13,12 +13,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from experiment import data as data_module
-from experiment.autoaugment import CIFAR10, IMAGENET, Policy, apply, autoaugment
-from experiment.config import AUGMENTATIONS
-from experiment.data import Data, load
-from experiment.errors import UserError
-from experiment.transforms import (
+from experiment.data import loading as data_module
+from experiment.data.augmentation import (
     LUMA,
     PCA_VALUES,
     PCA_VECTORS,
@@ -34,6 +30,10 @@ from experiment.transforms import (
     random_crop,
     to_grey,
 )
+from experiment.data.autoaugment import CIFAR10, IMAGENET, Policy, apply, autoaugment
+from experiment.data.loading import Data, load
+from experiment.errors import UserError
+from experiment.options.config import AUGMENTATIONS
 from tests import made_tfds
 
 Pixels = npt.NDArray[np.uint8]

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 import jax_resnet
 import numpy_ref
 import torch_oracle
-from experiment import weights
 from experiment.__main__ import main
+from experiment.files import weights
 from tests.comparing import assert_all_close, random_state
 
 # Full depth, every name there is; narrow, so that it takes no time.

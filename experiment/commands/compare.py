@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiment.commands.parser import Parser
 from experiment.errors import UserError
-from experiment.paths import path_type
+from experiment.options.paths import path_type
 from experiment.report import write_page
 from experiment.report.comparison import is_comparison, render_comparison
 from experiment.report.reading import read_run

@@ -8,11 +8,11 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiment import weights
 from experiment.commands.parser import Parser
 from experiment.errors import UserError
-from experiment.paths import path_type
-from experiment.rundir import write_file
+from experiment.files import weights
+from experiment.files.run_folder import write_file
+from experiment.options.paths import path_type
 
 SAFETENSORS = ".safetensors"
 TORCH = (".pth", ".pt", ".th", ".pth.tar", ".ckpt", ".bin")

@@ -17,20 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiment import rundir
 from experiment.commands.parser import Parser
-from experiment.config import MIN_IMAGE_SIZE
+from experiment.data.augmentation import ten_crops, ten_shifts, whole_picture
+from experiment.data.types import Pixels
 from experiment.errors import UserError
-from experiment.finished import FinishedRun, add_run, open_run
+from experiment.files import run_folder
 from experiment.metrics import Metrics
-from experiment.paths import local_path
-from experiment.transforms import Pixels, ten_crops, ten_shifts, whole_picture
+from experiment.options.config import MIN_IMAGE_SIZE
+from experiment.options.paths import local_path
+from experiment.run.completed_run import FinishedRun, add_run, open_run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from experiment.data import Data
-    from experiment.sources import Labels
+    from experiment.data.loading import Data
+    from experiment.data.types import Labels
 
 Views = Callable[["Image"], Pixels]
 """Pictures [V, H, W, C] to be classified in place of one; they differ in shape from picture to picture."""
@@ -53,13 +54,13 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     run = open_run(options.run, which=options.weights, framework=options.framework, data_dir=options.data_dir)
     resize = _resize(options, run)
-    from experiment import data as data_module
+    from experiment.data import loading as data_module
 
     arguments = run.config.data_options()
     if resize is not None:
         arguments["resize"] = (resize,)
     data = data_module.load(run.config.dataset, **{**arguments, "augment": "none"})
-    note = rundir.check_same_data(run.resolved, data)
+    note = run_folder.check_same_data(run.resolved, data)
     if not len(data.parts[options.split][1]):
         raise UserError(f"--split: the run has no {options.split} part; choose another")
     if note is not None:

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiment import weights
 from experiment.commands.parser import Parser
-from experiment.config import MODELS, parse_image_size
+from experiment.data.augmentation import fit_picture
+from experiment.data.images import read_image
 from experiment.engines import load_module, set_environment
 from experiment.errors import UserError
-from experiment.identify import Network, identify
-from experiment.images import read_image
-from experiment.paths import path_type
-from experiment.transforms import fit_picture
+from experiment.files import weights
+from experiment.files.identify import Network, identify
+from experiment.options.config import MODELS, parse_image_size
+from experiment.options.paths import path_type
 
 Stages = Mapping[str, np.ndarray]
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from experiment.commands.parser import Parser
+from experiment.data.augmentation import fill_color, fit_picture
+from experiment.data.images import read_image
 from experiment.errors import UserError
-from experiment.finished import add_run, open_run
-from experiment.images import read_image
-from experiment.paths import path_type
-from experiment.transforms import fill_color, fit_picture
+from experiment.options.paths import path_type
+from experiment.run.completed_run import add_run, open_run
 
 RELEASED = Path(__file__).parents[2] / "weights" / "digits-resnet8"
 

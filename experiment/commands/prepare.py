@@ -12,15 +12,15 @@ from functools import partial
 from typing import Any
 
 from experiment.commands.parser import Parser
-from experiment.errors import UserError, one_line
-from experiment.paths import local_path
-from experiment.tfds_source import (
+from experiment.data.tfds import (
     check_known,
     check_name,
     data_root,
     find_prepared,
     prepare_command,
 )
+from experiment.errors import UserError, one_line
+from experiment.options.paths import local_path
 
 ENVIRONMENT = ".venv-prepare"
 INSTALL = f"python -m venv {ENVIRONMENT} && {ENVIRONMENT}/bin/pip install -c constraints.txt -e '.[prepare]'"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from experiment.commands.parser import Parser
 from experiment.errors import UserError
-from experiment.paths import path_type
+from experiment.options.paths import path_type
 from experiment.report import FOLDER, write_report
 from experiment.report.reading import read_run
 

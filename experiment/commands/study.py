@@ -13,12 +13,13 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from experiment import rundir, signals
 from experiment.commands.parser import Parser
-from experiment.config import FRAMEWORKS
 from experiment.engines import set_environment
 from experiment.errors import UserError
-from experiment.paths import local_path, path_type
+from experiment.files import run_folder
+from experiment.options.config import FRAMEWORKS
+from experiment.options.paths import local_path, path_type
+from experiment.run import signals
 from experiment.study import running
 from experiment.study.plan import Plan, framework_of, read
 
@@ -133,7 +134,7 @@ def _make(
 
     Print the accuracy of each on `split`: tuning runs evaluate validation alone.
     """
-    import train
+    from experiment.commands import train
 
     begun = time.monotonic()
     waiting = [run for run in runs if not running.is_done(run)]
@@ -146,7 +147,7 @@ def _make(
         if running.has_diverged(run.folder):
             outcome = "diverged"
         else:
-            test = rundir.read_json(run.folder / "summary.json")["test"]
+            test = run_folder.read_json(run.folder / "summary.json")["test"]
             tested = split == "test"
             accuracy, loss = (test["accuracy"], test["loss"]) if tested else running.validation(run.folder)
             outcome = f"{split} accuracy {accuracy:.4f}, loss {loss:.4f}"
@@ -160,10 +161,10 @@ def _report(plan: Plan, folder: Path, command: Sequence[str]) -> None:
     from experiment.study import curves, results, tables
 
     study = results.collect(plan, folder, command)
-    rundir.write_json(folder / "study.json", study)
-    study = rundir.read_json(folder / "study.json")  # as anyone else reads it
+    run_folder.write_json(folder / "study.json", study)
+    study = run_folder.read_json(folder / "study.json")  # as anyone else reads it
     text = tables.markdown(study)
-    rundir.write_file(folder / "study.md", text.encode())
-    rundir.write_file(folder / "study.html", tables.page(study, curves.draw(study, folder)).encode())
+    run_folder.write_file(folder / "study.md", text.encode())
+    run_folder.write_file(folder / "study.html", tables.page(study, curves.draw(study, folder)).encode())
     print(text)
     print(f"study.json, study.md, study.html and curves are in {folder}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from experiment.files.run_folder import write_file
 from experiment.report.page import render_report
 from experiment.report.pictures import Picture, draw
 from experiment.report.reading import read_run
-from experiment.rundir import write_file
 
 FOLDER = "report"
 

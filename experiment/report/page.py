@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiment.config import Config, resolve
-from experiment.predictions import Predictions
+from experiment.data.augmentation import picture_of
+from experiment.data.types import Pixels
+from experiment.files.predictions import Predictions
+from experiment.files.run_folder import short_commit
+from experiment.options.config import Config, resolve
 from experiment.report.pictures import SHEETS, Picture, caption, chosen
 from experiment.report.reading import RunFiles
 from experiment.report.tables import class_table, most_confused
-from experiment.rundir import short_commit
-from experiment.transforms import Pixels, picture_of
 
 LOG_BYTES = 30_000
 CLASSES_IN_ORDER = 20

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from experiment.predictions import Predictions
+from experiment.files.predictions import Predictions
 from experiment.report.reading import BOUNDS, CLIPPED, Floats, RunFiles
 from experiment.report.style import (
     BLUE,

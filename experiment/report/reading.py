@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from experiment import predictions, rundir
-from experiment.config import Config, argv_of, resolve
 from experiment.errors import UserError
+from experiment.files import predictions, run_folder
+from experiment.options.config import Config, argv_of, resolve
 
 Floats = npt.NDArray[np.float64]
 
@@ -120,7 +120,7 @@ def read_run(folder: Path) -> RunFiles:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: is not the folder of a run (it has no config.json); name another")
-    record = rundir.read_record(folder)
+    record = run_folder.read_record(folder)
     sessions = record["sessions"]
     if not all(isinstance(session, dict) for session in sessions):
         raise UserError(f"{folder / 'config.json'}: its sessions are not what a run writes; restore it")
@@ -179,7 +179,7 @@ def _read_summary(path: Path, lines: list[dict[str, Any]], absent: list[str]) ->
         absent.append("summary.json is absent: the run has not come to its end.")
         return None
     try:
-        summary = rundir.read_json(path)
+        summary = run_folder.read_json(path)
         if isinstance(summary, dict) and isinstance(summary.get("steps"), int):
             if not lines or summary["steps"] == lines[-1]["step"]:
                 return summary

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from experiment.predictions import Predictions
+from experiment.files.predictions import Predictions
 
 MOST_PAIRS = 15
 

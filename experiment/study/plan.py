@@ -32,9 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.config import FRAMEWORKS, resolve
 from experiment.errors import UserError
-from experiment.recipes import checked
+from experiment.options.config import FRAMEWORKS, resolve
+from experiment.options.recipes import checked
 
 Options = dict[str, Any]
 OWN = {"seed", "test"}  # given by the study, not by its file

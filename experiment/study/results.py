@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiment import rundir
-from experiment.config import resolve
+from experiment.files import run_folder
+from experiment.options.config import resolve
 from experiment.study.plan import Contestant, Plan
 from experiment.study.running import (
     Run,
@@ -83,7 +83,7 @@ def _test(run: Run) -> Json:
     `wall_seconds` counts whatever else the machine did, `processor_seconds` the run alone. The latter is None
     for runs of older versions and for seeds that trained in one program.
     """
-    summary = rundir.read_json(run.folder / "summary.json")
+    summary = run_folder.read_json(run.folder / "summary.json")
     epochs = [line["loss"] for line in lines(run.folder, "train")]
     cost = {name: summary[name] for name in ("steps", "wall_seconds", "images_per_second")}
     cost["processor_seconds"] = summary.get("processor_seconds")
@@ -116,7 +116,7 @@ def _made_with(folder: Path) -> list[Json]:
     """Versions, device and commit of all runs, each combination once."""
     found: list[Json] = []
     for path in sorted(folder.glob("**/config.json")):
-        for session in rundir.read_record(path.parent)["sessions"]:
+        for session in run_folder.read_record(path.parent)["sessions"]:
             known = {name: session[name] for name in ("device", "cpu_count", "versions", "git_commit")}
             if known not in found:
                 found.append(known)

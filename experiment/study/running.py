@@ -19,12 +19,13 @@ from pathlib import Path
 from threading import BrokenBarrierError, Thread
 from typing import Any
 
-from experiment import rundir, signals
-from experiment.checkpoint import Checkpoints
-from experiment.config import Config, flag_of, flags, resolve
 from experiment.engines import load_module
 from experiment.errors import UserError
-from experiment.results import read_summary
+from experiment.files import run_folder
+from experiment.files.checkpoints import Checkpoints
+from experiment.files.results import read_summary
+from experiment.options.config import Config, flag_of, flags, resolve
+from experiment.run import signals
 from experiment.study.plan import Contestant, Options, Plan
 
 Start = Callable[..., int]  # train.start
@@ -134,7 +135,7 @@ def is_done(run: Run) -> bool:
     """
     if not (run.folder / "config.json").exists():
         return False
-    stored, config = resolve({}, dict(rundir.read_record(run.folder)["config"])), resolve(run.options)
+    stored, config = resolve({}, dict(run_folder.read_record(run.folder)["config"])), resolve(run.options)
     for field in dataclasses.fields(Config):
         old, new = getattr(stored, field.name), getattr(config, field.name)
         if field.name not in HARMLESS and old != new:

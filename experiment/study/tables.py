@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiment.rundir import short_commit
+from experiment.files.run_folder import short_commit
 from experiment.study.running import words
 
 Json = dict[str, Any]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiment.schedules import make_schedule
+from experiment.run.schedules import make_schedule
 from tests.comparing import random_state
 
 Inputs = dict[str, np.ndarray]

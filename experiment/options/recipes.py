@@ -13,8 +13,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from experiment.config import Config, fits
 from experiment.errors import UserError
+from experiment.options.config import Config, fits
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 OWN = frozenset({"recipe", "run_dir", "resume", "data_dir"})  # of a run or a machine, in no recipe

@@ -1,61 +1,31 @@
 """Images by index: the interface of a source, and the data sets that need no files.
 
 A source hands out uint8 pictures of one fixed shape and knows nothing of splits by seed, shuffling or
-batches, which are in `experiment.data`. The data sets of TFDS are in `experiment.tfds_source`.
+batches, which are in `experiment.data.loading`. The data sets of TFDS are in `experiment.data.tfds`.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from experiment.data.augmentation import fit_picture, picture_of, to_grey
+from experiment.data.types import Batch, Dataset, Fit, Identity, Labels, Pixels, Size, Source, Statistics
 from experiment.errors import UserError
-from experiment.transforms import Pixels, Size, fit_picture, picture_of, to_grey
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Batch = dict[str, npt.NDArray[Any]]
-"""`{"image": uint8 [N, H, W, C], "label": int32 [N]}`."""
-
-Labels = npt.NDArray[np.int32]
-
-Fit = Callable[["Image"], Pixels]
-"""Brings a picture of any size to the one shape of a source: `fit_picture`, its other arguments given."""
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation a channel, on the scale 0..1."""
-
 # The training part at 32x32, by:
-#   python -c "from experiment.sources import digits; d = digits(None).train;
+#   python -c "from experiment.data.builtin import digits; d = digits(None).train;
 #              x = d.read(range(len(d)))['image'] / 255; print(x.mean(), x.std())"
 DIGITS_STATISTICS: Statistics = ((0.3057,), (0.3235,))
 SYNTHETIC_STATISTICS: Statistics = ((0.5, 0.5, 0.5), (0.15, 0.15, 0.15))
 
 CACHE_BYTES = 2**29
 """A split whose pictures fit into so many bytes is decoded only once."""
-
-
-class Source(Protocol):
-    """Pictures by index. `read` may be called from several threads at once."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: npt.NDArray[np.int64]) -> Batch:
-        """Return the examples at `indices` [N], in that order, brought to one shape, as a new batch."""
-        ...
-
-    def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
-        """Return the pictures at `indices` [N] in sizes of their own, mode `L` or `RGB`, and labels [N]."""
-        ...
-
-
-Identity = Mapping[str, str | None]
-"""Which data a data set is: version, configuration, test split (None where it has none) and a SHA-256 sum."""
 
 
 def identity(
@@ -68,19 +38,6 @@ def identity(
         "data_test_split": test_split,
         "data_sha256": sha256,
     }
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A training and a test source, and what is known of both."""
-
-    train: Source
-    test: Source
-    class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]  # height, width, channels
-    mean: tuple[float, ...]  # a channel, on the scale 0..1
-    std: tuple[float, ...]
-    identity: Identity
 
 
 def fit_to(size: Size, resize: int | None, fill: tuple[int, ...] | None = None) -> Fit:

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.config import Config, is_changeable
 from experiment.errors import FolderLostError, UserError
+from experiment.options.config import Config, is_changeable
 
 if TYPE_CHECKING:
-    from experiment.data import Data
+    from experiment.data.loading import Data
 
 BEFORE_CONFIG = {".lock", "log.txt", "config.json.tmp"}  # what a run makes before config.json
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain", "tensorflow-datasets")

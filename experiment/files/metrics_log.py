@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
-from experiment.rundir import finite
+from experiment.files.run_folder import finite
 
 
 class History:

@@ -24,8 +24,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from experiment.data.augmentation import crop_to_box
 from experiment.errors import UserError, one_line
-from experiment.transforms import crop_to_box
 
 if TYPE_CHECKING:
     from PIL.Image import Image

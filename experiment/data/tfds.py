@@ -17,24 +17,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from experiment.data.augmentation import fill_color, to_grey
+from experiment.data.builtin import cached, fit_to, grey_already, identity, no_boxes
+from experiment.data.images import ImageError, decode_image
+from experiment.data.types import Batch, Dataset, Fit, Identity, Labels, Size, Source, Statistics
 from experiment.errors import UserError, one_line
-from experiment.images import ImageError, decode_image
-from experiment.paths import local_path
-from experiment.sources import (
-    Batch,
-    Dataset,
-    Fit,
-    Identity,
-    Labels,
-    Source,
-    Statistics,
-    cached,
-    fit_to,
-    grey_already,
-    identity,
-    no_boxes,
-)
-from experiment.transforms import Size, fill_color, to_grey
+from experiment.options.paths import local_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from experiment import weights
 from experiment.errors import FolderLostError, UserError
-from experiment.rundir import checkpoint_steps, write_file, write_json
+from experiment.files import weights
+from experiment.files.run_folder import checkpoint_steps, write_file, write_json
 
 Tree = dict[str, Any]
 MANIFEST = "manifest.json"

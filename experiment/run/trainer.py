@@ -23,20 +23,21 @@ from typing import Any
 
 import numpy as np
 
-from experiment import predictions, signals, weights
-from experiment.checkpoint import Checkpoints, differences
-from experiment.config import Config
-from experiment.console import Console
-from experiment.data import Data
+from experiment.data.loading import Data
 from experiment.engines import Engine, keeps_programs
 from experiment.errors import RunFailedError, UserError
-from experiment.events import EventFile
-from experiment.history import History, unchanged_start
+from experiment.files import predictions, weights
+from experiment.files.checkpoints import Checkpoints, differences
+from experiment.files.metrics_log import History, unchanged_start
+from experiment.files.results import WEIGHTS
+from experiment.files.tensorboard import EventFile
 from experiment.metrics import Metrics
+from experiment.options.config import Config
 from experiment.processes import ALONE, Place, processor_seconds
-from experiment.results import WEIGHTS
-from experiment.schedules import has_converged
-from experiment.transfer import count_parameters
+from experiment.run import signals
+from experiment.run.console import Console
+from experiment.run.schedules import has_converged
+from experiment.run.transfer import count_parameters
 
 # What an engine tells of a step beside loss and logits; the last four of AdaBound and its kin alone.
 STEP_NUMBERS = ("grad_norm", "update_norm", "lower_bound", "upper_bound", "at_lower", "at_upper")

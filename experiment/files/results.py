@@ -11,8 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from experiment import rundir, weights
 from experiment.errors import UserError
+from experiment.files import run_folder, weights
 
 WEIGHTS = {"final": "weights.safetensors", "best": "weights-best.safetensors"}
 HISTORY = "metrics.jsonl"
@@ -65,7 +65,7 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / SUMMARY
     if not path.is_file():
         return None
-    summary = rundir.read_json(path)
+    summary = run_folder.read_json(path)
     if not isinstance(summary, dict) or not isinstance(summary.get("steps"), int):
         raise UserError(f"{path}: is not what a run writes; continue the run with --resume")
     return summary if last_step(run_dir) in (None, summary["steps"]) else None
@@ -102,7 +102,7 @@ def check_startable(run_dir: Path, record: dict[str, Any]) -> None:
         run_dir: the folder of the run.
         record: what its config.json holds.
     """
-    if rundir.checkpoint_steps(run_dir / "checkpoints"):
+    if run_folder.checkpoint_steps(run_dir / "checkpoints"):
         return
     interval = record["config"].get("checkpoint_every") or record["resolved"].get("steps_per_epoch")
     before_first = 2 * interval if isinstance(interval, int) else 0
@@ -127,12 +127,12 @@ def _step_of(path: Path) -> int | None:
         return last_step(path.parent) or 0
     if path.name == SUMMARY:
         try:
-            step = rundir.read_json(path)["steps"]
+            step = run_folder.read_json(path)["steps"]
         except (UserError, KeyError, TypeError):
             return None
         return step if isinstance(step, int) else None
     if path.name == PREDICTIONS:
-        from experiment import predictions
+        from experiment.files import predictions
 
         try:
             return predictions.load(path).step

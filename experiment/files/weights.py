@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiment.errors import UserError
-from experiment.rundir import write_file
+from experiment.files.run_folder import write_file
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from experiment.data.augmentation import picture_of, pixels_of
+from experiment.data.types import Pixels
 from experiment.errors import UserError
-from experiment.rundir import write_file
-from experiment.transforms import Pixels, picture_of, pixels_of
+from experiment.files.run_folder import write_file
 
 FILE = "predictions.npz"
 SAMPLES = 32

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from experiment import weights
-from experiment.config import Config
 from experiment.engines import Engine
 from experiment.errors import UserError
-from experiment.identify import Shapes, identify, summary
+from experiment.files import weights
+from experiment.files.identify import Shapes, identify, summary
+from experiment.options.config import Config
 
 HEAD = "fc."
 STEMS = ("conv1.weight", "conv.weight")  # the first convolution: of the ResNets, of the CNN

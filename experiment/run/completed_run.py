@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from experiment import results, rundir, weights
-from experiment.checkpoint import differences
-from experiment.config import FRAMEWORKS, Config, resolve
 from experiment.engines import Engine, load_engine, set_environment
 from experiment.errors import UserError
-from experiment.paths import path_type
-from experiment.results import WEIGHTS
+from experiment.files import results, run_folder, weights
+from experiment.files.checkpoints import differences
+from experiment.files.results import WEIGHTS
+from experiment.options.config import FRAMEWORKS, Config, resolve
+from experiment.options.paths import path_type
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def open_run(
         raise UserError(f"{run_dir}: not found; name the folder of a run")
     if not (run_dir / "config.json").is_file():
         raise UserError(f"{run_dir}: is not the folder of a run (it has no config.json); name another")
-    record = rundir.read_record(run_dir)
+    record = run_folder.read_record(run_dir)
     given = {"framework": framework, "data_dir": data_dir}
     stored = {**record["config"], "accumulate": 1, "remat": False}  # of training, and in one engine alone
     config = resolve({name: value for name, value in given.items() if value is not None}, stored)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from experiment.errors import UserError
-from experiment.paths import local_path
+from experiment.options.paths import local_path
 
 FRAMEWORKS = ("jax", "numpy")
 MODELS = (

@@ -14,19 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from experiment.autoaugment import CIFAR10, IMAGENET, autoaugment
+from experiment.data.autoaugment import CIFAR10, IMAGENET, autoaugment
+from experiment.data.types import Batch, Color, Pixels, Size, Source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from experiment.sources import Batch, Source
-
-Pixels = npt.NDArray[np.uint8]
-Size = tuple[int, int]
-"""Height and width in pixels."""
-
-Color = tuple[int, ...]
-"""A number of uint8 for each channel."""
 
 LUMA = (0.299, 0.587, 0.114)
 """What red, green and blue add to a grey pixel (ITU-R 601), as Pillow's conversion to `L` has it."""

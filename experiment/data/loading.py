@@ -17,22 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from experiment.data.augmentation import Augmentation, fill_color
+from experiment.data.builtin import CACHE_BYTES, digits, grey_already, no_boxes, synthetic
+from experiment.data.tfds import tfds_dataset
+from experiment.data.types import Batch, Dataset, Identity, Labels, Pixels, Size, Source
 from experiment.errors import UserError
 from experiment.processes import ALONE, Place
-from experiment.sources import (
-    CACHE_BYTES,
-    Batch,
-    Dataset,
-    Identity,
-    Labels,
-    Source,
-    digits,
-    grey_already,
-    no_boxes,
-    synthetic,
-)
-from experiment.tfds_source import tfds_dataset
-from experiment.transforms import Augmentation, Pixels, Size, fill_color
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,0 +1,1 @@
+"""Data sets: reading, decoding, augmentation, splits and batches."""

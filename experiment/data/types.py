@@ -1,0 +1,62 @@
+"""The types of data sets: images, batches, and the interface of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Pixels = npt.NDArray[np.uint8]
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+Color = tuple[int, ...]
+"""A number of uint8 for each channel."""
+
+Batch = dict[str, npt.NDArray[Any]]
+"""`{"image": uint8 [N, H, W, C], "label": int32 [N]}`."""
+
+Labels = npt.NDArray[np.int32]
+
+Fit = Callable[["Image"], Pixels]
+"""Brings a picture of any size to the one shape of a source: `fit_picture`, its other arguments given."""
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation a channel, on the scale 0..1."""
+
+
+class Source(Protocol):
+    """Pictures by index. `read` may be called from several threads at once."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: npt.NDArray[np.int64]) -> Batch:
+        """Return the examples at `indices` [N], in that order, brought to one shape, as a new batch."""
+        ...
+
+    def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list[Image], Labels]:
+        """Return the pictures at `indices` [N] in sizes of their own, mode `L` or `RGB`, and labels [N]."""
+        ...
+
+
+Identity = Mapping[str, str | None]
+"""Which data a data set is: version, configuration, test split (None where it has none) and a SHA-256 sum."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training and a test source, and what is known of both."""
+
+    train: Source
+    test: Source
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # height, width, channels
+    mean: tuple[float, ...]  # a channel, on the scale 0..1
+    std: tuple[float, ...]
+    identity: Identity

@@ -1,0 +1,1 @@
+"""The files of a run: config.json, checkpoints, metrics, predictions, weights."""

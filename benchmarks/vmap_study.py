@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jax_resnet import Engine
-from jax_resnet.together import Together
+from jax_resnet.together import VmappedEngines
 
 
 def make_engine(model: str, seed: int) -> Engine:
@@ -53,7 +53,7 @@ def main() -> None:
         for _ in range(args.seeds)
     ]
     engines = [make_engine(args.model, seed) for seed in range(args.seeds)]
-    together = Together(engines)
+    together = VmappedEngines(engines)
     states = [engine.init() for engine in engines]
     stacked = together.stack(states)
 

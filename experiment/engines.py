@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -29,21 +29,41 @@ class Engine(Protocol):
     def device_count(self) -> int:
         """How many devices share a batch; its size must be a multiple of it."""
 
+    @property
+    def compiles(self) -> bool:
+        """True if the first step takes long because a program is compiled."""
+
+    @property
+    def holds_images(self) -> bool:
+        """True if it saves time to `hold` a data set that fits in the device's memory."""
+
+    @property
+    def is_synchronized(self) -> bool:
+        """True if other processes or engines take the same steps: `all_reduce_max` waits for them."""
+
     def init(self) -> Any:
         """The state before the first step, a function of the seed."""
 
-    def train(self, state: Any, batches: Iterable[Batch]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def train(
+        self, state: Any, batches: Iterable[Batch], needs_state: Callable[[int], bool] = ...
+    ) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Take a step for each batch; yield the state and {"loss", "logits", "label", "grad_norm", ...}.
 
-        The JAX engine may also be told at which steps the caller looks at the state, and between them yields
-        None for it.
+        `needs_state(step)` is True for the steps, counted from 1, after which the caller uses the state.
+        After any other step the engine may yield None for it.
         """
+
+    def hold(self, images: np.ndarray, fill: Sequence[int]) -> None:
+        """Copy images uint8 [M, H, W, C] to the device; `train` then takes batches of their indices."""
 
     def evaluate(self, state: Any, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
         """The logits [N, num_classes] of each batch, with the running statistics."""
 
-    def first_bad_step(self, state: Any) -> int | None:
+    def first_nonfinite_step(self, state: Any) -> int | None:
         """The first step (from 1) whose loss or gradient was not finite, or None."""
+
+    def all_reduce_max(self, number: int) -> int:
+        """Return the largest number that any of the synchronized processes or engines passed."""
 
     def to_tree(self, state: Any) -> dict[str, Any]:
         """The state as {params, batch_stats, optimizer, step} of NumPy arrays under torchvision's names."""
@@ -94,11 +114,11 @@ def keeps_programs() -> bool:
 
 
 def load_module(framework: str, name: str) -> ModuleType:
-    """A module that every engine has (`loop`, `stages`), imported when it is asked for and not before."""
+    """A module that every engine has (`engine`, `stages`), imported when it is asked for and not before."""
     return importlib.import_module(f"{ENGINES[framework]}.{name}")
 
 
 def load_engine(framework: str) -> Callable[..., Engine]:
     """The class of the engine."""
-    engine: Callable[..., Engine] = load_module(framework, "loop").Engine
+    engine: Callable[..., Engine] = load_module(framework, "engine").Engine
     return engine

@@ -15,22 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiment.errors import UserError
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """Which of the `count` processes this is."""
 
     index: int = 0
     count: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the files and talks to the user."""
         return self.index == 0
 
@@ -39,19 +37,11 @@ class Place:
         share = size // self.count
         return slice(self.index * share, (self.index + 1) * share)
 
-    def agree(self, number: int) -> int:
-        """The largest of the numbers that the processes give; every one of them must ask."""
-        if self.count == 1:
-            return number
-        from jax.experimental.multihost_utils import process_allgather
 
-        return int(process_allgather(np.int32(number)).max())
+SINGLE_PROCESS = ProcessInfo()
 
 
-ALONE = Place()
-
-
-def connect() -> Place:
+def connect() -> ProcessInfo:
     """Wait for the other processes; they are found by `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
     `JAX_PROCESS_ID`, or by what Slurm, Open MPI or Kubernetes tell.
 
@@ -90,7 +80,7 @@ def connect() -> Place:
         raise UserError(
             f"--distributed: the processes were not joined ({reason}); set {COORDINATOR}, {COUNT} and {INDEX}"
         ) from None
-    return Place(jax.process_index(), jax.process_count())
+    return ProcessInfo(jax.process_index(), jax.process_count())
 
 
 def processor_seconds() -> float:

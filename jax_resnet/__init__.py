@@ -14,7 +14,7 @@ from jax_resnet.adabound import (
     scale_by_sgdbound,
     sgdbound,
 )
-from jax_resnet.loop import Engine
+from jax_resnet.engine import Engine
 from jax_resnet.optimizers import amsgrad, make_optimizer, scale_by_amsgrad
 from jax_resnet.resnet import (
     CNN,

@@ -21,13 +21,13 @@ def best_chunk() -> int:
 
 
 def chunks_of(
-    batches: Iterable[Batch], step: int, most: int, pauses: Callable[[int], bool]
+    batches: Iterable[Batch], step: int, most: int, needs_state: Callable[[int], bool]
 ) -> Iterator[list[Batch]]:
-    """At most `most` batches at a time, none beyond a step that `pauses` is true of; `step` were before."""
+    """Yield lists of up to `most` batches; a list ends where `needs_state` is true. The first is step + 1."""
     chunk = []
     for number, batch in enumerate(batches, step + 1):
         chunk.append(batch)
-        if len(chunk) == most or pauses(number):
+        if len(chunk) == most or needs_state(number):
             yield chunk
             chunk = []
     if chunk:

@@ -1,6 +1,6 @@
 """Several seeds trained together: one compiled step, `vmap` over parameters, state and batches.
 
-    together = Together([Engine(..., seed=seed) for seed in seeds])
+    together = VmappedEngines([Engine(..., seed=seed) for seed in seeds])
     for stacked, metrics in together.train(states, batches_of_all):
         ...
 
@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_resnet.chunks import Batch
-from jax_resnet.loop import Engine, Metrics, State, Tree
+from jax_resnet.engine import Engine, Metrics, State, Tree
 from jax_resnet.pictures import normalize
 
 
-class Together:
+class VmappedEngines:
     """Engines that differ in the seed alone, and in what follows from it: initial weights, the data's mean
     and deviation, the rates of a plateau.
 
@@ -77,7 +77,7 @@ class Together:
         return self._main._step(state, {**batch, "image": image}, lr)
 
 
-class Meeting:
+class Rendezvous:
     """Where engines meet that train together, each driven by a thread of its own as if it were alone.
 
     A driver takes what `join` gives it for its engine. A step is taken when every driver has asked for it;
@@ -99,14 +99,14 @@ class Meeting:
         self._metrics: Metrics = {}
         self._steps = 0
 
-    def join(self, index: int, engine: Engine) -> Member:
+    def join(self, index: int, engine: Engine) -> EngineProxy:
         """What driver number `index`, from 0, is to use for its engine; waits for all drivers."""
         self._engines[index] = engine
         self._all_joined.wait()
-        return Member(self, index, engine)
+        return EngineProxy(self, index, engine)
 
     def leave(self) -> None:
-        """End the meeting: whoever waits or comes gets a BrokenBarrierError."""
+        """End the rendezvous: whoever waits or comes gets a BrokenBarrierError."""
         for barrier in (self._all_joined, self._all_ready, self._all_answered):
             barrier.abort()
 
@@ -120,7 +120,7 @@ class Meeting:
         """A member's state, as it is until its driver asks for the next step."""
         return self._together.one(self._stacked, index)
 
-    def agree(self, index: int, number: int) -> int:
+    def all_reduce_max(self, index: int, number: int) -> int:
         """The largest of the numbers that the drivers give; waits until every one has given its own."""
         self._answers[index] = number
         self._all_answered.wait()
@@ -130,7 +130,7 @@ class Meeting:
         self._largest = max(self._answers.values())
 
     def _unite(self) -> None:
-        self._together = Together([self._engines[i] for i in sorted(self._engines)])
+        self._together = VmappedEngines([self._engines[i] for i in sorted(self._engines)])
 
     def _advance(self) -> None:
         """Done by one driver while the others wait."""
@@ -146,45 +146,50 @@ class Meeting:
         self._steps += 1
 
 
-class Member:
-    """An engine at a meeting; of `Engine`'s methods those that a driver calls.
+class EngineProxy:
+    """An engine at a rendezvous; of `Engine`'s methods those that a driver calls.
 
     The state that `train` yields is the member itself, and stands for its part of the stack.
     """
 
-    def __init__(self, meeting: Meeting, index: int, engine: Engine) -> None:
-        self._meeting, self._index, self._engine = meeting, index, engine
+    def __init__(self, rendezvous: Rendezvous, index: int, engine: Engine) -> None:
+        self._rendezvous, self._index, self._engine = rendezvous, index, engine
         self.learning_rate, self.init, self.from_tree = engine.learning_rate, engine.init, engine.from_tree
         self.device, self.device_count = engine.device, engine.device_count
+        self.compiles, self.holds_images, self.is_synchronized = True, False, True
 
     def train(
-        self, state: State, batches: Iterable[Batch], pauses: Callable[[int], bool] | None = None
-    ) -> Iterator[tuple[Member, Metrics]]:
+        self, state: State, batches: Iterable[Batch], needs_state: Callable[[int], bool] | None = None
+    ) -> Iterator[tuple[EngineProxy, Metrics]]:
         """As `Engine.train`, but every step is a call of its own.
 
         Raises threading.BrokenBarrierError when another driver has left.
         """
         begun: State | None = state
         for batch in batches:
-            metrics = self._meeting.step(self._index, begun, batch)
+            metrics = self._rendezvous.step(self._index, begun, batch)
             begun = None
             yield self, metrics
 
-    def evaluate(self, state: State | Member, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
+    def evaluate(self, state: State | EngineProxy, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
         """As `Engine.evaluate`."""
         return self._engine.evaluate(self._own(state), batches)
 
-    def agree(self, number: int) -> int:
-        """The largest of the numbers that the drivers at the meeting give; each of them must ask."""
-        return self._meeting.agree(self._index, number)
+    def hold(self, images: np.ndarray, fill: Sequence[int]) -> None:
+        """Not supported: `holds_images` is False."""
+        raise NotImplementedError("engines trained in lockstep hold no images on the device")
 
-    def first_bad_step(self, state: State | Member) -> int | None:
-        """As `Engine.first_bad_step`."""
-        return self._engine.first_bad_step(self._own(state))
+    def all_reduce_max(self, number: int) -> int:
+        """Return the largest number that any driver passed; every driver must call this."""
+        return self._rendezvous.all_reduce_max(self._index, number)
 
-    def to_tree(self, state: State | Member) -> Tree:
+    def first_nonfinite_step(self, state: State | EngineProxy) -> int | None:
+        """As `Engine.first_nonfinite_step`."""
+        return self._engine.first_nonfinite_step(self._own(state))
+
+    def to_tree(self, state: State | EngineProxy) -> Tree:
         """As `Engine.to_tree`."""
         return self._engine.to_tree(self._own(state))
 
-    def _own(self, state: State | Member) -> State:
-        return self._meeting.state(self._index) if isinstance(state, Member) else state
+    def _own(self, state: State | EngineProxy) -> State:
+        return self._rendezvous.state(self._index) if isinstance(state, EngineProxy) else state

@@ -1,6 +1,7 @@
 """ResNets, their optimizers and the loop that trains them, in plain NumPy."""
 
 from numpy_ref.adabound import AdaBound, AdaBoundW, AMSBound, SGDBound, adabound_bounds
+from numpy_ref.engine import Engine
 from numpy_ref.layers import (
     AvgPool2d,
     BatchNorm,
@@ -20,7 +21,6 @@ from numpy_ref.layers import (
     cross_entropy,
     no_grad,
 )
-from numpy_ref.loop import Engine
 from numpy_ref.optimizer_base import Optimizer
 from numpy_ref.optimizers import OPTIMIZERS, SGD, Adam, AdamW, AMSGrad, make_optimizer
 from numpy_ref.resnet import (

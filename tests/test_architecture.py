@@ -312,11 +312,11 @@ BROKEN = [
     ("numpy_ref/layers.py", "import jax.numpy as jnp"),
     ("numpy_ref/layers.py", "def f():\n    from scipy import signal"),
     ("numpy_ref/layers.py", "from jax_resnet.layers import im2col"),
-    ("numpy_ref/loop.py", "from experiment import config"),
-    ("numpy_ref/loop.py", "from ..experiment import config"),
-    ("numpy_ref/loop.py", LOOK_UP.format("n")),
-    ("jax_resnet/loop.py", "import experiment.errors"),
-    ("jax_resnet/loop.py", "from numpy_ref.layers import conv2d"),
+    ("numpy_ref/engine.py", "from experiment import config"),
+    ("numpy_ref/engine.py", "from ..experiment import config"),
+    ("numpy_ref/engine.py", LOOK_UP.format("n")),
+    ("jax_resnet/engine.py", "import experiment.errors"),
+    ("jax_resnet/engine.py", "from numpy_ref.layers import conv2d"),
     ("jax_resnet/resnet.py", "class A:\n    def f(self):\n        if self:\n            import torch"),
     ("jax_resnet/resnet.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
     ("jax_resnet/resnet.py", "from importlib import import_module\nt = import_module('torch.nn')"),
@@ -326,8 +326,8 @@ BROKEN = [
     ("experiment/files/weights.py", "def f():\n    import torch"),
     ("experiment/files/weights.py", "def f():\n    import flax"),
     ("experiment/report/page.py", "def f():\n    import torch_oracle"),
-    ("experiment/engines.py", "def f():\n    from jax_resnet import loop"),
-    ("experiment/engines.py", "import importlib\nE = importlib.import_module('numpy_ref.loop')"),
+    ("experiment/engines.py", "def f():\n    from jax_resnet import engine"),
+    ("experiment/engines.py", "import importlib\nE = importlib.import_module('numpy_ref.engine')"),
     ("experiment/data/loading.py", "class A:\n    import grain"),
     *(("experiment/data/loading.py", f"import numpy\nimport {name}.a as b") for name in sorted(HEAVY)),
     ("experiment/data/loading.py", "def f():\n    import tensorflow as tf"),
@@ -361,8 +361,8 @@ def test_broken_rule_is_found(path: str, source: str) -> None:
 
 
 KEPT = [
-    ("numpy_ref/loop.py", "import time\nimport numpy as np\nfrom . import layers\nfrom .layers import f"),
-    ("jax_resnet/loop.py", "import jax\nimport optax\nfrom flax import nnx\nfrom jax_resnet import layers"),
+    ("numpy_ref/engine.py", "import time\nimport numpy as np\nfrom . import layers\nfrom .layers import f"),
+    ("jax_resnet/engine.py", "import jax\nimport optax\nfrom flax import nnx\nfrom jax_resnet import layers"),
     ("torch_oracle/resnet.py", "import torch\ntorch.load('x', weights_only=True)"),
     (
         "experiment/data/loading.py",
@@ -388,7 +388,7 @@ def test_kept_rule_is_not_found(path: str, source: str) -> None:
     [
         ("TABLE[n]", True),
         ("f'{n}.loop'", True),
-        ("'jax_resnet.loop'", True),
+        ("'jax_resnet.engine'", True),
         ("'numpy_ref.' + n", True),
         ("'experiment.commands.report'", False),
         ("f'experiment.commands.{n}'", False),

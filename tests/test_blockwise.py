@@ -74,14 +74,14 @@ def test_what_went_in_is_gone_but_the_counts():
     assert not before["step"].is_deleted()
 
 
-def test_the_first_bad_step_is_told():
+def test_the_first_nonfinite_step_is_told():
     engine = make_engine()
     batches = make_batches(3)
     batches[1]["image"][0, 0, 0, 0] = np.nan
     state, metrics = train(engine, engine.init(), batches)
     assert np.isfinite(metrics[0]["loss"])
     assert not np.isfinite(metrics[1]["grad_norm"])
-    assert engine.first_bad_step(state) == 2
+    assert engine.first_nonfinite_step(state) == 2
 
 
 @pytest.mark.parametrize("options", [{"accumulate": 2}, {"remat": True}, {"freeze_backbone": True}])

@@ -12,17 +12,17 @@ import experiment.data.loading
 from experiment.commands import train
 from experiment.data.augmentation import Augmentation, fit_picture
 from experiment.data.builtin import ArraySource
-from jax_resnet import Engine, loop, pictures
+from jax_resnet import Engine, engine, pictures
 from tests.comparing import assert_all_close, assert_close
 from tests.test_loop import assert_same_bits, learning_rate, make_batches, make_engine
 from tests.test_training import Run
 from tests.tolerances import FLOAT64_NETWORK
 
 
-def steps(engine, batches, pauses):
+def steps(engine, batches, needs_state):
     """Losses, whether there was a state after each step, and the tree at the end."""
     losses, states = [], []
-    for state, metrics in engine.train(engine.init(), batches, pauses):
+    for state, metrics in engine.train(engine.init(), batches, needs_state):
         losses.append(float(metrics["loss"]))
         assert np.asarray(metrics["logits"]).shape == (8, 5)
         states.append(state)
@@ -86,8 +86,8 @@ def test_a_run_with_pictures_on_the_device_is_the_run_without(tmp_path, monkeypa
     flags = ["--model", "cnn", "--train-subset", "0.1", "--batch-size", "16", "--augment", "crop-flip"]
     flags += ["--precision", "float64", "--eval-every", "5", "--checkpoint-every", "6", "--log-every", "4"]
     assert train.main([*flags, "--steps", "20", "--run-dir", str(tmp_path / "host")]) == 0
-    monkeypatch.setattr(loop, "best_chunk", lambda: 10)
-    monkeypatch.setattr(Engine, "holds_pictures", True)
+    monkeypatch.setattr(engine, "best_chunk", lambda: 10)
+    monkeypatch.setattr(Engine, "holds_images", True)
     for folder, steps in (("device", "20"), ("stopped", "7")):
         more = ["--schedule-steps", "20", "--steps", steps, "--run-dir", str(tmp_path / folder)]
         assert train.main([*flags, *more]) == 0

@@ -13,7 +13,7 @@ import pytest
 
 from experiment.commands import train
 from experiment.errors import UserError
-from experiment.processes import Place, connect
+from experiment.processes import ProcessInfo, connect
 from tests import test_loop
 from tests.comparing import assert_all_close, assert_close
 from tests.test_loop import FLOAT64_DEVICES, flat, make_batches, make_engine
@@ -78,7 +78,7 @@ def test_two_processes_train_as_one_the_first_writes_and_one_goes_on(tmp_path):
     assert_all_close("weights", two.weights(), one.weights(), FLOAT64_DEVICES)
 
 
-def train_in_processes(place: Place, precision: str) -> dict[str, np.ndarray]:
+def train_in_processes(place: ProcessInfo, precision: str) -> dict[str, np.ndarray]:
     """20 steps of a thin ResNet from each process's rows, halfway through a tree and back; the losses, the
     tree, the logits of 5 pictures."""
     engine = make_engine(precision=precision)
@@ -107,7 +107,7 @@ for precision in ("float64", "float32"):
 def test_processes_see_the_batch_norm_of_the_whole_batch(tmp_path, devices):
     """Batch norm sees 8 pictures, of which each process reads 4."""
     processes = start(["-c", IN_PROCESSES, str(tmp_path)], devices)
-    one = {precision: train_in_processes(Place(), precision) for precision in ("float64", "float32")}
+    one = {precision: train_in_processes(ProcessInfo(), precision) for precision in ("float64", "float32")}
     finish(processes)
     for index in range(2):
         found = dict(np.load(tmp_path / f"float64-{index}.npz"))
@@ -135,5 +135,5 @@ def test_processes_that_cannot_find_each_other_are_refused(monkeypatch, variable
 
 
 def test_rows_of_the_processes_are_the_batch():
-    rows = [list(range(12))[Place(index, 3).rows(12)] for index in range(3)]
+    rows = [list(range(12))[ProcessInfo(index, 3).rows(12)] for index in range(3)]
     assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]

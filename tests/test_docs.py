@@ -144,7 +144,7 @@ def test_the_image_to_predict_can_be_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make, predict = code_blocks("evaluation.md", "sh")[1].splitlines()
-    monkeypatch.setattr("numpy_ref.loop.core_count", lambda: 1)  # too little work to start processes for
+    monkeypatch.setattr("numpy_ref.engine.core_count", lambda: 1)  # too little work to start processes for
     monkeypatch.chdir(tmp_path)
     program = re.fullmatch(r'python -c "(.*)"', make)
     assert program is not None

@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 
 from experiment.commands import train
-from jax_resnet.loop import Engine, cross_entropy
+from jax_resnet.engine import Engine, cross_entropy
 from jax_resnet.resnet import resnet50
 from jax_resnet.state_dict import apply, load_state_dict, split, state_dict
 from tests.comparing import assert_all_close, assert_all_near, assert_close, quick_jit, random_state
@@ -91,7 +91,7 @@ def step(precision: str) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[st
     (pair,) = engine.train(state, [batch()])
     after = engine.to_tree(pair[0])
     metrics = {name: np.asarray(pair[1][name]) for name in ("loss", "logits", "grad_norm")}
-    assert engine.first_bad_step(pair[0]) is None
+    assert engine.first_nonfinite_step(pair[0]) is None
     return metrics, {name: before[name] - value for name, value in after["params"].items()}, after
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import torch_oracle
-from jax_resnet import Engine, loop, make_optimizer
+from jax_resnet import Engine, make_optimizer
 from jax_resnet.state_dict import apply
 from tests.comparing import assert_all_close, assert_close, nchw
 from tests.tolerances import BFLOAT16_NETWORK, FLOAT64_LAYER, FLOAT64_NETWORK
@@ -258,7 +258,7 @@ def test_the_step_is_traced_once(monkeypatch):
         traces.append(args)
         return apply(*args)
 
-    monkeypatch.setattr(loop, "apply", counted)
+    monkeypatch.setattr("jax_resnet.engine.apply", counted)
     engine = make_engine("cnn")
     state, _ = train(engine, engine.init(), make_batches(3))
     assert len(traces) == 1
@@ -366,13 +366,13 @@ def test_evaluation_changes_nothing():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_the_first_bad_step_is_noticed_and_kept(value):
+def test_the_first_nonfinite_step_is_noticed_and_kept(value):
     engine = shared()
     batches = make_batches(5)
     batches[2]["image"][3, 5, 5, 1] = value
     found = []
     for state, _ in engine.train(engine.init(), batches):
-        found.append(engine.first_bad_step(state))
+        found.append(engine.first_nonfinite_step(state))
     assert found == [None, None, 3, 3, 3]
 
 
@@ -382,7 +382,7 @@ def test_steps_of_a_resumed_run_that_are_bad_have_the_number_of_the_whole_run():
     bad = make_batches(2)
     bad[1]["image"][:] = np.nan
     state, _ = train(engine, engine.from_tree(engine.to_tree(state)), bad)
-    assert engine.first_bad_step(state) == 4
+    assert engine.first_nonfinite_step(state) == 4
 
 
 def test_a_gradient_that_is_not_finite_is_bad_though_the_loss_is():
@@ -392,7 +392,7 @@ def test_a_gradient_that_is_not_finite_is_bad_though_the_loss_is():
     state, (metrics,) = train(engine, engine.init(), [batch])
     assert np.isfinite(metrics["loss"])
     assert not np.isfinite(metrics["grad_norm"])
-    assert engine.first_bad_step(state) == 1
+    assert engine.first_nonfinite_step(state) == 1
 
 
 def test_bfloat16_computes_in_it_and_keeps_its_state_in_float32():
@@ -400,7 +400,7 @@ def test_bfloat16_computes_in_it_and_keeps_its_state_in_float32():
     engines = [make_engine(precision=each, model_options=one_stage) for each in ("bfloat16", "float32")]
     batches = make_batches(3)
     (state, metrics), (_, expected) = (train(engine, engine.init(), batches) for engine in engines)
-    counters = {"['step']", "['bad_step']"}
+    counters = {"['step']", "['first_nonfinite_step']"}
     for name, leaf in flat_state(state).items():
         assert leaf.dtype == (jnp.int32 if name in counters or name.endswith("count") else jnp.float32), name
     assert all(found[name].dtype == np.float32 for found in metrics for name in found if name != "label")

@@ -177,13 +177,13 @@ def test_the_tree_has_what_the_optimizer_has():
         assert int(tree["step"]) == 0
 
 
-def test_the_first_bad_step_is_kept():
+def test_the_first_nonfinite_step_is_kept():
     batches = make_batches(4)
     batches[2]["image"][0, 0, 0, 0] = np.nan
     for processes in (1, 2):
         engine = make_engine(processes=processes)
         state, metrics = train(engine, engine.init(), batches)
-        assert engine.first_bad_step(state) == 3
+        assert engine.first_nonfinite_step(state) == 3
         assert [bool(np.isfinite(each["loss"])) for each in metrics] == [True, True, False, False]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_resnet import Engine
-from jax_resnet.together import Meeting, Together
+from jax_resnet.together import Rendezvous, VmappedEngines
 from tests.comparing import assert_all_close, assert_close
 from tests.test_loop import CLASSES, SHAPE, flat, make_batches, make_engine, train
 
@@ -59,7 +59,7 @@ def test_five_seeds_together_equal_five_alone(
 ) -> None:
     engines = make_engines(model=model, precision=precision)
     batches = [pictures(steps, seed) for seed in range(SEEDS)]
-    together = Together(engines)
+    together = VmappedEngines(engines)
     taken = list(together.train([e.init() for e in engines], zip(*batches, strict=True)))
     losses, stacked = np.array([metrics["loss"] for _, metrics in taken]), taken[-1][0]
     assert len(set(losses[0])) == SEEDS
@@ -76,10 +76,10 @@ def test_five_seeds_together_equal_five_alone(
 
 def test_drivers_agree_on_the_largest_number() -> None:
     """Each time they ask, so that a signal stops all of them at one step."""
-    meeting, found = Meeting(3), {}
+    rendezvous, found = Rendezvous(3), {}
 
     def drive(index: int) -> None:
-        found[index] = [meeting.agree(index, number) for number in (index, 0, -index)]
+        found[index] = [rendezvous.all_reduce_max(index, number) for number in (index, 0, -index)]
 
     threads = [Thread(target=drive, args=(index,)) for index in range(3)]
     for thread in threads:
@@ -92,18 +92,18 @@ def test_drivers_agree_on_the_largest_number() -> None:
 def test_drivers_that_meet_see_engines_like_any_other() -> None:
     """In float32 each trains two steps, evaluates, and trains on; one leaves, and the others are told."""
     engines, batches = make_engines(2, precision="float32"), make_batches(4)
-    meeting, found, told = Meeting(2), {}, []
+    rendezvous, found, told = Rendezvous(2), {}, []
 
     def drive(index: int, steps: int) -> None:
-        member = meeting.join(index, engines[index])
+        member = rendezvous.join(index, engines[index])
         try:
             for step, (state, metrics) in enumerate(member.train(member.init(), batches), 1):
                 if step == 2:
                     logits = np.concatenate(list(member.evaluate(state, batches[:1])))
                     found[index] = float(metrics["loss"]), logits, member.to_tree(state)
-                    assert member.first_bad_step(state) is None
+                    assert member.first_nonfinite_step(state) is None
                 if step == steps:
-                    meeting.leave()
+                    rendezvous.leave()
                     return
         except BrokenBarrierError:
             told.append(index)

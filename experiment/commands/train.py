@@ -35,7 +35,7 @@ from experiment.files import run_folder
 from experiment.files.results import check_startable
 from experiment.options.config import Config, parse, refuse_unused, resolve, with_local_paths
 from experiment.options.recipes import with_recipe
-from experiment.processes import ALONE, connect
+from experiment.processes import SINGLE_PROCESS, connect
 from experiment.run.console import prepare_streams, release_streams
 from experiment.run.schedules import make_schedule
 from experiment.run.transfer import initial_tree, sha256
@@ -126,23 +126,23 @@ def run(
     data = data_module.load(config.dataset, **config.data_options())
     note = run_folder.check_same_data(stored["resolved"], data) if stored is not None else None
     resolved = resolve_lengths(config, data, stored, given)
-    place = connect() if config.distributed else ALONE
+    place = connect() if config.distributed else SINGLE_PROCESS
     data = dataclasses.replace(data, place=place)
     validations: list[tuple[int, float]] = []  # what a plateau is seen in
     engine = join(make_engine(config, data, resolved, validations))
     said = [note] if note else []
     tree = initial_tree(engine, config, resolved, said.append) if stored is None else None
     run_dir = Path(config.run_dir or os.devnull)  # of those that write nothing
-    if place.leads and stored is None:
+    if place.is_main and stored is None:
         name = f"{config.model}-{config.dataset}-{config.optimizer}"
         run_dir = run_folder.create(Path(config.run_dir) if config.run_dir else None, name)
-    with run_folder.lock(run_dir) if place.leads else nullcontext(lambda: None) as check_lock:
-        if place.leads:
+    with run_folder.lock(run_dir) if place.is_main else nullcontext(lambda: None) as check_lock:
+        if place.is_main:
             check_folder(run_dir, stored)  # another process may have trained there since the first check
-        console = Console(run_dir / "log.txt") if place.leads else Console(stream=io.StringIO())
+        console = Console(run_dir / "log.txt") if place.is_main else Console(stream=io.StringIO())
         checkpoints = Checkpoints(
             *(run_dir / "checkpoints", config.keep_checkpoints),
-            writes=place.leads,
+            writes=place.is_main,
             check_folder=check_lock,
             report=console.say,
         )
@@ -156,7 +156,7 @@ def run(
             sessions = [*(stored["sessions"] if stored else []), session]
             config = dataclasses.replace(config, resume=False, run_dir=None, distributed=False)
             record = {"config": dataclasses.asdict(config), "resolved": resolved, "sessions": sessions}
-            if place.leads:
+            if place.is_main:
                 run_folder.write_json(run_dir / "config.json", record)
             else:
                 config = dataclasses.replace(config, report=False)
@@ -178,7 +178,7 @@ def run(
                 )
                 report(config, run_dir, trainer.step, console)
                 return 128 + trainer.stopped_by
-            if place.leads:
+            if place.is_main:
                 check_lock()
                 run_folder.write_json(run_dir / "summary.json", summary)
             conclude(summary, run_dir, console)

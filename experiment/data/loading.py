@@ -22,7 +22,7 @@ from experiment.data.builtin import CACHE_BYTES, digits, grey_already, no_boxes,
 from experiment.data.tfds import tfds_dataset
 from experiment.data.types import Batch, Dataset, Identity, Labels, Pixels, Size, Source
 from experiment.errors import UserError
-from experiment.processes import ALONE, Place
+from experiment.processes import SINGLE_PROCESS, ProcessInfo
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,7 +60,7 @@ class Data:
     augmentation: Augmentation
     parts: Mapping[Split, Part] = field(repr=False)
     identity: Identity
-    place: Place = ALONE  # of several processes each reads its rows of a training batch
+    place: ProcessInfo = SINGLE_PROCESS  # of several processes each reads its rows of a training batch
 
     @property
     def num_classes(self) -> int:

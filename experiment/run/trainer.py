@@ -33,7 +33,7 @@ from experiment.files.results import WEIGHTS
 from experiment.files.tensorboard import EventFile
 from experiment.metrics import Metrics
 from experiment.options.config import Config
-from experiment.processes import ALONE, Place, processor_seconds
+from experiment.processes import SINGLE_PROCESS, ProcessInfo, processor_seconds
 from experiment.run import signals
 from experiment.run.console import Console
 from experiment.run.schedules import has_converged
@@ -168,7 +168,7 @@ class Trainer:
         total_steps: int,
         validations: list[tuple[int, float]],
         identity: dict[str, Any],
-        place: Place = ALONE,
+        place: ProcessInfo = SINGLE_PROCESS,
     ) -> None:
         self.config, self.data, self.engine = config, data, engine
         self.run_dir, self.checkpoints, self.console = run_dir, checkpoints, console
@@ -181,8 +181,7 @@ class Trainer:
         self._request = signals.StopRequest()
         # Runs that train together must stop at the same step: as processes they ask each other, as threads by
         # their engine. An answer takes a moment, so that they ask only where they log, and in evaluation.
-        self._agree = getattr(engine, "agree", place.agree)
-        self._stop_every = config.log_every if place.count > 1 or hasattr(engine, "agree") else 1
+        self._stop_every = config.log_every if engine.is_synchronized else 1
 
     def fit(self, start: Start) -> dict[str, Any] | None:
         """Train, then test unless `config.test` is off; returns the summary, or None if a signal stopped the
@@ -202,7 +201,7 @@ class Trainer:
         self.epoch_metrics = (
             Metrics.from_json(start.epoch_metrics) if start.epoch_metrics else Metrics(classes)
         )
-        self.history = History(self.run_dir / "metrics.jsonl", **start.history, writes=self.place.leads)
+        self.history = History(self.run_dir / "metrics.jsonl", **start.history, writes=self.place.is_main)
         options = dataclasses.asdict(self.config)
         self.events = EventFile(self.run_dir, options) if self.config.report else None
         # The one at the end of a run that got more steps later is off the beat: it must not change the rest.
@@ -235,16 +234,15 @@ class Trainer:
         kept = "the next start finds it in the cache" if keeps_programs() else "no cache keeps it"
         self.console.say(
             f"compiling the training step of {self.config.model}: nothing moves meanwhile; {kept}"
-            if self.config.framework == "jax"
+            if self.engine.compiles
             else "taking the first step"
         )
         batches = itertools.islice(self._batches(start.step), remaining)
-        chunks: dict[str, Any] = {"pauses": self._pauses} if self.config.framework == "jax" else {}
         pending: list[tuple[int, dict[str, Any]]] = []
         begun = time.monotonic()
         first_seconds: float | None = None
         measured, fresh = 0, True  # fresh: in the call that compiles
-        for state, metrics in self.engine.train(self.state, batches, **chunks):
+        for state, metrics in self.engine.train(self.state, batches, self._needs_state):
             self.step += 1
             pending.append((self.step, metrics))
             if first_seconds is None:
@@ -262,7 +260,7 @@ class Trainer:
             evaluate = self.step % self.eval_every == 0 or last
             save = self.step % self.checkpoint_every == 0 or last
             stop = self.step % self._stop_every == 0 and self._stop_requested()
-            if not (stop or self._pauses(self.step)):
+            if not (stop or self._needs_state(self.step)):
                 continue
             self._drain(pending)
             seconds = time.monotonic() - begun
@@ -286,13 +284,13 @@ class Trainer:
     def _batches(self, start_step: int) -> Iterator[Any]:
         """The training batches; of an engine that holds the pictures, what they are made of."""
         with self._reading("train"):
-            held = self.data.held() if getattr(self.engine, "holds_pictures", False) else None
+            held = self.data.held() if self.engine.holds_images else None
         if held is None:
             return self._readable("train", self.data.train_batches(start_step))
-        self.engine.hold(held["image"], self.data.augmentation.fill)  # type: ignore[attr-defined]
+        self.engine.hold(held["image"], self.data.augmentation.fill)
         return self._readable("train", self.data.train_draws(held["label"], start_step))
 
-    def _pauses(self, step: int) -> bool:
+    def _needs_state(self, step: int) -> bool:
         """Whether something is done after a step that wants its state, or its metrics on the disk."""
         intervals = (self.eval_every, self.checkpoint_every, self.steps_per_epoch, self.config.log_every)
         return step == self.total_steps or any(step % interval == 0 for interval in intervals)
@@ -300,7 +298,7 @@ class Trainer:
     def _stop_requested(self) -> bool:
         """True if any of the runs that train together received a stop signal; all must ask at once."""
         if self.stopped_by is None:
-            number = self._agree(self._request.signal or 0)
+            number = self.engine.all_reduce_max(self._request.signal or 0)
             self.stopped_by = signal.Signals(number) if number else None
         return self.stopped_by is not None
 
@@ -318,13 +316,13 @@ class Trainer:
                 self._record({**self._line("train", "epoch", step), **self.epoch_metrics.compute()})
                 self.epoch_metrics = Metrics(self.data.num_classes)
         self._flush()
-        bad_step = self.engine.first_bad_step(self.state)
-        if bad_step is not None:
+        first_nonfinite_step = self.engine.first_nonfinite_step(self.state)
+        if first_nonfinite_step is not None:
             self.checkpoints.wait()
             good = self.checkpoints.verified()
             kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint before it"
             raise RunFailedError(
-                f"loss or gradient was not finite at step {bad_step}; {kept} "
+                f"loss or gradient was not finite at step {first_nonfinite_step}; {kept} "
                 f"in {self.checkpoints.directory}; try a smaller --lr"
             )
 
@@ -421,7 +419,7 @@ class Trainer:
         self.history.sync()
         tree = self.engine.to_tree(self.state)
         self._write_weights(WEIGHTS["final"], tree)
-        if collector is not None and self.place.leads:
+        if collector is not None and self.place.is_main:
             collector.finish(self.step, self.data.class_names).save(self.run_dir / predictions.FILE)
         trained, frozen = count_parameters(tree["params"], freeze_backbone=self.config.freeze_backbone)
         clock = self._clock_now()
@@ -445,7 +443,7 @@ class Trainer:
         }
 
     def _write_weights(self, name: str, tree: dict[str, Any]) -> None:
-        if not self.place.leads:
+        if not self.place.is_main:
             return
         self.checkpoints.check_folder()
         metadata = {"model": self.config.model, "dataset": self.config.dataset, "step": self.step}

@@ -172,20 +172,20 @@ def carry_out_together(runs: Sequence[Run], start: Start) -> None:
     When one of them fails all stop: they can be continued one by one. At a signal all stop at one step.
     Raises what one of them raised, and StudyStoppedError at a signal.
     """
-    meeting = load_module("jax", "together").Meeting(len(runs))
+    rendezvous = load_module("jax", "together").Rendezvous(len(runs))
     errors: list[Exception] = []
 
     def drive(index: int, run: Run) -> None:
         status = 1
         try:
-            status = _begin(run, start, partial(meeting.join, index))
+            status = _begin(run, start, partial(rendezvous.join, index))
         except BrokenBarrierError:
             pass
         except Exception as error:
             errors.append(error)
         finally:
             if 0 < status < 128:  # at a signal the others end by themselves
-                meeting.leave()
+                rendezvous.leave()
 
     threads = [Thread(target=drive, args=each) for each in enumerate(runs)]
     with signals.listen() as request, _quiet():
@@ -195,7 +195,7 @@ def carry_out_together(runs: Sequence[Run], start: Start) -> None:
             for thread in threads:
                 thread.join()
         except KeyboardInterrupt:
-            meeting.leave()
+            rendezvous.leave()
             for thread in threads:
                 thread.join()
             message = "interrupted; each run continues from its newest checkpoint"

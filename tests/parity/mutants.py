@@ -34,7 +34,7 @@ class Mutant(NamedTuple):
     wrong: str
 
 
-LAYOUT, JAX_RESNET, JAX_LOOP = "jax_resnet/state_dict.py", "jax_resnet/resnet.py", "jax_resnet/loop.py"
+LAYOUT, JAX_RESNET, JAX_LOOP = "jax_resnet/state_dict.py", "jax_resnet/resnet.py", "jax_resnet/engine.py"
 BLOCKWISE = "jax_resnet/blockwise.py"
 NUMPY_RESNET, BASE = "numpy_ref/resnet.py", "numpy_ref/optimizer_base.py"
 JAX, JAX_OPTIMIZERS = "jax_resnet/layers.py", "jax_resnet/optimizers.py"

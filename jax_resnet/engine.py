@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_resnet import resnet
@@ -27,7 +28,7 @@ from jax_resnet.optimizers import bound_metrics, make_optimizer, state_from_dict
 from jax_resnet.pictures import normalize, picture
 from jax_resnet.state_dict import Parts, apply, from_torch_layout, split, to_torch_layout
 
-State = dict[str, Any]  # {params, batch_stats, optimizer, step, bad_step}
+State = dict[str, Any]  # {params, batch_stats, optimizer, step, first_nonfinite_step}
 Params = dict[str, jax.Array]
 Metrics = dict[str, Any]
 Tree = dict[str, Any]
@@ -136,12 +137,22 @@ class Engine:
                 "batch_stats": parts.batch_stats,
                 "optimizer": jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template),
                 "step": jnp.zeros((), jnp.int32),
-                "bad_step": jnp.full((), -1, jnp.int32),
+                "first_nonfinite_step": jnp.full((), -1, jnp.int32),
             }
             return self._replicate(state)
 
     @property
-    def holds_pictures(self) -> bool:
+    def compiles(self) -> bool:
+        """True: the first step waits for XLA."""
+        return True
+
+    @property
+    def is_synchronized(self) -> bool:
+        """True if other processes take the same steps: `all_reduce_max` waits for them."""
+        return jax.process_count() > 1
+
+    @property
+    def holds_images(self) -> bool:
         """Whether it is worth while to `hold` a data set that fits: on a CPU its memory is the host's."""
         return jax.default_backend() != "cpu"
 
@@ -154,12 +165,12 @@ class Engine:
         self._pictures = self._replicate({"image": image, "fill": np.asarray(fill, np.uint8)})
 
     def train(
-        self, state: State, batches: Iterable[Batch], pauses: Callable[[int], bool] = lambda step: True
+        self, state: State, batches: Iterable[Batch], needs_state: Callable[[int], bool] = lambda step: True
     ) -> Iterator[tuple[Any, Metrics]]:
         """Take one step for each batch; yields the state after it and {"loss", "logits", "label",
         "grad_norm", ...}.
 
-        A step is followed by others in the same call of the program where `pauses` is false of it (steps
+        A step is followed by others in the same call of the program where `needs_state` is false of it (steps
         count from 1): then None stands for its state. How steps are divided into calls changes no bit.
 
         Raises ValueError, before the step, for labels [N] that are not integers in range(num_classes).
@@ -170,7 +181,7 @@ class Engine:
         """
         step, batches = int(state["step"]), map(self._checked, batches)
         if self.chunk > 1 or self._pictures:
-            yield from self._train_in_chunks(state, step, batches, pauses)
+            yield from self._train_in_chunks(state, step, batches, needs_state)
             return
         for batch in batches:
             with self._precision():
@@ -186,9 +197,9 @@ class Engine:
         return batch
 
     def _train_in_chunks(
-        self, state: State, step: int, batches: Iterable[Batch], pauses: Callable[[int], bool]
+        self, state: State, step: int, batches: Iterable[Batch], needs_state: Callable[[int], bool]
     ) -> Iterator[tuple[Any, Metrics]]:
-        for chunk in chunks_of(batches, step, self.chunk, pauses):
+        for chunk in chunks_of(batches, step, self.chunk, needs_state):
             rates = [self.learning_rate(step + min(i, len(chunk) - 1)) for i in range(self.chunk)]
             full = [*chunk, *chunk[-1:] * (self.chunk - len(chunk))]  # what is too many is not computed
             stacked = {name: np.stack([batch[name] for batch in full]) for name in chunk[0]}
@@ -220,10 +231,16 @@ class Engine:
                 logits = self._eval_step(state["params"], state["batch_stats"], image)
                 yield np.asarray(logits)[:n]
 
-    def first_bad_step(self, state: State) -> int | None:
+    def first_nonfinite_step(self, state: State) -> int | None:
         """The first step (from 1) whose loss or gradient was not finite, or None; waits for the device."""
-        bad_step = int(state["bad_step"])
-        return None if bad_step < 0 else bad_step
+        first_nonfinite_step = int(state["first_nonfinite_step"])
+        return None if first_nonfinite_step < 0 else first_nonfinite_step
+
+    def all_reduce_max(self, number: int) -> int:
+        """Return the largest number that any process passed; every process must call this."""
+        if jax.process_count() == 1:
+            return number
+        return int(process_allgather(np.int32(number)).max())
 
     def to_tree(self, state: State) -> Tree:
         """The engine-neutral tree {params, batch_stats, optimizer, step}: copies, in PyTorch's layout."""
@@ -244,7 +261,7 @@ class Engine:
                 "batch_stats": jax.tree.map(jax.device_put, native["batch_stats"]),
                 "optimizer": state_from_dict(template, native["optimizer"]),
                 "step": jnp.array(tree["step"], jnp.int32),
-                "bad_step": jnp.full((), -1, jnp.int32),
+                "first_nonfinite_step": jnp.full((), -1, jnp.int32),
             }
             return self._replicate(state)
 
@@ -305,7 +322,9 @@ class Engine:
         params, stats, optimizer, each, loss, logits = self._blockwise.step(
             params, stats, optimizer, image, label, lr
         )
-        metrics, counts = self._summarize_alone({k: state[k] for k in ("step", "bad_step")}, loss, each)
+        metrics, counts = self._summarize_alone(
+            {k: state[k] for k in ("step", "first_nonfinite_step")}, loss, each
+        )
         new_state = {"params": params, "batch_stats": stats, "optimizer": optimizer, **counts}
         return new_state, {"logits": logits, "label": label, **metrics}
 
@@ -333,8 +352,11 @@ class Engine:
         for name in first.keys() & {"at_lower", "at_upper"}:
             metrics[name] = sum(part[name] * part["size"] for part in parts) / total
         step = state["step"] + 1
-        bad = ~(jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])) & (state["bad_step"] < 0)
-        return metrics, {"step": step, "bad_step": jnp.where(bad, step, state["bad_step"])}
+        bad = ~(jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])) & (state["first_nonfinite_step"] < 0)
+        return metrics, {
+            "step": step,
+            "first_nonfinite_step": jnp.where(bad, step, state["first_nonfinite_step"]),
+        }
 
     def _logits_blockwise(self, params: Params, stats: Params, image: jax.Array) -> jax.Array:
         return self._blockwise.logits(params, stats, self._normalize_alone(image))

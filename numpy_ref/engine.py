@@ -210,13 +210,13 @@ class State:
         replica: the arrays, and what computes if there is but one process.
         start: starts the processes, if there are more; done before the first step.
         step: how many steps were taken.
-        bad_step: the first of them whose loss or gradient was not finite.
+        first_nonfinite_step: the first of them whose loss or gradient was not finite.
     """
 
     replica: Replica
     start: Callable[[], Group] | None = None
     step: int = 0
-    bad_step: int | None = None
+    first_nonfinite_step: int | None = None
     _group: Group | None = None
 
     def call(self, what: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -300,6 +300,21 @@ class Engine:
         """The size of a batch must be a multiple of 1: processes may get parts of different sizes."""
         return 1
 
+    @property
+    def compiles(self) -> bool:
+        """False: there is no compilation."""
+        return False
+
+    @property
+    def holds_images(self) -> bool:
+        """False: the device is the host."""
+        return False
+
+    @property
+    def is_synchronized(self) -> bool:
+        """False: the processes that share a batch are this engine's own."""
+        return False
+
     def init(self) -> State:
         """The state before the first step."""
         initial = Replica(self._setup, Communicator(), initial=True)
@@ -320,9 +335,15 @@ class Engine:
             place[...] = given[name]
         return state
 
-    def train(self, state: State, batches: Iterable[Batch]) -> Iterator[tuple[State, Metrics]]:
+    def hold(self, images: Array, fill: Sequence[int]) -> None:
+        """Not supported: `holds_images` is False."""
+        raise NotImplementedError("the NumPy engine holds no images: they are in its memory anyway")
+
+    def train(
+        self, state: State, batches: Iterable[Batch], needs_state: Callable[[int], bool] = lambda step: True
+    ) -> Iterator[tuple[State, Metrics]]:
         """Take one step for each batch; yields the state after it and {"loss", "logits", "label",
-        "grad_norm", "update_norm"}.
+        "grad_norm", "update_norm"}. `needs_state` is ignored: the state is yielded after every step.
 
         Raises ValueError, before the step, for labels that are not one integer in range(num_classes) for each
         image, and for a batch of 0.
@@ -340,8 +361,8 @@ class Engine:
             )
             metrics = {**results[0], "logits": np.concatenate([each["logits"] for each in results])}
             finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
-            if not finite and state.bad_step is None:
-                state.bad_step = state.step
+            if not finite and state.first_nonfinite_step is None:
+                state.first_nonfinite_step = state.step
             yield state, {**metrics, "label": label}
 
     def evaluate(self, state: State, batches: Iterable[Batch]) -> Iterator[Array]:
@@ -351,9 +372,13 @@ class Engine:
             parts = split(len(image), max(1, min(self.processes, len(image))))
             yield np.concatenate(state.call("evaluate", [(image[part],) for part in parts]))
 
-    def first_bad_step(self, state: State) -> int | None:
+    def first_nonfinite_step(self, state: State) -> int | None:
         """The first step (from 1) whose loss or gradient was not finite, or None."""
-        return state.bad_step
+        return state.first_nonfinite_step
+
+    def all_reduce_max(self, number: int) -> int:
+        """Return the number: no other engine takes part."""
+        return number
 
     def to_tree(self, state: State) -> Tree:
         """The engine-neutral tree {params, batch_stats, optimizer, step}: copies, in PyTorch's layout."""

@@ -1,4 +1,4 @@
-"""Run every benchmark of this CPU, one after another, and write what they print.
+"""Run every CPU benchmark, one after another, and write their output to a file.
 
     python -m benchmarks --out results.md     # an hour on two cores; nothing else should run
     python -m benchmarks --only training_step first_step --data-dir DIR
@@ -29,7 +29,7 @@ COMMANDS: dict[str, list[list[str]]] = {
 
 
 def header() -> str:
-    """The day, the machine and the versions."""
+    """Return the date, the machine and the versions."""
     names = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
@@ -39,7 +39,7 @@ def header() -> str:
 
 
 def run(name: str, arguments: Sequence[str]) -> tuple[str, bool]:
-    """A benchmark's command and what it printed, as a section of Markdown; and whether it came to its end."""
+    """Run one benchmark; return its Markdown section (command and output) and True if it succeeded."""
     command = ["python", "-m", f"benchmarks.{name}", *arguments]
     done = subprocess.run(
         [sys.executable, *command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
@@ -49,7 +49,7 @@ def run(name: str, arguments: Sequence[str]) -> tuple[str, bool]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns 1 if a benchmark failed."""
+    """Run the command line; return 1 if a benchmark failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="run the benchmarks of a CPU")
     parser.add_argument("--only", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
     parser.add_argument("--data-dir", help="a TFDS data directory; without it input_pipeline is left out")

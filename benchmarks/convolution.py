@@ -2,12 +2,11 @@
 
     python -m benchmarks.convolution micro      # 1,000 backward passes of a tiny convolution
     python -m benchmarks.convolution layers     # every convolution of ResNet-101, forward and backward
-    python -m benchmarks.convolution loops      # a pass of ResNet-101 by loops, extrapolated from its layers
+    python -m benchmarks.convolution loops      # one ResNet-101 pass by loops, extrapolated from its layers
 
-Contestants take turns; medians are printed. In `layers` each has a process and one thread of its own, as
-the NumPy engine has in training, where every process takes a part of the batch. In `micro` all are in one
-process: PyTorch runs with --threads threads, NumPy's matrix products with those it began with
-(OMP_NUM_THREADS).
+Rounds are interleaved; medians are printed. In `layers` each candidate runs in its own process with one
+thread, as in the NumPy engine's training, where every process computes a part of the batch. In `micro` all
+run in one process: PyTorch with --threads threads, NumPy's matrix products with OMP_NUM_THREADS.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ Shape = tuple[int, int, int, int]
 
 
 def interleaved(calls: Mapping[str, Call], rounds: int, repeats: int = 1) -> dict[str, float]:
-    """The median over `rounds` of the seconds that `repeats` calls of each take."""
+    """Return the median seconds of `repeats` calls of each candidate, over interleaved `rounds`."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -45,7 +44,7 @@ def interleaved(calls: Mapping[str, Call], rounds: int, repeats: int = 1) -> dic
 
 
 def numpy_backward(layer: layers.Conv2d, x: np.ndarray) -> Call:
-    """Backward on the state that one forward kept, input gradient included."""
+    """Return a function that runs NumPy's backward pass again and again after one forward pass."""
     dy = np.ones_like(layer.forward(x, True))
 
     def call() -> object:
@@ -58,7 +57,7 @@ def numpy_backward(layer: layers.Conv2d, x: np.ndarray) -> Call:
 
 
 def torch_backward(layer: layers.Conv2d, x: np.ndarray) -> Call:
-    """The same in PyTorch."""
+    """Return the same function for PyTorch."""
     i, o = layer.weight.value.shape[2:]
     conv = torch.nn.Conv2d(i, o, layer.kernel, layer.stride, layer.padding, bias=layer.bias is not None)
     tensor = torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2)), requires_grad=True)
@@ -68,7 +67,7 @@ def torch_backward(layer: layers.Conv2d, x: np.ndarray) -> Call:
 
 
 def micro(rounds: int) -> None:
-    """Channels 4 to 2, pictures of 3x5, kernel 3, stride 1, padding 3, batch 8: 1,000 backward passes."""
+    """Time 1,000 backward passes: 4 to 2 channels, 3x5 images, kernel 3, stride 1, padding 3, batch 8."""
     x = np.random.default_rng(0).standard_normal((8, 3, 5, 4), np.float32)
 
     def layer(make: type[layers.Conv2d]) -> layers.Conv2d:
@@ -86,7 +85,7 @@ def micro(rounds: int) -> None:
 
 
 def convolutions(size: int, channels: int, batch: int) -> Iterator[tuple[str, layers.Conv2d, Shape]]:
-    """Every convolution of ResNet-101, with the shape of its input."""
+    """Return every convolution of ResNet-101 with its input shape."""
     model = resnet101(10, channels, rng=np.random.default_rng(0))
     model.forward(np.zeros((batch, size, size, channels), np.float32))
     for name, layer in named(model):
@@ -95,7 +94,7 @@ def convolutions(size: int, channels: int, batch: int) -> Iterator[tuple[str, la
 
 
 def named(layer: layers.Layer, prefix: str = "") -> Iterator[tuple[str, layers.Layer]]:
-    """All layers with their names."""
+    """Yield all layers with their names."""
     for name, part in layer.parts():
         yield prefix + name, part
         yield from named(part, f"{prefix}{name}.")
@@ -106,7 +105,7 @@ FORMS = ("plain", "fast", "torch NCHW", "torch channels_last")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a convolution is, and the shape of its input [N, H, W, I]."""
+    """A convolution's hyperparameters and its input shape [N, H, W, I]."""
 
     shape: Shape
     outputs: int
@@ -116,7 +115,7 @@ class Kind:
 
 
 def both_ways(form: str, kind: Kind) -> Call:
-    """Forward and backward, input gradient included."""
+    """Return a function that runs forward and backward, input gradient included."""
     x = np.random.default_rng(0).standard_normal(kind.shape, np.float32)
     channels = kind.shape[-1]
     if form.startswith("torch"):
@@ -140,7 +139,7 @@ def both_ways(form: str, kind: Kind) -> Call:
 
 
 def work(form: str, pipe: Connection) -> None:
-    """Answer every kind with the seconds of one call, after one that is not timed."""
+    """Serve as a worker: for each kind received, send the seconds of one call, after one warm-up call."""
     torch.set_num_threads(1)
     before: Kind | None = None
     while (kind := pipe.recv()) is not None:
@@ -153,8 +152,8 @@ def work(form: str, pipe: Connection) -> None:
 
 
 def every_layer(rounds: int, size: int, channels: int, batch: int) -> None:
-    """Forward and backward of each kind of convolution, each form in a process and with a thread of its own;
-    the sums over the network."""
+    """Time forward and backward of each kind of convolution, each form in its own process with one thread;
+    print the sums over the network."""
     kinds: dict[Kind, list[str]] = {}
     for name, layer, shape in convolutions(size, channels, batch):
         kind = Kind(shape, layer.weight.value.shape[-1], layer.kernel, layer.stride, layer.padding)
@@ -203,7 +202,7 @@ def every_layer(rounds: int, size: int, channels: int, batch: int) -> None:
 
 
 def loops(size: int, channels: int, batch: int) -> None:
-    """Each kind of convolution once by loops, on one picture; the rest of the network is left out of both."""
+    """Time each kind of convolution by loops and by matrix products, on one image, without other layers."""
     seconds = {"loops": 0.0, "matrix": 0.0}
     timed: dict[tuple[object, ...], dict[str, float]] = {}
     for _, layer, shape in convolutions(size, channels, 1):
@@ -216,20 +215,20 @@ def loops(size: int, channels: int, batch: int) -> None:
             x = np.random.default_rng(0).standard_normal(shape, np.float32)
             many = np.random.default_rng(0).standard_normal((batch, *shape[1:]), np.float32)
             timed[kind] = {"loops": 0.0, "matrix": 0.0}
-            for name, each, pictures in (("loops", slow, x), ("matrix", layer, many)):
-                each.backward(np.ones_like(each.forward(pictures, True)))
+            for name, form, images in (("loops", slow, x), ("matrix", layer, many)):
+                form.backward(np.ones_like(form.forward(images, True)))
                 begun = time.perf_counter()
-                each.backward(np.ones_like(each.forward(pictures, True)))
-                timed[kind][name] = (time.perf_counter() - begun) / len(pictures)
+                form.backward(np.ones_like(form.forward(images, True)))
+                timed[kind][name] = (time.perf_counter() - begun) / len(images)
         for name in seconds:
             seconds[name] += timed[kind][name]
     for name, value in seconds.items():
-        print(f"  {name:8} {value:9.4f} s a picture, forward and backward, all convolutions of ResNet-101")
+        print(f"  {name:8} {value:9.4f} s an image, forward and backward, all convolutions of ResNet-101")
     print(f"  loops / matrix: {seconds['loops'] / seconds['matrix']:.0f}")
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="time convolutions in NumPy and PyTorch")
     parser.add_argument("what", choices=["micro", "layers", "loops"])
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,4 +1,4 @@
-"""Time from typing `python train.py` to its first finished step, with a cold and a warm compilation cache.
+"""Time from `python train.py` to the end of its first step, with a cold and a warm compilation cache.
 
 python -m benchmarks.first_step --rounds 3
 """
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def seconds_to_first_step(cache: Path, flags: list[str]) -> float:
-    """Seconds until train.py says that its first step is done."""
+    """Return the seconds until train.py reports its first step."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -44,7 +44,7 @@ def seconds_to_first_step(cache: Path, flags: list[str]) -> float:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description="time from the command to the first step; further flags go to train.py"
     )

@@ -1,18 +1,18 @@
-"""ResNets on one NVIDIA GPU: this project's JAX step against PyTorch's, checked, then timed in turns.
+"""ResNets on one NVIDIA GPU: this project's JAX step checked against PyTorch's, then timed beside it.
 
     python -m benchmarks.gpu --out results
     python -m benchmarks.gpu --parts check resnet101 --batch 128 --out results
     python -m benchmarks.gpu --tiny --out results   # anywhere: shows that it runs, its figures mean nothing
 
 Needs JAX, Flax, optax and PyTorch: no data set, no network. PyTorch's networks are this project's own, which
-have torchvision's layers. Contestants are processes of their own, which hold their memory all the time and
-take turns of `--steps` steps. All compute in bfloat16, their state is float32. PyTorch: channels_last,
+have torchvision's layers. Each candidate is a process that keeps its memory; rounds of `--steps` steps are
+interleaved. All compute in bfloat16 with float32 state. PyTorch: channels_last,
 autocast, fused Adam; eager, and compiled with CUDA graphs ("reduce-overhead"; `--compile max-autotune` is its
-other good mode, and takes minutes to compile). Pictures are on the GPU: JAX normalises uint8 in its step,
-PyTorch is given them ready.
+other good mode, and takes minutes to compile). Images are on the GPU: JAX normalizes uint8 in its step,
+PyTorch gets normalized images.
 
 FLOPs are XLA's count of the step's program as it is written; the roofline is the bandwidth of the GPU's
-memory, against the bytes that XLA counts for the optimised program. A short table comes last; everything is
+memory, against the bytes that XLA counts for the optimized program. A short table comes last; everything is
 in OUT/gpu.json.
 """
 
@@ -45,7 +45,7 @@ TENSORS = "bfloat16"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A network, and the batch that it is trained on."""
+    """A network and its training batch."""
 
     model: str
     batch: int
@@ -72,19 +72,19 @@ JAX_FORMS = {"jax, adam": ("adam", 1), "jax, adabound": ("adabound", 1), "jax, a
 EAGER = "torch, eager"
 
 
-class Contestant(Protocol):
-    """A network that is ready to be trained."""
+class Candidate(Protocol):
+    """A network ready for training."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is known of it beside its speed."""
+        """Return facts besides its speed."""
 
     def run(self, steps: int) -> None:
-        """Take so many steps, to the end of the last."""
+        """Take `steps` steps; wait for the last."""
 
 
 def jax_engine(case: Case, optimizer: str, precision: str = TENSORS, chunk: int = 1) -> Any:
-    """This project's engine."""
+    """Return this project's engine for a case."""
     from jax_resnet import Engine
 
     return Engine(
@@ -103,14 +103,14 @@ def jax_engine(case: Case, optimizer: str, precision: str = TENSORS, chunk: int 
 
 
 def made_batch(case: Case) -> dict[str, np.ndarray]:
-    """Noise: uint8 pictures [N, S, S, 3] and labels [N]."""
+    """Return noise: uint8 images [N, S, S, 3] and labels [N]."""
     rng = np.random.default_rng(0)
     image = rng.integers(256, size=(case.batch, case.size, case.size, 3), dtype=np.uint8)
     return {"image": image, "label": rng.integers(case.classes, size=case.batch, dtype=np.int32)}
 
 
-class JaxContestant:
-    """The engine's own step, of which `chunk` are taken in a call of the program."""
+class JaxCandidate:
+    """The engine's step; one compiled call takes `chunk` of them."""
 
     def __init__(self, case: Case, optimizer: str, chunk: int) -> None:
         import jax
@@ -138,7 +138,7 @@ class JaxContestant:
         }
 
     def run(self, steps: int) -> None:
-        """Take so many steps, to the end of the last; whole chunks."""
+        """Take `steps` steps, in whole chunks; wait for the last."""
         if self.chunk > 1:
             for _ in range(-(-steps // self.chunk) * self.chunk):
                 _, metrics = next(self.steps)
@@ -149,8 +149,8 @@ class JaxContestant:
             raise FloatingPointError("the loss is not finite")
 
 
-class TorchContestant:
-    """PyTorch's step in bfloat16 autocast with fused Adam; `mode` is that of torch.compile, None is eager."""
+class TorchCandidate:
+    """PyTorch's step in bfloat16 autocast with fused Adam; `mode` goes to torch.compile, None is eager."""
 
     def __init__(self, case: Case, mode: str | None) -> None:
         import torch
@@ -173,11 +173,11 @@ class TorchContestant:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The most memory that it held, CUDA graphs' own included."""
+        """Return the peak memory, CUDA graphs included."""
         return {"peak_bytes": self.torch.cuda.max_memory_reserved() if self.gpu else None}
 
     def run(self, steps: int) -> None:
-        """Take so many steps, to the end of the last."""
+        """Take `steps` steps; wait for the last."""
         torch = self.torch
         for _ in range(steps):
             if self.mode:
@@ -191,23 +191,23 @@ class TorchContestant:
             raise FloatingPointError("the loss is not finite")
 
 
-def make(name: str, case: Case) -> Contestant:
-    """The contestant of a name."""
+def make(name: str, case: Case) -> Candidate:
+    """Return the candidate with this name."""
     if name in JAX_FORMS:
-        return JaxContestant(case, *JAX_FORMS[name])
-    return TorchContestant(case, None if name == EAGER else name.rpartition(" ")[2])
+        return JaxCandidate(case, *JAX_FORMS[name])
+    return TorchCandidate(case, None if name == EAGER else name.rpartition(" ")[2])
 
 
 def hlo_counts(text: str) -> dict[str, int]:
-    """How often what matters occurs in an optimised program, fusions' insides included."""
-    found: Counter[str] = Counter()
+    """Count the relevant operations in an optimized program, inside fusions too."""
+    counts: Counter[str] = Counter()
     for line in text.splitlines():
         match = re.search(r" = .*?\s([a-z][a-z0-9-]*)\(", line)
         if match:
             operation = match[1]
             if target := re.search(r'custom_call_target="([^"]*)"', line):
                 operation = target[1]
-            found[operation] += 1
+            counts[operation] += 1
     groups = {
         "convolutions": ("convolution", "__cudnn$conv"),
         "products": ("dot", "__cublas", "__triton"),
@@ -216,16 +216,18 @@ def hlo_counts(text: str) -> dict[str, int]:
         "copies": ("copy",),
     }
     return {
-        group: sum(n for name, n in found.items() if name == starts[0] or name.startswith(starts[1:] or "\0"))
+        group: sum(
+            n for name, n in counts.items() if name == starts[0] or name.startswith(starts[1:] or "\0")
+        )
         for group, starts in groups.items()
     }
 
 
 def check(case: Case) -> dict[str, Any]:
-    """The engine's float32 against PyTorch's from the same weights, and its bfloat16 against its float32.
+    """Check the engine's float32 against PyTorch's from the same weights, and its bfloat16 against float32.
 
     Raises:
-        AssertionError: one of them is not close.
+        AssertionError: a difference exceeds its limit.
     """
     import jax
     import torch
@@ -233,7 +235,7 @@ def check(case: Case) -> dict[str, Any]:
     import torch_oracle
 
     batch = made_batch(case)
-    found: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
     engines = {kind: jax_engine(case, "adam", kind) for kind in ("float32", TENSORS)}
     tree = engines["float32"].to_tree(engines["float32"].init())
     network = torch_oracle.MODELS[case.model](case.classes, 3, **case.options)
@@ -247,36 +249,36 @@ def check(case: Case) -> dict[str, Any]:
             ((_, latest),) = engine.train(engine.from_tree(tree), [batch])
             metrics[kind] = {name: np.asarray(value) for name, value in latest.items()}
     scale = np.abs(expected).max()
-    found["float32 logits"] = float(np.abs(metrics["float32"]["logits"] - expected).max() / scale), 1e-3
-    found[f"{TENSORS} logits"] = float(np.abs(metrics[TENSORS]["logits"] - expected).max() / scale), 0.1
+    errors["float32 logits"] = float(np.abs(metrics["float32"]["logits"] - expected).max() / scale), 1e-3
+    errors[f"{TENSORS} logits"] = float(np.abs(metrics[TENSORS]["logits"] - expected).max() / scale), 0.1
     for name, limit in (("loss", 0.02), ("grad_norm", 0.1)):
         one, other = float(metrics["float32"][name]), float(metrics[TENSORS][name])
-        found[f"{TENSORS} {name}"] = abs(other - one) / abs(one), limit
-    for name, (error, limit) in found.items():
+        errors[f"{TENSORS} {name}"] = abs(other - one) / abs(one), limit
+    for name, (error, limit) in errors.items():
         print(f"check {case.model}: {name} off by {error:.1e}, of {limit:g} allowed", flush=True)
         assert error <= limit, f"{name} is off by {error}"
-    return {name: error for name, (error, _) in found.items()}
+    return {name: error for name, (error, _) in errors.items()}
 
 
 def serve(pipe: Connection, name: str, case: Case) -> None:
-    """A contestant's process: gets ready, then takes as many steps as it is asked for, and answers with the
-    seconds; a text is why it cannot go on."""
+    """Run a candidate's process: prepare, then take as many steps as each message asks for and send the
+    seconds. A string is sent in place of seconds if it fails."""
     try:
         begun = time.perf_counter()
-        contestant = make(name, case)
-        contestant.run(3)
+        candidate = make(name, case)
+        candidate.run(3)
         pipe.send(time.perf_counter() - begun)
         while steps := pipe.recv():
             begun = time.perf_counter()
-            contestant.run(steps)
+            candidate.run(steps)
             pipe.send(time.perf_counter() - begun)
-        pipe.send(contestant.facts)
+        pipe.send(candidate.facts)
     except Exception as error:  # out of memory has many names
         pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def contest(case: Case, names: Sequence[str], rounds: int, steps: int) -> list[dict[str, Any]]:
-    """A row for each contestant: images a second in the median round, seconds until it was ready, facts."""
+    """Return a row for each candidate: median images/s, seconds of preparation, facts."""
     context = multiprocessing.get_context("spawn")
     rows: list[dict[str, Any]] = []
     running: list[tuple[dict[str, Any], Any, Connection]] = []
@@ -317,7 +319,7 @@ def contest(case: Case, names: Sequence[str], rounds: int, steps: int) -> list[d
 
 
 def table(rows: list[dict[str, Any]], bandwidth: float | None) -> str:
-    """The rows as text; ratios are to the fastest of PyTorch for the same network and batch."""
+    """Format the rows as text; ratios are to PyTorch's fastest form for the same network and batch."""
     lines = [f"{'':>20} {'':24} {'images/s':>9} {'ratio':>6} {'TFLOP/s':>8} {'roofline':>8} {'GB':>6}"]
     for row in rows:
         title = f"{row['model']} {row['batch']}@{row['size']}"
@@ -342,7 +344,7 @@ def table(rows: list[dict[str, Any]], bandwidth: float | None) -> str:
 
 
 def device_name(gpu: bool) -> str:
-    """The GPU's name, or the processor's."""
+    """Return the name of the GPU, or of the CPU."""
     if gpu:
         import torch
 
@@ -351,14 +353,14 @@ def device_name(gpu: bool) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     import torch
 
     parser = argparse.ArgumentParser(description="ResNets on one NVIDIA GPU, JAX against PyTorch")
     parser.add_argument("--parts", nargs="+", choices=["check", *PARTS], default=["check", *PARTS])
     parser.add_argument("--batch", nargs="+", type=int, help="only cases of these batches")
     parser.add_argument("--compile", nargs="*", default=["reduce-overhead"], help="modes of torch.compile")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
     parser.add_argument("--steps", type=int, default=20, help="steps of a turn")
     parser.add_argument("--tiny", action="store_true", help="thin networks, one short round, without compile")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json")

@@ -1,13 +1,12 @@
-"""Time the input pipeline of recipes alone, and the training step that it feeds.
+"""Time the input pipeline of recipes, alone and together with the training step.
 
     python -m benchmarks.input_pipeline --data-dir DIR
     python -m benchmarks.input_pipeline --data-dir DIR --framework numpy --only cifar10 imagenet
 
-Prints pictures a second in the first pass over the data, in which files are read and decoded; in later ones,
-in which small sets come from memory; of the training step on this machine (0 seconds: not measured); how
-many times its appetite the later passes are; and by how much the step is slower when the pipeline feeds it
-than when it is given one batch again and again, in turns of a second. ImageNet's pictures are made: 500x375
-JPEG files, in a TFDS directory of its own.
+Prints images/s of the first pass over the data, which reads and decodes files; of later passes, which take
+small sets from memory; of the training step (0 seconds: not measured); the ratio of later passes to the
+step; and the slowdown of the step fed by the pipeline over the step fed with one repeated batch, in
+interleaved rounds of a second. ImageNet is replaced by generated 500x375 JPEG files.
 """
 
 from __future__ import annotations
@@ -49,25 +48,25 @@ RECIPES = {
 
 
 def make_imagenet(root: Path, count: int = 256) -> None:
-    """Write a TFDS data set imagenet2012 of made photographs: smooth, with noise; about 28 kB each."""
+    """Write a TFDS data set imagenet2012 of generated photographs: smooth, with noise; about 28 kB each."""
     source = SyntheticSource(0, count, (375, 500))
-    pictures, _ = source.pictures(np.arange(count))
+    images, _ = source.pictures(np.arange(count))
     files = [
         (made_tfds.encoded(Image.blend(p, p.resize((125, 94)).resize((500, 375)), 0.5), "jpeg"), 0)
-        for p in pictures
+        for p in images
     ]
     made_tfds.write(root, "imagenet2012", {"train": files, "validation": files[:2]})
 
 
 def passes(data: Data, seconds: float) -> tuple[float, float]:
-    """Pictures a second in the first pass and in later ones, each for `seconds` at most."""
+    """Return images/s of the first pass and of later passes, each for at most `seconds`."""
     batches = data.train_batches()
     first = rate(itertools.islice(batches, data.steps_per_epoch), data.batch_size, seconds)
     return first, rate(batches, data.batch_size, seconds)
 
 
 def rate(batches: Iterator[Any], batch_size: int, seconds: float) -> float:
-    """Pictures a second that an iterator gives."""
+    """Return images/s of an iterator."""
     begun, count = time.perf_counter(), 0
     for _ in batches:
         count += batch_size
@@ -77,7 +76,7 @@ def rate(batches: Iterator[Any], batch_size: int, seconds: float) -> float:
 
 
 def appetite(config: Config, data: Data, seconds: float) -> tuple[float, float]:
-    """Pictures a second of the training step: fed with one batch again and again, and by the pipeline."""
+    """Return images/s of the training step: fed with one repeated batch, and fed by the pipeline."""
     engine = make_engine(config, data, resolve_lengths(config, data, None, {}))
     pipeline = data.train_batches()
     for _ in range(data.steps_per_epoch):  # the first pass, in which files are read

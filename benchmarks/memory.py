@@ -1,9 +1,9 @@
-"""What --accumulate, --remat, --precision bfloat16 and --freeze-backbone cost and save in the JAX engine.
+"""Time and memory of --accumulate, --remat, --precision bfloat16 and --freeze-backbone in the JAX engine.
 
 python -m benchmarks.memory --model resnet101 --batch-size 16 --size 96 --rounds 5
 
-Time: a training step with Adam, the contestants in turns, medians. Memory: what XLA says the compiled step
-needs beside its arguments and results (on a CPU and on a GPU alike), and beside those of the state.
+Time: a training step with Adam, medians of interleaved rounds. Memory: XLA's count for the compiled step
+without its arguments and results (on a CPU and on a GPU alike), and the state's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from jax_resnet import Engine
 
-CONTESTANTS: dict[str, dict[str, Any]] = {
+CANDIDATES: dict[str, dict[str, Any]] = {
     "plain": {},
     "--accumulate 2": {"accumulate": 2},
     "--accumulate 4": {"accumulate": 4},
@@ -29,8 +29,8 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Contestant:
-    """An engine that is ready to take steps on one batch."""
+class Candidate:
+    """An engine ready to take steps on one batch."""
 
     def __init__(self, model: str, batch: dict[str, np.ndarray], options: dict[str, Any]) -> None:
         self.engine = Engine(
@@ -58,7 +58,7 @@ class Contestant:
         self.seconds: list[float] = []
 
     def step(self) -> None:
-        """Take a step and note its seconds."""
+        """Take a step and record its seconds."""
         begun = time.perf_counter()
         ((self.state, metrics),) = self.engine.train(self.state, [self.batch])
         float(metrics["loss"])  # waits for the device
@@ -66,7 +66,7 @@ class Contestant:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="resnet101")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -79,23 +79,23 @@ def main() -> None:
         "image": rng.integers(256, size=shape, dtype=np.uint8),
         "label": rng.integers(10, size=args.batch_size, dtype=np.int32),
     }
-    contestants = {name: Contestant(args.model, batch, options) for name, options in CONTESTANTS.items()}
+    candidates = {name: Candidate(args.model, batch, options) for name, options in CANDIDATES.items()}
     for number in range(args.rounds + 1):
-        for contestant in contestants.values():
-            contestant.step()
+        for candidate in candidates.values():
+            candidate.step()
             if number == 0:  # compiled, or read from a cache
-                contestant.seconds.clear()
-    plain = contestants["plain"]
+                candidate.seconds.clear()
+    plain = candidates["plain"]
     device = jax.devices()[0]
     print(f"{args.model}, batch {args.batch_size} of {args.size}x{args.size}x3, Adam, {device.device_kind}")
     print("| flags | MB | of plain | s a step | of plain |\n| --- | --- | --- | --- | --- |")
-    for name, each in contestants.items():
-        seconds, reference = statistics.median(each.seconds), statistics.median(plain.seconds)
-        megabytes, share = each.temporary_bytes / 1e6, each.temporary_bytes / plain.temporary_bytes
+    for name, candidate in candidates.items():
+        seconds, reference = statistics.median(candidate.seconds), statistics.median(plain.seconds)
+        megabytes, share = candidate.temporary_bytes / 1e6, candidate.temporary_bytes / plain.temporary_bytes
         print(f"| `{name}` | {megabytes:.0f} | {share:.2f} | {seconds:.3f} | {seconds / reference:.2f} |")
     print(
         f"The state itself: {plain.state_bytes / 1e6:.0f} MB, with a frozen backbone "
-        f"{contestants['--freeze-backbone'].state_bytes / 1e6:.0f} MB."
+        f"{candidates['--freeze-backbone'].state_bytes / 1e6:.0f} MB."
     )
 
 

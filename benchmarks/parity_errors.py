@@ -1,4 +1,4 @@
-"""How far NumPy, JAX and PyTorch are apart in ResNet-101: the tables of docs/parity.md.
+"""Differences between NumPy, JAX and PyTorch in ResNet-101: the tables of docs/parity.md.
 
 python -m benchmarks.parity_errors
 """
@@ -28,49 +28,51 @@ PARTS = {  # columns of the tables
 }
 
 
-def worst(found: Mapping[str, float], prefix: str) -> str:
-    """The largest error among the tensors of that name or prefix, and which it is."""
-    name = max((name for name in found if name.startswith(prefix)), key=lambda name: found[name])
-    return f"{found[name]:.1e}" + (f" (`{name.removeprefix(prefix)}`)" if name != prefix else "")
+def worst(error_by_tensor: Mapping[str, float], prefix: str) -> str:
+    """Return the largest error among the tensors with this name or prefix, and the tensor's name."""
+    name = max(
+        (name for name in error_by_tensor if name.startswith(prefix)), key=lambda name: error_by_tensor[name]
+    )
+    return f"{error_by_tensor[name]:.1e}" + (f" (`{name.removeprefix(prefix)}`)" if name != prefix else "")
 
 
 def row(title: str, cells: Iterable[str]) -> str:
-    """A row of a table in Markdown."""
+    """Format a Markdown table row."""
     return f"| {title} | {' | '.join(cells)} |"
 
 
 def heading(title: str) -> str:
-    """The head of a table."""
+    """Format a table heading."""
     return row(title, PARTS) + "\n" + "| --- " * (1 + len(PARTS)) + "|"
 
 
 def float64(case: Case) -> None:
-    """Each pair of engines."""
+    """Print the errors of each pair of engines."""
     results = run_all(case, make_inputs(case), ENGINES)
     print(heading("float64: pair"))
     for left, right in itertools.combinations(ENGINES, 2):
-        found = errors(results[left], results[right])
-        print(row(f"{left} - {right}", (worst(found, prefix) for prefix in PARTS.values())))
+        differences = errors(results[left], results[right])
+        print(row(f"{left} - {right}", (worst(differences, prefix) for prefix in PARTS.values())))
 
 
 def float32(case: Case, seeds: range) -> None:
-    """Each engine against the judge in float64, the largest error of each tensor over the seeds."""
+    """Print each engine's error against the float64 reference: per tensor, the largest over the seeds."""
     largest: dict[str, dict[str, float]] = {engine: {} for engine in ENGINES}
-    found: dict[str, list[dict[str, float]]] = {"numpy": [], "jax": []}
+    error_by_engine: dict[str, list[dict[str, float]]] = {"numpy": [], "jax": []}
     for seed in seeds:
-        each = replace(case, precision="float32", seed=seed)
-        results = run_all(each, make_inputs(each), [*ENGINES, "truth"])
+        float32_case = replace(case, precision="float32", seed=seed)
+        results = run_all(float32_case, make_inputs(float32_case), [*ENGINES, "truth"])
         for engine in ENGINES:
             for name, error in errors(results[engine], results["truth"]).items():
                 largest[engine][name] = max(error, largest[engine].get(name, 0.0))
-        for engine, each_seed in found.items():
-            each_seed.append(ratios(results, engine))
+        for engine, seeds_errors in error_by_engine.items():
+            seeds_errors.append(ratios(results, engine))
     print(f"\n{heading(f'float32, the worst of {len(seeds)} seeds')}")
     for engine in ENGINES:
         print(row(engine, (worst(largest[engine], prefix) for prefix in PARTS.values())))
     print("\n| error / PyTorch's own | geometric mean over all tensors | worst tensor |\n| --- | --- | --- |")
-    for engine, each_seed in found.items():
-        means = mean_ratios(each_seed)
+    for engine, seeds_errors in error_by_engine.items():
+        means = mean_ratios(seeds_errors)
         name = max(means, key=lambda name: means[name])
         print(
             f"| {engine} | {statistics.geometric_mean(means.values()):.2f} | {means[name]:.1f} (`{name}`) |"
@@ -78,7 +80,7 @@ def float32(case: Case, seeds: range) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     table = {case.name: case for case in [*cases.FULL, *cases.NETWORKS]}
     parser = argparse.ArgumentParser(description="errors of each pair of engines in one network")
     parser.add_argument("--case", choices=table, default="resnet101", help="one of tests/parity/cases.py")

@@ -1,4 +1,4 @@
-"""What the usual mistakes in porting a ResNet cost: the table of docs/parity.md, in float64.
+"""Errors that common mistakes in porting a ResNet cause, in float64: the table of docs/parity.md.
 
 python -m benchmarks.porting_traps
 """
@@ -27,12 +27,12 @@ STEPS, RATE = 1000, 1e-3
 
 
 def tell(trap: str, what: str, wrong: np.ndarray, right: np.ndarray) -> None:
-    """A row of the table: the largest difference, relative to the tensor's largest magnitude."""
+    """Print a table row: the largest difference, relative to the tensor's largest magnitude."""
     print(f"| {trap} | {what} | {largest_error(wrong, right):.0e} |")
 
 
 def logits(change: Callable[[nn.Module], None]) -> np.ndarray:
-    """Of a thin ResNet in evaluation mode for pictures of 46 x 66, `change` applied to each of its layers."""
+    """Return a thin ResNet's evaluation logits for 46x66 images, after `change` of each layer."""
     inputs = make_inputs(NETWORK)
     model = torch_side.build(NETWORK).double().eval()
     torch_oracle.load_state_dict(model, group(inputs, "state"))
@@ -42,7 +42,7 @@ def logits(change: Callable[[nn.Module], None]) -> np.ndarray:
 
 
 def pad_same(layer: nn.Module) -> None:
-    """TensorFlow's and JAX's `SAME`: at stride 2 an even picture gets its padding behind only."""
+    """Pad as TensorFlow's and JAX's `SAME`: at stride 2 an even image is padded at its end only."""
 
     def pad(layer: nn.Conv2d, inputs: tuple[Tensor]) -> Tensor:
         (x,) = inputs
@@ -58,7 +58,7 @@ def pad_same(layer: nn.Module) -> None:
 
 
 def round_as_tf32(layer: nn.Module) -> None:
-    """Keep ten bits of the fractions of what convolutions and linear layers multiply."""
+    """Round the operands of convolutions and linear layers to ten fraction bits."""
 
     def rounded(x: Tensor) -> Tensor:
         bits = x.float().contiguous().view(torch.int32)
@@ -70,13 +70,13 @@ def round_as_tf32(layer: nn.Module) -> None:
 
 
 def set_eps(layer: nn.Module) -> None:
-    """Keras' epsilon."""
+    """Set Keras' epsilon."""
     if isinstance(layer, nn.BatchNorm2d):
         layer.eps = 1e-3
 
 
 def forward() -> None:
-    """Mistakes that the logits show."""
+    """Print mistakes that the logits show."""
     right = logits(lambda layer: None)
     tell('`padding="SAME"` at stride 2', "logits", logits(pad_same), right)
     tell("batch norm's epsilon 1e-3 (Keras), not 1e-5", "logits", logits(set_eps), right)
@@ -84,7 +84,7 @@ def forward() -> None:
 
 
 def statistics() -> None:
-    """Mistakes in batch norm's running statistics, which only evaluation shows."""
+    """Print mistakes in batch norm's running statistics, which only evaluation shows."""
     inputs = make_inputs(NORM)
     right = torch_side.run(NORM, inputs)
     before, x = group(inputs, "state"), inputs["x"]
@@ -107,7 +107,7 @@ def statistics() -> None:
 
 
 def train(step: Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """Parameters after gradients of very different sizes: p -= step(t, p, m, v, g), m and v as in Adam."""
+    """Return parameters after gradients of many sizes: p -= step(t, p, m, v, g), with Adam's m, v."""
     inputs = make_inputs(next(case for case in cases.OPTIMIZERS if case.name == "adam-constant-default"))
     p = np.concatenate([array.ravel() for array in group(inputs, "state").values()])
     grads = np.concatenate([g.reshape(STEPS, -1) for g in group(inputs, "gradients").values()], axis=1)
@@ -119,12 +119,12 @@ def train(step: Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], 
 
 
 def corrections(t: int) -> tuple[float, float]:
-    """Adam's, of m and of v."""
+    """Return Adam's bias corrections of m and of v."""
     return 1 - 0.9**t, 1 - 0.999**t
 
 
 def amsgrad(form: str) -> np.ndarray:
-    """The maximum before the correction (PyTorch), after it (optax), or no correction (Reddi et al.)."""
+    """AMSGrad with the maximum before the correction (PyTorch), after it (optax), or without correction."""
     top = np.zeros(1)
 
     def step(t, p, m, v, g):
@@ -137,7 +137,7 @@ def amsgrad(form: str) -> np.ndarray:
 
 
 def adabound(*, corrected: bool) -> np.ndarray:
-    """eps beside the uncorrected root, as published, or beside Adam's corrected one."""
+    """AdaBound with eps added to the uncorrected root, as published, or to Adam's corrected root."""
 
     def step(t, p, m, v, g):
         c1, c2 = corrections(t)
@@ -149,7 +149,7 @@ def adabound(*, corrected: bool) -> np.ndarray:
 
 
 def decayed(form: str, decay: float = 0.01) -> np.ndarray:
-    """Adam with decay as AdamW has it, without the learning rate in it, or in the gradient (L2)."""
+    """Adam with AdamW's decay, with decay not scaled by the learning rate, or with L2 in the gradient."""
     m2, v2 = np.zeros(1), np.zeros(1)
 
     def step(t, p, m, v, g):
@@ -164,7 +164,7 @@ def decayed(form: str, decay: float = 0.01) -> np.ndarray:
 
 
 def optimizers() -> None:
-    """Other readings of the equations."""
+    """Print common misreadings of the equations."""
     what = f"parameters, {STEPS} steps"
     for form in ("optax", "published"):
         tell(f"AMSGrad: the {form} form for PyTorch's", what, amsgrad(form), amsgrad("torch"))

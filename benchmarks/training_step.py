@@ -3,10 +3,9 @@
     python -m benchmarks.training_step --size 32@32x32x1 --rounds 9 --threads 2
     python -m benchmarks.training_step --engine numpy --inference
 
-Every contestant is a process of its own with the same number of threads. They take turns, one step each,
-round after round, so that a machine whose speed drifts is the same for all; medians and the ratio to
-PyTorch's fastest eager form are printed, and the peak of the memory each takes. PyTorch runs in four forms:
-NCHW or channels_last, Adam as it comes or fused.
+Each candidate is a process with the same number of threads. Steps are interleaved, so that a drift of the
+machine's speed affects all alike. Printed are medians, the ratio to PyTorch's fastest eager form, and peak
+memory. PyTorch runs in four forms: NCHW or channels_last, default or fused Adam.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ ENGINES = {
 
 
 def engine_step(name: str, batch: int, shape: tuple[int, int, int], model: str, inference: bool) -> Step:
-    """A function that takes one training step with an engine, or computes one batch of logits."""
+    """Return a function that takes one training step with an engine, or computes one batch of logits."""
     package, options = ENGINES[name]
     engine = importlib.import_module(package).Engine(
         model=model,
@@ -72,7 +71,7 @@ def engine_step(name: str, batch: int, shape: tuple[int, int, int], model: str, 
 
 
 def torch_step(name: str, batch: int, shape: tuple[int, int, int], model: str, inference: bool) -> Step:
-    """The same with the oracle in eager PyTorch."""
+    """Return the same function for eager PyTorch."""
     import torch
 
     from torch_oracle.resnet import MODELS
@@ -103,8 +102,8 @@ def torch_step(name: str, batch: int, shape: tuple[int, int, int], model: str, i
 
 
 def memory(pid: int | None) -> int:
-    """Bytes that a process and its children hold, libraries left out, pages that they share counted once
-    (Linux: proportional set size). 0 once it has ended."""
+    """Return the bytes that a process and its children hold, without libraries, shared pages counted once
+    (Linux: proportional set size). 0 after its end."""
     try:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
@@ -115,7 +114,7 @@ def memory(pid: int | None) -> int:
 
 
 def peak_memory(pid: int | None, pipe: Connection) -> int:
-    """The most bytes that a contestant holds until it answers; looking takes it time."""
+    """Return the most bytes that a candidate holds until it answers; sampling slows it down."""
     peak = 0
     while not pipe.poll(0.01):
         peak = max(peak, memory(pid))
@@ -124,7 +123,7 @@ def peak_memory(pid: int | None, pipe: Connection) -> int:
 
 
 def work(name: str, threads: int, pipe: Connection, *what: Any) -> None:
-    """A contestant: gets ready, then takes a step whenever it is asked and answers with its seconds."""
+    """Run a candidate: prepare, then take a step for each message and send its seconds."""
     os.sched_setaffinity(
         0, sorted(os.sched_getaffinity(0))[:threads]
     )  # XLA has a thread for each processor it sees
@@ -149,8 +148,8 @@ def work(name: str, threads: int, pipe: Connection, *what: Any) -> None:
 
 
 def measure(names: list[str], threads: int, rounds: int, *what: Any) -> tuple[Seconds, dict[str, int]]:
-    """Seconds of `rounds` steps of each contestant, taken in turns; and its peak memory from its start to
-    the end of its second step, and in one more step, less what it holds after its imports, in bytes."""
+    """Return for each candidate the seconds of `rounds` interleaved steps, and its peak memory in bytes: from
+    its start to the end of its second step, and in one more step, less its memory after imports."""
     context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Connection]] = {}
     peaks: dict[str, int] = {}
@@ -189,14 +188,14 @@ def report(title: str, seconds: Seconds, sizes: dict[str, int], threads: int) ->
 
 
 def parse_size(text: str) -> tuple[int, tuple[int, int, int]]:
-    """'32@32x32x1' to (32, (32, 32, 1)): batch, and height, width, channels."""
+    """Parse '32@32x32x1' into (32, (32, 32, 1)): batch, and (height, width, channels)."""
     batch, _, shape = text.partition("@")
     height, width, channels = shape.split("x")
     return int(batch), (int(height), int(width), int(channels))
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="time the engines on this CPU against PyTorch")
     parser.add_argument(
         "--size", nargs="+", default=["32@32x32x1", "8@96x96x3", "4@224x224x3"], help="BATCH@HxWxC"

@@ -1,9 +1,9 @@
-"""Seeds trained together in one program (`jax_resnet.together`) against seeds trained one after another.
+"""Seeds trained in one compiled step (`VmappedEngines`) against seeds trained one after another.
 
 python -m benchmarks.vmap_study --model resnet8 --seeds 5 --batch-size 32 --rounds 9
 
-A step of all seeds, the contestants in turns, medians. The first step shows what compilation takes: separate
-runs compile for each seed, whose statistics of the data are constants of the program.
+Times a step of all seeds: medians of interleaved rounds. The first step includes compilation: separate runs
+compile for each seed, since the data's mean and deviation are constants of the program.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax_resnet.together import VmappedEngines
 
 
 def make_engine(model: str, seed: int) -> Engine:
-    """An engine of a study: small grey pictures, AdaBound."""
+    """Return an engine of a study: small gray images, AdaBound."""
     return Engine(
         model=model,
         model_options={},
@@ -37,7 +37,7 @@ def make_engine(model: str, seed: int) -> Engine:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="resnet8")
     parser.add_argument("--seeds", type=int, default=5)
@@ -67,10 +67,10 @@ def main() -> None:
         stacked, metrics = together.step(stacked, batches, 0)
         np.asarray(metrics["loss"])
 
-    contestants: dict[str, Callable[[], None]] = {"separate": separate, "together": at_once}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    candidates: dict[str, Callable[[], None]] = {"separate": separate, "together": at_once}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(args.rounds + 1):
-        for name, step in contestants.items():
+        for name, step in candidates.items():
             begun = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - begun)

@@ -1,4 +1,4 @@
-"""The CIFAR-10 recipe in both engines and in PyTorch: 50 steps from the same weights, on the same batches."""
+"""The CIFAR-10 recipe in both engines and in PyTorch: the same weights, the same batches, step by step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.parity.recipe import Oracle
 from tests.test_loop import train as take_steps
 from tests.tolerances import FLOAT64_RECIPE, RECIPE_EPOCH
 
-STEPS = 50
+STEPS, THIN_STEPS = 50, 20
 
 
 def recipe(*argv: str) -> Config:
@@ -50,17 +50,17 @@ def check_engines(config: Config, data: Any, batches: Sequence[Batch], network: 
     oracle = Oracle(network, data.mean, data.std)
     _, metrics = take_steps(oracle, oracle.from_tree(first), batches)
     expected = np.array([step["loss"] for step in metrics])
-    assert len(expected) == STEPS
-    assert expected[-10:].mean() < 0.95 * expected[:10].mean()  # it learns
+    assert len(expected) == len(batches)
+    assert expected[-5:].mean() < 0.95 * expected[:5].mean()  # it learns
     for framework, (losses, after) in found.items():
-        for step in range(STEPS):
+        for step in range(len(batches)):
             assert_close(f"{framework}, loss of step {step}", losses[step], expected[step], FLOAT64_RECIPE)
-        what = f"{framework}, after {STEPS} steps"
+        what = f"{framework}, after {len(batches)} steps"
         assert_all_close(what, after, torch_oracle.state_dict(network), FLOAT64_RECIPE)
 
 
 class MadeData:
-    """Pictures of ten classes, each a pattern of its own under noise."""
+    """Images of ten classes: a pattern for each class, and noise."""
 
     num_classes, image_shape = 10, (16, 16, 3)
     mean, std = (0.5, 0.45, 0.4), (1.0, 1.0, 1.0)
@@ -68,14 +68,14 @@ class MadeData:
     def batches(self, size: int) -> list[Batch]:
         rng = np.random.default_rng(0)
         patterns = rng.integers(256, size=(10, *self.image_shape))
-        labels = rng.integers(10, size=(STEPS, size)).astype(np.int32)
-        noise = rng.integers(256, size=(STEPS, size, *self.image_shape))
+        labels = rng.integers(10, size=(THIN_STEPS, size)).astype(np.int32)
+        noise = rng.integers(256, size=(THIN_STEPS, size, *self.image_shape))
         images = ((patterns[labels] + 2 * noise) // 3).astype(np.uint8)
         return [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
 
 
-def test_fifty_steps_of_the_recipe_thin(monkeypatch):
-    """Its optimizer, batch and network, but three blocks of a quarter of the width, and smaller pictures."""
+def test_steps_of_the_recipe_in_a_thin_network(monkeypatch):
+    """Its optimizer, batch and network, but three blocks of a quarter of the width, and smaller images."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for module in (jax_resnet.resnet, numpy_ref.resnet):
         monkeypatch.setitem(module.MODELS, "resnet20", partial(module.resnet_cifar, 1, width=4))

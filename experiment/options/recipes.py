@@ -16,7 +16,7 @@ from typing import Any
 from experiment.errors import UserError
 from experiment.options.config import Config, fits
 
-FOLDER = Path(__file__).parents[1] / "recipes"
+FOLDER = Path(__file__).parents[2] / "recipes"
 OWN = frozenset({"recipe", "run_dir", "resume", "data_dir"})  # of a run or a machine, in no recipe
 
 

@@ -16,10 +16,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from tests.parity import cases, dump
 from tests.parity.case import Case, make_inputs
-from tests.parity.compare import JUDGES, errors, mean_ratios, ratios
+from tests.parity.compare import REFERENCES, errors, mean_ratios, ratios
 from tests.parity.engines import run_all
 
-ENGINES = ["numpy", "jax", *JUDGES]
+ENGINES = ["numpy", "jax", *REFERENCES]
 PARTS = {  # columns of the tables
     "logits": "logits",
     "input gradient": "dx",

@@ -1,4 +1,4 @@
-"""What tests that compare two implementations share."""
+"""Comparisons of arrays and what else tests of two implementations share."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 def assert_close(name: str, actual: Any, expected: Any, tolerance: float) -> None:
     """Fail unless `actual` has the shape of `expected` and each element is within `tolerance` of its scale.
 
-    The scale is the largest magnitude in `expected`, or 1 where all of it is zero. The message says which
-    tensor, at which index, by how much. Anything that is not finite fails, on either side.
+    The scale is the largest magnitude in `expected`, or 1 where all of it is zero. The message names the
+    tensor, the index and the error. A non-finite value on either side fails.
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"
@@ -36,7 +36,7 @@ def _errors(actual: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, float
 
 
 def largest_error(actual: Any, expected: Any) -> float:
-    """What `assert_close` holds against its tolerance; infinite for another shape or what is not finite."""
+    """The error that `assert_close` measures; infinite for another shape or non-finite values."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape or not np.isfinite([actual, expected]).all():
         return math.inf
@@ -79,13 +79,13 @@ def random_state(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[s
 
 
 def quick_jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`jax.jit` for what runs once: on a CPU compiled in half the time, to slower machine code."""
+    """`jax.jit` for functions that run once: compiled on a CPU in half the time, to slower code."""
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(function, compiler_options=quick, **options)
 
 
 def nchw(x: Any) -> np.ndarray:
-    """[N, H, W, C] to PyTorch's [N, C, H, W]; arrays without height and width as they are."""
+    """[N, H, W, C] to PyTorch's [N, C, H, W]; arrays without height and width unchanged."""
     x = np.asarray(x)
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if x.ndim == 4 else x
 

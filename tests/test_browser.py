@@ -1,4 +1,4 @@
-"""A report and a comparison in a real browser: every picture is there, nothing complains or sticks out."""
+"""A report and a comparison in a real browser: every image loads, nothing logs an error or overflows."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_a_page(browser: Any, pages: dict[str, Path], name: str, size: str, sche
     width, height = SIZES[size]
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     page = context.new_page()
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("dialog", lambda dialog: said.append("a dialog"))
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("dialog", lambda dialog: messages.append("a dialog"))
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(pages[name].as_uri())
-    assert said == []
+    assert messages == []
     assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
     images = page.evaluate("[...document.images].map(i => [i.alt, i.complete && i.naturalWidth > 0])")
     assert len(images) >= 5
@@ -75,7 +75,7 @@ def test_a_page(browser: Any, pages: dict[str, Path], name: str, size: str, sche
 
 
 def test_a_curve_has_the_colours_of_light_and_of_dark(browser: Any, pages: dict[str, Path]) -> None:
-    """The pictures too: one file, drawn in the reader's colours."""
+    """The images, too: one file, drawn in the reader's colors."""
     drawn = {}
     for scheme in ("light", "dark"):
         context = browser.new_context(color_scheme=scheme)

@@ -26,14 +26,14 @@ def test_operations_of_a_program_are_counted():
     assert gpu.hlo_counts(PROGRAM) == counts
 
 
-def test_the_smallest_contestants_run_and_stand_in_the_table():
+def test_the_smallest_candidates_run_and_stand_in_the_table():
     (case,) = gpu.TINY["cifar"]
     rows: list[dict[str, Any]] = []
     for name in ("jax, adam", gpu.EAGER):
-        contestant = gpu.make(name, case)
-        contestant.run(1)
+        candidate = gpu.make(name, case)
+        candidate.run(1)
         rows.append({"name": name, "model": case.model, "batch": case.batch, "size": case.size})
-        rows[-1] |= {"images_per_second": 10.0 * len(rows), **contestant.facts}
+        rows[-1] |= {"images_per_second": 10.0 * len(rows), **candidate.facts}
     assert rows[0]["flops"] > 1e6
     assert rows[0]["bytes"] > rows[0]["peak_bytes"] > 1e5
     assert rows[0]["hlo"]["fusions"] > 10

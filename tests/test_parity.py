@@ -68,7 +68,7 @@ def test_networks_in_float32_are_as_exact_as_pytorchs(case: Case) -> None:
     check_in_float32(case)
 
 
-def test_networks_in_bfloat16_are_close_to_the_judges_in_float64() -> None:
+def test_networks_in_bfloat16_are_close_to_pytorchs_in_float64() -> None:
     """NumPy has no such type: JAX alone."""
     case = replace(next(case for case in cases.NETWORKS if case.name == "resnet-small-images"), seed=1)
     inputs = make_inputs(replace(case, precision="bfloat16"))
@@ -91,7 +91,7 @@ def test_the_other_convolution_is_another_program() -> None:
     x = np.zeros(case.shape, np.float32)
 
     def program(other: bool) -> str:
-        def run(state: Any, x: Any) -> Any:  # made anew: JAX would remember the first form's
+        def run(state: Any, x: Any) -> Any:  # a new function: JAX would remember the first form's
             model: Any = nnx.merge(graph, state)
             return model(x)
 
@@ -109,7 +109,7 @@ sizes = st.integers(1, 4)
 
 @st.composite
 def windows(draw: st.DrawFn) -> dict[str, Any]:
-    """A kernel, stride and padding, and a picture that it fits."""
+    """A kernel, stride and padding, and an image that it fits."""
     kernel = (draw(sizes), draw(sizes))
     padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
     size = tuple(draw(st.integers(max(1, k - 2 * p), 7)) for k, p in zip(kernel, padding, strict=True))

@@ -79,7 +79,7 @@ def test_a_failure_names_the_tensor_and_is_replayed_from_its_dump(
     assert out.count("DIFFERS") == 5
     assert out.endswith("agree; numpy departs\n")
 
-    # By the command of the message, in another process, with the fault mended
+    # By the command of the message, in another process, with the fault fixed
     done = run(*message.splitlines()[-1].removeprefix("replay it: python ").split())
     assert done.returncode == 0, done.stderr
     assert "DIFFERS" not in done.stdout

@@ -17,7 +17,7 @@ from experiment.files import run_folder
 from numpy_ref.parallel import core_count
 
 MACHINE = RELEASED / "machine.json"
-# Other kernels round otherwise, training magnifies it, and some of the 360 test pictures change sides.
+# Other kernels round otherwise, training magnifies it, and some of the 360 test images change their class.
 ELSEWHERE = 0.02
 
 
@@ -27,7 +27,7 @@ def sha256(path: Path) -> str:
 
 
 def listed() -> dict[str, str]:
-    """What SHA256SUMS says, by the files' names."""
+    """The sums in SHA256SUMS, by file name."""
     lines = (RELEASED / "SHA256SUMS").read_text().splitlines()
     return {name: digest for digest, name in (line.split() for line in lines)}
 
@@ -54,7 +54,7 @@ def test_the_files_are_those_that_were_released() -> None:
 
 
 def test_it_predicts_out_of_the_box(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ten test pictures as files: at least nine are known."""
+    """At least nine of ten test images, as files, are classified correctly."""
     config = run_folder.read_record(RELEASED)["config"]
     data = load("digits", data_dir=None, batch_size=8, seed=config["seed"])
     batch = next(iter(data.eval_batches("test", 10)))

@@ -1,7 +1,7 @@
 """A ResNet-20 that others trained on CIFAR-10 gives the same answers in every implementation.
 
-The file is loaded as it is, with `linear.*` for `fc.*`. The images are a twentieth of the `cifar10` test set in
-THREEWAY_DATA_DIR; the slow tests take all of it. These images are JPEG re-encoded: the network classifies
+The file is loaded as it is, with `linear.*` for `fc.*`. The images are a twentieth of the `cifar10` test set
+in THREEWAY_DATA_DIR; the slow tests take all of it. These images are JPEG re-encoded: the network classifies
 81.03 % of them correctly, and 91.73 % of the original ones.
 """
 

@@ -1,7 +1,7 @@
-"""How far two right answers may be apart, each with its reason; measured where a reason gives a number.
+"""The tolerances of all tests, each with its reason, measured where a number is given.
 
 A tolerance is relative to the largest magnitude of the tensor compared (`comparing.assert_close`), unless it
-says otherwise. It is what the arithmetic allows with a few times to spare, never what a failing test needs.
+says otherwise. It is a few times the rounding error of correct arithmetic, never fitted to a failing test.
 """
 
 import math

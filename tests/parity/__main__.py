@@ -1,4 +1,4 @@
-"""Replay a case that failed, from the inputs that it left.
+"""Replay a failed case from its dump.
 
 python -m tests.parity replay parity-dumps/CASE
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def replay(folder: Path) -> int:
-    """Compute the case anew and print each pair's difference, then and now; 1 if engines disagree now."""
+    """Compute the case again; print each pair's recorded and new difference. Return 1 if engines disagree."""
     from tests.parity import compare, dump
     from tests.parity.engines import run_all
 
@@ -22,28 +22,28 @@ def replay(folder: Path) -> int:
     print(
         f"{case.name}: {case.kind} of {list(case.shape)}, {case.precision}, seed {case.seed}, {case.options}"
     )
-    now = dump.versions()
-    changed = [f"{k} {v}, now {now[k]}" for k, v in versions.items() if now[k] != v]
+    installed = dump.versions()
+    changed = [f"{k} {v}, now {installed[k]}" for k, v in versions.items() if installed[k] != v]
     print(f"versions: {'; '.join(changed) or 'those of the dump'}")
     print("recorded:", *faults, sep="\n  ")
     after = compare.compare(case, inputs, run_all(case, inputs, recorded))
-    before = {each[:3]: each for each in compare.compare(case, inputs, recorded)}
+    before = {comparison[:3]: comparison for comparison in compare.compare(case, inputs, recorded)}
     print(f"\n{'tensor':32} {'engines':42} {'recorded':>9} {'now':>9} {'allowed':>9}")
-    for each in after:
-        pair, mark = f"{each.left} - {each.right}", "  DIFFERS" if each.fault else ""
-        then = before[each[:3]].error if each[:3] in before else math.nan  # an engine raised an error
-        print(f"{each.tensor:32} {pair:42} {then:9.2e} {each.error:9.2e} {each.allowed:9.1e}{mark}")
-    print(*(each.fault for each in after if each.fault), sep="\n")
+    for now in after:
+        pair, mark = f"{now.left} - {now.right}", "  DIFFERS" if now.fault else ""
+        recorded_error = before[now[:3]].error if now[:3] in before else math.nan  # an engine raised an error
+        print(f"{now.tensor:32} {pair:42} {recorded_error:9.2e} {now.error:9.2e} {now.allowed:9.1e}{mark}")
+    print(*(now.fault for now in after if now.fault), sep="\n")
     print("verdict then:", compare.verdict(list(before.values())) if before else "an engine raised an error")
     print("verdict now:", compare.verdict(after))
-    return int(any(each.fault for each in after))
+    return int(any(comparison.fault for comparison in after))
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("replay", help="compute a case anew").add_argument("dump", type=Path)
+    commands.add_parser("replay", help="compute a case again").add_argument("dump", type=Path)
     options = parser.parse_args(argv)
     if not (options.dump / "case.json").is_file():
         parser.error(f"{options.dump} holds no case.json: not a dump of this suite")

@@ -104,8 +104,8 @@ def _optimizer_inputs(rng: np.random.Generator, case: Case) -> Inputs:
     fading = 0.05 + np.exp(-np.arange(steps) / (steps / 7))
     inputs = {"rates": np.array([rate(step) for step in range(steps)])}
     for name, shape in SHAPES.items():
-        each = (steps, *shape)
-        noise = (0.3 + rng.normal(size=each)) * (rng.random(each) > 0.1)
+        size = (steps, *shape)
+        noise = (0.3 + rng.normal(size=size)) * (rng.random(size) > 0.1)
         sizes = 10.0 ** rng.uniform(-5, 1.5, size=shape)
         inputs[f"state/{name}"] = rng.normal(size=shape)
         inputs[f"gradients/{name}"] = sizes * noise * fading.reshape(-1, *[1] * len(shape))
@@ -113,7 +113,7 @@ def _optimizer_inputs(rng: np.random.Generator, case: Case) -> Inputs:
 
 
 def _trajectory_inputs(rng: np.random.Generator, case: Case) -> Inputs:
-    """A few batches, gone through again and again, and a rate for every step that tells the steps apart."""
+    """A few batches, repeated, and a different learning rate for every step."""
     batches, steps = 8, case.options["steps"]
     falling = 0.6 + 0.4 * np.cos(np.linspace(0, math.pi, steps))
     return {

@@ -96,7 +96,7 @@ LAYERS = [*CONVOLUTIONS, *BATCH_NORMS, *OTHERS]
 
 SINGLE_VALUES = [Case(f"batch-norm-{shape}", "batch_norm", shape) for shape in [(1, 1, 1, 4), (1, 4)]]
 
-_BLOCKS: list[tuple[str, tuple[int, ...], str, str, dict[str, Any]]] = [  # each with every kind of shortcut
+_BLOCKS: list[tuple[str, tuple[int, ...], str, str, dict[str, Any]]] = [  # with every kind of shortcut
     ("basic", (4, 7, 6, 4), "resnet18", "layer1", {"stage_sizes": (1,)}),
     ("basic-stride-2", (4, 9, 8, 4), "resnet18", "layer2", {"stage_sizes": (1, 2)}),
     ("basic-no-batch-norm", (1, 9, 8, 4), "resnet18", "layer2", {"stage_sizes": (1, 1), "batch_norm": False}),
@@ -113,7 +113,7 @@ STAGES = [
 ]
 
 _SMALL: dict[str, Any] = {"width": 4, "small_images": True}
-NETWORKS = [  # thin; pictures so large that batch norm never divides by the deviation of few values
+NETWORKS = [  # thin; images so large that batch norm never divides by the deviation of few values
     _network("resnet-basic", (4, 47, 66, 3), "resnet18", width=4, stage_sizes=(1, 1, 1, 1)),
     _network("resnet-bottleneck", (4, 40, 33, 3), "resnet50", width=4, stage_sizes=(1, 2)),
     _network(

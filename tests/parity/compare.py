@@ -1,6 +1,6 @@
-"""Each pair of engines, tensor by tensor; and who is wrong where they disagree.
+"""Compare each pair of engines, tensor by tensor; where they disagree, say which one is wrong.
 
-A whole network in float32 is compared with PyTorch's float64 instead, and its error with PyTorch's own.
+A whole network in float32 is compared with PyTorch's float64, and its error with PyTorch's float32 error.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tests.parity import dump
 from tests.parity.case import Case, Inputs, Results, make_inputs
 from tests.parity.engines import engines_for, run_all
 
-JUDGES = ("torch", "torch-channels-last")
-ROUNDING = 2.0**-24  # of float32: what a right answer is off by when it is stored
+REFERENCES = ("torch", "torch-channels-last")
+ROUNDING = 2.0**-24  # of float32: the error of storing a correct result
 
 
 class Comparison(NamedTuple):
-    """One tensor of two engines."""
+    """The comparison of one tensor of two engines."""
 
     tensor: str
     left: str
@@ -34,7 +34,7 @@ class Comparison(NamedTuple):
 
 
 def reduction_length(tensor: str, inputs: Inputs) -> int:
-    """How many products are summed into each element, at most: of a convolution or a linear layer."""
+    """Return the largest number of products summed into an element of a convolution or a linear layer."""
     weight, output = inputs["state/weight"].shape, inputs["target"].shape
     if tensor == "y":
         return math.prod(weight[1:])
@@ -42,7 +42,7 @@ def reduction_length(tensor: str, inputs: Inputs) -> int:
 
 
 def tolerance(case: Case, tensor: str, inputs: Inputs) -> float:
-    """How far two engines may be apart in one tensor of a case."""
+    """Return the tolerance for one tensor of a case."""
     if case.kind == "optimizer":
         return tolerances.FLOAT64_OPTIMIZER
     if case.kind == "trajectory":
@@ -64,11 +64,11 @@ def tolerance(case: Case, tensor: str, inputs: Inputs) -> float:
 
 
 def compare(case: Case, inputs: Inputs, results: Mapping[str, Results]) -> list[Comparison]:
-    """Every tensor, in the last engine's order, of each pair of engines."""
+    """Compare every tensor of each pair of engines, in the last engine's order."""
     *_, reference = results.values()
     names = dict.fromkeys((*reference, *itertools.chain.from_iterable(results.values())))
     if case.kind == "network" and case.precision == "float32":
-        return _compare_with_the_judge(results, tolerances.FLOAT32_RATIO_WORST)
+        return _compare_with_float64(results, tolerances.FLOAT32_RATIO_WORST)
     return [
         _compare(tensor, left, right, results, tolerance(case, tensor, inputs))
         for tensor in names
@@ -96,8 +96,8 @@ def _compare(
     return Comparison(tensor, left, right, largest_error(*pair), allowed, fault)
 
 
-def _compare_with_the_judge(results: Mapping[str, Results], allowed: float) -> list[Comparison]:
-    """A seed by itself, for a replay; the tests take several, see `check_in_float32`."""
+def _compare_with_float64(results: Mapping[str, Results], allowed: float) -> list[Comparison]:
+    """Compare one seed, for a replay; the tests take several, see `check_in_float32`."""
     return [
         Comparison(
             tensor,
@@ -113,9 +113,11 @@ def _compare_with_the_judge(results: Mapping[str, Results], allowed: float) -> l
 
 
 def verdict(comparisons: list[Comparison]) -> str:
-    """Which engines agree in everything, and so who is wrong. All forms of an engine have one vote."""
-    engines = list(dict.fromkeys(name for each in comparisons for name in (each.left, each.right)))
-    apart = {frozenset((each.left, each.right)) for each in comparisons if each.fault}
+    """Say which engines agree in everything, and so which is wrong. All forms of an engine have one vote."""
+    engines = list(
+        dict.fromkeys(name for comparison in comparisons for name in (comparison.left, comparison.right))
+    )
+    apart = {frozenset((comparison.left, comparison.right)) for comparison in comparisons if comparison.fault}
     groups: list[list[str]] = []
     for engine in engines:
         for members in groups:
@@ -138,11 +140,11 @@ def verdict(comparisons: list[Comparison]) -> str:
 
 
 def check(case: Case, inputs: Inputs | None = None, engines: list[str] | None = None) -> dict[str, Results]:
-    """Compute a case in all its engines, or in some, and return what they found.
+    """Compute a case in all its engines, or in `engines`; return {engine: results}.
 
     Raises:
-        AssertionError: two of them disagree. It says in which tensors, at which index, by how much, and how
-            to replay the case from the dump that is left. What an engine raises leaves one too.
+        AssertionError: two engines disagree. The message names tensors, indices, errors, and the command that
+            replays the case from its dump. An exception in an engine leaves a dump, too.
     """
     inputs = make_inputs(case) if inputs is None else inputs
     engines = engines_for(case) if engines is None else engines
@@ -153,7 +155,7 @@ def check(case: Case, inputs: Inputs | None = None, engines: list[str] | None = 
         error.add_note(f"{case.name}, {case.precision}; replay it: {dump.command(path)}")
         raise
     comparisons = compare(case, inputs, results)
-    faults = [each.fault for each in comparisons if each.fault]
+    faults = [comparison.fault for comparison in comparisons if comparison.fault]
     if faults:
         path = dump.write(case, inputs, results, faults)
         shown = [*faults[:8], *([f"... and {len(faults) - 8} more"] if faults[8:] else [])]
@@ -162,53 +164,55 @@ def check(case: Case, inputs: Inputs | None = None, engines: list[str] | None = 
     return results
 
 
-def errors(found: Results, truth: Results) -> dict[str, float]:
-    """The largest difference in each tensor, relative to its largest magnitude."""
-    assert found.keys() == truth.keys()
-    return {name: largest_error(found[name], array) for name, array in truth.items()}
+def errors(actual: Results, truth: Results) -> dict[str, float]:
+    """Return the largest difference in each tensor, relative to its largest magnitude."""
+    assert actual.keys() == truth.keys()
+    return {name: largest_error(actual[name], array) for name, array in truth.items()}
 
 
 def ratios(results: Mapping[str, Results], engine: str) -> dict[str, float]:
-    """For each tensor, an engine's error in float32 divided by that of PyTorch's worse layout.
+    """Return for each tensor an engine's float32 error over that of PyTorch's worse layout.
 
-    The stored result is rounded: no error counts as less than that.
+    A stored result is rounded: no error counts as less than that.
     """
-    own, *judges = (errors(results[name], results["truth"]) for name in (engine, *JUDGES))
+    engine_errors, *reference_errors = (
+        errors(results[name], results["truth"]) for name in (engine, *REFERENCES)
+    )
     return {
-        name: max(ROUNDING, error) / max(ROUNDING, *(each[name] for each in judges))
-        for name, error in own.items()
+        name: max(ROUNDING, error) / max(ROUNDING, *(layout[name] for layout in reference_errors))
+        for name, error in engine_errors.items()
     }
 
 
-def mean_ratios(each_seed: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The geometric mean over seeds of each tensor's ratio.
+def mean_ratios(by_seed: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the geometric mean over seeds of each tensor's ratio.
 
-    One seed will not do: an input of a ReLU that is near 0 may get the other sign in float32. That moves
-    single gradients by a tenth, and happens in some seeds to one engine or layout and not to the other.
+    One seed is not enough: an input of a ReLU near 0 may change its sign in float32. That moves single
+    gradients by a tenth, in some seeds for one engine or layout alone.
     """
-    return {name: statistics.geometric_mean(each[name] for each in each_seed) for name in each_seed[0]}
+    return {name: statistics.geometric_mean(seed[name] for seed in by_seed) for name in by_seed[0]}
 
 
 def check_in_float32(case: Case, seeds: range = range(5)) -> None:
-    """Hold a whole network's errors in float32 against PyTorch's own, over several seeds.
+    """Compare a whole network's float32 errors with PyTorch's own, over several seeds.
 
     Raises:
         AssertionError: an engine is worse in the geometric mean over all tensors, or much worse in one.
     """
-    found: dict[str, list[dict[str, float]]] = {"numpy": [], "jax": []}
+    by_engine: dict[str, list[dict[str, float]]] = {"numpy": [], "jax": []}
     for seed in seeds:
-        each = replace(case, precision="float32", seed=seed)
-        results = run_all(each, make_inputs(each), engines_for(each))
-        for engine, ratio in found.items():
+        seeded = replace(case, precision="float32", seed=seed)
+        results = run_all(seeded, make_inputs(seeded), engines_for(seeded))
+        for engine, ratio in by_engine.items():
             ratio.append(ratios(results, engine))
-    for engine, each_seed in found.items():
-        means = mean_ratios(each_seed)
+    for engine, by_seed in by_engine.items():
+        means = mean_ratios(by_seed)
         mean, tensor = statistics.geometric_mean(means.values()), max(means, key=lambda name: means[name])
         if not (mean <= tolerances.FLOAT32_RATIO and means[tensor] <= tolerances.FLOAT32_RATIO_WORST):
-            worst = max(range(len(seeds)), key=lambda index: each_seed[index][tensor])
-            each = replace(case, precision="float32", seed=seeds[worst])
-            inputs = make_inputs(each)
+            worst = max(range(len(seeds)), key=lambda index: by_seed[index][tensor])
+            seeded = replace(case, precision="float32", seed=seeds[worst])
+            inputs = make_inputs(seeded)
             fault = f"{tensor} of {engine} is off by {means[tensor]:.1f} times PyTorch's own error"
             fault += f", all tensors by {mean:.2f} times in the geometric mean"
-            path = dump.write(each, inputs, run_all(each, inputs, engines_for(each)), [fault])
+            path = dump.write(seeded, inputs, run_all(seeded, inputs, engines_for(seeded)), [fault])
             raise AssertionError(f"{case.name}, float32: {fault}\nreplay it: {dump.command(path)}")

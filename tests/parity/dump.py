@@ -1,7 +1,7 @@
 """What a failing case leaves: a folder with the tensors as safetensors and the rest as JSON; no pickle.
 
 inputs.safetensors      x, target, state/NAME, ...
-ENGINE.safetensors      what each engine made of them
+ENGINE.safetensors      each engine's results
 case.json               the case, the versions of everything, and how the engines disagreed
 """
 
@@ -43,8 +43,8 @@ def command(path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Of everything that computes."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **found, "machine": platform.machine()}
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **packages, "machine": platform.machine()}
 
 
 def write(case: Case, inputs: Inputs, results: Mapping[str, Results], faults: Sequence[str]) -> Path:
@@ -72,5 +72,5 @@ def read(folder: Path) -> Dump:
 def _tuples(value: Any) -> Any:
     """JSON knows lists only; shapes and windows are tuples."""
     if isinstance(value, dict):
-        return {key: _tuples(each) for key, each in value.items()}
+        return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

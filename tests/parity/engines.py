@@ -1,4 +1,4 @@
-"""Who computes a case: both engines in each of their forms, and the judge."""
+"""The implementations that compute a case: both engines in each of their forms, and PyTorch."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _FORMS = {
 
 
 def engines_for(case: Case) -> list[str]:
-    """Those that a case is computed by, in the order of `ENGINES`."""
-    wanted = {"numpy", "jax", "torch"} | _FORMS.get(case.kind, set())
+    """Return the engines that compute a case, in the order of `ENGINES`."""
+    names = {"numpy", "jax", "torch"} | _FORMS.get(case.kind, set())
     if case.precision == "float32":
-        # The readable forms add up number by number, which float32 does not bear: 2e-6 of a thousand
-        wanted = wanted - {"numpy-plain", "numpy-loops"} | {"truth"}
+        # The readable forms add one number after another: in float32 an error of 2e-6 for a thousand terms
+        names = names - {"numpy-plain", "numpy-loops"} | {"truth"}
         if case.kind == "network":
-            wanted.add("torch-channels-last")
+            names.add("torch-channels-last")
     if case.kind == "max_pool" and not all(isinstance(side, int) for side in case.options.values()):
-        wanted.discard("jax")  # its pooling has square windows
-    return [name for name in ENGINES if name in wanted]
+        names.discard("jax")  # its pooling has square windows
+    return [name for name in ENGINES if name in names]
 
 
 def run_all(case: Case, inputs: Inputs, engines: Iterable[str]) -> dict[str, Results]:
-    """{engine: {tensor: array}}."""
+    """Return {engine: {tensor: array}}."""
     return {name: ENGINES[name](case, inputs) for name in engines}

@@ -127,7 +127,7 @@ def convolutions(other: bool) -> Iterator[None]:
 
 @partial(quick_jit, static_argnums=(0, 1))
 def _forward_and_backward(graph: Any, other: bool, params: Any, stats: Any, x: Any, target: Any) -> Any:
-    """One program for all weights and seeds of a case: `graph` and `other` tell them apart."""
+    """One compiled function for all weights and seeds of a case; `graph` and `other` are static."""
 
     def forward(params: Any, x: jax.Array) -> Any:
         model = nnx.merge(graph, params, stats, copy=True)

@@ -216,14 +216,14 @@ def first_failure(tree: Path, mutant: Mutant) -> str | None:
         file.write_text(source, encoding="utf-8")
     if done.returncode == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    if found is None:
+    failure = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if failure is None:
         raise RuntimeError(f"{mutant.name}: the suite could not be run:\n{done.stdout}{done.stderr}")
-    return found[1]
+    return failure[1]
 
 
 def main(names: Sequence[str]) -> int:
-    """Run the mutants named, or all; two at a time, each in a tree of its own."""
+    """Run the mutants named, or all; two at a time, each in its own copy of the tree."""
     unknown = set(names) - {mutant.name for mutant in MUTANTS}
     if unknown:
         print(f"error: no mutant {', '.join(sorted(unknown))}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""He et al.'s recipe for CIFAR-10 as PyTorch trains by it, behind the seam that both engines offer."""
+"""He et al.'s recipe for CIFAR-10 in PyTorch, with the engines' interface."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.comparing import nchw
 
 
 class Oracle:
-    """torch.optim.SGD, the rate a tenth after each milestone; a state is the number of steps taken.
+    """torch.optim.SGD; the rate is divided by ten at each milestone. The state is the number of steps taken.
 
     Args:
         network: in the precision to compute in.
@@ -40,7 +40,7 @@ class Oracle:
         return torch.from_numpy(nchw((image / 255 - self._mean) / self._std)).to(self._dtype)
 
     def train(self, state: int, batches: Iterable[Batch]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """A step for each batch, as in any tutorial of PyTorch's."""
+        """Take a step for each batch, as in any PyTorch tutorial."""
         for step, batch in enumerate(batches, start=state):
             self.optimizer.param_groups[0]["lr"] = 0.1 * 0.1 ** bisect_right(self._milestones, step)
             logits = self.network(self._normalised(batch["image"]))
@@ -51,7 +51,7 @@ class Oracle:
             yield step + 1, {"loss": loss.item(), "logits": logits.detach().numpy(), "label": batch["label"]}
 
     def evaluate(self, state: int, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
-        """The logits of each batch, with the running statistics."""
+        """Yield the logits of each batch, with the running statistics."""
         self.network.eval()
         for batch in batches:
             with torch.no_grad():

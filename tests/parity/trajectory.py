@@ -1,4 +1,4 @@
-"""A training run of an engine, through the seam that both engines offer."""
+"""A training run of an engine, through the engines' interface."""
 
 from __future__ import annotations
 

@@ -294,3 +294,19 @@ def test_results_of_a_study_become_a_page(tmp_path):
     (folder / "mnist-tenth.md").unlink()
     script["main"]([])  # from the results in docs/studies
     assert (folder / "mnist-tenth.md").read_text() == text
+
+
+def test_the_example_of_a_study_can_be_read(tmp_path):
+    """The TOML file of docs/training.md: its methods, and the number of runs that stands there."""
+    (example,) = code_blocks("docs/training.md", "toml")
+    path = tmp_path / "example.toml"
+    path.write_text(example)
+    plan = read(path, {})
+    assert [method.name for method in plan.contestants] == [
+        f"{optimizer}-{variant}"
+        for variant in ("batch-norm", "no-batch-norm")
+        for optimizer in ("adam", "bounded")
+    ]
+    runs = len(plan.contestants) * (plan.budget * len(plan.tuning_seeds) + len(plan.seeds))
+    assert f"= {runs}." in (ROOT / "docs" / "training.md").read_text()
+    assert plan.contestants[1].candidates[0]["report"] is True

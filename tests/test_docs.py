@@ -84,8 +84,8 @@ def test_the_page_of_a_study_is_made_from_its_results(path: Path) -> None:
     text = path.with_suffix(".md").read_text()
     assert text == script["page"](path.stem), "run python docs/fill_adabound.py"
     assert text.count("\n## ") == len(list(tables(json.loads(path.read_text()))))
-    for picture in path.parent.glob(f"{path.stem}-curves*.png"):
-        assert text.count(f"]({picture.name})") == 1
+    for curves in path.parent.glob(f"{path.stem}-curves*.png"):
+        assert text.count(f"]({curves.name})") == 1
     assert f"studies/{path.stem}.md" in (ROOT / "docs" / "adabound.md").read_text()
 
 
@@ -240,7 +240,7 @@ def test_the_image_to_predict_can_be_made(
     assert predict.endswith("# 0.70 for 1, which it is")
 
 
-def test_the_sheet_of_augmented_pictures_can_be_drawn(tmp_path, monkeypatch):
+def test_the_sheet_of_augmented_images_can_be_drawn(tmp_path, monkeypatch):
     from experiment.data.loading import load
 
     script = runpy.run_path(str(ROOT / "docs" / "draw_augmentation.py"))
@@ -253,9 +253,9 @@ def test_the_sheet_of_augmented_pictures_can_be_drawn(tmp_path, monkeypatch):
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_the_pictures_of_convolution_can_be_drawn(tmp_path):
+def test_the_figures_of_convolution_can_be_drawn(tmp_path):
     script = runpy.run_path(str(ROOT / "docs" / "draw_convolution.py"))
-    for draw in ("draw_windows", "draw_columns"):
+    for draw in ("draw_windows", "draw_patches"):
         script[draw].__globals__["FOLDER"] = tmp_path
         script[draw]()
     for name in ("convolution.png", "im2col.png"):
@@ -263,7 +263,7 @@ def test_the_pictures_of_convolution_can_be_drawn(tmp_path):
         assert (ROOT / "docs" / name).is_file()
 
 
-def test_the_picture_of_adabounds_bounds_can_be_drawn(tmp_path):
+def test_the_figure_of_adabounds_bounds_can_be_drawn(tmp_path):
     script = runpy.run_path(str(ROOT / "docs" / "draw_adabound.py"))
     script["draw"].__globals__["FOLDER"] = tmp_path
     script["draw"]()

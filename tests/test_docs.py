@@ -175,10 +175,11 @@ def test_the_bounds_in_the_document_follow_the_schedule_of_the_studies() -> None
         assert numbers == pytest.approx(expected, rel=0.005), step  # three digits
     highest = {
         name: max(
-            schedule(t - 1) * adabound_bounds(t, each.get("final_lr", 0.1) / lr, each.get("gamma", 1e-3))[1]
+            schedule(t - 1)
+            * adabound_bounds(t, options.get("final_lr", 0.1) / lr, options.get("gamma", 1e-3))[1]
             for t in range(1, length + 1)
         )
-        for name, each in named.items()
+        for name, options in named.items()
     }
     for name, words in (("gamma-0.1", "0.13"), ("gamma-0.01", "0.38"), ("final-lr-0.01", "0.30")):
         assert f"{highest[name]:.2f}" == words

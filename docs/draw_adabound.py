@@ -20,19 +20,19 @@ STEPS = np.unique(np.logspace(0, 6, 400).astype(int))
 
 
 def bounds(gamma: float) -> tuple[np.ndarray, np.ndarray]:
-    """Both bounds of the step size at `STEPS`, at a constant learning rate."""
+    """Return both bounds of the step size at `STEPS`, at a constant learning rate."""
     pairs = np.array([adabound_bounds(int(t), FINAL_LR / LR, gamma) for t in STEPS])
     return LR * pairs[:, 0], LR * pairs[:, 1]
 
 
 def adam_size(gradient: float) -> np.ndarray:
-    """Adam's step size of a coordinate whose gradient has this magnitude at every step, before the clip."""
+    """Return Adam's unclipped step sizes for a coordinate with gradients of this magnitude at every step."""
     nu = gradient**2 * (1 - B2**STEPS)
     return np.asarray(LR * np.sqrt(1 - B2**STEPS) / (1 - B1**STEPS) / (np.sqrt(nu) + EPS))
 
 
 def draw_interval(axes: Any) -> None:
-    """The interval for three values of gamma."""
+    """Draw the interval for three values of gamma."""
     for gamma, color in ((1e-2, "C0"), (1e-3, "C1"), (1e-4, "C2")):
         lower, upper = bounds(gamma)
         axes.fill_between(STEPS, lower, upper, color=color, alpha=0.18, linewidth=0)
@@ -45,7 +45,7 @@ def draw_interval(axes: Any) -> None:
 
 
 def draw_sizes(axes: Any) -> None:
-    """What becomes of Adam's step sizes, and the control's one rate, with the published gamma."""
+    """Draw Adam's step sizes before and after the clip, and the control's rate, at the published gamma."""
     lower, upper = bounds(1e-3)
     axes.fill_between(STEPS, lower, upper, color="C1", alpha=0.18, linewidth=0)
     for gradient, color in ((1e-4, "C0"), (1e-2, "C3"), (1.0, "C2")):
@@ -59,7 +59,7 @@ def draw_sizes(axes: Any) -> None:
 
 
 def draw() -> None:
-    """Both, side by side."""
+    """Draw both panels, side by side."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     figure.suptitle("at a constant learning rate; a schedule scales both bounds", fontsize=11)
     draw_interval(left)

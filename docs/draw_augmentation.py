@@ -1,10 +1,9 @@
-"""Draw a sheet of training pictures: as evaluation sees them, and after each transform, in two epochs.
+"""Draw a sheet of training images: as evaluation sees them, and after each transform, in two epochs.
 
     python docs/draw_augmentation.py docs/augmentation.png --dataset fashion_mnist --data-dir DIR
     python docs/draw_augmentation.py sheet.png --dataset cars196 --data-dir DIR --crop-to-bbox
 
-Takes the data flags of train.py. A row that a data set has no pictures for (PCA colour in grey ones) is left
-out.
+The data flags of train.py apply. PCA color is left out for gray images.
 """
 
 from __future__ import annotations
@@ -28,37 +27,37 @@ COLUMNS = 10
 
 
 def rows(data: Data) -> dict[str, npt.NDArray[np.uint8]]:
-    """The same pictures in each row [COLUMNS, H, W, C]: as they are tested, then under each `--augment`."""
+    """Return rows of the same images [COLUMNS, H, W, C]: as in evaluation, then under each `--augment`."""
     source, indices = data.parts["train"]
     chosen = indices[:: len(indices) // COLUMNS][:COLUMNS]
     height, width, channels = data.image_shape
     larger = round(max(height, width) * 256 / 224)
-    found = {"evaluation": source.read(chosen)["image"]}
+    sheet = {"evaluation": source.read(chosen)["image"]}
     for name in AUGMENTATIONS[1:]:
         if name == "crop-flip-pca" and channels == 1:
             continue
         for epoch in (0, 1):
             augmentation = dataclasses.replace(data.augmentation, name=name)
-            found[f"{name}\nepoch {epoch}"] = augmentation.batch(source, chosen, epoch)["image"]
+            sheet[f"{name}\nepoch {epoch}"] = augmentation.batch(source, chosen, epoch)["image"]
     scaled = dataclasses.replace(data.augmentation, name="crop-flip", shorter_side=(larger, 2 * larger))
-    found[f"crop-flip\n--resize {larger} {2 * larger}"] = scaled.batch(source, chosen, 0)["image"]
-    return found
+    sheet[f"crop-flip\n--resize {larger} {2 * larger}"] = scaled.batch(source, chosen, 0)["image"]
+    return sheet
 
 
 def draw(output: Path, data: Data, title: str) -> None:
-    """A row of pictures for each transform, with its name."""
+    """Draw a row of images for each transform, with its name."""
     sheet = rows(data)
     height, width, channels = data.image_shape
     inches = 0.9 * height / width
     figure = plt.figure(figsize=(1.5 + 0.9 * COLUMNS, 0.4 + inches * len(sheet)), layout="constrained")
     axes = figure.subplots(len(sheet), COLUMNS)
     style: dict[str, Any] = {"cmap": "gray"} if channels == 1 else {}
-    for line, (name, images) in zip(axes, sheet.items(), strict=True):
-        for place, image in zip(line, images, strict=True):
-            place.imshow(image, vmin=0, vmax=255, interpolation="nearest", **style)
-            place.set(xticks=[], yticks=[])
-            place.spines[:].set_visible(False)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    for row, (name, images) in zip(axes, sheet.items(), strict=True):
+        for cell, image in zip(row, images, strict=True):
+            cell.imshow(image, vmin=0, vmax=255, interpolation="nearest", **style)
+            cell.set(xticks=[], yticks=[])
+            cell.spines[:].set_visible(False)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(output, dpi=90)
 

@@ -1,4 +1,4 @@
-"""Draw pictures from the files of runs: loss and accuracy against the epoch, or of one run against the step.
+"""Draw figures from the files of runs: loss and accuracy against the epoch, or of one run against the step.
 
     python docs/draw_overview.py docs/overview.png "JAX, Adam=docs/runs/digits-adam" \\
         "JAX, AdaBound=docs/runs/digits-adabound" "NumPy, Adam=docs/runs/digits-adam-numpy"
@@ -22,12 +22,12 @@ from matplotlib.lines import Line2D
 
 
 def read_lines(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
+    """Return the lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def draw(output: Path, runs: dict[str, Path]) -> None:
-    """One panel for the loss of every step, one for the accuracy of every epoch; solid lines are training."""
+    """Draw the loss of every step in one panel, the accuracy of every epoch in another; training is solid."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for color, (label, run) in zip(("tab:blue", "tab:orange", "tab:green"), runs.items(), strict=False):
         lines = read_lines(run)
@@ -52,7 +52,7 @@ def draw(output: Path, runs: dict[str, Path]) -> None:
 
 
 def draw_steps(output: Path, run: Path, window: int = 50) -> None:
-    """Loss and accuracy of every step of one run, and their means over the last `window` steps."""
+    """Draw loss and accuracy of every step of one run, and their means over the last `window` steps."""
     steps = [line for line in read_lines(run) if line["scope"] == "step"]
     summary = json.loads((run / "summary.json").read_text())
     figure, both = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
@@ -73,7 +73,7 @@ def draw_steps(output: Path, run: Path, window: int = 50) -> None:
 
 
 def save(figure: Figure, output: Path) -> None:
-    """With a light grid and without a box."""
+    """Save with a light grid and without a box."""
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,8 +1,8 @@
-"""Draw ResNet-101 as the project builds it: the stages, and a bottleneck with its shortcut.
+"""Draw ResNet-101: its stages, and a bottleneck with its shortcut.
 
     python docs/draw_resnet101.py docs/resnet101.png
 
-The counts and channels of the stages are read from the NumPy network.
+The NumPy network supplies the counts and channels of the stages.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ INK, STEM, CONV, ADD = "#333333", "#d9d9d9", "#9ecae1", "#fdd0a2"
 
 
 def box(axes: Axes, x: float, y: float, w: float, h: float, text: str, color: str, size: float = 9) -> None:
-    """A rounded box around a centred text."""
+    """Draw a rounded box around a centered text."""
     style = "round,pad=0,rounding_size=0.12"
     axes.add_patch(FancyBboxPatch((x, y), w, h, boxstyle=style, fc=color, ec=INK, lw=0.9))
     axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=size, color="black")
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], bend: float = 0) -> None:
-    """An arrow, bent to the right by `bend`."""
+    """Draw an arrow, bent to the right by `bend`."""
     style = f"arc3,rad={bend}"
     axes.add_patch(
         FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, connectionstyle=style, color=INK)
@@ -41,24 +41,24 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], bend
 
 
 def parameters(layer: Layer) -> str:
-    """The number of a layer's parameters, in millions."""
+    """Return the number of a layer's parameters, in millions."""
     return f"{sum(p.value.size for p in layer.parameters()) / 1e6:.1f} M"
 
 
 def channels(block: Layer, convolution: str) -> int:
-    """How many channels leave a convolution of a block."""
+    """Return the number of output channels of a block's convolution."""
     layer = dict(block.parts())[convolution]
     assert isinstance(layer, Conv2d)
     return int(layer.weight.value.shape[-1])
 
 
 def stages(axes: Axes) -> None:
-    """The network from picture to logits, with the shape after each stage."""
+    """Draw the network from image to logits, with the shape after each stage."""
     network = resnet101(CLASSES, rng=np.random.default_rng(0))
     parts = dict(network.parts())
     x, gap, width, side = 0.0, 0.55, 1.55, SIZE // 4
     boxes = [
-        (f"picture\n\n{SIZE} x {SIZE} x 3", STEM),
+        (f"image\n\n{SIZE} x {SIZE} x 3", STEM),
         (f"7x7, 64, /2\nmax pool, /2\n\n{side} x {side} x 64", CONV),
     ]
     for number in range(1, 5):
@@ -80,7 +80,7 @@ def stages(axes: Axes) -> None:
 
 
 def bottleneck(axes: Axes) -> None:
-    """A block of stage 3: y = relu(x + F(x))."""
+    """Draw a block of stage 3: y = relu(x + F(x))."""
     chain = [
         "1x1, 1024 to 256",
         "batch norm, ReLU",
@@ -107,7 +107,7 @@ def bottleneck(axes: Axes) -> None:
 
 
 def main() -> None:
-    """Both drawings, one above the other."""
+    """Draw both, one above the other."""
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(11, 3.9), height_ratios=(2.6, 1.1), layout="constrained", facecolor="white"
     )

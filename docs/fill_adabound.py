@@ -1,4 +1,8 @@
-"""Write the results of studies into docs/adabound.md: python docs/fill_adabound.py runs/study-NAME ..."""
+"""Write docs/studies/NAME.md, the tables of a study.
+
+python docs/fill_adabound.py runs/study-NAME ...   # copy the results of studies, then write their pages
+python docs/fill_adabound.py                       # write every page again, from docs/studies/*.json
+"""
 
 from __future__ import annotations
 
@@ -10,38 +14,41 @@ from pathlib import Path
 
 from experiment.study.tables import head, in_markdown, tables
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "studies"
 
 
-def section(folder: Path) -> tuple[str, str]:
-    """The name of a study and its part of the document; its JSON and pictures are copied beside that."""
-    study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-    name = study["name"]
-    kept = FOLDER / "studies"
-    kept.mkdir(exist_ok=True)
-    shutil.copy(folder / "study.json", kept / f"{name}.json")
-    parts = [f"### {name}", f"{head(study)} All numbers: [{name}.json](studies/{name}.json)."]
-    for path in sorted(folder.glob("curves*.png")):
-        shutil.copy(path, kept / f"{name}-{path.name}")
-        parts.append(f"![Curves of the study {name}](studies/{name}-{path.name})")
-    return name, "\n\n".join([*parts, *(in_markdown(table, "####") for table in tables(study))])
+def copy_results(study_folder: Path) -> str:
+    """Copy a study's JSON and curves into docs/studies, and return the study's name."""
+    name = json.loads((study_folder / "study.json").read_text(encoding="utf-8"))["name"]
+    FOLDER.mkdir(exist_ok=True)
+    shutil.copy(study_folder / "study.json", FOLDER / f"{name}.json")
+    for path in sorted(study_folder.glob("curves*.png")):
+        shutil.copy(path, FOLDER / f"{name}-{path.name}")
+    return str(name)
 
 
-def main(folders: Sequence[str]) -> None:
-    """Fill in the parts of these studies; the others stay as they are."""
-    document = FOLDER / "adabound.md"
-    text = document.read_text(encoding="utf-8")
-    for folder in folders:
-        name, part = section(Path(folder))
-        mark = f"<!-- study {name} -->"
-        if mark not in text:
-            sys.exit(f"{document} has no place for {name}: write {mark} and <!-- end --> where it is to be")
-        before, _, rest = text.partition(mark)
-        inside, end, after = rest.partition("<!-- end -->")
-        if not end or "<!-- study" in inside:
-            sys.exit(f"{document}: after {mark} there is no <!-- end -->; write it")
-        text = f"{before}{mark}\n\n{part}\n\n{end}{after}"
-    document.write_text(text, encoding="utf-8")
+def page(name: str) -> str:
+    """Return the page of a study, made from its JSON and curves in docs/studies."""
+    study = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    parts = [
+        f"# Study: {name}",
+        "`python docs/fill_adabound.py` writes this page. What the study asks, and what it answers: "
+        "[adabound.md](../adabound.md#results).",
+        f"{head(study)} All numbers: [{name}.json]({name}.json).",
+        *(
+            f"![Curves of the study {name}]({path.name})"
+            for path in sorted(FOLDER.glob(f"{name}-curves*.png"))
+        ),
+        *(in_markdown(table, "##") for table in tables(study)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(study_folders: Sequence[str]) -> None:
+    """Write the pages of these studies; without any, those of all studies in docs/studies."""
+    names = [copy_results(Path(folder)) for folder in study_folders]
+    for name in names or sorted(path.stem for path in FOLDER.glob("*.json")):
+        (FOLDER / f"{name}.md").write_text(page(name), encoding="utf-8")
 
 
 if __name__ == "__main__":

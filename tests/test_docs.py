@@ -19,57 +19,140 @@ from safetensors.numpy import load_file
 from experiment.__main__ import main
 from experiment.run.schedules import make_schedule
 from experiment.study.plan import read
-from experiment.study.tables import in_markdown, tables
+from experiment.study.tables import tables
 from numpy_ref import adabound_bounds
 
 ROOT = Path(__file__).parents[1]
 
 
 def code_blocks(document: str, language: str) -> list[str]:
-    """The fenced blocks of one language in a document of docs/."""
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "docs" / document).read_text(), re.S | re.M)
+    """Return the fenced blocks of one language in a document, whose path starts at the root."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), re.S | re.M)
+
+
+def run_as_program(blocks: list[str], path: Path) -> str:
+    """Run the blocks in order, as one program in a new process, and return what it prints."""
+    path.write_text("\n".join(blocks))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, path], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_tour_runs(tmp_path):
-    """Every block of docs/tour.md, one after another, as one program."""
-    blocks = code_blocks("tour.md", "python")
-    assert len(blocks) == 4
-    program = tmp_path / "tour.py"
-    program.write_text("\n".join(blocks))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, program], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    """Every block of docs/tour.md, in order, as one program."""
+    blocks = code_blocks("docs/tour.md", "python")
+    assert len(blocks) == 5
+    run_as_program(blocks, tmp_path / "tour.py")
+
+
+def test_the_step_of_the_readme_is_the_same_in_both_engines(tmp_path):
+    """The three blocks of README.md: the loss that it names, and equal weights after the step."""
+    batch, numpy_step, jax_step = code_blocks("README.md", "python")
+    for block in (numpy_step, jax_step):
+        assert len([line for line in block.splitlines() if line]) <= 10
+    before = "numpy_loss, numpy_model = loss, model\n"
+    after = """
+assert f"{numpy_loss:.4f}" == f"{loss:.4f}"
+print(f"{loss:.4f}")
+expected = numpy_ref.state_dict(numpy_model)
+for name, array in jax_resnet.state_dict(model).items():
+    assert np.allclose(array, expected[name], rtol=1e-3, atol=1e-4), name
+"""
+    printed = run_as_program([batch, numpy_step, before, jax_step, after], tmp_path / "readme.py")
+    assert f"The loss is {printed.strip()} in both" in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) < 800
 
 
 def test_links_lead_to_files_of_the_tree():
-    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    folders = ("", "docs", "docs/studies", "benchmarks", "weights")
+    for document in [path for folder in folders for path in sorted((ROOT / folder).glob("*.md"))]:
         for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
             if not target.startswith("https://"):
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "studies").glob("*.json")), ids=lambda p: p.stem)
-def test_the_tables_of_studies_are_those_of_their_results(path: Path) -> None:
-    """The stored results of older versions, without newer fields, give what docs/adabound.md shows."""
-    text = (ROOT / "docs" / "adabound.md").read_text()
-    part = text.partition(f"<!-- study {path.stem} -->")[2].partition("<!-- end -->")[0]
-    shown = list(tables(json.loads(path.read_text())))
-    assert part.count("\n#### ") == len(shown)
-    for table in shown:
-        assert in_markdown(table, "####") in part
+def test_the_page_of_a_study_is_made_from_its_results(path: Path) -> None:
+    """The stored results of older versions, without newer fields, give docs/studies/NAME.md."""
+    script = runpy.run_path(str(ROOT / "docs" / "fill_adabound.py"))
+    text = path.with_suffix(".md").read_text()
+    assert text == script["page"](path.stem), "run python docs/fill_adabound.py"
+    assert text.count("\n## ") == len(list(tables(json.loads(path.read_text()))))
+    for curves in path.parent.glob(f"{path.stem}-curves*.png"):
+        assert text.count(f"]({curves.name})") == 1
+    assert f"studies/{path.stem}.md" in (ROOT / "docs" / "adabound.md").read_text()
 
 
 def test_the_table_of_readme_has_all_optimizers_of_the_study() -> None:
     study = json.loads((ROOT / "docs" / "studies" / "fashion-mnist.json").read_text())
-    cells = [
-        "{mean:.1f} ({low:.1f} to {high:.1f})".format(
-            **{name: 100 * each["accuracy"][name] for name in ("mean", "low", "high")}
-        )
-        for each in study["contestants"].values()
-    ]
+    cells = [in_percent(method["accuracy"], 1) for method in study["contestants"].values()]
     assert f"| {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
+
+
+def in_percent(summary: dict[str, Any], digits: int, sign: str = "") -> str:
+    """Return a mean with its interval, if it has one, as the tables of the documents show it."""
+    mean, low, high = (
+        "" if summary[key] is None else f"{100 * summary[key]:{sign}.{digits}f}"
+        for key in ("mean", "low", "high")
+    )
+    return f"{mean} ({low} to {high})" if low else mean
+
+
+@pytest.mark.parametrize(
+    ("row", "study", "adam", "adabound", "sgd", "control"),
+    [
+        ("mnist-tenth", "mnist-tenth", "adam", "adabound", "sgd", "sgdbound"),
+        ("fashion-mnist", "fashion-mnist", "adam", "adabound", "sgd", "sgdbound"),
+        (
+            "final-lr-gamma, 3 and 0.1",
+            "final-lr-gamma",
+            None,
+            "final-lr-3-gamma-0.1",
+            None,
+            "control-final-lr-3-gamma-0.1",
+        ),
+        ("final-lr-gamma, 0.1 and 0.1", "final-lr-gamma", None, "gamma-0.1", None, "control-gamma-0.1"),
+        (
+            "batch-norm, with it",
+            "batch-norm",
+            "adam-batch-norm",
+            "adabound-batch-norm",
+            "sgd-batch-norm",
+            None,
+        ),
+        (
+            "batch-norm, without it",
+            "batch-norm",
+            "adam-no-batch-norm",
+            "adabound-no-batch-norm",
+            "sgd-no-batch-norm",
+            None,
+        ),
+        ("cars, lr 0.001", "cars", "adam-lr-0.001", "adabound-lr-0.001", None, None),
+        ("cars, lr 0.002", "cars", "adam-lr-0.002", "adabound-lr-0.002", None, None),
+    ],
+)
+def test_the_summary_of_the_studies_is_that_of_their_results(row, study, adam, adabound, sgd, control):
+    """A row of the summary table in docs/adabound.md; a dash where the study has no such method."""
+    results = json.loads((ROOT / "docs" / "studies" / f"{study}.json").read_text())
+    cells = [
+        in_percent(results["contestants"][name]["accuracy"], 2) if name else "-"
+        for name in (adam, adabound, sgd, control)
+    ]
+    for other in (adam, control):
+        differences = [
+            in_percent(comparison["accuracy"], 2, "+")
+            for comparison in results["comparisons"]
+            if (comparison["of"], comparison["with"]) == (adabound, other)
+        ]
+        cells += differences or ["-"]
+    assert f"| {' | '.join([row, *cells])} |" in (ROOT / "docs" / "adabound.md").read_text()
 
 
 def test_the_bounds_in_the_document_follow_the_schedule_of_the_studies() -> None:
@@ -92,10 +175,11 @@ def test_the_bounds_in_the_document_follow_the_schedule_of_the_studies() -> None
         assert numbers == pytest.approx(expected, rel=0.005), step  # three digits
     highest = {
         name: max(
-            schedule(t - 1) * adabound_bounds(t, each.get("final_lr", 0.1) / lr, each.get("gamma", 1e-3))[1]
+            schedule(t - 1)
+            * adabound_bounds(t, options.get("final_lr", 0.1) / lr, options.get("gamma", 1e-3))[1]
             for t in range(1, length + 1)
         )
-        for name, each in named.items()
+        for name, options in named.items()
     }
     for name, words in (("gamma-0.1", "0.13"), ("gamma-0.01", "0.38"), ("final-lr-0.01", "0.30")):
         assert f"{highest[name]:.2f}" == words
@@ -110,11 +194,11 @@ def test_the_walkthrough_of_parity(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The commands and the program of docs/parity.md give the table that stands there."""
-    (program,) = code_blocks("parity.md", "python")
-    (shown,) = code_blocks("parity.md", "text")
+    (program,) = code_blocks("docs/parity.md", "python")
+    (shown,) = code_blocks("docs/parity.md", "text")
     commands = [
         line.split()[3:]
-        for block in code_blocks("parity.md", "sh")
+        for block in code_blocks("docs/parity.md", "sh")
         for line in block.splitlines()
         if line.startswith("python -m experiment ")
     ]
@@ -143,7 +227,7 @@ def test_the_walkthrough_of_parity(
 def test_the_image_to_predict_can_be_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make, predict = code_blocks("evaluation.md", "sh")[1].splitlines()
+    make, predict = code_blocks("docs/evaluation.md", "sh")[1].splitlines()
     monkeypatch.setattr("numpy_ref.engine.core_count", lambda: 1)  # too little work to start processes for
     monkeypatch.chdir(tmp_path)
     program = re.fullmatch(r'python -c "(.*)"', make)
@@ -157,7 +241,7 @@ def test_the_image_to_predict_can_be_made(
     assert predict.endswith("# 0.70 for 1, which it is")
 
 
-def test_the_sheet_of_augmented_pictures_can_be_drawn(tmp_path, monkeypatch):
+def test_the_sheet_of_augmented_images_can_be_drawn(tmp_path, monkeypatch):
     from experiment.data.loading import load
 
     script = runpy.run_path(str(ROOT / "docs" / "draw_augmentation.py"))
@@ -170,9 +254,9 @@ def test_the_sheet_of_augmented_pictures_can_be_drawn(tmp_path, monkeypatch):
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_the_pictures_of_convolution_can_be_drawn(tmp_path):
+def test_the_figures_of_convolution_can_be_drawn(tmp_path):
     script = runpy.run_path(str(ROOT / "docs" / "draw_convolution.py"))
-    for draw in ("draw_windows", "draw_columns"):
+    for draw in ("draw_windows", "draw_patches"):
         script[draw].__globals__["FOLDER"] = tmp_path
         script[draw]()
     for name in ("convolution.png", "im2col.png"):
@@ -180,17 +264,17 @@ def test_the_pictures_of_convolution_can_be_drawn(tmp_path):
         assert (ROOT / "docs" / name).is_file()
 
 
-def test_the_picture_of_adabounds_bounds_can_be_drawn(tmp_path):
+def test_the_figure_of_adabounds_bounds_can_be_drawn(tmp_path):
     script = runpy.run_path(str(ROOT / "docs" / "draw_adabound.py"))
     script["draw"].__globals__["FOLDER"] = tmp_path
     script["draw"]()
     assert (tmp_path / "adabound_bounds.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_results_of_a_study_take_their_place_in_the_document(tmp_path):
+def test_results_of_a_study_become_a_page(tmp_path):
     summary = {"n": 2, "mean": 0.9, "sd": 0.01, "low": 0.81, "high": 0.99}
     measures = dict.fromkeys(("accuracy", "f1", "loss"), summary)
-    contestant = {"chosen": 0, "setting": {"lr": 0.1}, "runs": {}, "diverged": [], "tuning": [], **measures}
+    method = {"chosen": 0, "setting": {"lr": 0.1}, "runs": {}, "diverged": [], "tuning": [], **measures}
     study: dict[str, Any] = {
         "name": "mnist-tenth",
         "command": ["FILE"],
@@ -198,19 +282,33 @@ def test_results_of_a_study_take_their_place_in_the_document(tmp_path):
         "seeds": [1, 2],
         "tuning_seeds": [],
     }
-    study |= {"contestants": {"adam": contestant}, "comparisons": []}
+    study |= {"contestants": {"adam": method}, "comparisons": []}
     (tmp_path / "study.json").write_text(json.dumps(study))
-    (tmp_path / "curves.png").write_bytes(b"picture")
+    (tmp_path / "curves.png").write_bytes(b"curves")
     script = runpy.run_path(str(ROOT / "docs" / "fill_adabound.py"))
-    script["main"].__globals__["FOLDER"] = tmp_path / "docs"
-    (tmp_path / "docs").mkdir()
-    document = tmp_path / "docs" / "adabound.md"
-    document.write_text("before\n<!-- study mnist-tenth -->\nold\n<!-- end -->\nafter\n")
-    for _ in range(2):  # in place of what it wrote itself too
-        script["main"]([str(tmp_path)])
-        text = document.read_text()
-        assert "| adam | lr 0.1 | 2 | 90.00 (1.00) | 81.00 to 99.00 |" in text
-        assert re.fullmatch(r"before\n.*after\n", text, re.S)
-        assert "old" not in text
-        assert text.count("mnist-tenth-curves.png") == 1
-    assert (tmp_path / "docs" / "studies" / "mnist-tenth-curves.png").read_bytes() == b"picture"
+    folder = script["main"].__globals__["FOLDER"] = tmp_path / "studies"
+    script["main"]([str(tmp_path)])
+    text = (folder / "mnist-tenth.md").read_text()
+    assert "| adam | lr 0.1 | 2 | 90.00 (1.00) | 81.00 to 99.00 |" in text
+    assert text.count("](mnist-tenth-curves.png)") == 1
+    assert (folder / "mnist-tenth-curves.png").read_bytes() == b"curves"
+    (folder / "mnist-tenth.md").unlink()
+    script["main"]([])  # from the results in docs/studies
+    assert (folder / "mnist-tenth.md").read_text() == text
+
+
+def test_the_example_of_a_study_can_be_read(tmp_path):
+    """The TOML file of docs/training.md: its methods, and the number of runs that stands there."""
+    (example,) = code_blocks("docs/training.md", "toml")
+    path = tmp_path / "example.toml"
+    path.write_text(example)
+    plan = read(path, {})
+    assert [method.name for method in plan.contestants] == [
+        f"{optimizer}-{variant}"
+        for variant in ("batch-norm", "no-batch-norm")
+        for optimizer in ("adam", "bounded")
+    ]
+    trials = sum(len(method.candidates) * len(plan.tuning_seeds) for method in plan.contestants)
+    runs = trials + len(plan.contestants) * len(plan.seeds)
+    assert f"= {runs}." in (ROOT / "docs" / "training.md").read_text()
+    assert plan.contestants[1].candidates[0]["report"] is True

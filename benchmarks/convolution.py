@@ -45,7 +45,7 @@ def interleaved(calls: Mapping[str, Call], rounds: int, repeats: int = 1) -> dic
 
 
 def numpy_backward(layer: layers.Conv2d, x: np.ndarray) -> Call:
-    """Backward on the state that one forward kept, input gradient included."""
+    """Backward on the state that one forward saved, input gradient included."""
     dy = np.ones_like(layer.forward(x, True))
 
     def call() -> object:
@@ -91,7 +91,7 @@ def convolutions(size: int, channels: int, batch: int) -> Iterator[tuple[str, la
     model.forward(np.zeros((batch, size, size, channels), np.float32))
     for name, layer in named(model):
         if isinstance(layer, layers.Conv2d):
-            yield name, layer, layer.kept[1].shape
+            yield name, layer, layer.saved[1].shape
 
 
 def named(layer: layers.Layer, prefix: str = "") -> Iterator[tuple[str, layers.Layer]]:

@@ -18,9 +18,9 @@ from numpy_ref import resnet
 from numpy_ref.fast import BatchNorm, Conv2d
 from numpy_ref.layers import Array, Layer, Parameter, check_labels, cross_entropy, no_grad
 from numpy_ref.memory import trim
+from numpy_ref.network import Network
 from numpy_ref.optimizers import make_optimizer
 from numpy_ref.parallel import Communicator, Group, SharedMemory, aligned, board_size, core_count, split
-from numpy_ref.resnet import Network
 from numpy_ref.state_dict import from_torch_layout, to_torch_layout
 
 GROUP = 1 << 25  # bytes of gradients that one process has at a time
@@ -124,7 +124,7 @@ class Replica:
         self.gradients = [self._lay_out(memory) for _ in range(self.communicator.size)]
         own = self.gradients[self.communicator.rank]
         for parameter, gradient in zip(self.parameters.values(), own, strict=True):
-            parameter.keep_grad_in(gradient)
+            parameter.store_grad_in(gradient)
 
     def _lay_out(self, memory: SharedMemory) -> list[Array]:
         """A gradient for every parameter, those of different groups on top of each other."""

@@ -68,16 +68,16 @@ def test_every_array_keeps_the_networks_type(case, fast, dtype, monkeypatch):
     """No silent upcast: whatever a layer takes, gives or keeps."""
     name, options = CASES[case]
     seen: set[str] = set()
-    keep = Layer.keep
+    save = Layer.save_for_backward
 
     def watch(self: Layer, *values: Any) -> None:
         for value in values:
             for array in value if isinstance(value, list) else [value]:
                 if isinstance(array, np.ndarray) and array.dtype.kind == "f":
                     seen.add(str(array.dtype))
-        keep(self, *values)
+        save(self, *values)
 
-    monkeypatch.setattr(Layer, "keep", watch)
+    monkeypatch.setattr(Layer, "save_for_backward", watch)
     model = build(name, **options, dtype=dtype, fast=fast)
     x = np.random.default_rng(0).normal(size=(2, 40, 33, 3)).astype(np.float16)
     for train in (False, True):

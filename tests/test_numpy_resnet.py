@@ -110,7 +110,7 @@ def test_a_state_dict_that_does_not_fit_changes_nothing():
     other["bn1.bias"] = np.zeros(5)
     del other["conv1.weight"]
     with pytest.raises(
-        ValueError, match=r"bn1.bias has shape \[5\], not \[4\]; missing conv1.weight; surplus"
+        ValueError, match=r"bn1.bias has shape \[5\], not \[4\]; missing conv1.weight; unexpected"
     ):
         load_state_dict(model, other)
     for name, array in state_dict(model).items():

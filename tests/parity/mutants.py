@@ -193,8 +193,8 @@ MUTANTS = [
     Mutant(
         "numpy-decay-unscaled",
         BASE,
-        "change += h.lr * h.weight_decay * value",
-        "change += h.weight_decay * value",
+        "delta += h.lr * h.weight_decay * value",
+        "delta += h.weight_decay * value",
     ),
     Mutant("numpy-second-moment-decay", BASE, "scratch *= 1 - b2", "scratch *= 1 - b1"),
 ]

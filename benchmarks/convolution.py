@@ -4,7 +4,7 @@
     python -m benchmarks.convolution layers     # every convolution of ResNet-101, forward and backward
     python -m benchmarks.convolution loops      # a pass of ResNet-101 by loops, extrapolated from its layers
 
-Contestants take turns; medians are printed. In `layers` each has a process and one thread of its own, as
+The forms take turns; medians are printed. In `layers` each has a process and one thread of its own, as
 the NumPy engine has in training, where every process takes a part of the batch. In `micro` all are in one
 process: PyTorch runs with --threads threads, NumPy's matrix products with those it began with
 (OMP_NUM_THREADS).
@@ -68,7 +68,7 @@ def torch_backward(layer: layers.Conv2d, x: np.ndarray) -> Call:
 
 
 def micro(rounds: int) -> None:
-    """Channels 4 to 2, pictures of 3x5, kernel 3, stride 1, padding 3, batch 8: 1,000 backward passes."""
+    """Channels 4 to 2, images of 3x5, kernel 3, stride 1, padding 3, batch 8: 1,000 backward passes."""
     x = np.random.default_rng(0).standard_normal((8, 3, 5, 4), np.float32)
 
     def layer(make: type[layers.Conv2d]) -> layers.Conv2d:
@@ -153,7 +153,7 @@ def work(form: str, pipe: Connection) -> None:
 
 
 def every_layer(rounds: int, size: int, channels: int, batch: int) -> None:
-    """Forward and backward of each kind of convolution, each form in a process and with a thread of its own;
+    """Forward and backward of each kind of convolution, each form in a process with one thread;
     the sums over the network."""
     kinds: dict[Kind, list[str]] = {}
     for name, layer, shape in convolutions(size, channels, batch):
@@ -203,7 +203,7 @@ def every_layer(rounds: int, size: int, channels: int, batch: int) -> None:
 
 
 def loops(size: int, channels: int, batch: int) -> None:
-    """Each kind of convolution once by loops, on one picture; the rest of the network is left out of both."""
+    """Each kind of convolution once by loops, on one image; the rest of the network is left out of both."""
     seconds = {"loops": 0.0, "matrix": 0.0}
     timed: dict[tuple[object, ...], dict[str, float]] = {}
     for _, layer, shape in convolutions(size, channels, 1):
@@ -216,15 +216,15 @@ def loops(size: int, channels: int, batch: int) -> None:
             x = np.random.default_rng(0).standard_normal(shape, np.float32)
             many = np.random.default_rng(0).standard_normal((batch, *shape[1:]), np.float32)
             timed[kind] = {"loops": 0.0, "matrix": 0.0}
-            for name, each, pictures in (("loops", slow, x), ("matrix", layer, many)):
-                each.backward(np.ones_like(each.forward(pictures, True)))
+            for name, convolution, images in (("loops", slow, x), ("matrix", layer, many)):
+                convolution.backward(np.ones_like(convolution.forward(images, True)))
                 begun = time.perf_counter()
-                each.backward(np.ones_like(each.forward(pictures, True)))
-                timed[kind][name] = (time.perf_counter() - begun) / len(pictures)
+                convolution.backward(np.ones_like(convolution.forward(images, True)))
+                timed[kind][name] = (time.perf_counter() - begun) / len(images)
         for name in seconds:
             seconds[name] += timed[kind][name]
     for name, value in seconds.items():
-        print(f"  {name:8} {value:9.4f} s a picture, forward and backward, all convolutions of ResNet-101")
+        print(f"  {name:8} {value:9.4f} s an image, forward and backward, all convolutions of ResNet-101")
     print(f"  loops / matrix: {seconds['loops'] / seconds['matrix']:.0f}")
 
 

@@ -1,4 +1,4 @@
-"""The training step and the evaluation step of one process, on its part of a batch.
+"""The training step and the evaluation of one process, on its part of a batch.
 
 With one process the part is the whole batch. With more, each has the same network (`replica.py`) and calls
 these functions at the same time; the sums over all parts are the only thing they exchange (`parallel.py`).
@@ -65,13 +65,13 @@ def train_step(
     return metrics
 
 
-def evaluation_step(replica: Replica, image: Array) -> Array:
+def eval_step(replica: Replica, image: Array) -> Array:
     """Return the logits [n, num_classes] of this process's part, with the running statistics."""
     with no_grad(), np.errstate(all="ignore"):
         return replica.network.forward(replica.setup.normalize(image))
 
 
-STEPS: dict[str, Callable[..., Any]] = {"train": train_step, "evaluate": evaluation_step}
+STEPS: dict[str, Callable[..., Any]] = {"train": train_step, "evaluate": eval_step}
 
 
 def run_step(replica: Replica, name: str, arguments: tuple[Any, ...]) -> Any:

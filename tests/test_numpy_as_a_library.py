@@ -405,7 +405,7 @@ def test_a_fork_takes_steps_and_leaves_its_parents_processes_alone() -> None:
 
 
 @pytest.mark.parametrize("source", ["file", "standard input"])
-def test_a_script_without_a_guard_is_told_of_it(source: str, tmp_path: Path) -> None:
+def test_a_script_without_a_guard_gets_a_reason(source: str, tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text(ENGINE)
     done = python(str(path)) if source == "file" else python("-", program=ENGINE)
@@ -431,18 +431,18 @@ def test_memory_for_many_sizes_is_bounded() -> None:
 
 
 def test_memory_in_use_is_never_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With nothing to spare, of many sizes every other one is held on to; and memory is used again."""
+    """With nothing to spare, of many sizes every other one stays in use; and memory is reused."""
     monkeypatch.setattr(memory, "SPARE", 0)
     monkeypatch.setattr(memory, "SLAB", 1 << 12)
     monkeypatch.setattr(memory, "_peak", 0)
-    held = {}
+    in_use = {}
     for size in range(3000, 5000, 50):
         array = memory.empty((size,), np.uint8)
         array.fill(size % 251)
         if size % 100:
-            held[size] = array
+            in_use[size] = array
         del array
-    for size, array in held.items():
+    for size, array in in_use.items():
         assert (array == size % 251).all()
     address = memory.empty((4900,), np.uint8).ctypes.data
     assert memory.empty((4900,), np.uint8).ctypes.data == address

@@ -101,7 +101,7 @@ sizes = st.integers(1, 3)
 
 @st.composite
 def windows(draw: Any) -> dict[str, Any]:
-    """A kernel, stride and padding, and a picture that it fits."""
+    """A kernel, stride and padding, and an image that it fits."""
     kernel = (draw(sizes), draw(sizes))
     padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
     size = tuple(draw(st.integers(max(1, k - 2 * p), 5)) for k, p in zip(kernel, padding, strict=True))
@@ -265,7 +265,7 @@ def test_max_pooling_lets_a_nan_through(form):
     assert np.isnan(MAX_POOLS[form](2).forward(x)[0, 1, 1, 0])
 
 
-def test_a_kernel_larger_than_the_picture_is_refused():
+def test_a_kernel_larger_than_the_image_is_refused():
     with pytest.raises(ValueError, match="does not fit"):
         layers.Conv2d(1, 1, 5, rng=rng()).forward(np.zeros((1, 4, 4, 1), np.float32))
     with pytest.raises(ValueError, match="more than half"):

@@ -1,6 +1,6 @@
 """The optimizers of the NumPy engine: how the work is split, and what they refuse.
 
-Their numbers are held against JAX's and PyTorch's in `test_parity_optimizers.py`.
+Their numbers are compared with JAX's and PyTorch's in `test_parity_optimizers.py`.
 """
 
 from __future__ import annotations

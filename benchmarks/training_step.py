@@ -40,7 +40,7 @@ Step = Callable[[], object]
 ENGINES = {
     "jax": ("jax_resnet", {}),
     "numpy": ("numpy_ref", {}),
-    "numpy, columns kept": ("numpy_ref", {"keep_columns": True}),
+    "numpy, patches kept": ("numpy_ref", {"keep_patches": True}),
 }
 
 

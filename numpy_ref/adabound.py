@@ -1,10 +1,10 @@
 """AdaBound, AMSBound and AdaBoundW: Adam whose step sizes are clipped to an interval that closes on SGD's.
 
-And their control, SGDBound: a momentum SGD whose one rate is clipped to the same interval.
+And their control, SGDBound: SGD with momentum whose single rate is clipped to the same interval.
 
 Luo, Xiong, Liu, Sun 2019, "Adaptive Gradient Methods with Dynamic Bound of Learning Rate", arXiv 1902.09843,
-algorithms 1 and 2, and the authors' code. The same names stand in `jax_resnet/adabound.py`, where the
-meaning of each argument, and what a schedule does to the bounds, is set out at length.
+algorithms 1 and 2, and the authors' code. The same names stand in `jax_resnet/adabound.py`, which explains
+each argument, and the effect of a schedule on the bounds, at length.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ def adabound_bounds(count: int, ratio: float = 100.0, gamma: float = 1e-3) -> tu
 
 
 class AdaBound(Optimizer):
-    """AdaBound: begins as Adam and ends as SGD with momentum and step size `final_lr`.
+    """AdaBound: starts as Adam and ends as SGD with momentum and step size `final_lr`.
 
     With mu and nu as in `update_moments`, and t from 1:
 
         size = clip(sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(nu_t) + eps), lower_t, upper_t)
         value -= lr * size * mu_t
 
-    The learning rate multiplies the clipped size, so a schedule moves the bounds too. eps stands beside the
-    *uncorrected* root: this is not Adam and a clip.
+    The learning rate multiplies the clipped size, so a schedule moves the bounds too. eps is added to the
+    *uncorrected* root, so this is not Adam with a clip.
 
     Args:
-        parameters: what to train, or groups with values of their own, as in `Optimizer`.
+        parameters: the parameters to train, or groups of them, as in `Optimizer`.
         lr: Adam's step size; set it before each step to follow a schedule.
         final_lr: SGD's step size, which the bounds converge to when the learning rate is `base_lr`.
-        base_lr: the rate that `final_lr` goes with; by default the `lr` given here, or the group's.
+        base_lr: the rate at which the bounds converge to `final_lr`; by default `lr`, or that of the group.
         gamma: how fast the bounds converge, per step.
         b1, b2: decay rates, per step, of the exponential averages of the gradients and of their squares.
         eps: added to the root of the second moment; in units of the gradient.
@@ -78,8 +78,8 @@ class AdaBound(Optimizer):
         bounds = {"final_lr": final_lr, "base_lr": base_lr, "gamma": gamma}
         super().__init__(parameters, lr, **bounds, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
-    def prepare(self, h: SimpleNamespace) -> None:
-        """The bias correction, and the bounds."""
+    def precompute(self, h: SimpleNamespace) -> None:
+        """Compute the bias correction and the bounds."""
         h.correction = math.sqrt(1 - h.b2**self.count) / (1 - h.b1**self.count)
         h.lower, h.upper = adabound_bounds(self.count, h.final_lr / h.base_lr, h.gamma)
 
@@ -92,21 +92,21 @@ class AdaBound(Optimizer):
         return self.lr * lower, self.lr * upper
 
     def update(
-        self, grad: Array, moments: Sequence[Array], change: Array, h: SimpleNamespace
+        self, grad: Array, moments: Sequence[Array], delta: Array, h: SimpleNamespace
     ) -> tuple[int, int]:
         """See the class."""
-        update_moments(grad, moments[0], moments[1], h.b1, h.b2, change)
-        size = np.sqrt(self.second_moment(moments), out=change)
+        update_moments(grad, moments[0], moments[1], h.b1, h.b2, delta)
+        size = np.sqrt(self.second_moment(moments), out=delta)
         size += h.eps
         np.divide(h.correction, size, out=size)
-        held = int(np.count_nonzero(size < h.lower)), int(np.count_nonzero(size > h.upper))
+        clipped = int(np.count_nonzero(size < h.lower)), int(np.count_nonzero(size > h.upper))
         np.clip(size, h.lower, h.upper, out=size)
         size *= moments[0]
         size *= h.lr
-        return held
+        return clipped
 
     def second_moment(self, moments: Sequence[Array]) -> Array:
-        """nu_t; AMSBound takes its maximum."""
+        """nu_t; in AMSBound its maximum."""
         return moments[1]
 
 
@@ -116,7 +116,7 @@ class AMSBound(AdaBound):
     fields = ("mu", "nu", "nu_max")
 
     def second_moment(self, moments: Sequence[Array]) -> Array:
-        """max(nu_max, nu), which is kept."""
+        """max(nu_max, nu), which becomes nu_max."""
         return np.maximum(moments[2], moments[1], out=moments[2])
 
 
@@ -133,17 +133,17 @@ class SGDBound(AdaBound):
 
         value -= lr * clip(1, lower_t, upper_t) * mu_t
 
-    Arguments are those of AdaBound; b2 and eps are of no use.
+    Arguments are those of AdaBound; b2 and eps have no effect.
     """
 
     fields = ("mu",)
 
     def update(
-        self, grad: Array, moments: Sequence[Array], change: Array, h: SimpleNamespace
+        self, grad: Array, moments: Sequence[Array], delta: Array, h: SimpleNamespace
     ) -> tuple[int, int]:
         """See the class."""
         (mu,) = moments
         mu *= h.b1
-        mu += np.multiply(grad, 1 - h.b1, out=change)
-        np.multiply(mu, min(max(1.0, h.lower), h.upper) * h.lr, out=change)
+        mu += np.multiply(grad, 1 - h.b1, out=delta)
+        np.multiply(mu, min(max(1.0, h.lower), h.upper) * h.lr, out=delta)
         return mu.size * (h.lower > 1), mu.size * (h.upper < 1)

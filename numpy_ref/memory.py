@@ -1,4 +1,4 @@
-"""Memory that is used again, for the large arrays of a training step."""
+"""Reused memory for the large arrays of a training step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import numpy.typing as npt
 
 from numpy_ref.layers import Array
 
-SLAB = 1 << 25  # bytes that are asked of the system at once
-SPARE = 1 << 27  # bytes that may be kept beside what is in use
+SLAB = 1 << 25  # bytes requested from the system at once
+SPARE = 1 << 27  # bytes that may be kept beyond those in use
 _lock = threading.Lock()
 _clock = itertools.count()
 
 
 class _Slab:
-    """Memory that blocks are cut from, and when one of them was last given out."""
+    """Memory that blocks are cut from, and the time when one of them was last used."""
 
     def __init__(self, size: int) -> None:
         self.memory = np.empty(size + 64, np.uint8)
@@ -31,31 +31,31 @@ class _Slab:
         self.last_use = next(_clock)
 
     def cut(self, size: int) -> Any:
-        """A block: an object of its own, that arrays upon it refer to."""
+        """Cut a block: an object that the arrays in it refer to."""
         block = (ctypes.c_byte * size).from_buffer(self.memory.data, self.used)
         self.used += -(-size // 64) * 64  # whole cache lines
         return block
 
 
-_blocks: dict[int, list[tuple[Any, _Slab]]] = {}  # by their size
+_blocks: dict[int, list[tuple[Any, _Slab]]] = {}  # by size
 _newest = _Slab(0)
-_peak = 0  # the most bytes that were in use when a slab was asked for
+_peak = 0  # the most bytes in use when a slab was requested
 
 
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-    """`np.empty`, in memory that an array of the same size had before, once nothing refers to that any more.
+    """`np.empty` in the memory of an earlier array of the same size that nothing refers to any more.
 
-    A fresh array costs more than it seems: the system hands out memory page by page, at the first touch of
-    each, which for a pass over a large array is as slow as the pass. A training step asks for the same sizes
-    every time. And blocks cut from large slabs lie on large pages, where NumPy asks for them.
+    A fresh array is expensive: the system provides memory page by page, at the first write to each, which
+    for a large array takes as long as a pass over it. A training step needs the same sizes every time.
+    Besides, blocks cut from large slabs lie on large pages, where NumPy requests them.
 
     The arrays behave like any others: as long as anything refers to one, its block has more references than
-    the lists' own, and is not given out again. All that is kept, in use or not, is at most twice what was in
-    use at one time, and `SPARE`; slabs unused for the longest go first.
+    those of the lists here, and is not reused. The memory kept, in use or not, is at most twice the peak use,
+    plus `SPARE`; the slabs unused for the longest time are freed first.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     with _lock:
-        for block, slab in reversed(_blocks.get(size, ())):  # the last ones are free the soonest
+        for block, slab in reversed(_blocks.get(size, ())):  # the last ones become free first
             if sys.getrefcount(block) == _UNUSED:
                 slab.last_use = next(_clock)
                 return np.ndarray(shape, dtype, block)
@@ -71,30 +71,24 @@ def empty_like(array: Array) -> Array:
 
 
 def trim() -> None:
-    """Hand freed memory back to the system, where the C library (glibc) would keep it for later."""
-    with suppress(AttributeError, OSError, TypeError):  # it is another C library
+    """Return freed memory to the system, which the C library (glibc) would keep for later."""
+    with suppress(AttributeError, OSError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def kept_bytes() -> int:
-    """Bytes of all blocks, in use or not."""
-    with _lock:
-        return sum(size * len(blocks) for size, blocks in _blocks.items())
-
-
 def _slab_with(size: int) -> _Slab:
-    """The newest slab, or a new one if so many bytes do not fit; then what is too much is let go."""
+    """The newest slab, or if `size` bytes do not fit, a new one, after the excess is freed."""
     global _newest
     if _newest.used + size > len(_newest.memory):
-        _let_go(size)
+        _free_excess(size)
         _newest = _Slab(max(SLAB, size))
     return _newest
 
 
-def _let_go(size: int) -> None:
-    """Drop slabs without a block in use, the longest unused first, while more is kept than may be."""
+def _free_excess(size: int) -> None:
+    """Free slabs without a block in use, the longest unused first, until the bound of `empty` holds."""
     global _peak
-    slabs: dict[_Slab, int] = {}  # bytes of each
+    slabs: dict[_Slab, int] = {}  # bytes
     busy, in_use = set(), size
     for length, blocks in _blocks.items():
         for block, slab in blocks:
@@ -118,7 +112,7 @@ def _let_go(size: int) -> None:
 
 
 def _after_fork() -> None:
-    """In the child: another thread of the parent may have held the lock."""
+    """Replace the lock in the child: another thread of the parent may have held it."""
     global _lock
     _lock = threading.Lock()
 
@@ -128,7 +122,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _count_references() -> int:
-    """What `sys.getrefcount` says of a block that only its list and the loop over it refer to."""
+    """The result of `sys.getrefcount` for a block that only its list and the loop over it refer to."""
     for block, _ in [((ctypes.c_byte * 1)(), None)]:
         return sys.getrefcount(block)
     raise AssertionError

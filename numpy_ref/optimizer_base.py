@@ -1,4 +1,4 @@
-"""What all optimizers of the NumPy engine share."""
+"""The base of all optimizers: parameters in groups, moments, and the update by blocks and threads."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import numpy as np
 from numpy_ref.layers import Array, Parameter
 from numpy_ref.parallel import thread_count
 
-TILE = 1 << 17  # numbers: five arrays of so many about fill a second-level cache
+BLOCK = 1 << 17  # numbers in a block: five arrays of that size about fill a second-level cache
 _threads = thread_count(os.cpu_count() or 1)
 
 
 def _start_pool() -> None:
-    """Make the pool that optimizers share; in the child of a fork too, where its threads are gone."""
+    """Start the threads that optimizers share; again in the child of a fork, where they are gone."""
     global _pool
     _pool = ThreadPoolExecutor(_threads)
 
@@ -29,7 +29,7 @@ _start_pool()
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(after_in_child=_start_pool)
 
-RANGES: dict[str, tuple[str, float, float]] = {  # what it must be, at least, less than
+RANGES: dict[str, tuple[str, float, float]] = {  # description, minimum, limit (excluded)
     **dict.fromkeys(("b1", "b2"), ("in [0, 1)", 0, 1)),
     **dict.fromkeys(("lr", "eps", "momentum", "weight_decay"), ("finite and not negative", 0, math.inf)),
     **dict.fromkeys(("final_lr", "base_lr", "gamma"), ("finite and positive", math.ulp(0), math.inf)),
@@ -37,13 +37,13 @@ RANGES: dict[str, tuple[str, float, float]] = {  # what it must be, at least, le
 
 
 def check_hyperparameters(**values: Any) -> dict[str, float]:
-    """Return the values as Python numbers, NumPy's scalars and 0-d arrays among them.
+    """Return the values as Python numbers; they may be NumPy scalars and 0-d arrays.
 
-    NumPy's own would decide the type of the arithmetic: 1 - b2**t of float32 numbers has four digits.
+    NumPy numbers would decide the type of the arithmetic: 1 - b2**t of float32 numbers has four digits.
 
     Raises:
-        TypeError: if a value is not a number; it names the first.
-        ValueError: if a value is out of its range; likewise.
+        TypeError: names the first value that is not a number.
+        ValueError: names the first value that is out of its range.
     """
     checked = {}
     for name, value in values.items():
@@ -58,7 +58,7 @@ def check_hyperparameters(**values: Any) -> dict[str, float]:
 
 
 class Hyperparameter:
-    """An attribute of an optimizer that reads a value of the first group, and sets it in all groups."""
+    """An attribute of an optimizer: reads the value of the first group, sets that of all groups."""
 
     def __set_name__(self, owner: type[Optimizer], name: str) -> None:
         self.name = name
@@ -75,29 +75,30 @@ class Optimizer:
     """Parameters, a count of steps, and moments in the parameters' shapes.
 
     Args:
-        parameters: what to train; those with `trainable` False are passed over. Or groups of them as in
-            `torch.optim`, mappings such as {"params": [...], "weight_decay": 0.0}: what a group does not name
-            has the value of the argument.
+        parameters: the parameters to train; those with `trainable` False are skipped. Or groups of them as in
+            `torch.optim`, mappings such as {"params": [...], "weight_decay": 0.0}: a value that a group does
+            not name is that of the argument.
         lr: the learning rate; may be set before every step, as an attribute in all groups, or in a group.
         weight_decay: the L2 penalty, added to the gradient of all parameters, as in PyTorch; in the
             optimizers whose names end in W, decoupled from the gradient and scaled by the learning rate.
 
     Raises:
         TypeError: if an argument is of another type.
-        ValueError: if an argument is out of its range, a group names what the optimizer does not have, or a
-            parameter is given twice.
+        ValueError: if an argument is out of its range, a group names an unknown value, or a parameter is
+            given twice.
 
     Attributes:
-        count: the number of steps made.
+        count: the number of steps taken.
         param_groups: [{"params": parameters, "lr": ..., and each of the other arguments}], read at each step.
         parameters: those of all groups, in order.
         moments: {field: [array for each parameter]}, float32 for a parameter of float16.
         fields: the names of the moments, those of the checkpoint tree.
-        counts: whether `count` matters, and is part of the state.
+        uses_step_count: True if updates depend on `count`, which is then part of the state.
+        decoupled: True if weight decay is not part of the gradient.
     """
 
     fields: ClassVar[tuple[str, ...]] = ("mu", "nu")
-    counts: ClassVar[bool] = True
+    uses_step_count: ClassVar[bool] = True
     decoupled: ClassVar[bool] = False
     lr = Hyperparameter()
     weight_decay = Hyperparameter()
@@ -141,28 +142,28 @@ class Optimizer:
         return {"params": parameters, **check_hyperparameters(**values)}
 
     def zero_grad(self) -> None:
-        """Let the next gradients replace the sums."""
+        """Set the gradients to 0."""
         for parameter in self.parameters:
             parameter.zero_grad()
 
     def step(self) -> Array:
-        """Change all parameters by their gradients; what it returns is that of `change`."""
-        self.begin()
-        return self.change(range(len(self.parameters)))
+        """Update all parameters by their gradients. Returns the sums of `update_parameters`."""
+        self.begin_step()
+        return self.update_parameters(range(len(self.parameters)))
 
-    def begin(self) -> None:
-        """Begin the next step; then every parameter is changed once. Raises as `check_hyperparameters`."""
+    def begin_step(self) -> None:
+        """Begin a step, in which every parameter is updated once. Raises as `check_hyperparameters`."""
         checked = [_checked_values(group) for group in self.param_groups]
         self.count += 1
-        self._now: list[SimpleNamespace] = []  # for each parameter
+        self._hyperparameters: list[SimpleNamespace] = []  # of each parameter, in this step
         for group, values in zip(self.param_groups, checked, strict=True):
             group.update(values)
             h = SimpleNamespace(**values)
-            self.prepare(h)
-            self._now += [h] * len(group["params"])
+            self.precompute(h)
+            self._hyperparameters += [h] * len(group["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of all that lasts from step to step, in the form of `torch.optim`'s.
+        """Return copies of all that lasts from step to step, in the form of `torch.optim`.
 
         {"count": int, "state": {i: {field: array}}, "param_groups": [{"params": [i, ...], "lr": ..., ...}]}
         where i is the index of a parameter in `parameters`.
@@ -180,10 +181,10 @@ class Optimizer:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned, in place: moments, the count, and the values of the groups.
+        """Load a result of `state_dict`, in place: moments, the count, and the values of the groups.
 
-        Raises ValueError if it is of another optimizer, or of parameters of other shapes or in other groups;
-        then nothing changes.
+        Raises ValueError if it is that of another optimizer, or of parameters of other shapes or in other
+        groups; then nothing changes.
         """
         if problems := _differences(self.state_dict(), state_dict):
             raise ValueError("the optimizer's state does not fit: " + "; ".join(problems))
@@ -196,74 +197,75 @@ class Optimizer:
             for i, array in enumerate(arrays):
                 array[...] = state_dict["state"][i][name]
 
-    def change(
+    def update_parameters(
         self,
-        which: Iterable[int],
+        indices: Iterable[int],
         gradients: Sequence[Sequence[Array]] | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> Array:
-        """Change some of the parameters by their gradients.
+        """Update some of the parameters by their gradients.
 
-        Every number is on its own, so the arrays are walked through in tiles, which stay in the cache through
-        all the operations of an update; each tile by some thread, since NumPy lets go of Python's lock.
+        Every number is updated by itself, so the arrays are cut into blocks that stay in the cache through
+        all operations of an update. Threads share the blocks: NumPy releases Python's lock.
 
         Args:
-            which: the indices of the parameters.
+            indices: those of the parameters.
             gradients: for each part of the batch, the gradient of every parameter; they are added up. By
                 default the parameters' own.
-            share: (i, n): only every n-th tile, from the i-th on; the others are somebody else's.
+            share: (i, n): only every n-th block, from the i-th on; other processes update the others.
 
         Returns:
-            float64 [4]: the sums of the squares of the gradients, without decay, and of the changes; and how
+            float64 [4]: the sums of the squares of the gradients, without decay, and of the updates; and how
             many step sizes were clipped to a lower and to an upper bound (AdaBound and its variants).
         """
-        tiles: list[tuple[SimpleNamespace, list[Array]]] = []
-        for index in which:
+        blocks: list[tuple[SimpleNamespace, list[Array]]] = []
+        for index in indices:
             parameter = self.parameters[index]
             if parameter.trainable:
-                own = [parameter.grad] if gradients is None else [part[index] for part in gradients]
+                parts = [parameter.grad] if gradients is None else [part[index] for part in gradients]
                 arrays = [parameter.value, *(self.moments[name][index] for name in self.fields)]
                 if arrays[0].shape != arrays[1].shape:
                     raise ValueError(
                         f"parameter {index} has shape {arrays[0].shape}, and had {arrays[1].shape} when the "
                         "optimizer was made"
                     )
-                flat, h = [a.reshape(-1) for a in (*own, *arrays)], self._now[index]
-                tiles += [(h, [a[i : i + TILE] for a in flat]) for i in range(0, flat[0].size, TILE)]
-        tiles = tiles[share[0] :: share[1]]
-        parts = 1 if gradients is None else len(gradients)
-        work = [tiles[thread::_threads] for thread in range(_threads)]
+                flat, h = [a.reshape(-1) for a in (*parts, *arrays)], self._hyperparameters[index]
+                blocks += [(h, [a[i : i + BLOCK] for a in flat]) for i in range(0, flat[0].size, BLOCK)]
+        blocks = blocks[share[0] :: share[1]]
+        count = 1 if gradients is None else len(gradients)
+        work = [blocks[thread::_threads] for thread in range(_threads)]
         if _threads == 1:
-            return self._step_tiles(work[0], parts)
-        return np.asarray(sum(_pool.map(lambda each: self._step_tiles(each, parts), work)))
+            return self._update_blocks(work[0], count)
+        return np.asarray(sum(_pool.map(lambda blocks: self._update_blocks(blocks, count), work)))
 
-    @np.errstate(all="ignore")  # the norms tell; threads do not have what their caller has set
-    def _step_tiles(self, tiles: Sequence[tuple[SimpleNamespace, Sequence[Array]]], parts: int) -> Array:
+    @np.errstate(all="ignore")  # the norms show what is not finite; threads do not inherit the caller's state
+    def _update_blocks(self, blocks: Sequence[tuple[SimpleNamespace, Sequence[Array]]], parts: int) -> Array:
+        """Update blocks (hyperparameters, [gradients of the parts, value, moments]); return their sums."""
         sums = np.zeros(4)
-        scratch: dict[np.dtype[Any], Array] = {}  # of each type that parameters have
-        for h, arrays in tiles:
+        scratch: dict[np.dtype[Any], Array] = {}  # for each type of moments
+        for h, arrays in blocks:
             (grad, *others), (value, *moments) = arrays[:parts], arrays[parts:]
             dtype = moments[0].dtype
             if dtype not in scratch:
-                scratch[dtype] = np.empty((2, TILE), dtype)
-            change, total = scratch[dtype][:, : len(value)]
+                scratch[dtype] = np.empty((2, BLOCK), dtype)
+            delta, total = scratch[dtype][:, : len(value)]
             grad = grad.astype(dtype, copy=False)
             for other in others:
                 grad = np.add(grad, other, out=total)
             sums[0] += grad @ grad
             if h.weight_decay and not self.decoupled:
                 grad = grad + h.weight_decay * value
-            held = self.update(grad, moments, change, h)
-            if held:
-                sums[2:] += held
+            clipped = self.update(grad, moments, delta, h)
+            if clipped:
+                sums[2:] += clipped
             if h.weight_decay and self.decoupled:
-                change += h.lr * h.weight_decay * value
-            value -= change
-            sums[1] += change @ change
+                delta += h.lr * h.weight_decay * value
+            value -= delta
+            sums[1] += delta @ delta
         return sums
 
-    def prepare(self, h: SimpleNamespace) -> None:
-        """Add to the values of a group what is the same for all its numbers in step `count`."""
+    def precompute(self, h: SimpleNamespace) -> None:
+        """Add to the values of a group those that are the same for all its numbers in step `count`."""
 
     @property
     def bounds(self) -> tuple[float, float] | None:
@@ -271,18 +273,18 @@ class Optimizer:
         return None
 
     def update(
-        self, grad: Array, moments: Sequence[Array], change: Array, h: SimpleNamespace
+        self, grad: Array, moments: Sequence[Array], delta: Array, h: SimpleNamespace
     ) -> tuple[int, int] | None:
-        """Advance the moments in place, and write what is to be subtracted from the value into `change`.
+        """Update the moments in place, and write into `delta` the amount to subtract from the value.
 
-        `h` has the values of the parameter's group, such as `h.lr`, and what `prepare` added to them. Returns
-        how many step sizes were clipped to the lower bound and to the upper, or None.
+        `h` has the values of the parameter's group, such as `h.lr`, and those that `precompute` added.
+        Returns how many step sizes were clipped to the lower bound and to the upper, or None.
         """
         raise NotImplementedError
 
 
 def update_moments(grad: Array, mu: Array, nu: Array, b1: float, b2: float, scratch: Array) -> None:
-    """The next exponential averages of gradients and of their squares, in place.
+    """Update the exponential averages of gradients and of their squares, in place.
 
     mu_t = b1 mu_(t-1) + (1 - b1) g_t,   nu_t = b2 nu_(t-1) + (1 - b2) g_t^2
     """
@@ -299,25 +301,25 @@ def _checked_values(group: Mapping[str, Any]) -> dict[str, float]:
     return check_hyperparameters(**{name: value for name, value in group.items() if name != "params"})
 
 
-def _differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Return why the state dict of an optimizer does not fit another, or nothing."""
-    if missing := own.keys() - given.keys():
+def _differences(expected: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Return the reasons why an optimizer of the state dict `expected` cannot load another one."""
+    if missing := expected.keys() - given.keys():
         return [f"missing {', '.join(sorted(missing))}"]
-    groups, own_groups = given["param_groups"], own["param_groups"]
-    if [list(group["params"]) for group in groups] != [group["params"] for group in own_groups]:
-        sizes = [[len(group["params"]) for group in some] for some in (groups, own_groups)]
+    groups, expected_groups = given["param_groups"], expected["param_groups"]
+    if [list(group["params"]) for group in groups] != [group["params"] for group in expected_groups]:
+        sizes = [[len(group["params"]) for group in some] for some in (groups, expected_groups)]
         return [f"it has groups of {sizes[0]} parameters, not {sizes[1]}"]
-    for group, wanted in zip(groups, own_groups, strict=True):
-        if group.keys() != wanted.keys():
-            return [f"its groups have {', '.join(group)}, not {', '.join(wanted)}"]
+    for group, expected_group in zip(groups, expected_groups, strict=True):
+        if group.keys() != expected_group.keys():
+            return [f"its groups have {', '.join(group)}, not {', '.join(expected_group)}"]
     problems = []
-    for i, moments in own["state"].items():
-        found = given["state"].get(i, {})
-        if found.keys() != moments.keys():
-            return [f"parameter {i} has {', '.join(found) or 'no state'}, not {', '.join(moments)}"]
-        for name, array in moments.items():
-            if np.shape(found[name]) != array.shape:
-                problems.append(
-                    f"{name} of parameter {i} has shape {np.shape(found[name])}, not {array.shape}"
-                )
+    for i, expected_moments in expected["state"].items():
+        moments = given["state"].get(i, {})
+        if moments.keys() != expected_moments.keys():
+            names = ", ".join(moments) or "no state"
+            return [f"parameter {i} has {names}, not {', '.join(expected_moments)}"]
+        for name, array in expected_moments.items():
+            shape = np.shape(moments[name])
+            if shape != array.shape:
+                problems.append(f"{name} of parameter {i} has shape {shape}, not {array.shape}")
     return problems

@@ -1,7 +1,7 @@
 """The optimizer table: every optimizer by its name, with PyTorch's meaning of each argument.
 
-An optimizer takes parameters and changes their values in place by their gradients. The names, and the fields
-of the state, are those of `jax_resnet/optimizers.py`. AdaBound and its kin are in `adabound.py`.
+An optimizer takes parameters and updates their values in place by their gradients. The names, and the fields
+of the state, are those of `jax_resnet/optimizers.py`. AdaBound and its variants are in `adabound.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SGD(Optimizer):
     """
 
     fields = ("trace",)
-    counts = False
+    uses_step_count = False
     momentum = Hyperparameter()
 
     def __init__(
@@ -39,12 +39,12 @@ class SGD(Optimizer):
     ) -> None:
         super().__init__(parameters, lr, momentum=momentum, weight_decay=weight_decay)
 
-    def update(self, grad: Array, moments: Sequence[Array], change: Array, h: SimpleNamespace) -> None:
+    def update(self, grad: Array, moments: Sequence[Array], delta: Array, h: SimpleNamespace) -> None:
         """See the class."""
         (trace,) = moments
         trace *= h.momentum
         trace += grad
-        np.multiply(trace, h.lr, out=change)
+        np.multiply(trace, h.lr, out=delta)
 
 
 class Adam(Optimizer):
@@ -71,21 +71,21 @@ class Adam(Optimizer):
     ) -> None:
         super().__init__(parameters, lr, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
-    def prepare(self, h: SimpleNamespace) -> None:
-        """Both corrections, taken out of the fraction: rate * mu / (sqrt(nu) + eps')."""
+    def precompute(self, h: SimpleNamespace) -> None:
+        """Take both bias corrections out of the fraction: rate * mu / (sqrt(nu) + scaled_eps)."""
         root = math.sqrt(1 - h.b2**self.count)
         h.rate, h.scaled_eps = h.lr * root / (1 - h.b1**self.count), h.eps * root
 
-    def update(self, grad: Array, moments: Sequence[Array], change: Array, h: SimpleNamespace) -> None:
+    def update(self, grad: Array, moments: Sequence[Array], delta: Array, h: SimpleNamespace) -> None:
         """See the class."""
-        update_moments(grad, moments[0], moments[1], h.b1, h.b2, change)
-        np.sqrt(self.second_moment(moments), out=change)
-        change += h.scaled_eps
-        np.divide(moments[0], change, out=change)
-        change *= h.rate
+        update_moments(grad, moments[0], moments[1], h.b1, h.b2, delta)
+        np.sqrt(self.second_moment(moments), out=delta)
+        delta += h.scaled_eps
+        np.divide(moments[0], delta, out=delta)
+        delta *= h.rate
 
     def second_moment(self, moments: Sequence[Array]) -> Array:
-        """nu_t; AMSGrad takes its maximum."""
+        """nu_t; in AMSGrad its maximum."""
         return moments[1]
 
 
@@ -98,14 +98,14 @@ class AMSGrad(Adam):
     fields = ("mu", "nu", "nu_max")
 
     def second_moment(self, moments: Sequence[Array]) -> Array:
-        """max(nu_max, nu), which is kept."""
+        """max(nu_max, nu), which becomes nu_max."""
         return np.maximum(moments[2], moments[1], out=moments[2])
 
 
 class AdamW(Adam):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
 
-    value -= lr * weight_decay * value, beside Adam's update. Arguments are those of Adam, but for PyTorch's
+    value -= lr * weight_decay * value, besides Adam's update. Arguments are those of Adam, but for PyTorch's
     default of `weight_decay`.
     """
 
@@ -139,10 +139,10 @@ def make_optimizer(
     momentum: float = 0.9,
     weight_decay: float | None = None,
 ) -> Optimizer:
-    """The optimizer of that name; arguments it has no use for are ignored, out of range or not.
+    """Return the optimizer of that name; arguments that it does not have are ignored, even out of range.
 
-    They are those of `jax_resnet.optimizers.make_optimizer`, but for `parameters`: what to train, or groups
-    of it. Groups serve where JAX has a `mask`: a group of the parameters that shall not decay has
+    The arguments are those of `jax_resnet.optimizers.make_optimizer`, but for `parameters`, which are
+    parameters or groups of them. Groups replace JAX's `mask`: a group of parameters that shall not decay has
     "weight_decay": 0. Raises ValueError if the name is unknown; TypeError and ValueError as `Optimizer` does.
     """
     if weight_decay is None:

@@ -1,14 +1,14 @@
 """Data parallelism: a batch split between processes that compute as one.
 
-NumPy runs on one core but for its matrix products, and Python's lock makes threads wait on each other at
-every array operation. Processes do not. Each takes a part of the batch through the same network; together
-they do what one would, but for rounding:
+NumPy runs on one core but for its matrix products, and Python's lock makes threads wait for each other at
+every array operation. Processes do not wait. Each takes a part of the batch through the same network;
+together they compute the same as one, but for rounding:
 
-- batch norm's sums are added up over all parts (`all_reduce`), so that its statistics are the batch's;
+- batch norm's sums are added up over all parts (`all_reduce`), so its statistics are those of the batch;
 - the gradient of a parameter is the sum of the parts' gradients; each process adds up and updates its share
-  of the parameters, which lie in memory that all share.
+  of the parameters, which lie in shared memory.
 
-This is what `jax_resnet` leaves to XLA by sharding its batches over a mesh.
+`jax_resnet` leaves this to XLA by sharding its batches over a mesh.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ import numpy as np
 from numpy_ref.layers import Array
 
 MAX_SUMS = 1 << 16  # numbers that one `all_reduce` can add up
-_SPINS = 20_000  # tries before a wait goes to sleep: some milliseconds
+_SPINS = 20_000  # tries before a wait goes to sleep: a few milliseconds
 _spawn = multiprocessing.get_context("spawn")
-# What a terminal or batch system sends to a whole group of processes. It is for the parent, which saves.
+# Signals that a terminal or batch system sends to a whole group of processes. The parent handles them.
 _FOR_THE_PARENT = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 NOT_STARTED = (
     "a process of the NumPy engine could not start. Each imports the script again: it must be a file, not "
@@ -44,26 +44,26 @@ NOT_STARTED = (
 
 
 def core_count() -> int:
-    """The cores this process may use, or as many as OMP_NUM_THREADS says."""
+    """The number of cores that this process may use, or OMP_NUM_THREADS if that is set."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return thread_count(cores)
 
 
 def thread_count(cores: int) -> int:
-    """As many as OMP_NUM_THREADS says, of a list (4,2) the first; `cores` if it names none above 0."""
+    """The first number in OMP_NUM_THREADS (it may be a list, "4,2"); `cores` if it has none above 0."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) > 0 else cores
 
 
 class SharedMemory:
-    """Zeroed memory that processes share, handed out as arrays, in the same order in each of them."""
+    """Zeroed memory that processes share. Each of them takes the same arrays from it in the same order."""
 
     def __init__(self, size: int) -> None:
         self._raw = _spawn.RawArray(ctypes.c_byte, size)
         self._used = 0
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """The next array."""
+        """Take the next array."""
         array = np.ndarray(shape, dtype, memoryview(self._raw).cast("B"), self._used)
         self._used += aligned(array.nbytes)
         return array
@@ -73,12 +73,12 @@ class SharedMemory:
 
 
 def aligned(size: int) -> int:
-    """The bytes that an array of `size` takes up: whole cache lines."""
+    """The bytes that an array of `size` bytes takes up, in whole cache lines."""
     return -(-size // 64) * 64
 
 
 def board_size(processes: int) -> int:
-    """Bytes of shared memory that the communicators of so many processes need."""
+    """Bytes of shared memory that the communicators of the processes need."""
     return 2 * processes * MAX_SUMS * 8
 
 
@@ -86,8 +86,8 @@ class Communicator:
     """One process of several that compute as one.
 
     Attributes:
-        rank: the number of this one, from 0.
-        size: how many there are.
+        rank: the number of this process, from 0.
+        size: the number of processes.
         active: how many of them, from rank 0, take part in the current step.
     """
 
@@ -101,13 +101,13 @@ class Communicator:
             self._sums = memory.empty((2, size, MAX_SUMS), np.dtype(np.float64))
 
     def begin(self, active: int) -> None:
-        """Before a step in which the first `active` processes take part; the others miss their turns."""
+        """Begin a step in which only the first `active` processes take part."""
         self.active, self._turn = active, 0
 
     def all_reduce(self, values: Array) -> Array:
-        """The sum over all active processes, in the order of their ranks, the same bits in each: float64.
+        """Add up over all active processes, in the order of their ranks: float64, the same bits in each.
 
-        Two boards take turns: nobody writes to one again before everybody has read the other.
+        Two boards take turns: no process writes to one again before all have read the other.
         """
         values = np.asarray(values, np.float64)
         if self.active == 1:
@@ -133,7 +133,7 @@ class Communicator:
 
 
 def _end_with_parent() -> None:
-    """End this process if its parent is gone: it may have told some of its processes of a step, not all."""
+    """End this process if its parent is gone, which may have sent a step to only some of its processes."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         raise SystemExit(1)
@@ -142,23 +142,23 @@ def _end_with_parent() -> None:
 def split(count: int, parts: int) -> list[slice]:
     """Even slices of range(count), the longer ones first."""
     bounds = [math.ceil(count * part / parts) for part in range(parts + 1)]
-    return [slice(*each) for each in pairwise(bounds)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
-Replica = Callable[[str, tuple[Any, ...]], Any]
-MakeReplica = Callable[[Communicator, SharedMemory], Replica]
+Worker = Callable[[str, tuple[Any, ...]], Any]
+MakeWorker = Callable[[Communicator, SharedMemory], Worker]
 
 
 class Group:
-    """Processes that each hold a replica of a network, made by `make(communicator, memory)` in each.
+    """Processes that each run a worker, a function that `make(communicator, memory)` makes in the process.
 
-    A replica is called with the name of what to do and its arguments, and what it returns comes back. The
-    processes end with `close()`, or when nothing refers to the group any more.
+    A worker takes the name of a step and its arguments; its result is sent back. The processes end with
+    `close()`, or when nothing refers to the group any more.
     """
 
-    def __init__(self, size: int, memory: SharedMemory, make: MakeReplica) -> None:
-        # A process opens them by name as it starts, so they must last as long as the group. The first starts
-        # the process that cleans up after all.
+    def __init__(self, size: int, memory: SharedMemory, make: MakeWorker) -> None:
+        # A process opens semaphores by name as it starts, so they must last as long as the group. The first
+        # one starts the process that cleans up after all.
         with _signals_blocked():
             self._posts = posts = [[_spawn.Semaphore(0) for _ in range(size)] for _ in range(size)]
         self._ends: list[Connection] = []
@@ -176,19 +176,19 @@ class Group:
                 self._processes.append(process)
         self.close = weakref.finalize(self, _end, self._owner, self._processes, self._ends)
 
-    def call(self, what: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Have replica r do `what` with arguments[r], all at the same time; what each returned.
+    def call(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call worker r with `name` and arguments[r], all at the same time. Returns the results.
 
-        Raises what a replica raised, ChildProcessError if one has died, RuntimeError if one could not start;
-        the group is of no use then. Raises RuntimeError, too, in the child of a fork: the processes are its
-        parent's.
+        Raises the exception of a worker, ChildProcessError if a process has died, RuntimeError if one could
+        not start; the group cannot be used any more then. Raises RuntimeError, too, in the child of a fork:
+        the processes are those of its parent.
         """
         if os.getpid() != self._owner:
             raise RuntimeError("the NumPy engine's processes are the parent's: after a fork make a new state")
         ends = self._ends[: len(arguments)]
         try:
-            for end, each in zip(ends, arguments, strict=True):
-                end.send((what, len(arguments), each))
+            for end, arguments_of_one in zip(ends, arguments, strict=True):
+                end.send((name, len(arguments), arguments_of_one))
             pending, results = dict(enumerate(ends)), {}
             while pending:
                 for ready in wait(list(pending.values())):
@@ -196,7 +196,7 @@ class Group:
                     error, results[rank] = pending[rank].recv()
                     if error is not None:
                         raise error
-                    if rank in self._starting:  # it says that it is ready
+                    if rank in self._starting:  # the first message: it is ready
                         self._starting.remove(rank)
                     else:
                         del pending[rank]
@@ -212,7 +212,7 @@ class Group:
         return [results[rank] for rank in range(len(arguments))]
 
     def _death(self) -> str:
-        """Which process has died, and of what."""
+        """Describe which process has died, and why."""
         dead = wait([process.sentinel for process in self._processes], timeout=10)
         for rank, process in enumerate(self._processes, 1):
             if process.sentinel in dead:
@@ -227,44 +227,44 @@ class Group:
 
 def _end(owner: int, processes: Sequence[BaseProcess], ends: Sequence[Connection]) -> None:
     for process in processes if os.getpid() == owner else ():  # not in the child of a fork
-        process.kill()  # they hold nothing that would have to be saved
+        process.kill()  # it has nothing to save
     for end in ends:
         end.close()
 
 
 def _serve(
     end: Connection,
-    make: MakeReplica,
+    make: MakeWorker,
     rank: int,
     size: int,
     memory: SharedMemory,
     posts: Sequence[Sequence[Semaphore]],
 ) -> None:
-    """Serve as a process of a group until its parent ends; the first message says that it is ready."""
+    """Run the worker of a process until its parent ends. The first message means that it is ready."""
     for number in _FOR_THE_PARENT:
         signal.signal(number, signal.SIG_IGN)
     communicator = Communicator(rank, size, memory, posts)
     try:
-        replica = make(communicator, memory)
+        worker = make(communicator, memory)
     except Exception as error:
         end.send((error, None))
         return
     end.send((None, None))
     while True:
         try:
-            what, active, arguments = end.recv()
+            name, active, arguments = end.recv()
         except EOFError:
             return
         communicator.begin(active)
         try:
-            end.send((None, replica(what, arguments)))
+            end.send((None, worker(name, arguments)))
         except Exception as error:
             end.send((error, None))
 
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Inside, processes that are started keep these signals blocked, until they ignore them and after."""
+    """Context in which new processes start with these signals blocked; they then ignore them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)
     try:
         yield
@@ -274,7 +274,7 @@ def _signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Inside, processes that are started leave one thread to matrix products."""
+    """Context in which new processes start with one thread for matrix products."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before: Mapping[str, str | None] = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))

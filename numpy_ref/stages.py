@@ -1,4 +1,4 @@
-"""What each stage of a network makes of pictures. The same function stands in `jax_resnet/stages.py`."""
+"""The output of every stage of a network. The same function stands in `jax_resnet/stages.py`."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def run_stages(
     precision: str = "float32",
     **options: Any,
 ) -> dict[str, Array]:
-    """The output of every stage, in order: stem, layer1, ..., pool [N, C] and logits [N, num_classes].
+    """Return the output of every stage, in order: stem, layer1, ..., pool [N, C], logits [N, num_classes].
 
     Args:
         model: name in `MODELS`.
         weights: a state dict under torchvision's names, in PyTorch's layout.
-        image: [N, H, W, C], normalised.
+        image: [N, H, W, C], normalized.
         num_classes: number of logits.
-        train: batch norm takes the batch's statistics instead of the running ones.
+        train: use the batch's statistics in batch norm, instead of the running ones.
         precision: "float32" or "float64".
         options: keyword arguments of the model's builder.
 
     Returns:
-        {stage: array}, maps as [N, H', W', C'].
+        {stage: array}, feature maps as [N, H', W', C'].
 
     Raises:
-        ValueError: the state dict does not fit; it lists the names.
+        ValueError: if the state dict does not fit; lists the names.
     """
     network = MODELS[model](num_classes, image.shape[-1], **options, rng=None, dtype=precision)
     load_state_dict(network, weights)

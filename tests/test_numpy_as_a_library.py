@@ -71,8 +71,9 @@ LAYERS: dict[str, tuple[Callable[[], R.Layer], tuple[int, ...]]] = {
     "fast pointwise, strided": (lambda: fast.Conv2d(3, 4, 1, stride=2, bias=True, rng=rng()), IMAGE),
     "fast taps": (lambda: fast.Conv2d(3, 4, 3, padding=1, rng=rng()), (4, 2, 2, 3)),
     "fast Winograd": (lambda: fast.Conv2d(64, 64, 3, padding=1, rng=rng()), (4, 8, 8, 64)),
-    "batch norm": (lambda: R.BatchNorm(3, relu=True), IMAGE),
-    "fast batch norm": (lambda: fast.BatchNorm(3, relu=True), IMAGE),
+    "batch norm": (lambda: R.BatchNorm(3), IMAGE),
+    "fast batch norm": (lambda: fast.BatchNorm(3), IMAGE),
+    "fused batch norm": (lambda: fast.BatchNormAddRelu(3), IMAGE),
     "max pool": (lambda: R.MaxPool2d(2), IMAGE),
     "fast max pool": (lambda: fast.MaxPool2d(3, stride=2, padding=1), IMAGE),
     "mean pool": (lambda: R.AvgPool2d(2), IMAGE),
@@ -82,7 +83,7 @@ LAYERS: dict[str, tuple[Callable[[], R.Layer], tuple[int, ...]]] = {
     "linear": (lambda: R.Linear(5, 4, rng=rng()), ROWS),
     "relu": (R.ReLU, ROWS),
     "sigmoid": (R.Sigmoid, ROWS),
-    "no norm": (lambda: R.NoNorm(relu=True), IMAGE),
+    "no norm": (R.NoNorm, IMAGE),
     "sequential": (
         lambda: R.Sequential([R.Conv2d(3, 4, 3, rng=rng()), R.BatchNorm(4), R.ReLU(), R.Flatten()]),
         IMAGE,
@@ -203,7 +204,7 @@ def test_shapes_that_do_not_fit_a_parameter_are_refused() -> None:
         parameter.add_grad(np.ones(4))
     for place in (np.ones((3, 5)), np.asfortranarray(np.ones((3, 4)))):
         with pytest.raises(ValueError, match="C-contiguous array of shape"):
-            parameter.keep_grad_in(place)
+            parameter.store_grad_in(place)
     optimizer = R.Adam([parameter])
     parameter.value = np.ones((3, 1))
     parameter.add_grad(np.ones((3, 1)))
@@ -404,7 +405,7 @@ def test_a_fork_takes_steps_and_leaves_its_parents_processes_alone() -> None:
 
 
 @pytest.mark.parametrize("source", ["file", "standard input"])
-def test_a_script_without_a_guard_is_told_of_it(source: str, tmp_path: Path) -> None:
+def test_a_script_without_a_guard_gets_a_reason(source: str, tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text(ENGINE)
     done = python(str(path)) if source == "file" else python("-", program=ENGINE)
@@ -430,18 +431,18 @@ def test_memory_for_many_sizes_is_bounded() -> None:
 
 
 def test_memory_in_use_is_never_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With nothing to spare, of many sizes every other one is held on to; and memory is used again."""
+    """With nothing to spare, of many sizes every other one stays in use; and memory is reused."""
     monkeypatch.setattr(memory, "SPARE", 0)
     monkeypatch.setattr(memory, "SLAB", 1 << 12)
     monkeypatch.setattr(memory, "_peak", 0)
-    held = {}
+    in_use = {}
     for size in range(3000, 5000, 50):
         array = memory.empty((size,), np.uint8)
         array.fill(size % 251)
         if size % 100:
-            held[size] = array
+            in_use[size] = array
         del array
-    for size, array in held.items():
+    for size, array in in_use.items():
         assert (array == size % 251).all()
     address = memory.empty((4900,), np.uint8).ctypes.data
     assert memory.empty((4900,), np.uint8).ctypes.data == address
@@ -732,7 +733,9 @@ def test_every_layer_is_exported() -> None:
     layers = {
         name
         for name, value in vars(R.layers).items()
-        if isinstance(value, type) and issubclass(value, R.Layer) and value.__module__ == "numpy_ref.layers"
+        if isinstance(value, type)
+        and issubclass(value, R.Layer)
+        and value.__module__.startswith("numpy_ref.layers.")
     }
     assert layers - {"Pool2d"} <= set(R.__all__)
     assert R.Conv2d is R.layers.Conv2d

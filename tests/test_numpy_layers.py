@@ -1,4 +1,4 @@
-"""The layers of the NumPy engine, plain and fast, against numerical gradients; what they refuse and keep.
+"""The layers of the NumPy engine, plain and fast, against numerical gradients; what they refuse and save.
 Against JAX, PyTorch and each other: `test_parity.py`.
 """
 
@@ -13,7 +13,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import numpy_ref
 from numpy_ref import fast, layers
+from numpy_ref.fast import blocks, convolution
 from numpy_ref.layers import Layer, cross_entropy, no_grad
 from numpy_ref.state_dict import load_state_dict, state_dict
 from tests.comparing import assert_all_close, assert_close, random_state
@@ -30,7 +32,11 @@ CONVOLUTIONS: dict[str, Make] = {
     "loops": layers.LoopConv2d,
     "fast": fast.Conv2d,
 }
-NORMS: dict[str, Make] = {"plain": layers.BatchNorm, "fast": fast.BatchNorm}
+NORMS: dict[str, Make] = {
+    "plain": layers.BatchNorm,
+    "fast": fast.BatchNorm,
+    "fused": fast.BatchNormAddRelu,
+}
 MAX_POOLS: dict[str, Make] = {"plain": layers.MaxPool2d, "fast": fast.MaxPool2d}
 
 
@@ -95,7 +101,7 @@ sizes = st.integers(1, 3)
 
 @st.composite
 def windows(draw: Any) -> dict[str, Any]:
-    """A kernel, stride and padding, and a picture that it fits."""
+    """A kernel, stride and padding, and an image that it fits."""
     kernel = (draw(sizes), draw(sizes))
     padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
     size = tuple(draw(st.integers(max(1, k - 2 * p), 5)) for k, p in zip(kernel, padding, strict=True))
@@ -128,16 +134,18 @@ def test_linear_numerically(shape):
 @pytest.mark.parametrize("form", NORMS)
 @pytest.mark.parametrize("train", [True, False])
 @settings(max_examples=15)
-@given(shape=st.lists(sizes, min_size=2, max_size=4), relu=st.booleans(), shortcut=st.booleans())
-def test_batch_norm_numerically(form, train, shape, relu, shortcut):
-    """Of any rank, with and without what follows it in a ResNet."""
+@given(shape=st.lists(sizes, min_size=2, max_size=4), shortcut=st.booleans())
+def test_batch_norm_numerically(form, train, shape, shortcut):
+    """Of any rank; the fused form with and without a shortcut."""
     assume(np.prod(shape[:-1]) >= 4)
-    layer = fill(NORMS[form](shape[-1], relu=relu, dtype=np.float64))
-    x, inputs = numbers(*shape, seed=3), {"shortcut": numbers(*shape, seed=4)} if shortcut else {}
-    if relu:
-        layer.relu = False  # type: ignore[attr-defined]
-        assume(np.abs(layer.forward(x, train, **inputs)).min() > 1e-4)  # no kink within the step
-        layer.relu = True  # type: ignore[attr-defined]
+    layer = fill(NORMS[form](shape[-1], dtype=np.float64))
+    x, inputs = numbers(*shape, seed=3), {}
+    if form == "fused":
+        plain = layers.BatchNorm(shape[-1], dtype=np.float64)
+        load_state_dict(plain, state_dict(layer))
+        added = numbers(*shape, seed=4) if shortcut else np.zeros(shape)
+        assume(np.abs(plain.forward(x, train) + added).min() > 1e-4)  # no kink within the step
+        inputs = {"shortcut": added} if shortcut else {}
     check_gradients(layer, x, train, **inputs)
 
 
@@ -157,7 +165,7 @@ def test_pooling_numerically(make, window, n, channels):
         layers.Flatten(),
         layers.GlobalAvgPool2d(),
         layers.OptionA(2, 5, stride=2),
-        layers.NoNorm(relu=True),
+        layers.NoNorm(),
         layers.Sequential(
             layers.Conv2d(2, 3, 3, padding=1, rng=rng(), dtype=np.float64),
             fast.BatchNorm(3, dtype=np.float64),
@@ -172,8 +180,16 @@ def test_others_numerically(layer, n, size):
     check_gradients(layer, apart(n, *size, 2))
 
 
-def test_no_norm_with_a_shortcut_numerically():
-    check_gradients(layers.NoNorm(relu=True), apart(2, 3, 2), shortcut=apart(2, 3, 2, seed=1) / 100)
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("name", ["resnet8", "resnet50"])
+def test_a_residual_block_numerically(name, batch_norm, fast):
+    """With each kind of block and shortcut; the fast block with batch norm is the fused one."""
+    options = {"batch_norm": batch_norm, "rng": rng(), "dtype": np.float64, "fast": fast}
+    options |= {"width": 2} if name == "resnet8" else {"width": 2, "stage_sizes": (1, 1)}
+    network: Any = numpy_ref.MODELS[name](5, 3, **options)
+    channels = 2 if name == "resnet8" else 8
+    check_gradients(fill(network.layer2), numbers(3, 4, 4, channels, seed=1))
 
 
 @settings(max_examples=10)
@@ -185,30 +201,30 @@ def test_cross_entropy_numerically(n, classes):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_fast_conv2d_in_many_tiles(monkeypatch, keep):
-    """Columns kept or made anew, of one picture or of all."""
-    monkeypatch.setattr(fast, "COLUMNS_TILE", 20_000)
-    monkeypatch.setattr(fast.Conv2d, "keep_columns", keep)
+def test_fast_conv2d_in_many_blocks(monkeypatch, keep):
+    """Patches saved or made again, of one image or of all."""
+    monkeypatch.setattr(blocks, "PATCHES_BLOCK", 20_000)
+    monkeypatch.setattr(fast.Conv2d, "keep_patches", keep)
     options = {"out_channels": 6, "kernel_size": 3, "padding": 1, "bias": True}
-    check(Case("many-tiles", "conv", (7, 8, 8, 4), options), engines=["numpy", "torch"])
+    check(Case("many-blocks", "conv", (7, 8, 8, 4), options), engines=["numpy", "torch"])
 
 
 @settings(max_examples=20)
 @given(n=sizes, height=st.integers(1, 7), width=st.integers(1, 7), keep=st.booleans(), many=st.booleans())
-def test_winograd_in_many_tiles(n, height, width, keep, many):
-    """Even and odd sides, columns kept or made anew, of one picture or of all."""
+def test_winograd_in_many_blocks(n, height, width, keep, many):
+    """Even and odd sides, tiles saved or made again, of one image or of all."""
     options = {"out_channels": 6, "kernel_size": 3, "padding": 1, "bias": True}
     with pytest.MonkeyPatch.context() as patch:
         force_winograd(patch)
-        patch.setattr(fast, "COLUMNS_TILE", 1 if many else 1 << 22)
-        patch.setattr(fast.Conv2d, "keep_columns", keep)
+        patch.setattr(blocks, "PATCHES_BLOCK", 1 if many else 1 << 22)
+        patch.setattr(fast.Conv2d, "keep_patches", keep)
         check(Case("winograd", "conv", (n, height, width, 4), options), engines=["numpy", "torch"])
 
 
 def force_winograd(patch: pytest.MonkeyPatch) -> None:
     """Whatever the shapes, 3x3 kernels with stride 1 take Winograd's form."""
-    patch.setattr(fast, "WINOGRAD_CHANNELS", 1)
-    patch.setattr(fast, "WINOGRAD_ROWS", 1)
+    patch.setattr(convolution, "WINOGRAD_CHANNELS", 1)
+    patch.setattr(convolution, "WINOGRAD_PIXELS", 1)
 
 
 @pytest.mark.parametrize(("kernel", "size"), [(1, (5, 4)), (3, (2, 2)), (3, (9, 8)), ("winograd", (9, 8))])
@@ -229,9 +245,9 @@ def test_a_first_convolution_may_leave_out_dx(monkeypatch, kernel, size):
         np.testing.assert_array_equal(mine.grad, others.grad)
 
 
-def test_batch_norm_in_many_tiles(monkeypatch):
-    monkeypatch.setattr(fast, "TILE", 1000)
-    check(Case("many-tiles", "batch_norm", (3, 7, 11, 5)), engines=["numpy", "torch"])
+def test_batch_norm_in_many_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 1000)
+    check(Case("many-blocks", "batch_norm", (3, 7, 11, 5)), engines=["numpy", "torch"])
 
 
 def test_cross_entropy_of_parts_adds_up():
@@ -249,7 +265,7 @@ def test_max_pooling_lets_a_nan_through(form):
     assert np.isnan(MAX_POOLS[form](2).forward(x)[0, 1, 1, 0])
 
 
-def test_a_kernel_larger_than_the_picture_is_refused():
+def test_a_kernel_larger_than_the_image_is_refused():
     with pytest.raises(ValueError, match="does not fit"):
         layers.Conv2d(1, 1, 5, rng=rng()).forward(np.zeros((1, 4, 4, 1), np.float32))
     with pytest.raises(ValueError, match="more than half"):
@@ -275,10 +291,10 @@ def test_gradients_add_up_in_place_until_zero_grad():
     assert not layer.weight.grad.any()
 
 
-def test_nothing_kept_is_saved_with_a_layer():
+def test_nothing_saved_for_backward_is_pickled():
     """A pickled model of the source project carried every cached input."""
     layer = layers.Sequential(
-        fast.Conv2d(2, 2, 3, padding=1, rng=rng()), fast.BatchNorm(2, relu=True), layers.ReLU()
+        fast.Conv2d(2, 2, 3, padding=1, rng=rng()), fast.BatchNormAddRelu(2), layers.ReLU()
     )
     empty = len(pickle.dumps(layer))
     layer.backward(layer.forward(np.ones((8, 32, 32, 2), np.float32), train=True))

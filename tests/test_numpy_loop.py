@@ -36,7 +36,7 @@ from tests.test_loop import make_engine as make_jax_engine
 ROOT = Path(__file__).parents[1]
 # Twenty steps of a thin ResNet in float64, as the project promises of runs that change engines.
 ENGINES = 1e-10
-HELD = ("lower_bound", "upper_bound", "at_lower", "at_upper")
+BOUND_METRICS = ("lower_bound", "upper_bound", "at_lower", "at_upper")
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_steps_equal_the_jax_engines(model):
 
 
 @pytest.mark.parametrize("optimizer", BOUNDED)
-def test_bounds_and_what_they_hold_are_told_alike(optimizer):
+def test_bounds_and_clipped_counts_agree(optimizer):
     """By JAX, by NumPy, and by two processes that each count their share; and they are the equations'."""
     final_lr = 3e-3 if optimizer == "sgdbound" else 0.1
     options = {"base_lr": 1e-3, "final_lr": final_lr, "gamma": 0.2}
@@ -90,16 +90,16 @@ def test_bounds_and_what_they_hold_are_told_alike(optimizer):
         *(make_engine(model, optimizer, n, optimizer_options=options) for n in (1, 2)),
     ]
     runs = [train(engine, engine.init(), make_batches(8))[1] for engine in engines]
-    reference, *others = [[{key: float(each[key]) for key in HELD} for each in run] for run in runs]
-    for step, told in enumerate(reference):
+    reference, *others = [[{key: float(each[key]) for key in BOUND_METRICS} for each in run] for run in runs]
+    for step, metrics in enumerate(reference):
         x, end = 0.2 * (step + 1), final_lr / 1e-3 * learning_rate(step)
         expected = {"lower_bound": end * x / (x + 1), "upper_bound": end * (1 + 1 / x)}
-        assert {key: told[key] for key in expected} == pytest.approx(expected, rel=1e-12)
+        assert {key: metrics[key] for key in expected} == pytest.approx(expected, rel=1e-12)
         for other in others:
-            assert other[step] == pytest.approx(told, rel=1e-6)
-    fractions = [told["at_lower"] + told["at_upper"] for told in reference]
+            assert other[step] == pytest.approx(metrics, rel=1e-6)
+    fractions = [metrics["at_lower"] + metrics["at_upper"] for metrics in reference]
     if optimizer == "sgdbound":  # the lower bound passes the rate at the third step
-        assert [told["at_lower"] for told in reference] == [0, 0, *[1] * 6]
+        assert [metrics["at_lower"] for metrics in reference] == [0, 0, *[1] * 6]
     else:
         assert all(each > 0 for each in fractions), fractions
         assert any(each < 1 for each in fractions), fractions
@@ -127,7 +127,7 @@ def test_a_run_changes_engines_twice(optimizer):
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_pictures_of_uint8_are_normalised_as_in_jax(precision):
+def test_images_of_uint8_are_normalized_as_in_jax(precision):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, size=(6, *SHAPE), dtype=np.uint8)
     batch: dict[str, Any] = {"image": image, "label": rng.integers(CLASSES, size=6, dtype=np.int32)}
@@ -244,7 +244,7 @@ def test_a_signal_to_the_whole_group_is_left_to_the_parent(number):
     assert all(process.exitcode is None for process in group._processes)
 
 
-def test_a_process_that_dies_is_told():
+def test_a_process_that_dies_is_reported():
     engine = make_engine(processes=2)
     state, _ = train(engine, engine.init(), make_batches(1))
     group = state._group
@@ -285,7 +285,7 @@ def check_none_left(program: str) -> None:
 
 
 def test_a_process_that_waits_for_others_ends_with_its_parent():
-    """The parent was killed when it had told one process of a step, and not the other."""
+    """The parent was killed after it had sent a step to one process, and not to the other."""
     program = """
 import os, signal
 from tests.test_numpy_loop import make_batches, make_engine, train

@@ -1,6 +1,6 @@
 """The optimizers of the NumPy engine: how the work is split, and what they refuse.
 
-Their numbers are held against JAX's and PyTorch's in `test_parity_optimizers.py`.
+Their numbers are compared with JAX's and PyTorch's in `test_parity_optimizers.py`.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def run(name: str, **options: Any) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_tiles_parts_and_shares_change_nothing(name, monkeypatch):
-    """Small tiles, gradients in two parts, the work shared by three."""
+def test_blocks_parts_and_shares_change_nothing(name, monkeypatch):
+    """Small blocks, gradients in two parts, the work shared by three."""
     plain = run(name, base_lr=1e-3)
-    monkeypatch.setattr(optimizer_base, "TILE", 8)
+    monkeypatch.setattr(optimizer_base, "BLOCK", 8)
     parameters = {key: Parameter(value) for key, value in initial().items()}
     optimizer = make_optimizer(name, parameters.values(), 1e-3, base_lr=1e-3)
     for step, grads in enumerate(gradients()):
@@ -70,9 +70,9 @@ def test_tiles_parts_and_shares_change_nothing(name, monkeypatch):
         before = {key: p.value.copy() for key, p in parameters.items()}
         for share in range(3):
             optimizer.count = step
-            optimizer.begin()
-            for which in ([2, 0], [1]):
-                norms += optimizer.change(which, halves, (share, 3))
+            optimizer.begin_step()
+            for indices in ([2, 0], [1]):
+                norms += optimizer.update_parameters(indices, halves, (share, 3))
         if step % 100 == 0:
             changes = sum(np.square(p.value - before[key]).sum() for key, p in parameters.items())
             assert_close("norms", norms[:2], [sum(np.square(g).sum() for g in grads.values()), changes], 1e-9)

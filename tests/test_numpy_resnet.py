@@ -1,6 +1,6 @@
 """The networks of the NumPy engine: names, counts, types, initial weights.
 
-Their numbers are held against JAX's and PyTorch's in `test_parity.py`.
+Their numbers are compared with JAX's and PyTorch's in `test_parity.py`.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def build(name: str, classes: int = 5, seed: int = 0, **options: Any) -> Any:
 def test_names_shapes_and_counts_are_the_oracles(name):
     classes = 1000 if name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152") else 10
     with torch.device("meta"):
-        judge = torch_oracle.MODELS[name](classes, 3)
+        reference = torch_oracle.MODELS[name](classes, 3)
         expected = {
             key: tuple(tensor.shape)
-            for key, tensor in judge.state_dict().items()
+            for key, tensor in reference.state_dict().items()
             if not key.endswith("num_batches_tracked")
         }
     model = build(name, classes)
     assert {key: array.shape for key, array in state_dict(model).items()} == expected
-    assert parameter_count(model).total == torch_oracle.parameter_count(judge).total
+    assert parameter_count(model).total == torch_oracle.parameter_count(reference).total
     if name == "resnet101":
         assert parameter_count(model).total == 44_549_160
         for parameter in list(model.named_parameters().values())[:-2]:
@@ -68,16 +68,16 @@ def test_every_array_keeps_the_networks_type(case, fast, dtype, monkeypatch):
     """No silent upcast: whatever a layer takes, gives or keeps."""
     name, options = CASES[case]
     seen: set[str] = set()
-    keep = Layer.keep
+    save = Layer.save_for_backward
 
     def watch(self: Layer, *values: Any) -> None:
         for value in values:
             for array in value if isinstance(value, list) else [value]:
                 if isinstance(array, np.ndarray) and array.dtype.kind == "f":
                     seen.add(str(array.dtype))
-        keep(self, *values)
+        save(self, *values)
 
-    monkeypatch.setattr(Layer, "keep", watch)
+    monkeypatch.setattr(Layer, "save_for_backward", watch)
     model = build(name, **options, dtype=dtype, fast=fast)
     x = np.random.default_rng(0).normal(size=(2, 40, 33, 3)).astype(np.float16)
     for train in (False, True):
@@ -110,7 +110,7 @@ def test_a_state_dict_that_does_not_fit_changes_nothing():
     other["bn1.bias"] = np.zeros(5)
     del other["conv1.weight"]
     with pytest.raises(
-        ValueError, match=r"bn1.bias has shape \[5\], not \[4\]; missing conv1.weight; surplus"
+        ValueError, match=r"bn1.bias has shape \[5\], not \[4\]; missing conv1.weight; unexpected"
     ):
         load_state_dict(model, other)
     for name, array in state_dict(model).items():
@@ -145,11 +145,11 @@ def test_backward_forgets_what_forward_kept():
 def test_resnet101_in_float32_against_pytorch_in_float64():
     """At full width and depth, in evaluation mode, where no statistics of few values magnify the rounding."""
     model = numpy_ref.resnet101(10, 1, rng=np.random.default_rng(0), residual_scale=0.2)
-    judge = torch_oracle.resnet101(10, 1).double().eval()
-    torch_oracle.load_state_dict(judge, state_dict(model))
+    reference = torch_oracle.resnet101(10, 1).double().eval()
+    torch_oracle.load_state_dict(reference, state_dict(model))
     x = np.random.default_rng(1).normal(size=(2, 32, 32, 1)).astype(np.float32)
     with torch.no_grad():
-        expected = judge(torch.from_numpy(nchw(x).astype(np.float64)))
+        expected = reference(torch.from_numpy(nchw(x).astype(np.float64)))
     logits = model.forward(x)
     assert math.isfinite(float(logits.sum()))
     assert_close("logits", logits, expected, FLOAT32_NETWORK)

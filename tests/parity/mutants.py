@@ -38,7 +38,7 @@ LAYOUT, JAX_RESNET, JAX_LOOP = "jax_resnet/state_dict.py", "jax_resnet/resnet.py
 BLOCKWISE = "jax_resnet/blockwise.py"
 NUMPY_RESNET, BASE = "numpy_ref/resnet.py", "numpy_ref/optimizer_base.py"
 JAX, JAX_OPTIMIZERS = "jax_resnet/layers.py", "jax_resnet/optimizers.py"
-PLAIN, FAST, NUMPY_BOUND = "numpy_ref/layers.py", "numpy_ref/fast.py", "numpy_ref/adabound.py"
+PLAIN, FAST, NUMPY_BOUND = "numpy_ref/layers", "numpy_ref/fast", "numpy_ref/adabound.py"
 BOUND, NUMPY_OPTIMIZERS = "jax_resnet/adabound.py", "numpy_ref/optimizers.py"
 
 MUTANTS = [
@@ -113,39 +113,65 @@ MUTANTS = [
         "optax.adamw(learning_rate, **adam, weight_decay=weight_decay)",
         "optax.chain(l2, optax.adam(learning_rate, **adam))",
     ),
-    Mutant("numpy-epsilon", PLAIN, "eps: float = 1e-5", "eps: float = 1e-3"),
-    Mutant("numpy-momentum", PLAIN, "momentum: float = 0.1", "momentum: float = 0.01"),
-    Mutant("numpy-biased-running-variance", PLAIN, "var * (n / (n - 1))", "var"),
-    Mutant("numpy-plain-norm-sign", PLAIN, "d = d - (dbias + z * dweight)", "d = d - (dbias - z * dweight)"),
-    Mutant("numpy-fast-norm-sign", FAST, "b, c = -scale * inverse_std**2", "b, c = scale * inverse_std**2"),
+    Mutant("numpy-epsilon", f"{PLAIN}/normalization.py", "eps: float = 1e-5", "eps: float = 1e-3"),
+    Mutant("numpy-momentum", f"{PLAIN}/normalization.py", "momentum: float = 0.1", "momentum: float = 0.01"),
+    Mutant("numpy-biased-running-variance", f"{PLAIN}/normalization.py", "var * (n / (n - 1))", "var"),
+    Mutant(
+        "numpy-plain-norm-sign",
+        f"{PLAIN}/normalization.py",
+        "d = d - (dbias + z * dweight)",
+        "d = d - (dbias - z * dweight)",
+    ),
+    Mutant(
+        "numpy-fast-norm-sign",
+        f"{FAST}/normalization.py",
+        "b, c = -scale * inverse_std**2",
+        "b, c = scale * inverse_std**2",
+    ),
     Mutant(
         "numpy-kernel-transposed",
-        PLAIN,
+        f"{PLAIN}/convolution.py",
         "return self.weight.value.reshape",
         "return self.weight.value.swapaxes(0, 1).reshape",
     ),
-    Mutant("numpy-fast-padding", FAST, "padded[:, ph : ph + h, pw : pw + w] = x", "padded[:, :h, :w] = x"),
-    Mutant("numpy-tap-turned", FAST, "@ weight[tap].T", "@ weight[-1 - tap].T"),
+    Mutant(
+        "numpy-fast-padding",
+        f"{FAST}/im2col.py",
+        "padded[:, ph : ph + h, pw : pw + w] = x",
+        "padded[:, :h, :w] = x",
+    ),
+    Mutant("numpy-tap-turned", f"{FAST}/shifted.py", "weight[tap].T)", "weight[-1 - tap].T)"),
     Mutant(
         "numpy-strided-1x1-shifted",
-        FAST,
+        f"{FAST}/pointwise.py",
         "rows = x[:, ::sh, ::sw]",
         "rows = x[:, sh - 1 :: sh, ::sw][:, : -(-x.shape[1] // sh)]",
     ),
-    Mutant("numpy-max-pool-ties-share", FAST, "left[:, *out] -= taken", "pass"),
-    Mutant("numpy-max-pool-padding", FAST, "y.fill(-np.inf)", "y.fill(0)"),
-    Mutant("numpy-loss-sign", PLAIN, "dlogits[picked] -= 1", "dlogits[picked] += 1"),
-    Mutant("numpy-flatten-order", PLAIN, "(x.transpose(0, 3, 1, 2)).reshape(len(x)", "(x).reshape(len(x)"),
-    Mutant("numpy-option-A-front", PLAIN, "front = self.pad[0]", "front = self.pad[1]"),
+    Mutant("numpy-max-pool-ties-share", f"{FAST}/pooling.py", "left[:, *out] -= taken", "pass"),
+    Mutant("numpy-max-pool-padding", f"{FAST}/pooling.py", "y.fill(-np.inf)", "y.fill(0)"),
+    Mutant("numpy-loss-sign", f"{PLAIN}/loss.py", "dlogits[at_label] -= 1", "dlogits[at_label] += 1"),
+    Mutant(
+        "numpy-flatten-order",
+        f"{PLAIN}/activation.py",
+        "(x.transpose(0, 3, 1, 2)).reshape(len(x)",
+        "(x).reshape(len(x)",
+    ),
+    Mutant("numpy-option-A-front", f"{PLAIN}/convolution.py", "front = self.pad[0]", "front = self.pad[1]"),
     Mutant(
         "numpy-shortcut-gradient-lost",
         NUMPY_RESNET,
-        "dy += dshortcut if self.downsample is None",
-        "dy += 0 * dshortcut if self.downsample is None",
+        "+ self.shortcut().backward(dsum)",
+        "+ 0 * self.shortcut().backward(dsum)",
+    ),
+    Mutant(
+        "numpy-fused-shortcut-gradient-lost",
+        f"{FAST}/block.py",
+        "dx += self.shortcut()",
+        "dx += 0 * self.shortcut()",
     ),
     Mutant(
         "numpy-relu-passes-all",
-        FAST,
+        f"{FAST}/batch_norm_add_relu.py",
         "np.multiply(d[part], y[part] > 0,",
         "np.multiply(d[part], y[part] >= 0,",
     ),
@@ -167,8 +193,8 @@ MUTANTS = [
     Mutant(
         "numpy-decay-unscaled",
         BASE,
-        "change += h.lr * h.weight_decay * value",
-        "change += h.weight_decay * value",
+        "delta += h.lr * h.weight_decay * value",
+        "delta += h.weight_decay * value",
     ),
     Mutant("numpy-second-moment-decay", BASE, "scratch *= 1 - b2", "scratch *= 1 - b1"),
 ]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy_ref
 from numpy_ref import fast, layers
 from numpy_ref.layers import Layer, Parameter
+from numpy_ref.network import Network
 from numpy_ref.state_dict import load_state_dict, to_torch_layout
 from tests.parity.case import CLASSES, Case, Inputs, Results, group
 from tests.parity.trajectory import run_engine
@@ -73,7 +74,7 @@ def run(case: Case, inputs: Inputs, *, form: str = "fast") -> Results:
     layer: Any = build(case, form)
     load_state_dict(layer, group(inputs, "state"))
     x, target = inputs["x"], inputs["target"]
-    network = isinstance(layer, numpy_ref.resnet.Network)
+    network = isinstance(layer, Network)
     outputs = layer.stages(x, case.train) if network else {"y": layer.forward(x, case.train)}
     results = {name: np.array(array) for name, array in outputs.items()}
     *_, dlast = outputs.values()

@@ -1,0 +1,85 @@
+"""The fast convolution: a choice between four algorithms, each in its own file."""
+
+from __future__ import annotations
+
+from numpy_ref import layers
+from numpy_ref.fast.algorithm import Algorithm
+from numpy_ref.fast.blocks import sum_pixels
+from numpy_ref.fast.im2col import Im2col
+from numpy_ref.fast.pointwise import Pointwise
+from numpy_ref.fast.shifted import Shifted
+from numpy_ref.fast.taps import share_inside
+from numpy_ref.fast.winograd import Winograd
+from numpy_ref.layers import Array, Pair, check_channels, output_size, promote
+from numpy_ref.memory import empty, empty_like
+
+WINOGRAD_CHANNELS, WINOGRAD_PIXELS = 64, 200  # the least that Winograd is worth, see `choose_algorithm`
+SHIFTED_SHARE = 0.5
+
+
+def choose_algorithm(
+    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], stride: Pair, padding: Pair
+) -> type[Algorithm]:
+    """Return the fastest algorithm for images [N, H, W, I] and a kernel [KH, KW, I, O].
+
+    - `Pointwise` for 1x1 kernels without padding: the patches are the pixels, so there is nothing to copy.
+    - `Winograd` for 3x3 kernels with stride 1 and padding 1, given enough channels and pixels. It saves 20 of
+      36 products, and has to transform the kernels in every step, whatever the number of pixels. Forward
+      and backward took 0.70 of the time of `Im2col` for 2 @ 28x28x128, 0.77 for 14x14x256, and 0.98 for
+      4 @ 6x6x256, 144 pixels, which is left to `Im2col` (benchmarks/RESULTS.md, 25 and 26 November 2026).
+    - `Shifted` where at most half of the products of `Im2col` would meet the image, the others its padding:
+      on 2x2 images, five of nine taps of a padded 3x3 kernel. Beyond that, one large product beats nine
+      small ones.
+    - `Im2col` for all else.
+    """
+    n, h, w, _ = x_shape
+    kh, kw, in_channels, out_channels = weight_shape
+    size, kernel = (h, w), (kh, kw)
+    if kernel == (1, 1) and padding == (0, 0):
+        return Pointwise
+    fits_winograd = (kernel, stride, padding) == ((3, 3), (1, 1), (1, 1))
+    if fits_winograd and min(in_channels, out_channels) >= WINOGRAD_CHANNELS and n * h * w >= WINOGRAD_PIXELS:
+        return Winograd
+    out_size = output_size(size, kernel, stride, padding)
+    if share_inside(kernel, stride, padding, size, out_size) <= SHIFTED_SHARE:
+        return Shifted
+    return Im2col
+
+
+class Conv2d(layers.Conv2d):
+    """`layers.Conv2d` by the algorithm that suits the shapes.
+
+    Attributes:
+        keep_patches: save the patches of the images for backward, instead of making them again.
+        needs_dx: if False, backward returns zeros for dL/dx: training has no use for that of the images.
+    """
+
+    keep_patches = False
+    needs_dx = True
+
+    def forward(self, x: Array, train: bool = False) -> Array:
+        """Map x [N, H, W, I] to [N, OH, OW, O]."""
+        weight = self.weight.value
+        check_channels(x, weight.shape[2], 4)
+        size = output_size(x.shape[1:3], self.kernel, self.stride, self.padding)
+        x = promote(x, weight)
+        y = empty((len(x), *size, weight.shape[-1]), x.dtype)
+        choice = choose_algorithm(x.shape, weight.shape, self.stride, self.padding)
+        algorithm = choice(self.weight, self.stride, self.padding, keep_patches=self.keep_patches)
+        saved = algorithm.forward(x, y)
+        if self.bias is not None:
+            y += self.bias.value
+        self.save_for_backward(algorithm, x, *saved)
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        """Return dL/dx, by the algorithm that forward took."""
+        algorithm, x, *saved = self.saved
+        dy = promote(dy, x)
+        if self.bias is not None:
+            self.bias.add_grad(sum_pixels(dy))
+        dx = empty_like(x)
+        if not self.needs_dx:
+            dx.fill(0)
+        algorithm.backward(x, saved, dy, dx if self.needs_dx else None)
+        return dx

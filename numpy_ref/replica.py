@@ -1,0 +1,177 @@
+"""One process's network and optimizer, and where their arrays lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from numpy_ref import resnet
+from numpy_ref.fast import BatchNorm, Conv2d
+from numpy_ref.layers import Array, Layer, Parameter
+from numpy_ref.network import Network
+from numpy_ref.optimizers import make_optimizer
+from numpy_ref.parallel import Communicator, SharedMemory, aligned
+
+GROUP = 1 << 25  # bytes of gradients that one process has at a time
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The plain values from which every process builds the same replica."""
+
+    model: str
+    model_options: Mapping[str, Any]
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    optimizer: str
+    optimizer_options: Mapping[str, Any]
+    dtype: str
+    seed: int
+    freeze_backbone: bool
+
+    def network(self, *, initial: bool) -> Network:
+        """Build the network, with its initial weights or with zeros."""
+        extra = {"image_size": self.image_shape[:2]} if self.model == "cnn" else {}
+        network = resnet.MODELS[self.model](
+            self.num_classes,
+            self.image_shape[2],
+            **extra,
+            **self.model_options,
+            rng=np.random.default_rng(self.seed) if initial else None,
+            dtype=np.dtype(self.dtype),
+        )
+        if self.freeze_backbone:
+            network.freeze_backbone()
+        return network
+
+    def normalize(self, image: Array) -> Array:
+        """Return (x / 255 - mean) / std for images of type uint8; others are only cast."""
+        if image.dtype != np.uint8:
+            return image.astype(self.dtype)
+        mean, std = (np.asarray(a, self.dtype) for a in (self.mean, self.std))
+        return np.asarray((image.astype(self.dtype) / 255 - mean) / std)
+
+
+class Replica:
+    """One process's network and optimizer.
+
+    Args:
+        setup: the values to build them from.
+        communicator: the link to the other processes.
+        memory: where all that a step changes lies, if processes share it: parameters, running statistics,
+            the optimizer's moments, and the gradients of every process.
+        initial: draw the initial weights; if False, they are zeros.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        communicator: Communicator,
+        memory: SharedMemory | None = None,
+        *,
+        initial: bool = False,
+    ) -> None:
+        self.setup, self.communicator = setup, communicator
+        self.network = setup.network(initial=initial)
+        named = self.network.named_parameters()
+        self.parameters = {name: p for name, p in named.items() if p.trainable}
+        self.optimizer = make_optimizer(
+            setup.optimizer, self.parameters.values(), 0.0, **setup.optimizer_options
+        )
+        self.norms = [layer for layer in self.network.walk() if isinstance(layer, BatchNorm)]
+        for norm in self.norms:
+            norm.all_reduce = communicator.all_reduce
+            norm.keeps_running = communicator.rank == 0
+        first = next(layer for _, layer in self.network.body())
+        assert isinstance(first, Conv2d)
+        first.needs_dx = False
+        self.groups = update_groups(self.network)
+        self.size = sum(parameter.value.size for parameter in self.parameters.values())
+        self.index = {id(parameter): i for i, parameter in enumerate(self.parameters.values())}
+        self.gradients: list[list[Array]] | None = None
+        if memory is not None:
+            self._share(memory)
+
+    def _share(self, memory: SharedMemory) -> None:
+        """Move every array to shared memory. Its contents there are those that `Engine` has written."""
+
+        def shared(array: Array) -> Array:
+            return memory.empty(array.shape, array.dtype)
+
+        for parameter in self.network.parameters():
+            parameter.value = shared(parameter.value)
+        for norm in self.norms:
+            norm.running_mean, norm.running_var = shared(norm.running_mean), shared(norm.running_var)
+        for arrays in self.optimizer.moments.values():
+            arrays[:] = [shared(array) for array in arrays]
+        self.gradients = [self._lay_out(memory) for _ in range(self.communicator.size)]
+        gradients = self.gradients[self.communicator.rank]
+        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+            parameter.store_grad_in(gradient)
+
+    def _lay_out(self, memory: SharedMemory) -> list[Array]:
+        """A gradient for every parameter; all groups of parameters share the same memory."""
+        space = memory.empty((max(map(size_of, self.groups.values())),), np.dtype(np.uint8))
+        gradients = {}
+        for group in self.groups.values():
+            start = 0
+            for parameter in group:
+                value = parameter.value
+                gradients[id(parameter)] = np.ndarray(value.shape, value.dtype, space, start)
+                start += aligned(value.nbytes)
+        return [gradients[id(parameter)] for parameter in self.parameters.values()]
+
+    def arrays(self) -> Tree:
+        """Everything that lasts from step to step, not copied: {params, batch_stats, optimizer}."""
+        variables = self.network.variables()
+        optimizer: Tree = {
+            field: dict(zip(self.parameters, arrays, strict=True))
+            for field, arrays in self.optimizer.moments.items()
+        }
+        if self.optimizer.uses_step_count:
+            optimizer["count"] = np.array(self.optimizer.count, np.int32)
+        return {
+            "params": {name: v.value for name, v in variables.items() if isinstance(v, Parameter)},
+            "batch_stats": {name: v for name, v in variables.items() if not isinstance(v, Parameter)},
+            "optimizer": optimizer,
+        }
+
+    def update_group(self, layer: Layer) -> Array:
+        """Update this process's share of the group of parameters that is complete after `layer`, if any.
+
+        Returns the sums of `Optimizer.update_parameters`.
+        """
+        indices = [self.index[id(parameter)] for parameter in self.groups.get(id(layer), [])]
+        if not indices or self.gradients is None:
+            return self.optimizer.update_parameters(indices)
+        active, rank = self.communicator.active, self.communicator.rank
+        self.communicator.wait()  # until the gradients of all parts are written
+        sums = self.optimizer.update_parameters(indices, self.gradients[:active], (rank, active))
+        self.communicator.wait()  # until no process reads them any more
+        return sums
+
+
+def update_groups(network: Network) -> dict[int, list[Parameter]]:
+    """The parameters in groups that are updated together, each under the id of the layer that completes it.
+
+    A group is as many trained layers as have `GROUP` bytes of gradients, or one layer that has more.
+    """
+    groups: list[tuple[int, list[Parameter]]] = []
+    for layer in reversed(network.trained_layers()):
+        parameters = layer.parameters()
+        if groups and size_of(groups[-1][1] + parameters) <= GROUP:
+            parameters = groups.pop()[1] + parameters
+        groups.append((id(layer), parameters))
+    return dict(groups)
+
+
+def size_of(parameters: Sequence[Parameter]) -> int:
+    """The bytes that the gradients of parameters take, in whole cache lines."""
+    return sum(aligned(parameter.value.nbytes) for parameter in parameters)

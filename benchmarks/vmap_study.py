@@ -1,9 +1,9 @@
-"""Seeds trained together in one program (`jax_resnet.together`) against seeds trained one after another.
+"""Seeds trained in one compiled function (`jax_resnet.strategies.vmapped`) against one seed after another.
 
 python -m benchmarks.vmap_study --model resnet8 --seeds 5 --batch-size 32 --rounds 9
 
-A step of all seeds, the contestants in turns, medians. The first step shows what compilation takes: separate
-runs compile for each seed, whose statistics of the data are constants of the program.
+A step of all seeds, both forms in turns, medians. The first step shows what compilation takes: separate runs
+compile for each seed, whose statistics of the data are constants of the compiled function.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import jax
 import numpy as np
 
 from jax_resnet import Engine
-from jax_resnet.together import VmappedEngines
+from jax_resnet.strategies.vmapped import VmappedEngines
 
 
 def make_engine(model: str, seed: int) -> Engine:
-    """An engine of a study: small grey pictures, AdaBound."""
+    """An engine of a study: small gray images, AdaBound."""
     return Engine(
         model=model,
         model_options={},
@@ -53,9 +53,9 @@ def main() -> None:
         for _ in range(args.seeds)
     ]
     engines = [make_engine(args.model, seed) for seed in range(args.seeds)]
-    together = VmappedEngines(engines)
+    vmapped = VmappedEngines(engines)
     states = [engine.init() for engine in engines]
-    stacked = together.stack(states)
+    stacked = vmapped.stack(states)
 
     def separate() -> None:
         for index, engine in enumerate(engines):
@@ -64,13 +64,13 @@ def main() -> None:
 
     def at_once() -> None:
         nonlocal stacked
-        stacked, metrics = together.step(stacked, batches, 0)
+        stacked, metrics = vmapped.step(stacked, batches, 0)
         np.asarray(metrics["loss"])
 
-    contestants: dict[str, Callable[[], None]] = {"separate": separate, "together": at_once}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    forms: dict[str, Callable[[], None]] = {"separate": separate, "together": at_once}
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(args.rounds + 1):
-        for name, step in contestants.items():
+        for name, step in forms.items():
             begun = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - begun)

@@ -12,7 +12,8 @@ import experiment.data.loading
 from experiment.commands import train
 from experiment.data.augmentation import Augmentation, fit_picture
 from experiment.data.builtin import ArraySource
-from jax_resnet import Engine, engine, pictures
+from jax_resnet import Engine, engine
+from jax_resnet.strategies.chunked import gather_images
 from tests.comparing import assert_all_close, assert_close
 from tests.test_loop import assert_same_bits, learning_rate, make_batches, make_engine
 from tests.test_training import Run
@@ -42,7 +43,7 @@ def test_chunks_end_where_the_caller_pauses_and_change_no_bit():
     assert states == [True, False, False, True, False, True, True]
     assert others == losses
     assert_same_bits(same, found)
-    assert engine._train_steps._cache_size() == 1  # chunks of 1, 2 and 3
+    assert engine._strategy.compiled._cache_size() == 1  # chunks of 1, 2 and 3
 
 
 @pytest.mark.parametrize("name", ["none", "crop-flip"])
@@ -56,7 +57,7 @@ def test_pictures_made_on_the_device_are_those_of_the_host(name, shape):
     expected = augmentation.batch(source, examples, 5)["image"]
     draws = augmentation.draws(examples, 5)
     assert (len(np.unique(draws["shift"])) > 3) == (name != "none")
-    found = pictures.picture(pixels, np.array(fill, np.uint8), {"index": examples, **draws})
+    found = gather_images(pixels, np.array(fill, np.uint8), {"index": examples, **draws})
     assert np.asarray(found).dtype == np.uint8
     np.testing.assert_array_equal(found, expected)
 
@@ -68,7 +69,7 @@ def test_what_is_drawn_is_what_the_batches_are_made_of():
     for step, (drawn, batch) in enumerate(
         zip(data.train_draws(held["label"], 38), data.train_batches(38), strict=False)
     ):
-        image = pictures.picture(held["image"], np.array(data.augmentation.fill, np.uint8), drawn)
+        image = gather_images(held["image"], np.array(data.augmentation.fill, np.uint8), drawn)
         np.testing.assert_array_equal(image, batch["image"])
         np.testing.assert_array_equal(drawn["label"], batch["label"])
         if step == 4:  # into the next epoch

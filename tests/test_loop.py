@@ -179,7 +179,7 @@ def flat_state(state: Any) -> dict[str, jax.Array]:
 
 def test_the_state_that_went_in_is_donated():
     engine: Any = make_engine()
-    engine._train_step = engine._whole_step  # the row of programs keeps the counts: tests/test_blockwise.py
+    engine._strategy = engine.whole()  # the blockwise strategy keeps the counters: tests/test_blockwise.py
     old = engine.init()
     for new, _ in engine.train(old, make_batches(3)):
         kept = [name for name, leaf in flat_state(old).items() if not leaf.is_deleted()]
@@ -248,7 +248,7 @@ def test_log_compiles_tells_of_compilations(caplog):
     """The test above sees what it looks for."""
     with jax.log_compiles():
         train(make_engine("cnn"), make_engine("cnn").init(), make_batches(1))
-    assert any("_step" in text for text in compiled(caplog)), caplog.messages
+    assert any("train_step" in text for text in compiled(caplog)), caplog.messages
 
 
 def test_the_step_is_traced_once(monkeypatch):
@@ -258,7 +258,7 @@ def test_the_step_is_traced_once(monkeypatch):
         traces.append(args)
         return apply(*args)
 
-    monkeypatch.setattr("jax_resnet.engine.apply", counted)
+    monkeypatch.setattr("jax_resnet.step.apply", counted)
     engine = make_engine("cnn")
     state, _ = train(engine, engine.init(), make_batches(3))
     assert len(traces) == 1
@@ -311,9 +311,9 @@ def test_an_optimizer_begins_as_optax_begins_it(optimizer):
     engine = shared("cnn", optimizer)
     state = engine.init()
     with jax.enable_x64(True):
-        made = make_optimizer(optimizer, 1e-3, base_lr=1e-3).init(state["params"])
+        made = make_optimizer(optimizer, 1e-3, base_lr=1e-3).init(state.params)
     # Raises where the two are not of the same structure
-    jax.tree.map(partial(np.testing.assert_array_equal, strict=True), state["optimizer"], made)
+    jax.tree.map(partial(np.testing.assert_array_equal, strict=True), state.opt_state, made)
 
 
 def test_to_begin_compiles_nothing_of_the_size_of_the_network(caplog):
@@ -400,7 +400,7 @@ def test_bfloat16_computes_in_it_and_keeps_its_state_in_float32():
     engines = [make_engine(precision=each, model_options=one_stage) for each in ("bfloat16", "float32")]
     batches = make_batches(3)
     (state, metrics), (_, expected) = (train(engine, engine.init(), batches) for engine in engines)
-    counters = {"['step']", "['first_nonfinite_step']"}
+    counters = {".step", ".first_nonfinite_step"}
     for name, leaf in flat_state(state).items():
         assert leaf.dtype == (jnp.int32 if name in counters or name.endswith("count") else jnp.float32), name
     assert all(found[name].dtype == np.float32 for found in metrics for name in found if name != "label")

@@ -34,8 +34,8 @@ class Mutant(NamedTuple):
     wrong: str
 
 
-LAYOUT, JAX_RESNET, JAX_LOOP = "jax_resnet/state_dict.py", "jax_resnet/resnet.py", "jax_resnet/engine.py"
-BLOCKWISE = "jax_resnet/blockwise.py"
+LAYOUT, JAX_RESNET, JAX_STEP = "jax_resnet/state_dict.py", "jax_resnet/resnet.py", "jax_resnet/step.py"
+BLOCKWISE = "jax_resnet/strategies/blockwise.py"
 NUMPY_RESNET, BASE = "numpy_ref/resnet.py", "numpy_ref/optimizer_base.py"
 JAX, JAX_OPTIMIZERS = "jax_resnet/layers.py", "jax_resnet/optimizers.py"
 PLAIN, FAST, NUMPY_BOUND = "numpy_ref/layers.py", "numpy_ref/fast.py", "numpy_ref/adabound.py"
@@ -65,7 +65,12 @@ MUTANTS = [
         "var = (centred * centred)",
         "var = lax.stop_gradient(centred * centred)",
     ),
-    Mutant("jax-blockwise-statistics-lost", BLOCKWISE, "_give(moved, ", "_give(kept, "),
+    Mutant(
+        "jax-blockwise-statistics-lost",
+        BLOCKWISE,
+        "|= rename(batch_stats, block",
+        "|= rename(take(state.batch_stats, block.batch_stats), block",
+    ),
     Mutant("jax-bias-sign", JAX, "* scale + self.bias[...]).astype", "* scale - self.bias[...]).astype"),
     Mutant("jax-max-pool-padding", JAX, "-jnp.inf,", "0.0,"),
     Mutant("jax-option-A-zeros-behind", JAX, "(extra // 2, extra - extra // 2)", "(0, extra)"),
@@ -82,7 +87,7 @@ MUTANTS = [
         "self.conv3(y))\n        return relu(y + _",
         "self.conv3(y))\n        return relu(y + 0 * _",
     ),
-    Mutant("jax-loss-is-a-sum", JAX_LOOP, "(logits, label).mean()", "(logits, label).sum()"),
+    Mutant("jax-loss-is-a-sum", JAX_STEP, "(logits, label).mean()", "(logits, label).sum()"),
     Mutant(
         "jax-adabound-corrected-root",
         BOUND,

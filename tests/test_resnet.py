@@ -263,7 +263,7 @@ def test_loading_reads_linear_as_fc_and_passes_over_counts_of_batches() -> None:
     renamed = {name.replace("fc.", "linear."): value for name, value in state.items()}
     load_state_dict(model, {**renamed, "bn1.num_batches_tracked": np.array(7)})
     assert_all_close("loaded", state_dict(model), state, FLOAT32_NETWORK)
-    with pytest.raises(ValueError, match=r"fit: surplus linear\.bias$"):
+    with pytest.raises(ValueError, match=r"fit: unexpected linear\.bias$"):
         load_state_dict(model, {**state, "linear.bias": np.zeros(CLASSES)})
 
 
@@ -280,7 +280,7 @@ def test_loading_lists_every_fault_in_one_error_and_changes_nothing() -> None:
     assert str(caught.value) == (
         "the state dict does not fit: conv1.weight has shape [3, 3, 3, 2], not [2, 3, 3, 3]; "
         "fc.weight has shape [4, 5], not [5, 4]; missing bn1.bias; missing layer2.0.conv1.weight; "
-        "surplus extra; surplus layer9.0.conv1.weight"
+        "unexpected extra; unexpected layer9.0.conv1.weight"
     )
     assert_all_close("after", state_dict(model), before, 0)
 

@@ -428,7 +428,7 @@ def test_loading_reads_linear_as_fc_and_ignores_counts_of_batches() -> None:
     renamed = {name.replace("fc.", "linear."): value for name, value in state.items()}
     load_state_dict(model, renamed | {"bn1.num_batches_tracked": np.array(7)})
     np.testing.assert_array_equal(state_dict(model)["fc.weight"], state["fc.weight"].astype(np.float32))
-    with pytest.raises(ValueError, match=r"surplus: linear\.bias$"):
+    with pytest.raises(ValueError, match=r"unexpected: linear\.bias$"):
         load_state_dict(model, state | {"linear.bias": np.zeros(10)})
 
 
@@ -452,8 +452,8 @@ def test_loading_lists_every_fault_and_changes_nothing() -> None:
         load_state_dict(model, state)
     assert str(caught.value) == (
         "the state dict does not fit the model; missing: bn1.bias, layer2.0.downsample.0.weight; "
-        "surplus: layer9.0.conv1.weight, extra; "
-        "misshapen: conv1.weight (7, 7, 3, 4) for (4, 3, 7, 7), fc.weight (32, 3) for (3, 32)"
+        "unexpected: layer9.0.conv1.weight, extra; "
+        "shape mismatch: conv1.weight (7, 7, 3, 4) for (4, 3, 7, 7), fc.weight (32, 3) for (3, 32)"
     )
     assert all(np.array_equal(value, before[name]) for name, value in state_dict(model).items())
 
@@ -461,5 +461,5 @@ def test_loading_lists_every_fault_and_changes_nothing() -> None:
 def test_loading_does_not_guess_at_a_prefix() -> None:
     model = cnn(2)
     state = {f"module.{name}": value for name, value in state_dict(model).items()}
-    with pytest.raises(ValueError, match=r"missing: conv\.weight, .*; surplus: module\.conv\.weight, "):
+    with pytest.raises(ValueError, match=r"missing: conv\.weight, .*; unexpected: module\.conv\.weight, "):
         load_state_dict(model, state)

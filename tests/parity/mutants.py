@@ -62,8 +62,8 @@ MUTANTS = [
     Mutant(
         "jax-variance-is-constant",
         JAX,
-        "var = (centred * centred)",
-        "var = lax.stop_gradient(centred * centred)",
+        "var = (centered * centered)",
+        "var = lax.stop_gradient(centered * centered)",
     ),
     Mutant(
         "jax-blockwise-statistics-lost",
@@ -84,8 +84,8 @@ MUTANTS = [
     Mutant(
         "jax-shortcut-lost",
         JAX_RESNET,
-        "self.conv3(y))\n        return relu(y + _",
-        "self.conv3(y))\n        return relu(y + 0 * _",
+        "self.shortcut(x))\n\n\ndef _no_norm",
+        "0 * self.shortcut(x))\n\n\ndef _no_norm",
     ),
     Mutant("jax-loss-is-a-sum", JAX_STEP, "(logits, label).mean()", "(logits, label).sum()"),
     Mutant(

@@ -13,7 +13,7 @@ Arrays = dict[str, jax.Array]  # {torchvision name: array}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class TrainState:
-    """What one step hands to the next.
+    """The result of one step and the input of the next.
 
     Attributes:
         params: all parameters, those that are not trained among them.

@@ -166,8 +166,7 @@ class Update(NamedTuple):
 class StepOutput(NamedTuple):
     """The result of a training step.
 
-    `label` [N] is the batch's own. Of several processes each gives its share of the rows, and is returned the
-    labels of the whole batch.
+    `label` [N] is that of the whole batch, of which each of several processes gave its share.
     """
 
     state: TrainState

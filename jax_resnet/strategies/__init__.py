@@ -1,4 +1,4 @@
-"""How training steps are compiled and called. `Engine` holds one strategy; `engine.choose_strategy` picks it.
+"""How training steps are compiled and called. `Engine` holds one strategy, which it chooses.
 
 whole.py        one step, one compiled function: the plain form, and the fallback
 chunked.py      several steps in one call of a compiled function: GPUs

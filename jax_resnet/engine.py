@@ -100,8 +100,8 @@ class Engine:
             built = self._build(rngs=nnx.Rngs(seed))
             parts = split(built)
             self.network = Network(
-                train=parts.eval if freeze_backbone else parts.train,
-                eval=parts.eval,
+                train_graph=parts.eval if freeze_backbone else parts.train,
+                eval_graph=parts.eval,
                 mean=np.asarray(mean),
                 std=np.asarray(std),
                 dtype=parameter_dtype(precision),
@@ -114,19 +114,18 @@ class Engine:
         self._initial: Parts | None = parts  # until `init` or `from_tree`: steps donate their arrays
         self._placement = Placement()
         self._chunk = chunk or best_chunk()
-        # A single CPU device works block by block; residual blocks are what the CNN has none of
         blocks = None
-        if use_matmul() and self.device_count == 1 and model != "cnn":
+        if use_matmul() and self.device_count == 1 and model != "cnn":  # a single CPU device, a ResNet
             blocks = Blocks(built, self.network)
-        is_plain = not (remat or freeze_backbone or accumulate > 1)
-        self._strategy = self._choose_strategy(blocks if is_plain else None)
+        needs_whole = remat or freeze_backbone or accumulate > 1
+        self._strategy = self._choose_strategy(None if needs_whole else blocks)
         self._eval_step: Callable[..., jax.Array] = blocks.eval_step if blocks else self._whole_eval_step()
 
     def _choose_strategy(self, blocks: Blocks | None) -> Strategy:
         """Choose how steps are taken; `blocks` is given where a step may be taken block by block."""
-        if self._chunk > 1:
+        if self._chunk > 1:  # a GPU
             return Chunked(self._step, self._placement, self._chunk)
-        if blocks is not None:
+        if blocks is not None:  # a single CPU device
             return Blockwise(blocks, self.optimizer, self._placement)
         return self.whole()
 

@@ -42,8 +42,8 @@ def train_step(
         state: the state before the step.
         batch: {"image": [N, H, W, C], "label": [N]}.
         lr: the learning rate of this step; shape ().
-        gradient_fn: how the gradient is computed: None is `compute_gradient`, `strategies/accumulate.py`
-            has another.
+        gradient_fn: how the gradient is computed: None is `compute_gradient`; the other is in
+            `strategies/accumulate.py`.
     """
     gradient = (gradient_fn or compute_gradient)(network, state.params, state.batch_stats, batch)
     trainable = network.trainable(state.params)
@@ -53,8 +53,8 @@ def train_step(
         state.step, state.first_nonfinite_step, gradient.loss, metrics["grad_norm"]
     )
     params = {**state.params, **update.params}
-    state = TrainState(params, gradient.batch_stats, update.opt_state, step, first_nonfinite_step)
-    return StepOutput(state, gradient.loss, gradient.logits, batch["label"], metrics)
+    new_state = TrainState(params, gradient.batch_stats, update.opt_state, step, first_nonfinite_step)
+    return StepOutput(new_state, gradient.loss, gradient.logits, batch["label"], metrics)
 
 
 def compute_gradient(network: Network, params: Arrays, batch_stats: Arrays, batch: Batch) -> Gradient:
@@ -65,7 +65,7 @@ def compute_gradient(network: Network, params: Arrays, batch_stats: Arrays, batc
     image = network.normalize(batch["image"])
 
     def loss_fn(trainable: Arrays) -> tuple[jax.Array, tuple[jax.Array, Arrays]]:
-        logits, new_batch_stats = apply(network.train, {**params, **trainable}, batch_stats, image)
+        logits, new_batch_stats = apply(network.train_graph, {**params, **trainable}, batch_stats, image)
         return cross_entropy(logits, batch["label"]), (logits, new_batch_stats)
 
     loss_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
@@ -89,7 +89,7 @@ def apply_gradients(
 
 def eval_step(network: Network, params: Arrays, batch_stats: Arrays, image: jax.Array) -> jax.Array:
     """Logits [N, num_classes] of images [N, H, W, C], with the running statistics."""
-    return apply(network.eval, params, batch_stats, network.normalize(image))[0]
+    return apply(network.eval_graph, params, batch_stats, network.normalize(image))[0]
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
@@ -109,14 +109,14 @@ class Network:
     """The static description of a model, as a step needs it.
 
     Attributes:
-        train, eval: the graph of the model in each mode; see `state_dict.apply`.
+        train_graph, eval_graph: the model in each mode, without its arrays; see `state_dict.apply`.
         mean, std: per channel, for images of type uint8.
         dtype: the type of the normalized images, of the loss and of the learning rate.
         freeze_backbone: only the head `fc` is trained.
     """
 
-    train: nnx.GraphDef[Any]
-    eval: nnx.GraphDef[Any]
+    train_graph: nnx.GraphDef[Any]
+    eval_graph: nnx.GraphDef[Any]
     mean: ArrayLike
     std: ArrayLike
     dtype: DTypeLike

@@ -107,19 +107,22 @@ class Blockwise:
         inputs, pullbacks = [], []
         new_batch_stats: Arrays = {}
         for number, block in enumerate(self._blocks.blocks):
-            params, batch_stats = take(state.params, block.params), take(state.batch_stats, block.batch_stats)
             inputs.append(x)
-            x, pullback, batch_stats = _forward(block.train, number > 0, params, batch_stats, x)
+            params = take(state.params, block.params)
+            batch_stats = take(state.batch_stats, block.batch_stats)
+            x, pullback, updated_stats = _forward(block.train, number > 0, params, batch_stats, x)
             pullbacks.append(pullback)
-            new_batch_stats |= rename(batch_stats, block.batch_stats)
+            new_batch_stats |= rename(updated_stats, block.batch_stats)
         logits = x
         loss, dy = self._loss(logits, batch["label"])
 
         counts = counts_of(state.opt_state)
         updates = []
         for block in reversed(self._blocks.blocks):
-            params, moments = take(state.params, block.params), moments_of(state.opt_state, block.params)
-            pullback, x = pullbacks.pop(), inputs.pop()  # the arrays that they hold are free after this
+            params = take(state.params, block.params)
+            moments = moments_of(state.opt_state, block.params)
+            pullback = pullbacks.pop()  # the arrays that it saved are free after this
+            x = inputs.pop()
             update, dy = self._backward(params, moments, counts, pullback, x, dy, lr)
             del pullback, x
             updates.append(rename_update(update, block.params))

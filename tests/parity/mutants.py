@@ -65,12 +65,7 @@ MUTANTS = [
         "var = (centered * centered)",
         "var = lax.stop_gradient(centered * centered)",
     ),
-    Mutant(
-        "jax-blockwise-statistics-lost",
-        BLOCKWISE,
-        "|= rename(batch_stats, block",
-        "|= rename(take(state.batch_stats, block.batch_stats), block",
-    ),
+    Mutant("jax-blockwise-statistics-lost", BLOCKWISE, "rename(updated_stats, ", "rename(batch_stats, "),
     Mutant("jax-bias-sign", JAX, "* scale + self.bias[...]).astype", "* scale - self.bias[...]).astype"),
     Mutant("jax-max-pool-padding", JAX, "-jnp.inf,", "0.0,"),
     Mutant("jax-option-A-zeros-behind", JAX, "(extra // 2, extra - extra // 2)", "(0, extra)"),

@@ -5,14 +5,14 @@
     python -m benchmarks.gpu --tiny --out results   # anywhere: shows that it runs, its figures mean nothing
 
 Needs JAX, Flax, optax and PyTorch: no data set, no network. PyTorch's networks are this project's own, which
-have torchvision's layers. Contestants are processes of their own, which hold their memory all the time and
+have torchvision's layers. Methods are processes of their own, which hold their memory all the time and
 take turns of `--steps` steps. All compute in bfloat16, their state is float32. PyTorch: channels_last,
 autocast, fused Adam; eager, and compiled with CUDA graphs ("reduce-overhead"; `--compile max-autotune` is its
-other good mode, and takes minutes to compile). Pictures are on the GPU: JAX normalises uint8 in its step,
+other good mode, and takes minutes to compile). Images are on the GPU: JAX normalizes uint8 in its step,
 PyTorch is given them ready.
 
 FLOPs are XLA's count of the step's program as it is written; the roofline is the bandwidth of the GPU's
-memory, against the bytes that XLA counts for the optimised program. A short table comes last; everything is
+memory, against the bytes that XLA counts for the optimized program. A short table comes last; everything is
 in OUT/gpu.json.
 """
 
@@ -72,7 +72,7 @@ JAX_FORMS = {"jax, adam": ("adam", 1), "jax, adabound": ("adabound", 1), "jax, a
 EAGER = "torch, eager"
 
 
-class Contestant(Protocol):
+class Method(Protocol):
     """A network that is ready to be trained."""
 
     @property
@@ -103,13 +103,13 @@ def jax_engine(case: Case, optimizer: str, precision: str = TENSORS, chunk: int 
 
 
 def made_batch(case: Case) -> dict[str, np.ndarray]:
-    """Noise: uint8 pictures [N, S, S, 3] and labels [N]."""
+    """Noise: uint8 images [N, S, S, 3] and labels [N]."""
     rng = np.random.default_rng(0)
     image = rng.integers(256, size=(case.batch, case.size, case.size, 3), dtype=np.uint8)
     return {"image": image, "label": rng.integers(case.classes, size=case.batch, dtype=np.int32)}
 
 
-class JaxContestant:
+class JaxMethod:
     """The engine's own step, of which `chunk` are taken in a call of the program."""
 
     def __init__(self, case: Case, optimizer: str, chunk: int) -> None:
@@ -152,7 +152,7 @@ class JaxContestant:
             raise FloatingPointError("the loss is not finite")
 
 
-class TorchContestant:
+class TorchMethod:
     """PyTorch's step in bfloat16 autocast with fused Adam; `mode` is that of torch.compile, None is eager."""
 
     def __init__(self, case: Case, mode: str | None) -> None:
@@ -194,15 +194,15 @@ class TorchContestant:
             raise FloatingPointError("the loss is not finite")
 
 
-def make(name: str, case: Case) -> Contestant:
-    """The contestant of a name."""
+def make(name: str, case: Case) -> Method:
+    """The method of a name."""
     if name in JAX_FORMS:
-        return JaxContestant(case, *JAX_FORMS[name])
-    return TorchContestant(case, None if name == EAGER else name.rpartition(" ")[2])
+        return JaxMethod(case, *JAX_FORMS[name])
+    return TorchMethod(case, None if name == EAGER else name.rpartition(" ")[2])
 
 
 def hlo_counts(text: str) -> dict[str, int]:
-    """How often what matters occurs in an optimised program, fusions' insides included."""
+    """How often what matters occurs in an optimized program, fusions' insides included."""
     found: Counter[str] = Counter()
     for line in text.splitlines():
         match = re.search(r" = .*?\s([a-z][a-z0-9-]*)\(", line)
@@ -262,24 +262,24 @@ def check(case: Case) -> dict[str, Any]:
 
 
 def serve(pipe: Connection, name: str, case: Case) -> None:
-    """A contestant's process: gets ready, then takes as many steps as it is asked for, and answers with the
+    """A method's process: gets ready, then takes as many steps as it is asked for, and answers with the
     seconds; a text is why it cannot go on."""
     try:
         begun = time.perf_counter()
-        contestant = make(name, case)
-        contestant.run(3)
+        method = make(name, case)
+        method.run(3)
         pipe.send(time.perf_counter() - begun)
         while steps := pipe.recv():
             begun = time.perf_counter()
-            contestant.run(steps)
+            method.run(steps)
             pipe.send(time.perf_counter() - begun)
-        pipe.send(contestant.facts)
+        pipe.send(method.facts)
     except Exception as error:  # out of memory has many names
         pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def contest(case: Case, names: Sequence[str], rounds: int, steps: int) -> list[dict[str, Any]]:
-    """A row for each contestant: images a second in the median round, seconds until it was ready, facts."""
+    """A row for each method: images a second in the median round, seconds until it was ready, facts."""
     context = multiprocessing.get_context("spawn")
     rows: list[dict[str, Any]] = []
     running: list[tuple[dict[str, Any], Any, Connection]] = []
@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=["check", *PARTS], default=["check", *PARTS])
     parser.add_argument("--batch", nargs="+", type=int, help="only cases of these batches")
     parser.add_argument("--compile", nargs="*", default=["reduce-overhead"], help="modes of torch.compile")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each method")
     parser.add_argument("--steps", type=int, default=20, help="steps of a turn")
     parser.add_argument("--tiny", action="store_true", help="thin networks, one short round, without compile")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json")

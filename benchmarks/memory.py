@@ -2,7 +2,7 @@
 
 python -m benchmarks.memory --model resnet101 --batch-size 16 --size 96 --rounds 5
 
-Time: a training step with Adam, the contestants in turns, medians. Memory: what XLA says the compiled step
+Time: a training step with Adam, the methods in turns, medians. Memory: what XLA says the compiled step
 needs beside its arguments and results (on a CPU and on a GPU alike), and beside those of the state.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from jax_resnet import Engine
 
-CONTESTANTS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "plain": {},
     "--accumulate 2": {"accumulate": 2},
     "--accumulate 4": {"accumulate": 4},
@@ -29,7 +29,7 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Contestant:
+class Method:
     """An engine that is ready to take steps on one batch."""
 
     def __init__(self, model: str, batch: dict[str, np.ndarray], options: dict[str, Any]) -> None:
@@ -80,23 +80,23 @@ def main() -> None:
         "image": rng.integers(256, size=shape, dtype=np.uint8),
         "label": rng.integers(10, size=args.batch_size, dtype=np.int32),
     }
-    contestants = {name: Contestant(args.model, batch, options) for name, options in CONTESTANTS.items()}
+    methods = {name: Method(args.model, batch, options) for name, options in METHODS.items()}
     for number in range(args.rounds + 1):
-        for contestant in contestants.values():
-            contestant.step()
+        for method in methods.values():
+            method.step()
             if number == 0:  # compiled, or read from a cache
-                contestant.seconds.clear()
-    plain = contestants["plain"]
+                method.seconds.clear()
+    plain = methods["plain"]
     device = jax.devices()[0]
     print(f"{args.model}, batch {args.batch_size} of {args.size}x{args.size}x3, Adam, {device.device_kind}")
     print("| flags | MB | of plain | s a step | of plain |\n| --- | --- | --- | --- | --- |")
-    for name, each in contestants.items():
-        seconds, reference = statistics.median(each.seconds), statistics.median(plain.seconds)
-        megabytes, share = each.temporary_bytes / 1e6, each.temporary_bytes / plain.temporary_bytes
+    for name, method in methods.items():
+        seconds, reference = statistics.median(method.seconds), statistics.median(plain.seconds)
+        megabytes, share = method.temporary_bytes / 1e6, method.temporary_bytes / plain.temporary_bytes
         print(f"| `{name}` | {megabytes:.0f} | {share:.2f} | {seconds:.3f} | {seconds / reference:.2f} |")
     print(
         f"The state itself: {plain.state_bytes / 1e6:.0f} MB, with a frozen backbone "
-        f"{contestants['--freeze-backbone'].state_bytes / 1e6:.0f} MB."
+        f"{methods['--freeze-backbone'].state_bytes / 1e6:.0f} MB."
     )
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.training_step --size 32@32x32x1 --rounds 9 --threads 2
     python -m benchmarks.training_step --engine numpy --inference
 
-Every contestant is a process of its own with the same number of threads. They take turns, one step each,
+Every method is a process of its own with the same number of threads. They take turns, one step each,
 round after round, so that a machine whose speed drifts is the same for all; medians and the ratio to
 PyTorch's fastest eager form are printed, and the peak of the memory each takes. PyTorch runs in four forms:
 NCHW or channels_last, Adam as it comes or fused.
@@ -115,7 +115,7 @@ def memory(pid: int | None) -> int:
 
 
 def peak_memory(pid: int | None, pipe: Connection) -> int:
-    """The most bytes that a contestant holds until it answers; looking takes it time."""
+    """The most bytes that a method holds until it answers; looking takes it time."""
     peak = 0
     while not pipe.poll(0.01):
         peak = max(peak, memory(pid))
@@ -124,7 +124,7 @@ def peak_memory(pid: int | None, pipe: Connection) -> int:
 
 
 def work(name: str, threads: int, pipe: Connection, *what: Any) -> None:
-    """A contestant: gets ready, then takes a step whenever it is asked and answers with its seconds."""
+    """A method: gets ready, then takes a step whenever it is asked and answers with its seconds."""
     os.sched_setaffinity(
         0, sorted(os.sched_getaffinity(0))[:threads]
     )  # XLA has a thread for each processor it sees
@@ -149,7 +149,7 @@ def work(name: str, threads: int, pipe: Connection, *what: Any) -> None:
 
 
 def measure(names: list[str], threads: int, rounds: int, *what: Any) -> tuple[Seconds, dict[str, int]]:
-    """Seconds of `rounds` steps of each contestant, taken in turns; and its peak memory from its start to
+    """Seconds of `rounds` steps of each method, taken in turns; and its peak memory from its start to
     the end of its second step, and in one more step, less what it holds after its imports, in bytes."""
     context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Connection]] = {}

@@ -1,4 +1,4 @@
-"""Several steps in one call of the program, pictures kept on the device: the same pictures, the same bits."""
+"""Several steps in one call of a compiled function, images held on the device: the same bits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_chunks_end_where_the_caller_pauses_and_change_no_bit():
 
 @pytest.mark.parametrize("name", ["none", "crop-flip"])
 @pytest.mark.parametrize("shape", [(32, 32, 3), (33, 40, 1)])
-def test_pictures_made_on_the_device_are_those_of_the_host(name, shape):
+def test_images_made_on_the_device_are_those_of_the_host(name, shape):
     pixels = np.random.default_rng(0).integers(256, size=(20, *shape), dtype=np.uint8)
     source = ArraySource(pixels, np.arange(20, dtype=np.int32), partial(fit_picture, size=shape[:2]))
     fill = (7, 8, 9)[: shape[2]]
@@ -83,7 +83,7 @@ def test_what_a_device_does_not_do_is_left_to_the_host():
     assert ranged.held() is None
 
 
-def test_a_run_with_pictures_on_the_device_is_the_run_without(tmp_path, monkeypatch):
+def test_a_run_with_images_on_the_device_is_the_run_without(tmp_path, monkeypatch):
     flags = ["--model", "cnn", "--train-subset", "0.1", "--batch-size", "16", "--augment", "crop-flip"]
     flags += ["--precision", "float64", "--eval-every", "5", "--checkpoint-every", "6", "--log-every", "4"]
     assert train.main([*flags, "--steps", "20", "--run-dir", str(tmp_path / "host")]) == 0

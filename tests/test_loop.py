@@ -340,19 +340,19 @@ def split(batch: dict[str, np.ndarray], size: int) -> Iterator[dict[str, np.ndar
 
 
 @pytest.mark.parametrize("model", ["resnet18", "cnn"])
-def test_evaluation_gives_every_picture_its_logits_whatever_the_batch(model):
+def test_evaluation_gives_every_image_its_logits_whatever_the_batch(model):
     engine = shared(model)
     state, _ = train(engine, engine.init(), make_batches(3))
-    (pictures,) = make_batches(1, size=11, seed=1)
+    (images,) = make_batches(1, size=11, seed=1)
     network = oracle(model, engine.to_tree(state)).eval()
     with torch.no_grad():
-        expected = network(torch.from_numpy(nchw(pictures["image"]))).numpy()
+        expected = network(torch.from_numpy(nchw(images["image"]))).numpy()
     for size in (11, 4, 1) if model == "cnn" else (11, 4):
-        logits = list(engine.evaluate(state, split(pictures, size)))
-        assert [len(part) for part in logits] == [len(part["image"]) for part in split(pictures, size)]
+        logits = list(engine.evaluate(state, split(images, size)))
+        assert [len(part) for part in logits] == [len(part["image"]) for part in split(images, size)]
         assert_close(f"batches of {size}", np.concatenate(logits), expected, FLOAT64_LAYER)
-    first, *_ = split(pictures, 4)
-    _, larger = engine.evaluate(state, [first, pictures])
+    first, *_ = split(images, 4)
+    _, larger = engine.evaluate(state, [first, images])
     assert_close("a batch larger than the first", larger, expected, FLOAT64_LAYER)
     assert not any(leaf.is_deleted() for leaf in flat_state(state).values())
 
@@ -411,7 +411,7 @@ def test_bfloat16_computes_in_it_and_keeps_its_state_in_float32():
     assert_same_bits(engines[1].to_tree(engines[1].from_tree(tree)), tree)
 
 
-def test_pictures_of_uint8_are_normalised_as_the_mean_and_deviation_say():
+def test_images_of_uint8_are_normalized_as_the_mean_and_deviation_say():
     engine = shared("cnn")
     pixels = np.random.default_rng(0).integers(256, size=(3, 8, *SHAPE), dtype=np.uint8)
     raw = [{**batch, "image": image} for batch, image in zip(make_batches(3), pixels, strict=True)]
@@ -424,7 +424,7 @@ def test_pictures_of_uint8_are_normalised_as_the_mean_and_deviation_say():
 
 
 def train_on_devices() -> dict[str, np.ndarray]:
-    """20 steps and an evaluation of 5 pictures: the losses, the tree after step 10, and the logits; then
+    """20 steps and an evaluation of 5 images: the losses, the tree after step 10, and the logits; then
     losses of batches in two micro-batches."""
     engine = shared()
     batches = make_batches(20)
@@ -449,7 +449,7 @@ numpy.savez(path, **train_on_devices())
 
 
 def test_any_number_of_devices_trains_alike_and_continues_on_another(tmp_path):
-    """Batch norm sees the whole batch or micro-batch, of which each of 8 devices has a single picture."""
+    """Batch norm sees the whole batch or micro-batch, of which each of 8 devices has a single image."""
     processes = {}
     for devices in (2, 8):
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"

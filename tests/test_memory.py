@@ -52,7 +52,7 @@ def test_without_batch_norm_micro_batches_are_the_whole_batch(model, accumulate)
     assert_all_close("tree", flat(parts.to_tree(other)), flat(whole.to_tree(state)), FLOAT64_NETWORK)
 
 
-def test_the_update_of_128_pictures_is_that_of_4_times_32():
+def test_the_update_of_128_images_is_that_of_4_times_32():
     """Of plain gradient descent: Adam's first step is nearly the gradient's sign, and would hide a factor."""
     options: dict[str, Any] = {**WITHOUT, "optimizer": "sgd"}
     trees = []

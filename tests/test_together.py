@@ -33,7 +33,7 @@ def make_engines(count: int = SEEDS, model: str = "cnn", **options: Any) -> list
     ]
 
 
-def pictures(steps: int, seed: int) -> list[dict[str, Any]]:
+def uint8_batches(steps: int, seed: int) -> list[dict[str, Any]]:
     """Batches of uint8."""
     rng = np.random.default_rng(seed)
     return [
@@ -58,7 +58,7 @@ def test_five_seeds_together_equal_five_alone(
     model: str, precision: str, steps: int, tolerance: float
 ) -> None:
     engines = make_engines(model=model, precision=precision)
-    batches = [pictures(steps, seed) for seed in range(SEEDS)]
+    batches = [uint8_batches(steps, seed) for seed in range(SEEDS)]
     vmapped = VmappedEngines(engines)
     taken = list(vmapped.train([e.init() for e in engines], zip(*batches, strict=True)))
     losses, stacked = np.array([metrics["loss"] for _, metrics in taken]), taken[-1][0]

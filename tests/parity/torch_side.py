@@ -1,4 +1,4 @@
-"""A case in PyTorch, the judge."""
+"""A case in PyTorch, the reference."""
 
 from __future__ import annotations
 

@@ -127,8 +127,8 @@ class Blockwise:
             del pullback, x
             updates.append(rename_update(update, block.params))
 
-        opt_state = merge_opt_states([update.opt_state for update in updates])
-        params = {name: array for update in updates for name, array in update.params.items()}
+        params = union(*(update.params for update in updates))
+        opt_state = map_moments(union, *(update.opt_state for update in updates))
         metrics, step, first_nonfinite_step = self._summarize(
             state.step, state.first_nonfinite_step, loss, [update.metrics for update in updates]
         )
@@ -176,10 +176,10 @@ def _backward(
     """The block's parameters and optimizer state after the update, and dL/dx."""
     pullback.args_res = [params, x][: len(pullback.args_res)]
     grads, *dx = pullback(dy)
-    opt_state = map_arrays(pack_vectors, join_opt_state(moments, counts))
+    opt_state = map_moments(pack_vectors, join_opt_state(moments, counts))
     update = apply_gradients(optimizer, pack_vectors(params), opt_state, pack_vectors(grads), lr)
     unpack = partial(unpack_vectors, like=params)
-    unpacked = Update(unpack(update.params), map_arrays(unpack, update.opt_state), update.metrics)
+    unpacked = Update(unpack(update.params), map_moments(unpack, update.opt_state), update.metrics)
     return unpacked, dx[0] if dx else None
 
 
@@ -219,9 +219,14 @@ def rename(arrays: Arrays, names: Mapping[str, str]) -> Arrays:
     return {names[name]: array for name, array in arrays.items()}
 
 
+def union(*blocks: Arrays) -> Arrays:
+    """The arrays of all blocks."""
+    return {name: array for arrays in blocks for name, array in arrays.items()}
+
+
 def rename_update(update: Update, names: Mapping[str, str]) -> Update:
     """A block's update, by the names in the network."""
-    opt_state = map_arrays(lambda arrays: rename(arrays, names), update.opt_state)
+    opt_state = map_moments(lambda arrays: rename(arrays, names), update.opt_state)
     return Update(rename(update.params, names), opt_state, update.metrics)
 
 
@@ -232,9 +237,11 @@ def _is_moment(node: Any) -> bool:
     return isinstance(node, dict)
 
 
-def map_arrays(function: Callable[[Arrays], Arrays], opt_state: Any) -> Any:
-    """The state with the function applied to each moment."""
-    return jax.tree.map(lambda x: function(x) if _is_moment(x) else x, opt_state, is_leaf=_is_moment)
+def map_moments(function: Callable[..., Arrays], *states: Any) -> Any:
+    """The state with the function applied to each moment of all states; the counts are the first's."""
+    return jax.tree.map(
+        lambda *nodes: function(*nodes) if _is_moment(nodes[0]) else nodes[0], *states, is_leaf=_is_moment
+    )
 
 
 def moments_of(opt_state: Any, names: Mapping[str, str]) -> Any:
@@ -255,14 +262,3 @@ def join_opt_state(moments: Any, counts: Any) -> Any:
         counts,
         is_leaf=lambda x: x is None or _is_moment(x),
     )
-
-
-def merge_opt_states(states: Sequence[Any]) -> Any:
-    """The optimizer's state of all blocks, from that of each; the counts are the same in all."""
-
-    def merge(*nodes: Any) -> Any:
-        if not _is_moment(nodes[0]):
-            return nodes[0]
-        return {name: array for moment in nodes for name, array in moment.items()}
-
-    return jax.tree.map(merge, *states, is_leaf=_is_moment)

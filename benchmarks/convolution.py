@@ -90,7 +90,7 @@ def convolutions(size: int, channels: int, batch: int) -> Iterator[tuple[str, la
     model.forward(np.zeros((batch, size, size, channels), np.float32))
     for name, layer in named(model):
         if isinstance(layer, layers.Conv2d):
-            yield name, layer, layer.kept[1].shape
+            yield name, layer, layer.saved[1].shape
 
 
 def named(layer: layers.Layer, prefix: str = "") -> Iterator[tuple[str, layers.Layer]]:

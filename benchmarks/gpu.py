@@ -125,8 +125,9 @@ class JaxCandidate:
             draws = {"index": np.arange(case.batch, dtype=np.int32), "label": batch["label"], **still}
             self.steps = self.engine.train(self.state, itertools.repeat(draws), lambda step: False)
             return
-        self.batch, self.lr = jax.block_until_ready(self.engine._place(batch)), np.float32(1e-3)
-        lowered = self.engine._whole_step.lower(self.state, self.batch, self.lr)
+        whole = self.engine.whole()
+        self.batch, self.lr = jax.block_until_ready(whole.placement.shard_batch(batch)), np.float32(1e-3)
+        lowered = whole.compiled.lower(self.state, self.batch, self.lr)
         self.program = lowered.compile()
         memory, cost = self.program.memory_analysis(), self.program.cost_analysis()
         needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
@@ -142,10 +143,12 @@ class JaxCandidate:
         if self.chunk > 1:
             for _ in range(-(-steps // self.chunk) * self.chunk):
                 _, metrics = next(self.steps)
+            loss = metrics["loss"]
         else:
             for _ in range(steps):
-                self.state, metrics = self.program(self.state, self.batch, self.lr)
-        if not np.isfinite(float(metrics["loss"])):  # waits for the device
+                output = self.program(self.state, self.batch, self.lr)
+                self.state, loss = output.state, output.loss
+        if not np.isfinite(float(loss)):  # waits for the device
             raise FloatingPointError("the loss is not finite")
 
 

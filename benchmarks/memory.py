@@ -48,9 +48,10 @@ class Candidate:
         self.batch = batch
         state = self.engine.init()
         self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        self.engine._train_step = self.engine._whole_step  # on a CPU too, where not all flags need it
-        program = self.engine._whole_step.lower(state, self.engine._place(batch), np.float32(1e-3)).compile()
-        analysis = program.memory_analysis()
+        whole = self.engine.whole()
+        self.engine._strategy = whole  # on a CPU too, where not all flags need it
+        lowered = whole.compiled.lower(state, whole.placement.shard_batch(batch), np.float32(1e-3))
+        analysis = lowered.compile().memory_analysis()
         if analysis is None:
             raise RuntimeError("XLA does not tell of this device how much memory a program needs")
         self.temporary_bytes = int(analysis.temp_size_in_bytes)

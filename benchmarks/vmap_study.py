@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jax_resnet import Engine
-from jax_resnet.together import VmappedEngines
+from jax_resnet.strategies.vmapped import VmappedEngines
 
 
 def make_engine(model: str, seed: int) -> Engine:
@@ -53,9 +53,9 @@ def main() -> None:
         for _ in range(args.seeds)
     ]
     engines = [make_engine(args.model, seed) for seed in range(args.seeds)]
-    together = VmappedEngines(engines)
+    vmapped = VmappedEngines(engines)
     states = [engine.init() for engine in engines]
-    stacked = together.stack(states)
+    stacked = vmapped.stack(states)
 
     def separate() -> None:
         for index, engine in enumerate(engines):
@@ -64,7 +64,7 @@ def main() -> None:
 
     def at_once() -> None:
         nonlocal stacked
-        stacked, metrics = together.step(stacked, batches, 0)
+        stacked, metrics = vmapped.step(stacked, batches, 0)
         np.asarray(metrics["loss"])
 
     candidates: dict[str, Callable[[], None]] = {"separate": separate, "together": at_once}

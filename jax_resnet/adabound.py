@@ -134,9 +134,9 @@ def update_moments(
 
 
 def one_minus_power(decay: Scalar, count: ArrayLike) -> jax.Array:
-    """1 - decay^count, the weight of an exponential average that began at zero.
+    """1 - decay^count, the weight of an exponential average that starts at zero.
 
-    By `expm1`, because 1 - 0.999 of float32 numbers is wrong from its fifth digit on.
+    `expm1` is used because 1 - 0.999 of float32 numbers is wrong from its fifth digit on.
     """
     t = jnp.asarray(count, jnp.result_type(float))
     return -jnp.expm1(t * jnp.log1p(decay - 1.0))
@@ -167,7 +167,7 @@ def adabound_bounds(
 def unclipped_size(
     nu: jax.Array, count: jax.Array, b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar = 0.0
 ) -> jax.Array:
-    """Adam's step size of every coordinate in units of the learning rate, which the bounds then clip.
+    """Adam's step size of every coordinate, before the bounds clip it, in units of the learning rate.
 
     sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(nu_t + eps_root) + eps), of the second moment or its maximum, in its
     shape.
@@ -336,7 +336,7 @@ def adabound(
     mask: Any = None,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaBound: begins as Adam and ends as SGD with momentum and step size `final_lr`.
+    r"""AdaBound: starts as Adam and ends as SGD with momentum and step size `final_lr`.
 
     With $t$ from 1, learning rates $\alpha_t$, gradients $g_t$ and $r$ = `final_lr / base_lr`:
 
@@ -354,14 +354,14 @@ def adabound(
     and all, as in the authors' code, whose `final_lr * lr / base_lr` this is with `lr` factored out: a rate
     cut by ten cuts the bounds by ten, and a warm-up from zero starts with both bounds at zero. `final_lr` is
     the last step size where the schedule stands at `base_lr`, and `final_lr * lr / base_lr` anywhere else;
-    give the schedule's peak as `base_lr`. A schedule, or a rate injected at run time, says nothing of the
-    rate it started from, and to divide by the current one would hold the bounds still whatever the schedule
-    does. So `base_lr` is required with both.
+    give the schedule's peak as `base_lr`. A schedule, or a rate injected at run time, does not
+    reveal the rate it started from, and division by the current one would make the bounds ignore the
+    schedule. So `base_lr` is required with both.
 
     Args:
         learning_rate: Adam's step size: a number, a scalar array, or a schedule from update count (from 0).
         final_lr: SGD's step size, which the bounds converge to when the learning rate is `base_lr`.
-        base_lr: the rate that `final_lr` goes with; `learning_rate` if that is a number of Python or NumPy.
+        base_lr: the rate to which `final_lr` belongs; `learning_rate` if that is a number of Python or NumPy.
         b1: decay rate, per step, of the exponential average of the gradients.
         b2: decay rate, per step, of the exponential average of the squared gradients.
         gamma: how fast the bounds converge, per step; see :func:`adabound_bounds`.
@@ -369,8 +369,8 @@ def adabound(
         eps_root: added to the second moment under the root, to differentiate through an update where a
             gradient may be 0.
         weight_decay: the L2 penalty $\lambda$, added to the gradient.
-        mask: which parameters decay, as in `optax.adamw`: a tree of bools, or a function that makes one of
-            the parameters. By default all do.
+        mask: which parameters decay, as in `optax.adamw`: a tree of bools, or a function of the
+            parameters that returns one. By default all do.
         mu_dtype: the type $m_t$ is stored in; by default that of the parameter, at least float32.
 
     Returns:
@@ -441,8 +441,8 @@ def adaboundw(
 
     $$ \theta_t = \theta_{t-1} - \eta_t m_t - \alpha_t \lambda \theta_{t-1} $$
 
-    where the gradients in $m_t$ and $v_t$ hold no decay. The `AdaBoundW` of the authors' code subtracts
-    $\lambda \theta_{t-1}$ without $\alpha_t$, so that no schedule reaches it: to repeat its results under a
+    where the gradients in $m_t$ and $v_t$ contain no decay. The `AdaBoundW` of the authors' code subtracts
+    $\lambda \theta_{t-1}$ without $\alpha_t$, so that no schedule affects it. To get its results at a
     constant rate, divide its `weight_decay` by that rate. Arguments, result and errors are otherwise those
     of :func:`adabound`.
 

@@ -23,12 +23,12 @@ Pair = tuple[int, int]
 def draw(
     rngs: nnx.Rngs, distribution: str, shape: tuple[int, ...], scale: float, dtype: DTypeLike
 ) -> jax.Array:
-    """`scale` times random numbers: "normal" ones, or "uniform" ones in [-1, 1), from NumPy's generator.
+    """Draw `scale` times random numbers, "normal" or "uniform" in [-1, 1), from NumPy's generator.
 
     The n-th call draws from the n-th child of `np.random.default_rng(seed)`, in float32. So `nnx.Rngs(seed)`
     gives the weights that `default_rng(seed)` gives in the NumPy engine, bit for bit, on every back end and
-    in every precision. And nothing is compiled, where JAX's own generator would compile a program for each
-    shape, seconds for a ResNet-101. Works under jit, vmap and eval_shape.
+    in every precision. Nothing is compiled: JAX's own generator would compile a function for each shape,
+    which takes seconds for a ResNet-101. Works under jit, vmap and eval_shape.
     """
 
     def sample(key: jax.Array, count: jax.Array) -> np.ndarray:
@@ -54,30 +54,33 @@ def draw(
 
 
 def constant(value: float, shape: tuple[int, ...] | int, dtype: DTypeLike) -> jax.Array:
-    """An array of one value, made by NumPy: `jnp.full` compiles a program for each shape, and a ResNet-101
-    with its optimizer has dozens. So does `jnp.asarray`; `jax.device_put` does not."""
+    """An array of one value, made by NumPy.
+
+    `jnp.full` and `jnp.asarray` compile a function for each shape, and a ResNet-101 with its optimizer has
+    dozens of shapes. `jax.device_put` compiles nothing.
+    """
     return jax.device_put(np.full(shape, value, dtype))
 
 
 def parameter_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The type in which parameters, batch statistics and logits are kept: at least float32."""
+    """The type of parameters, batch statistics and logits: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def use_matmul() -> bool:
-    """Whether convolutions are written as matrix products, and steps as a row of programs (`blockwise`).
+    """True on a CPU: convolutions are matrix products, and steps may be compiled by blocks (`blockwise`).
 
-    XLA's own convolutions are several times slower than its matrix products on a CPU, forward and backward;
-    on a GPU they are cuDNN's.
+    On a CPU, XLA's convolutions are several times slower than its matrix products, forward and backward. On a
+    GPU they are cuDNN's.
     """
     return jax.default_backend() == "cpu"
 
 
 def im2col(x: jax.Array, kernel: Pair, stride: Pair, padding: Pair) -> jax.Array:
-    """Every receptive field of x [N, H, W, C] as a row: [N, OH, OW, KH * KW * C].
+    """The patches of x [N, H, W, C], one for each output position: [N, OH, OW, KH * KW * C].
 
     OH = (H + 2 * padding - KH) // stride + 1, OW likewise. Each of the KH * KW kernel positions contributes
-    one strided slice of the padded picture.
+    one strided slice of the padded image.
     """
     (kh, kw), (sh, sw), (ph, pw) = kernel, stride, padding
     x = jnp.pad(x, ((0, 0), (ph, ph), (pw, pw), (0, 0)))
@@ -94,13 +97,13 @@ def im2col(x: jax.Array, kernel: Pair, stride: Pair, padding: Pair) -> jax.Array
 def conv2d_matmul(x: jax.Array, weight: jax.Array, stride: Pair, padding: Pair) -> jax.Array:
     """The convolution of `conv2d` as one matrix product: im2col(x) @ weight as [KH * KW * I, O].
 
-    All fields are rows of one matrix, [N * OH * OW, KH * KW * I]: with N, OH and OW left apart XLA transposes
-    dL/dy for the gradient of the weight, and the step takes a fifth longer.
+    All patches are rows of one matrix, [N * OH * OW, KH * KW * I]. With N, OH and OW as separate axes XLA
+    transposes dL/dy for the gradient of the weight, and the step takes a fifth longer.
     """
     kh, kw, i, o = weight.shape
-    columns = im2col(x, (kh, kw), stride, padding)
-    rows = columns.reshape(-1, kh * kw * i)
-    return (rows @ weight.reshape(kh * kw * i, o)).reshape(*columns.shape[:-1], o)
+    patches = im2col(x, (kh, kw), stride, padding)
+    rows = patches.reshape(-1, kh * kw * i)
+    return (rows @ weight.reshape(kh * kw * i, o)).reshape(*patches.shape[:-1], o)
 
 
 def conv2d(x: jax.Array, weight: jax.Array, stride: Pair, padding: Pair) -> jax.Array:
@@ -135,7 +138,7 @@ def _where(mask: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def max_pool2d(x: jax.Array, kernel_size: int, stride: int, padding: int) -> jax.Array:
-    """Maximum over windows of x [N, H, W, C]; the padding never wins, and of equal values the first does."""
+    """Maximum over windows of x [N, H, W, C]. Padding is -inf; the gradient goes to the first of equals."""
     return lax.reduce_window(
         x,
         -jnp.inf,
@@ -183,10 +186,10 @@ class Conv2d(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalisation over every axis but the last (Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 1).
+    """Batch normalization over every axis but the last (Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 1).
 
     y = (x - mean) / sqrt(var + eps) * weight + bias. In training, mean and (biased) var are those of the
-    batch, and the running statistics move by PyTorch's rule, with the *unbiased* variance:
+    batch, and the running statistics follow PyTorch's rule, with the *unbiased* variance:
     running = (1 - momentum) * running + momentum * batch. In evaluation the running statistics are used.
     Statistics are computed in at least float32.
     """
@@ -216,7 +219,7 @@ class BatchNorm(nnx.Module):
         x32 = x.astype(parameter_dtype(self.dtype))
         if self.use_running_average:
             mean, var = self.running_mean[...], self.running_var[...]
-            centred = x32 - mean
+            centered = x32 - mean
         else:
             n = x.size // x.shape[-1]
             if n <= 1:
@@ -225,16 +228,16 @@ class BatchNorm(nnx.Module):
                 )
             axes = tuple(range(x.ndim - 1))
             mean = x32.mean(axes)
-            centred = x32 - mean
-            var = (centred * centred).mean(axes)
+            centered = x32 - mean
+            var = (centered * centered).mean(axes)
             self._update("running_mean", mean)
             self._update("running_var", var * (n / (n - 1)))
         scale = self.weight[...] * lax.rsqrt(var + self.eps)
-        return (centred * scale + self.bias[...]).astype(self.dtype)
+        return (centered * scale + self.bias[...]).astype(self.dtype)
 
     def _update(self, name: str, batch: jax.Array) -> None:
         running = getattr(self, name)
-        # not running[...] =, which asks a traced array for its sharding: the error takes long to be worded
+        # not running[...] =, which asks a traced array for its sharding: JAX takes long to build the error
         running.set_value((1 - self.momentum) * running[...] + self.momentum * lax.stop_gradient(batch))
 
 
@@ -257,10 +260,10 @@ class Linear(nnx.Module):
 
 
 class OptionA(nnx.Module):
-    """The shortcut without parameters of the CIFAR family (He et al. 2015, arXiv 1512.03385, section 3.3,
-    option A).
+    """The parameter-free shortcut of the CIFAR family (He et al. 2015, arXiv 1512.03385, section 3.3, option
+    A).
 
-    Takes every `stride`-th row and column, and pads the channels with zeros, half in front and half behind.
+    Takes every `stride`-th row and column, and pads the channels with zeros, half before and half after.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:

@@ -1,10 +1,10 @@
 """The optimizer table: every optimizer by its name, with PyTorch's meaning of each argument.
 
 Adam, AdamW and SGD are optax's own. AMSGrad is PyTorch's, which optax's is not: optax keeps the maximum of
-the bias-corrected second moment. AdaBound and its kin are in `adabound.py`.
+the bias-corrected second moment. AdaBound and its variants are in `adabound.py`.
 
-`state_to_dict` and `state_from_dict` turn optax's nested tuples into plain data and back, so that no type of
-optax's reaches a checkpoint.
+`state_to_dict` and `state_from_dict` turn optax's nested tuples into plain data and back, so that none of
+optax's types reaches a checkpoint.
 """
 
 from collections.abc import Iterator, Mapping
@@ -61,7 +61,7 @@ def scale_by_amsgrad(
     *,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    r"""Rescale updates according to AMSGrad as `torch.optim.Adam(amsgrad=True)` has it.
+    r"""Rescale updates according to AMSGrad as `torch.optim.Adam(amsgrad=True)` computes it.
 
     With $t$ from 1 and $m_t$, $v_t$ as in Adam, the maximum is taken *before* bias correction:
 
@@ -125,15 +125,15 @@ def amsgrad(
     mask: Any = None,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AMSGrad as `torch.optim.Adam(amsgrad=True)` has it; `optax.amsgrad` is another one.
+    """AMSGrad as `torch.optim.Adam(amsgrad=True)` computes it; `optax.amsgrad` differs.
 
     See :func:`scale_by_amsgrad` for the equations, arguments and errors.
 
     Args:
         learning_rate: the step size: a number, a scalar array, or a schedule from update count (from 0).
         weight_decay: the L2 penalty, added to the gradient.
-        mask: which parameters decay, as in `optax.adamw`: a tree of bools, or a function that makes one of
-            the parameters. By default all do.
+        mask: which parameters decay, as in `optax.adamw`: a tree of bools, or a function of the
+            parameters that returns one. By default all do.
 
     Returns:
         The optimizer. `update` needs `params`.
@@ -159,15 +159,15 @@ def make_optimizer(
     momentum: Scalar = 0.9,
     weight_decay: Scalar | None = None,
 ) -> optax.GradientTransformation:
-    """The optimizer of that name; arguments it has no use for are ignored.
+    """Return the optimizer of a name; arguments that it does not use are ignored.
 
     The learning rate is usually an argument of the jitted training step, which builds the optimizer inside:
     the structure of the state depends on `name` alone.
 
     Args:
         name: one of `OPTIMIZERS`.
-        learning_rate: a number or a scalar array, of this step; a schedule is evaluated by the caller.
-        base_lr: the four of `BOUNDED`: the rate that `final_lr` goes with, usually the schedule's
+        learning_rate: that of this step, a number or a scalar array; a schedule is evaluated by the caller.
+        base_lr: the four of `BOUNDED`: the rate to which `final_lr` belongs, usually the schedule's
             peak. Required unless `learning_rate` is a number of Python or NumPy.
         final_lr: the same four: SGD's step size, which the bounds converge to.
         gamma: the same four: how fast the bounds converge, per step.
@@ -223,16 +223,16 @@ def make_optimizer(
 def bound_metrics(
     name: str, opt_state: optax.OptState, learning_rate: Scalar, **options: Scalar | None
 ) -> dict[str, jax.Array]:
-    """The bounds of the step just made, and how much they held; nothing for an optimizer that has none.
+    """The bounds of the latest step and how much they clipped; empty for an optimizer that has none.
 
     Args:
-        name, learning_rate, options: the arguments of `make_optimizer`, whose defaults hold.
+        name, learning_rate, options: the arguments of `make_optimizer`, with its defaults.
         opt_state: the optimizer's state after the step, of flat parameters {name: array}.
 
     Returns:
         Scalars: `lower_bound` and `upper_bound` of the step size, `at_lower` and `at_upper`, the fractions of
-        all coordinates that were clipped to each. Inside a jitted step, what the update itself needs is
-        computed once.
+        all coordinates that were clipped to each. Inside a jitted step, XLA computes only
+        once what the update needs too.
     """
     if name not in BOUNDED:
         return {}
@@ -247,12 +247,12 @@ def bound_metrics(
         constants = (given["b1"], given["b2"], given["eps"])
         sizes = [unclipped_size(nu, count, *constants) for nu in jax.tree.leaves(second)]
     total = sum(size.size for size in sizes)
-    held = {
+    clipped = {
         "at_lower": sum(jnp.sum(size < lower.astype(size.dtype)) for size in sizes),
         "at_upper": sum(jnp.sum(size > upper.astype(size.dtype)) for size in sizes),
     }
     bounds = {"lower_bound": learning_rate * lower, "upper_bound": learning_rate * upper}
-    return {**bounds, **{key: jnp.asarray(n, lower.dtype) / total for key, n in held.items()}}
+    return {**bounds, **{key: jnp.asarray(n, lower.dtype) / total for key, n in clipped.items()}}
 
 
 def _fields(opt_state: optax.OptState) -> Iterator[tuple[str, Any]]:
@@ -299,7 +299,7 @@ def state_from_dict(template: optax.OptState, mapping: Mapping[str, Any]) -> opt
     """The inverse of `state_to_dict`.
 
     Args:
-        template: the state of the optimizer that is to go on, as `tx.init(params)` or
+        template: the state of the optimizer that continues, as `tx.init(params)` or
             `jax.eval_shape(tx.init, params)` gives it. Structure, shapes and types are taken from it.
         mapping: what `state_to_dict` returned, of arrays of NumPy or JAX.
 
@@ -307,11 +307,11 @@ def state_from_dict(template: optax.OptState, mapping: Mapping[str, Any]) -> opt
         A state like `template` that holds copies of the arrays of `mapping`.
 
     Raises:
-        ValueError: if entries are missing, surplus or of another shape; it names them.
+        ValueError: if entries are missing, unexpected or of another shape; it names them.
     """
     expected, given = _entries(state_to_dict(template)), _entries(mapping)
     problems = [f"{name} is missing" for name in expected if name not in given]
-    problems += [f"{name} is surplus" for name in given if name not in expected]
+    problems += [f"{name} is unexpected" for name in given if name not in expected]
     problems += [
         f"{name} has shape {jnp.shape(given[name])}, not {jnp.shape(like)}"
         for name, like in expected.items()
@@ -322,7 +322,7 @@ def state_from_dict(template: optax.OptState, mapping: Mapping[str, Any]) -> opt
 
     def fill(field: str, like: Any) -> Any:
         # Copies, by NumPy: an alias of the caller's memory must not be donated to a training step, and JAX
-        # would compile a program for each shape
+        # would compile a function for each shape
         if isinstance(like, Mapping):
             entries = {name: np.array(mapping[field][name], leaf.dtype) for name, leaf in like.items()}
             return {name: jax.device_put(entry) for name, entry in entries.items()}

@@ -1,8 +1,13 @@
-"""ResNets in Flax NNX: the ImageNet family, the CIFAR family, and a small CNN to show how the parts are used.
+"""ResNets in Flax NNX: the ImageNet family, the CIFAR family, and a small CNN to show the parts in use.
 
-He et al. 2015, "Deep Residual Learning for Image Recognition", arXiv 1512.03385. Inputs are [N, H, W, C] with
-H and W of 32 or more, outputs logits [N, num_classes] in at least float32. The same names stand in
-`numpy_ref/resnet.py` and `torch_oracle/resnet.py`; state dicts carry torchvision's names and layouts.
+    basic block       y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))                   figure 5
+    bottleneck        y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)) figure 5
+    ImageNet family   7x7 stem, max pooling; four stages of widths w, 2w, 4w, 8w, w = 64        table 1
+    CIFAR family      3x3 stem; three stages of widths w, 2w, 4w, w = 16; 6n + 2 layers         section 4.2
+
+He, Zhang, Ren, Sun 2015, "Deep Residual Learning for Image Recognition", arXiv 1512.03385. Images are
+[N, H, W, C] with H and W of 32 or more, logits [N, num_classes] in at least float32. The same names are in
+`numpy_ref/resnet.py` and `torch_oracle/resnet.py`; a state dict has torchvision's names and layout.
 """
 
 from __future__ import annotations
@@ -30,7 +35,21 @@ from jax_resnet.layers import (
 )
 
 
-class BasicBlock(nnx.Module):
+class _Block(nnx.Module):
+    """The shortcut of a residual block: the identity, or `downsample` where the shape changes."""
+
+    downsample: nnx.List[Any] | OptionA | None
+
+    def shortcut(self, x: jax.Array) -> jax.Array:
+        """[N, H, W, I] to [N, H', W', O]."""
+        if self.downsample is None:
+            return x
+        for layer in self.downsample if isinstance(self.downsample, nnx.List) else [self.downsample]:
+            x = layer(x)
+        return x
+
+
+class BasicBlock(_Block):
     """Two 3x3 convolutions and a shortcut (figure 5, left). [N, H, W, I] to [N, H', W', width]."""
 
     expansion = 1
@@ -53,20 +72,23 @@ class BasicBlock(nnx.Module):
         self.bn1 = norm(width)
         self.conv2 = conv(width, width, 3, padding=1)
         self.bn2 = norm(width)
-        self.downsample = _shortcut(shortcut, in_channels, width, stride, conv, norm)
+        self.downsample = make_shortcut(shortcut, in_channels, width, stride, conv, norm)
 
     @property
     def last_norm(self) -> BatchNorm | None:
         """The batch norm that ends the residual branch."""
         return self.bn2
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def branch(self, x: jax.Array) -> jax.Array:
+        """The residual branch."""
         y = relu(_apply(self.bn1, self.conv1(x)))
-        y = _apply(self.bn2, self.conv2(y))
-        return relu(y + _shortcut_of(self.downsample, x))
+        return _apply(self.bn2, self.conv2(y))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return relu(self.branch(x) + self.shortcut(x))
 
 
-class Bottleneck(nnx.Module):
+class Bottleneck(_Block):
     """1x1, 3x3 and 1x1 convolutions and a shortcut (figure 5, right). [N, H, W, I] to [.., 4 * width].
 
     The stride sits on the 3x3 (v1.5, torchvision's) or, with `stride_in_1x1`, on the first 1x1 (the paper's).
@@ -96,18 +118,21 @@ class Bottleneck(nnx.Module):
         self.bn2 = norm(width)
         self.conv3 = conv(width, out_channels, 1)
         self.bn3 = norm(out_channels)
-        self.downsample = _shortcut(shortcut, in_channels, out_channels, stride, conv, norm)
+        self.downsample = make_shortcut(shortcut, in_channels, out_channels, stride, conv, norm)
 
     @property
     def last_norm(self) -> BatchNorm | None:
         """The batch norm that ends the residual branch."""
         return self.bn3
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def branch(self, x: jax.Array) -> jax.Array:
+        """The residual branch."""
         y = relu(_apply(self.bn1, self.conv1(x)))
         y = relu(_apply(self.bn2, self.conv2(y)))
-        y = _apply(self.bn3, self.conv3(y))
-        return relu(y + _shortcut_of(self.downsample, x))
+        return _apply(self.bn3, self.conv3(y))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return relu(self.branch(x) + self.shortcut(x))
 
 
 def _no_norm(num_features: int) -> None:
@@ -118,7 +143,7 @@ def _apply(norm: BatchNorm | None, x: jax.Array) -> jax.Array:
     return x if norm is None else norm(x)
 
 
-def _shortcut(
+def make_shortcut(
     kind: str,
     in_channels: int,
     out_channels: int,
@@ -126,6 +151,7 @@ def _shortcut(
     conv: Callable[..., Conv2d],
     norm: Callable[..., Any],
 ) -> nnx.List[Any] | OptionA | None:
+    """The layers of the shortcut where the shape changes; elsewhere None, as in torchvision."""
     if kind not in ("projection", "option-A"):
         raise ValueError(f'shortcut must be "projection" or "option-A", not {kind!r}')
     if stride == 1 and in_channels == out_channels:
@@ -136,23 +162,15 @@ def _shortcut(
     return nnx.List([layer for layer in layers if layer is not None])
 
 
-def _shortcut_of(downsample: nnx.List[Any] | OptionA | None, x: jax.Array) -> jax.Array:
-    if downsample is None:
-        return x
-    for layer in downsample if isinstance(downsample, nnx.List) else [downsample]:
-        x = layer(x)
-    return x
-
-
 def run_block(block: nnx.Module, x: jax.Array, remat: bool = False) -> jax.Array:
     """block(x), traced once for all blocks of a kind and shape: ResNet-101 traces in a third of the time.
 
-    Variables that the block changes or adds come back: batch statistics in training, the counts of random
-    streams, whatever it sows. Nothing is written where nothing changed, so that a block in eval mode may be
-    called from any transformation of JAX.
+    Variables that the block changes or adds are written back: batch statistics in training, the counts of
+    random streams, whatever it sows. Nothing is written where nothing changed, so that a block in eval mode
+    may be called from any transformation of JAX.
 
-    With `remat` backward saves x alone of the block, and computes the rest again (Chen et al. 2016, "Training
-    Deep Nets with Sublinear Memory Cost", arXiv 1604.06174). Then there is no forward mode: `jax.jvp`,
+    With `remat` only x is saved for backward, which recomputes the rest (Chen et al. 2016, "Training Deep
+    Nets with Sublinear Memory Cost", arXiv 1604.06174). There is then no forward mode: `jax.jvp`,
     `jax.linearize` and `jax.jacfwd` of the network raise TypeError. A Hessian-vector product is
     `jax.jvp(jax.grad(f), ...)`, which works.
     """
@@ -165,7 +183,7 @@ def run_block(block: nnx.Module, x: jax.Array, remat: bool = False) -> jax.Array
 
 @partial(jax.jit, static_argnums=0)
 def _call_block(graphdef: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-    """block(x), and the variables that the call has changed or added."""
+    """block(x), and the variables that the call changed or added."""
     block = nnx.merge(graphdef, state)
     before = {path: jax.tree.leaves(variable) for path, variable in nnx.to_flat_state(nnx.state(block))}
     y = block(x)
@@ -182,9 +200,9 @@ def _call_block(graphdef: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any
 def _call_block_twice(graphdef: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
     """`_call_block`, and once more in backward.
 
-    What `jax.checkpoint` is for; but on a CPU XLA drops its barriers before it last looks for what is
-    computed twice, and computes it once. Here x + 0 * dy is not the same to the compiler, and cannot be
-    computed too early.
+    This is the purpose of `jax.checkpoint`. But on a CPU, XLA drops the barriers of `jax.checkpoint` before
+    its last search for common subexpressions, and so computes the block only once. x + 0 * dy is another
+    expression to the compiler, and cannot be computed before dy.
     """
     return _call_block(graphdef, state, x)
 
@@ -207,7 +225,7 @@ Block = type[BasicBlock] | type[Bottleneck]
 
 
 class Stem(nnx.Module):
-    """What comes before the blocks. [N, H, W, C] to [N, H', W', width]."""
+    """The layers before the blocks. [N, H, W, C] to [N, H', W', width]."""
 
     def __init__(self, conv1: Conv2d, bn1: BatchNorm | None, kind: str, dtype: DTypeLike) -> None:
         self.conv1, self.bn1, self.kind, self.dtype = conv1, bn1, kind, dtype
@@ -218,7 +236,7 @@ class Stem(nnx.Module):
 
 
 class Head(nnx.Module):
-    """What comes after the blocks. [N, H, W, C] to logits [N, num_classes] in at least float32.
+    """The layers after the blocks. [N, H, W, C] to logits [N, num_classes] in at least float32.
 
     `fc` may be any module of [N, C], or a function: `model.fc = nnx.static(nnx.identity)`.
     """
@@ -235,22 +253,22 @@ class ResNet(nnx.Module):
     """A stem, three or four stages of residual blocks, global average pooling and a linear layer (table 1).
 
     Args:
-        block: BasicBlock, Bottleneck, or a module class of your own: its `expansion` is output channels over
-            width, it takes the arguments of BasicBlock, and it may have variables of any type. `last_norm` is
-            asked for where `residual_scale` is not 1.
-        stage_sizes: how many blocks each stage has; stage s is width * 2**s wide, and all but the first halve
+        block: BasicBlock, Bottleneck, or a module class of your own. Its `expansion` is output channels over
+            width, it takes the arguments of BasicBlock, and it may have variables of any type. Its
+            `last_norm` is used where `residual_scale` is not 1.
+        stage_sizes: number of blocks of each stage. Stage s is width * 2**s wide, and all but the first halve
             height and width.
         num_classes: the number of logits.
-        in_channels: channels of the pictures.
+        in_channels: channels of the images.
         width: channels of the stem and base width of the first stage.
         stem: "imagenet", a 7x7 convolution and 3x3 max-pooling, both of stride 2; or "small", a 3x3
             convolution of stride 1.
         shortcut: "projection" (1x1 convolution, option B) or "option-A", where shapes differ.
-        stride_in_1x1: the paper's place of a bottleneck's stride.
+        stride_in_1x1: put a bottleneck's stride on its first 1x1 convolution, as the paper does.
         batch_norm: without it, every convolution has a bias.
         residual_scale: the initial weight of the batch norm that ends each block. 1 is torchvision's; a
             small one lets blocks start close to their shortcuts (De & Smith 2020, arXiv 2002.10444).
-        remat: backward computes the blocks again, see `run_block`.
+        remat: backward recomputes the blocks, see `run_block`.
         rngs: source of the initial weights.
         dtype: compute type; parameters, statistics and logits are promote_types(dtype, float32).
     """
@@ -296,7 +314,7 @@ class ResNet(nnx.Module):
         self.fc = Linear(channels, num_classes, rngs=rngs, dtype=dtype)
 
     def parts(self) -> Iterator[tuple[str, Any]]:
-        """The network as a row of modules: stem, blocks, head; each with the prefix of its arrays' names."""
+        """Yield stem, blocks and head, which make up the network, with the prefix of their arrays' names."""
         yield "", Stem(self.conv1, self.bn1, self.stem, self.dtype)
         for stage in range(1, self.num_stages + 1):
             for index, block in enumerate(getattr(self, f"layer{stage}")):
@@ -304,7 +322,7 @@ class ResNet(nnx.Module):
         yield "", Head(self.fc)
 
     def stages(self, x: jax.Array) -> dict[str, jax.Array]:
-        """The output of every stage, in order: stem, layer1, ..., pool, logits; jit prunes what is unused."""
+        """The output of every stage, in order: stem, layer1, ..., pool, logits; jit drops what is unused."""
         out = {}
         x = out["stem"] = Stem(self.conv1, self.bn1, self.stem, self.dtype)(x)
         for stage in range(1, self.num_stages + 1):
@@ -316,12 +334,12 @@ class ResNet(nnx.Module):
         return out
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Pictures [N, H, W, C] to logits [N, num_classes]."""
+        """Images [N, H, W, C] to logits [N, num_classes]."""
         return self.stages(x)["logits"]
 
 
 class CNN(nnx.Module):
-    """One 3x3 convolution, ReLU, one linear layer. Needs to know the size of its pictures."""
+    """One 3x3 convolution, ReLU, one linear layer. The size of its images is fixed."""
 
     def __init__(
         self,
@@ -343,13 +361,13 @@ class CNN(nnx.Module):
         if x.shape[1:3] != (height, width):
             raise ValueError(f"expected channels last, [N, {height}, {width}, C], got {list(x.shape)}")
         y = relu(self.conv(x.astype(self.dtype)))
-        # PyTorch flattens [N, C, H, W]; the linear layer's rows must mean the same here.
+        # PyTorch flattens [N, C, H, W]; the rows of the linear layer must have the same order here.
         flat = y.transpose(0, 3, 1, 2).reshape(len(y), -1)
         logits = self.fc(flat)
         return {"conv": y, "logits": logits.astype(parameter_dtype(logits.dtype))}
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Pictures [N, H, W, C] to logits [N, num_classes]."""
+        """Images [N, H, W, C] to logits [N, num_classes]."""
         return self.stages(x)["logits"]
 
 
@@ -359,39 +377,22 @@ def resnet_imagenet(
     num_classes: int,
     in_channels: int = 3,
     *,
-    width: int = 64,
     stage_sizes: Sequence[int] | None = None,
     small_images: bool = False,
-    stride_in_1x1: bool = False,
-    batch_norm: bool = True,
-    residual_scale: float = 1.0,
-    remat: bool = False,
-    rngs: nnx.Rngs,
-    dtype: DTypeLike = jnp.float32,
+    **options: Any,
 ) -> ResNet:
     """The ImageNet family (table 1). `stage_sizes` replaces the family's, `small_images` the stem."""
     sizes = family_sizes if stage_sizes is None else stage_sizes
-    make = partial(ResNet, block, sizes, width=width, stem="small" if small_images else "imagenet")
-    make = partial(make, stride_in_1x1=stride_in_1x1, residual_scale=residual_scale, remat=remat)
-    return make(num_classes, in_channels, batch_norm=batch_norm, rngs=rngs, dtype=dtype)
+    stem = "small" if small_images else "imagenet"
+    return ResNet(block, sizes, num_classes, in_channels, stem=stem, **options)
 
 
 def resnet_cifar(
-    n: int,
-    num_classes: int,
-    in_channels: int = 3,
-    *,
-    width: int = 16,
-    batch_norm: bool = True,
-    residual_scale: float = 1.0,
-    remat: bool = False,
-    rngs: nnx.Rngs,
-    dtype: DTypeLike = jnp.float32,
+    n: int, num_classes: int, in_channels: int = 3, *, width: int = 16, **options: Any
 ) -> ResNet:
     """The CIFAR family (section 4.2): three stages of `n` basic blocks, option-A shortcuts; 6n + 2 layers."""
     make = partial(ResNet, BasicBlock, (n, n, n), width=width, stem="small", shortcut="option-A")
-    make = partial(make, batch_norm=batch_norm, residual_scale=residual_scale, remat=remat)
-    return make(num_classes, in_channels, rngs=rngs, dtype=dtype)
+    return make(num_classes, in_channels, **options)
 
 
 cnn = CNN

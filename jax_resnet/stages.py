@@ -1,7 +1,7 @@
-"""What each stage of a network makes of pictures: plain arrays in, plain arrays out.
+"""The output of each stage of a network: plain arrays in, plain arrays out.
 
-The same function stands in the files of the same name of the other two rooms, so that whoever has none of
-their types can compare the three.
+The same function is in `stages.py` of the other two packages, so that the three can be compared without their
+types.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def run_stages(
     precision: str = "float32",
     **options: Any,
 ) -> dict[str, np.ndarray]:
-    """The output of every stage, in order: stem, layer1, ..., pool [N, C] and logits [N, num_classes].
+    """Return the output of every stage, in order: stem, layer1, ..., pool [N, C] and logits [N, num_classes].
 
     Args:
         model: name in `MODELS`.
         weights: a state dict under torchvision's names, in PyTorch's layout.
-        image: [N, H, W, C], normalised.
+        image: [N, H, W, C], normalized.
         num_classes: number of logits.
-        train: batch norm takes the batch's statistics instead of the running ones.
-        precision: "float32" or "float64". Products of matrices have it too: no TF32, no bfloat16.
+        train: batch norm uses the batch's statistics instead of the running ones.
+        precision: "float32" or "float64". Matrix products have it too: no TF32, no bfloat16.
         options: keyword arguments of the model's builder.
 
     Returns:
@@ -56,13 +56,13 @@ def run_stages(
             network.eval()
         graph, state = nnx.split(network)
         outputs = _run(graph, state, image.astype(precision))
-    # jit has put the names in alphabetical order, which is not that of the network
+    # jit sorts the names alphabetically, which is not the order of the network
     order = ("stem", *(name for name in outputs if name.startswith("layer")), "conv", "pool", "logits")
     return {name: np.asarray(outputs[name]) for name in order if name in outputs}
 
 
 @partial(jax.jit, static_argnums=0)
 def _run(graph: Any, state: Any, x: jax.Array) -> dict[str, jax.Array]:
-    """Outside of `run_stages`, so that a second call for a network compiles nothing."""
+    """The stages; not inside `run_stages`, so that a second call for a network compiles nothing."""
     network: Any = nnx.merge(graph, state)
     return dict(network.stages(x))

@@ -1,6 +1,6 @@
-"""A model as plain data: taken apart for a jitted step, and as a state dict under torchvision's names.
+"""A model as plain data: split for a jitted step, and as a state dict under torchvision's names.
 
-The same functions stand in `torch_oracle/resnet.py`.
+The functions of the state dict are also in `numpy_ref/state_dict.py` and `torch_oracle/state_dict.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flax import nnx
 
 
 class Parts(NamedTuple):
-    """A model taken apart: graphs that never change, and plain dicts {torchvision name: array}."""
+    """A model that was split: graphs that never change, and plain dicts {torchvision name: array}."""
 
     train: nnx.GraphDef[Any]
     eval: nnx.GraphDef[Any]
@@ -24,7 +24,7 @@ class Parts(NamedTuple):
 
 
 def split(model: nnx.Module) -> Parts:
-    """Take a model apart, once, so that a jitted step handles plain dicts only; leaves it in train mode."""
+    """Split a model, once, so that a jitted step handles plain dicts only; leaves it in train mode."""
     model.eval()
     eval_graph = nnx.graphdef(model)
     model.train()
@@ -38,7 +38,7 @@ def apply(
     batch_stats: Mapping[str, jax.Array],
     x: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Pictures [N, H, W, C] to (logits [N, num_classes], the batch statistics after); pure."""
+    """Images [N, H, W, C] to (logits [N, num_classes], the new batch statistics); pure."""
     variables: list[tuple[Any, nnx.Variable[Any]]] = [
         (_path(name), nnx.Param(value)) for name, value in params.items()
     ]
@@ -56,7 +56,7 @@ def _path(name: str) -> tuple[str | int, ...]:
 
 
 def to_torch_layout(array: Any) -> np.ndarray:
-    """This engine's layout to PyTorch's: kernels HWIO to OIHW, matrices [in, out] to [out, in]; a copy."""
+    """Return a copy in PyTorch's layout: kernels HWIO to OIHW, matrices [in, out] to [out, in]."""
     array = np.asarray(array)
     axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim)
     return np.array(array if axes is None else array.transpose(axes), order="C")
@@ -76,22 +76,22 @@ def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
 def load_state_dict(model: nnx.Module, mapping: Mapping[str, np.ndarray]) -> None:
     """Set every parameter and batch statistic, in place; the inverse of `state_dict`.
 
-    `linear.*` is read as `fc.*`, and `num_batches_tracked` is passed over. Raises ValueError that lists every
-    missing, surplus and misshapen name, and then changes nothing.
+    `linear.*` is read as `fc.*`, and `num_batches_tracked` is ignored. Raises ValueError, which lists every
+    missing and unexpected name and every shape mismatch, and then changes nothing.
     """
     variables = _variables(model)
     arrays = {}
     for name, array in mapping.items():
         alias = "fc." + name.removeprefix("linear.") if name.startswith("linear.") else name
         if not name.endswith("num_batches_tracked"):
-            # With both in the file, `linear.*` is surplus: which of the two is meant, nobody knows.
+            # With both in the file, `linear.*` is unexpected: it is unknown which of the two is meant.
             arrays[name if alias in mapping else alias] = np.asarray(array)
     problems = [f"missing {name}" for name in variables if name not in arrays]
-    problems += [f"surplus {name}" for name in arrays if name not in variables]
+    problems += [f"unexpected {name}" for name in arrays if name not in variables]
     for name in variables.keys() & arrays.keys():
-        wanted = to_torch_layout(np.empty(variables[name].shape)).shape
-        if arrays[name].shape != wanted:
-            problems.append(f"{name} has shape {list(arrays[name].shape)}, not {list(wanted)}")
+        expected = to_torch_layout(np.empty(variables[name].shape)).shape
+        if arrays[name].shape != expected:
+            problems.append(f"{name} has shape {list(arrays[name].shape)}, not {list(expected)}")
     if problems:
         raise ValueError("the state dict does not fit: " + "; ".join(sorted(problems)))
     for name, variable in variables.items():
@@ -104,7 +104,7 @@ def _variables(model: nnx.Module, kind: Any = (nnx.Param, nnx.BatchStat)) -> dic
 
 
 class ParameterCount(NamedTuple):
-    """Numbers of parameters; batch statistics are none."""
+    """Numbers of parameters; batch statistics are not counted."""
 
     total: int
     trainable: int
@@ -112,7 +112,8 @@ class ParameterCount(NamedTuple):
 
 
 def parameter_count(model: nnx.Module, frozen: Callable[[str], bool] = lambda name: False) -> ParameterCount:
-    """Count a model's parameters; those whose name makes `frozen` true are not trained."""
+    """Count a model's parameters; those whose name makes `frozen` True are not trained."""
     sizes = {name: variable.size for name, variable in _variables(model, nnx.Param).items()}
-    total, held = sum(sizes.values()), sum(size for name, size in sizes.items() if frozen(name))
-    return ParameterCount(total, total - held, held)
+    total = sum(sizes.values())
+    not_trained = sum(size for name, size in sizes.items() if frozen(name))
+    return ParameterCount(total, total - not_trained, not_trained)

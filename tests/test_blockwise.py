@@ -1,27 +1,32 @@
-"""The row of programs that a CPU trains with computes what one program does."""
+"""The blockwise strategy of a CPU computes what a whole step does."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from jax_resnet.step import eval_step
+from jax_resnet.strategies.blockwise import Blockwise
+from jax_resnet.strategies.whole import Whole
 from tests.comparing import assert_all_close, assert_close, quick_jit
 from tests.test_loop import FIELDS, THIN, flat, make_batches, make_engine, train
 from tests.tolerances import FLOAT64_NETWORK
 
 if jax.default_backend() != "cpu":
-    pytest.skip("other back ends have one program", allow_module_level=True)
+    pytest.skip("other back ends compile a step as one", allow_module_level=True)
 
 
-def in_one_program(model: str = "resnet18", **options: Any) -> Any:
+def whole_engine(model: str = "resnet18", **options: Any) -> Any:
     """An engine as other back ends have it."""
     engine: Any = make_engine(model, **options)
-    assert engine._train_step == engine._step_blockwise
-    engine._train_step = quick_jit(engine._step, donate_argnums=0)
-    engine._eval_step = quick_jit(engine._logits)
+    assert isinstance(engine._strategy, Blockwise)
+    engine._strategy = engine.whole()
+    engine._strategy.compiled = quick_jit(engine._step, donate_argnums=0)
+    engine._eval_step = quick_jit(partial(eval_step, engine.network))
     return engine
 
 
@@ -34,19 +39,20 @@ def in_one_program(model: str = "resnet18", **options: Any) -> Any:
     ],
     ids=[*FIELDS, "no-batch-norm", "cifar"],
 )
-def test_a_row_of_programs_makes_the_steps_of_one(model, options):
+def test_blockwise_steps_equal_whole_steps(model, options):
     batches = make_batches(4)
-    engines = make_engine(model, **options), in_one_program(model, **options)
-    (state, found), (one, wanted) = (train(engine, engine.init(), batches) for engine in engines)
-    for step, row in enumerate(wanted):
-        assert found[step].keys() == row.keys()
-        for name, value in row.items():
-            assert_close(f"{name} of step {step}", found[step][name], value, FLOAT64_NETWORK)
-    found_tree, wanted_tree = (flat(e.to_tree(s)) for e, s in zip(engines, (state, one), strict=True))
-    assert_all_close("state", found_tree, wanted_tree, FLOAT64_NETWORK)
-    logits, expected = (
-        next(iter(e.evaluate(s, batches))) for e, s in zip(engines, (state, one), strict=True)
+    engines = make_engine(model, **options), whole_engine(model, **options)
+    (state, actual_metrics), (whole_state, expected_metrics) = (
+        train(engine, engine.init(), batches) for engine in engines
     )
+    states = state, whole_state
+    for step, metrics in enumerate(expected_metrics):
+        assert actual_metrics[step].keys() == metrics.keys()
+        for name, value in metrics.items():
+            assert_close(f"{name} of step {step}", actual_metrics[step][name], value, FLOAT64_NETWORK)
+    tree, expected_tree = (flat(e.to_tree(s)) for e, s in zip(engines, states, strict=True))
+    assert_all_close("state", tree, expected_tree, FLOAT64_NETWORK)
+    logits, expected = (next(iter(e.evaluate(s, batches))) for e, s in zip(engines, states, strict=True))
     assert_close("logits in evaluation", logits, expected, FLOAT64_NETWORK)
 
 
@@ -57,24 +63,24 @@ def test_float32_stays_float32():
     assert {a.dtype for a in floats} == {np.dtype(np.float32)}
 
 
-def test_blocks_of_a_kind_share_a_program():
+def test_blocks_of_a_kind_share_compiled_functions():
     engine: Any = make_engine(model_options={"width": 4, "stage_sizes": (3, 1)})
     train(engine, engine.init(), make_batches(2))
-    assert len(engine._blockwise._parts) == 6  # stem, three blocks that are alike, another, head
-    assert engine._blockwise._backward._cache_size() == 4
+    assert len(engine._strategy._blocks.blocks) == 6  # stem, three blocks that are alike, another, head
+    assert engine._strategy._backward._cache_size() == 4
 
 
-def test_what_went_in_is_gone_but_the_counts():
+def test_the_state_that_went_in_is_donated_but_for_its_counters():
     engine = make_engine()
     before = engine.init()
     batches = make_batches(1)
     train(engine, before, batches)
-    moments = [a for a in jax.tree.leaves(before["optimizer"]) if a.ndim]
-    assert all(a.is_deleted() for a in (*before["params"].values(), *moments))
-    assert not before["step"].is_deleted()
+    moments = [a for a in jax.tree.leaves(before.opt_state) if a.ndim]
+    assert all(a.is_deleted() for a in (*before.params.values(), *moments))
+    assert not before.step.is_deleted()
 
 
-def test_the_first_nonfinite_step_is_told():
+def test_the_first_nonfinite_step_is_counted():
     engine = make_engine()
     batches = make_batches(3)
     batches[1]["image"][0, 0, 0, 0] = np.nan
@@ -85,6 +91,6 @@ def test_the_first_nonfinite_step_is_told():
 
 
 @pytest.mark.parametrize("options", [{"accumulate": 2}, {"remat": True}, {"freeze_backbone": True}])
-def test_what_needs_one_program_has_it(options):
+def test_what_needs_a_whole_step_has_it(options):
     engine: Any = make_engine(**options)
-    assert engine._train_step != engine._step_blockwise
+    assert isinstance(engine._strategy, Whole)

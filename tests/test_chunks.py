@@ -1,4 +1,4 @@
-"""Several steps in one call of the program, pictures kept on the device: the same pictures, the same bits."""
+"""Several steps in one call of a compiled function, images held on the device: the same bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import experiment.data.loading
 from experiment.commands import train
 from experiment.data.augmentation import Augmentation, fit_picture
 from experiment.data.builtin import ArraySource
-from jax_resnet import Engine, engine, pictures
+from jax_resnet import Engine, engine
+from jax_resnet.strategies.chunked import gather_images
 from tests.comparing import assert_all_close, assert_close
 from tests.test_loop import assert_same_bits, learning_rate, make_batches, make_engine
 from tests.test_training import Run
@@ -42,12 +43,12 @@ def test_chunks_end_where_the_caller_pauses_and_change_no_bit():
     assert states == [True, False, False, True, False, True, True]
     assert others == losses
     assert_same_bits(same, found)
-    assert engine._train_steps._cache_size() == 1  # chunks of 1, 2 and 3
+    assert engine._strategy.compiled._cache_size() == 1  # chunks of 1, 2 and 3
 
 
 @pytest.mark.parametrize("name", ["none", "crop-flip"])
 @pytest.mark.parametrize("shape", [(32, 32, 3), (33, 40, 1)])
-def test_pictures_made_on_the_device_are_those_of_the_host(name, shape):
+def test_images_made_on_the_device_are_those_of_the_host(name, shape):
     pixels = np.random.default_rng(0).integers(256, size=(20, *shape), dtype=np.uint8)
     source = ArraySource(pixels, np.arange(20, dtype=np.int32), partial(fit_picture, size=shape[:2]))
     fill = (7, 8, 9)[: shape[2]]
@@ -56,7 +57,7 @@ def test_pictures_made_on_the_device_are_those_of_the_host(name, shape):
     expected = augmentation.batch(source, examples, 5)["image"]
     draws = augmentation.draws(examples, 5)
     assert (len(np.unique(draws["shift"])) > 3) == (name != "none")
-    found = pictures.picture(pixels, np.array(fill, np.uint8), {"index": examples, **draws})
+    found = gather_images(pixels, np.array(fill, np.uint8), {"index": examples, **draws})
     assert np.asarray(found).dtype == np.uint8
     np.testing.assert_array_equal(found, expected)
 
@@ -68,7 +69,7 @@ def test_what_is_drawn_is_what_the_batches_are_made_of():
     for step, (drawn, batch) in enumerate(
         zip(data.train_draws(held["label"], 38), data.train_batches(38), strict=False)
     ):
-        image = pictures.picture(held["image"], np.array(data.augmentation.fill, np.uint8), drawn)
+        image = gather_images(held["image"], np.array(data.augmentation.fill, np.uint8), drawn)
         np.testing.assert_array_equal(image, batch["image"])
         np.testing.assert_array_equal(drawn["label"], batch["label"])
         if step == 4:  # into the next epoch
@@ -82,7 +83,7 @@ def test_what_a_device_does_not_do_is_left_to_the_host():
     assert ranged.held() is None
 
 
-def test_a_run_with_pictures_on_the_device_is_the_run_without(tmp_path, monkeypatch):
+def test_a_run_with_images_on_the_device_is_the_run_without(tmp_path, monkeypatch):
     flags = ["--model", "cnn", "--train-subset", "0.1", "--batch-size", "16", "--augment", "crop-flip"]
     flags += ["--precision", "float64", "--eval-every", "5", "--checkpoint-every", "6", "--log-every", "4"]
     assert train.main([*flags, "--steps", "20", "--run-dir", str(tmp_path / "host")]) == 0

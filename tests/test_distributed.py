@@ -80,7 +80,7 @@ def test_two_processes_train_as_one_the_first_writes_and_one_goes_on(tmp_path):
 
 def train_in_processes(place: ProcessInfo, precision: str) -> dict[str, np.ndarray]:
     """20 steps of a thin ResNet from each process's rows, halfway through a tree and back; the losses, the
-    tree, the logits of 5 pictures."""
+    tree, the logits of 5 images."""
     engine = make_engine(precision=precision)
     rows = [{k: v[place.rows(8)] for k, v in batch.items()} for batch in make_batches(20)]
     state, metrics = test_loop.train(engine, engine.init(), rows[:10])
@@ -105,7 +105,7 @@ for precision in ("float64", "float32"):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 4])
 def test_processes_see_the_batch_norm_of_the_whole_batch(tmp_path, devices):
-    """Batch norm sees 8 pictures, of which each process reads 4."""
+    """Batch norm sees 8 images, of which each process reads 4."""
     processes = start(["-c", IN_PROCESSES, str(tmp_path)], devices)
     one = {precision: train_in_processes(ProcessInfo(), precision) for precision in ("float64", "float32")}
     finish(processes)

@@ -133,9 +133,9 @@ def test_batch_norm_refuses_a_single_value_in_training_as_torch_does(shape: tupl
     layer.eval()
     assert layer(jnp.zeros(shape)).shape == shape
     if shape[0]:
-        judge = torch.nn.BatchNorm1d(3) if len(shape) == 2 else torch.nn.BatchNorm2d(3)
+        reference = torch.nn.BatchNorm1d(3) if len(shape) == 2 else torch.nn.BatchNorm2d(3)
         with pytest.raises(ValueError, match="more than 1 value per channel"):
-            judge(torch.zeros(shape).movedim(-1, 1))
+            reference(torch.zeros(shape).movedim(-1, 1))
 
 
 def test_batch_norm_keeps_its_digits_far_from_zero() -> None:
@@ -162,7 +162,7 @@ def test_option_a_cannot_drop_channels() -> None:
 
 
 def make_layer(kind: str, dtype: Any) -> tuple[nnx.Module, tuple[int, ...]]:
-    """A layer, and the shape of a picture for it."""
+    """A layer, and the shape of an image for it."""
     rngs = nnx.Rngs(0)
     if kind == "conv":
         return Conv2d(3, 4, 3, padding=1, bias=True, rngs=rngs, dtype=dtype), (2, 5, 5, 3)

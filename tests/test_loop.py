@@ -179,7 +179,7 @@ def flat_state(state: Any) -> dict[str, jax.Array]:
 
 def test_the_state_that_went_in_is_donated():
     engine: Any = make_engine()
-    engine._train_step = engine._whole_step  # the row of programs keeps the counts: tests/test_blockwise.py
+    engine._strategy = engine.whole()  # the blockwise strategy keeps the counters: tests/test_blockwise.py
     old = engine.init()
     for new, _ in engine.train(old, make_batches(3)):
         kept = [name for name, leaf in flat_state(old).items() if not leaf.is_deleted()]
@@ -248,7 +248,7 @@ def test_log_compiles_tells_of_compilations(caplog):
     """The test above sees what it looks for."""
     with jax.log_compiles():
         train(make_engine("cnn"), make_engine("cnn").init(), make_batches(1))
-    assert any("_step" in text for text in compiled(caplog)), caplog.messages
+    assert any("train_step" in text for text in compiled(caplog)), caplog.messages
 
 
 def test_the_step_is_traced_once(monkeypatch):
@@ -258,7 +258,7 @@ def test_the_step_is_traced_once(monkeypatch):
         traces.append(args)
         return apply(*args)
 
-    monkeypatch.setattr("jax_resnet.engine.apply", counted)
+    monkeypatch.setattr("jax_resnet.step.apply", counted)
     engine = make_engine("cnn")
     state, _ = train(engine, engine.init(), make_batches(3))
     assert len(traces) == 1
@@ -311,9 +311,9 @@ def test_an_optimizer_begins_as_optax_begins_it(optimizer):
     engine = shared("cnn", optimizer)
     state = engine.init()
     with jax.enable_x64(True):
-        made = make_optimizer(optimizer, 1e-3, base_lr=1e-3).init(state["params"])
+        made = make_optimizer(optimizer, 1e-3, base_lr=1e-3).init(state.params)
     # Raises where the two are not of the same structure
-    jax.tree.map(partial(np.testing.assert_array_equal, strict=True), state["optimizer"], made)
+    jax.tree.map(partial(np.testing.assert_array_equal, strict=True), state.opt_state, made)
 
 
 def test_to_begin_compiles_nothing_of_the_size_of_the_network(caplog):
@@ -340,19 +340,19 @@ def split(batch: dict[str, np.ndarray], size: int) -> Iterator[dict[str, np.ndar
 
 
 @pytest.mark.parametrize("model", ["resnet18", "cnn"])
-def test_evaluation_gives_every_picture_its_logits_whatever_the_batch(model):
+def test_evaluation_gives_every_image_its_logits_whatever_the_batch(model):
     engine = shared(model)
     state, _ = train(engine, engine.init(), make_batches(3))
-    (pictures,) = make_batches(1, size=11, seed=1)
+    (images,) = make_batches(1, size=11, seed=1)
     network = oracle(model, engine.to_tree(state)).eval()
     with torch.no_grad():
-        expected = network(torch.from_numpy(nchw(pictures["image"]))).numpy()
+        expected = network(torch.from_numpy(nchw(images["image"]))).numpy()
     for size in (11, 4, 1) if model == "cnn" else (11, 4):
-        logits = list(engine.evaluate(state, split(pictures, size)))
-        assert [len(part) for part in logits] == [len(part["image"]) for part in split(pictures, size)]
+        logits = list(engine.evaluate(state, split(images, size)))
+        assert [len(part) for part in logits] == [len(part["image"]) for part in split(images, size)]
         assert_close(f"batches of {size}", np.concatenate(logits), expected, FLOAT64_LAYER)
-    first, *_ = split(pictures, 4)
-    _, larger = engine.evaluate(state, [first, pictures])
+    first, *_ = split(images, 4)
+    _, larger = engine.evaluate(state, [first, images])
     assert_close("a batch larger than the first", larger, expected, FLOAT64_LAYER)
     assert not any(leaf.is_deleted() for leaf in flat_state(state).values())
 
@@ -400,7 +400,7 @@ def test_bfloat16_computes_in_it_and_keeps_its_state_in_float32():
     engines = [make_engine(precision=each, model_options=one_stage) for each in ("bfloat16", "float32")]
     batches = make_batches(3)
     (state, metrics), (_, expected) = (train(engine, engine.init(), batches) for engine in engines)
-    counters = {"['step']", "['first_nonfinite_step']"}
+    counters = {".step", ".first_nonfinite_step"}
     for name, leaf in flat_state(state).items():
         assert leaf.dtype == (jnp.int32 if name in counters or name.endswith("count") else jnp.float32), name
     assert all(found[name].dtype == np.float32 for found in metrics for name in found if name != "label")
@@ -411,7 +411,7 @@ def test_bfloat16_computes_in_it_and_keeps_its_state_in_float32():
     assert_same_bits(engines[1].to_tree(engines[1].from_tree(tree)), tree)
 
 
-def test_pictures_of_uint8_are_normalised_as_the_mean_and_deviation_say():
+def test_images_of_uint8_are_normalized_as_the_mean_and_deviation_say():
     engine = shared("cnn")
     pixels = np.random.default_rng(0).integers(256, size=(3, 8, *SHAPE), dtype=np.uint8)
     raw = [{**batch, "image": image} for batch, image in zip(make_batches(3), pixels, strict=True)]
@@ -424,7 +424,7 @@ def test_pictures_of_uint8_are_normalised_as_the_mean_and_deviation_say():
 
 
 def train_on_devices() -> dict[str, np.ndarray]:
-    """20 steps and an evaluation of 5 pictures: the losses, the tree after step 10, and the logits; then
+    """20 steps and an evaluation of 5 images: the losses, the tree after step 10, and the logits; then
     losses of batches in two micro-batches."""
     engine = shared()
     batches = make_batches(20)
@@ -449,7 +449,7 @@ numpy.savez(path, **train_on_devices())
 
 
 def test_any_number_of_devices_trains_alike_and_continues_on_another(tmp_path):
-    """Batch norm sees the whole batch or micro-batch, of which each of 8 devices has a single picture."""
+    """Batch norm sees the whole batch or micro-batch, of which each of 8 devices has a single image."""
     processes = {}
     for devices in (2, 8):
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"

@@ -25,15 +25,17 @@ WITHOUT = {"model_options": {**THIN["resnet18"], "batch_norm": False}}
 def quick_engine(model: str = "resnet18", **options: Any) -> Any:
     """An engine whose step is compiled in half the time."""
     engine: Any = make_engine(model, **options)
-    engine._whole_step = quick_jit(engine._step, donate_argnums=0, out_shardings=engine._replicated)
-    engine._train_step = engine._whole_step
+    engine._strategy = engine.whole()
+    shardings = engine._placement.replicated
+    engine._strategy.compiled = quick_jit(engine._step, donate_argnums=0, out_shardings=shardings)
     return engine
 
 
 def temporary_bytes(engine: Any, batch: dict[str, np.ndarray]) -> int:
     """What the compiled training step needs beside its arguments and results."""
     with engine._precision():
-        step = engine._whole_step.lower(engine.init(), engine._place(batch), np.float64(0.1)).compile()
+        placed = engine._placement.shard_batch(batch)
+        step = engine._strategy.compiled.lower(engine.init(), placed, np.float64(0.1)).compile()
     analysis = step.memory_analysis()
     assert analysis is not None
     return int(analysis.temp_size_in_bytes)
@@ -50,7 +52,7 @@ def test_without_batch_norm_micro_batches_are_the_whole_batch(model, accumulate)
     assert_all_close("tree", flat(parts.to_tree(other)), flat(whole.to_tree(state)), FLOAT64_NETWORK)
 
 
-def test_the_update_of_128_pictures_is_that_of_4_times_32():
+def test_the_update_of_128_images_is_that_of_4_times_32():
     """Of plain gradient descent: Adam's first step is nearly the gradient's sign, and would hide a factor."""
     options: dict[str, Any] = {**WITHOUT, "optimizer": "sgd"}
     trees = []

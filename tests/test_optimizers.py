@@ -240,8 +240,8 @@ def test_state_that_does_not_fit_is_refused_with_every_difference_named():
         "count is missing",
         "mu.fc.bias is missing",
         "nu.fc.bias is missing",
-        "nu.head.bias is surplus",
-        "nu_max.conv1.weight is surplus",
+        "nu.head.bias is unexpected",
+        "nu_max.conv1.weight is unexpected",
         "mu.conv1.weight has shape (4, 2), not (4, 3)",
     ):
         assert part in message, message

@@ -43,7 +43,7 @@ CLASSES, BATCH = 5, 4
 
 
 class Member(NamedTuple):
-    """A thin network, and pictures so large that batch norm never divides by the deviation of few values."""
+    """A thin network, and images so large that batch norm never divides by the deviation of few values."""
 
     name: str
     options: dict[str, Any]
@@ -55,12 +55,12 @@ class Member(NamedTuple):
             CLASSES, self.in_channels, **self.options, rngs=nnx.Rngs(seed), dtype=jnp.dtype(dtype)
         )
 
-    def build_judge(self) -> torch.nn.Module:
+    def build_reference(self) -> torch.nn.Module:
         model = self.builder(torch_oracle)(CLASSES, self.in_channels, **self.options).double()
         torch_oracle.load_state_dict(model, random_state(shapes_of(model)))
         return model
 
-    def pictures(self) -> Any:
+    def images(self) -> Any:
         return np.random.default_rng(1).normal(size=(BATCH, *self.size, self.in_channels))
 
     def builder(self, engine: Any) -> Any:
@@ -68,7 +68,7 @@ class Member(NamedTuple):
         return partial(getattr(engine, family), *([int(n)] if n else []))
 
 
-# Every block, stem, shortcut, stride and option; 1, 3 and 5 channels; even, odd and oblong pictures.
+# Every block, stem, shortcut, stride and option; 1, 3 and 5 channels; even, odd and oblong images.
 MEMBERS = {
     "basic": Member("resnet18", {"width": 4, "stage_sizes": (1, 1, 1, 1)}, 3, (47, 66)),
     "bottleneck": Member("resnet50", {"width": 4, "stage_sizes": (1, 2), "small_images": True}, 3, (17, 24)),
@@ -114,20 +114,20 @@ def abstract(name: str, classes: int, in_channels: int = 3, **options: Any) -> n
     return nnx.eval_shape(lambda: MODELS[name](classes, in_channels, **options, rngs=nnx.Rngs(0)))
 
 
-def test_the_table_of_models_is_the_judges() -> None:
+def test_the_table_of_models_is_the_references() -> None:
     assert set(MODELS) == set(torch_oracle.MODELS)
     assert next(iter(MODELS)) == "resnet101"
     assert all(MODELS[name] is getattr(jax_resnet, name) for name in MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_names_shapes_and_counts_are_the_judges(name: str) -> None:
+def test_names_shapes_and_counts_are_the_references(name: str) -> None:
     classes = 1000 if name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152") else 10
     model = abstract(name, classes)
     with torch.device("meta"):
-        judge = torch_oracle.MODELS[name](classes)
-    assert abstract_shapes(model) == shapes_of(judge)
-    assert parameter_count(model).total == torch_oracle.parameter_count(judge).total
+        reference = torch_oracle.MODELS[name](classes)
+    assert abstract_shapes(model) == shapes_of(reference)
+    assert parameter_count(model).total == torch_oracle.parameter_count(reference).total
 
 
 def test_resnet101_has_as_many_parameters_as_torchvisions() -> None:
@@ -138,11 +138,11 @@ def test_resnet101_has_as_many_parameters_as_torchvisions() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet20"])
 @pytest.mark.parametrize("in_channels", [1, 5])
-def test_without_batch_norm_names_shapes_and_counts_are_the_judges(name: str, in_channels: int) -> None:
+def test_without_batch_norm_names_shapes_and_counts_are_the_references(name: str, in_channels: int) -> None:
     model = abstract(name, 7, in_channels, batch_norm=False)
     with torch.device("meta"):
-        judge = torch_oracle.MODELS[name](7, in_channels, batch_norm=False)
-    assert abstract_shapes(model) == shapes_of(judge)
+        reference = torch_oracle.MODELS[name](7, in_channels, batch_norm=False)
+    assert abstract_shapes(model) == shapes_of(reference)
     assert not split(model).batch_stats
 
 
@@ -186,10 +186,10 @@ def test_residual_scale_is_the_initial_weight_of_each_blocks_last_norm(name: str
     ends = [key for key in expected if key.startswith("layer") and key.endswith(f"{last}.weight")]
     expected |= {key: np.full_like(expected[key], 0.25) for key in ends}
     assert_all_close("scaled", state_dict(member.build("float32")), expected, 0)
-    judge = torch_oracle.state_dict(
+    reference = torch_oracle.state_dict(
         member.builder(torch_oracle)(CLASSES, member.in_channels, **member.options)
     )
-    scaled = [key for key, value in judge.items() if (value == 0.25).all()]
+    scaled = [key for key, value in reference.items() if (value == 0.25).all()]
     assert sorted(scaled) == sorted(ends)
     assert len(ends) == sum(key.endswith("conv2.weight") for key in expected)
 
@@ -211,9 +211,9 @@ def test_layouts_there_and_back() -> None:
 
 
 @pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS)
-def test_the_judges_state_dict_there_and_back_is_exact(member: Member) -> None:
-    judge = member.build_judge()
-    wanted = torch_oracle.state_dict(judge)
+def test_the_references_state_dict_there_and_back_is_exact(member: Member) -> None:
+    reference = member.build_reference()
+    wanted = torch_oracle.state_dict(reference)
     with jax.enable_x64(True):
         model = member.build()
         load_state_dict(model, wanted)
@@ -263,7 +263,7 @@ def test_loading_reads_linear_as_fc_and_passes_over_counts_of_batches() -> None:
     renamed = {name.replace("fc.", "linear."): value for name, value in state.items()}
     load_state_dict(model, {**renamed, "bn1.num_batches_tracked": np.array(7)})
     assert_all_close("loaded", state_dict(model), state, FLOAT32_NETWORK)
-    with pytest.raises(ValueError, match=r"fit: surplus linear\.bias$"):
+    with pytest.raises(ValueError, match=r"fit: unexpected linear\.bias$"):
         load_state_dict(model, {**state, "linear.bias": np.zeros(CLASSES)})
 
 
@@ -280,7 +280,7 @@ def test_loading_lists_every_fault_in_one_error_and_changes_nothing() -> None:
     assert str(caught.value) == (
         "the state dict does not fit: conv1.weight has shape [3, 3, 3, 2], not [2, 3, 3, 3]; "
         "fc.weight has shape [4, 5], not [5, 4]; missing bn1.bias; missing layer2.0.conv1.weight; "
-        "surplus extra; surplus layer9.0.conv1.weight"
+        "unexpected extra; unexpected layer9.0.conv1.weight"
     )
     assert_all_close("after", state_dict(model), before, 0)
 
@@ -342,7 +342,7 @@ def test_a_model_is_called_eagerly_under_nnx_jit_and_apart_alike() -> None:
     with jax.enable_x64(True):
         model = SMALLEST.build()
         load_state_dict(model, state_for(model))
-        x = SMALLEST.pictures()
+        x = SMALLEST.images()
         begin = state_dict(model)
         parts = split(model)
         apart = {
@@ -367,7 +367,7 @@ def test_apply_is_pure() -> None:
     parts = split(SMALLEST.build("float32"))
     params, stats = dict(parts.params), dict(parts.batch_stats)
     before = {name: np.array(value) for name, value in {**params, **stats}.items()}
-    x = SMALLEST.pictures().astype(np.float32)
+    x = SMALLEST.images().astype(np.float32)
     first = apply(parts.train, params, stats, x)
     second = apply(parts.train, params, stats, x)
     assert_close("logits", second[0], first[0], 0)
@@ -387,7 +387,7 @@ def flat(state: Any) -> dict[str, np.ndarray]:
 
 def test_nnx_grad_works_on_the_model_itself() -> None:
     model = SMALLEST.build("float32")
-    x = SMALLEST.pictures().astype(np.float32)
+    x = SMALLEST.images().astype(np.float32)
     gradients = nnx.jit(nnx.grad(lambda model, x: (model(x) * weighting()).sum()))(model, x)
     parts = split(model)
 

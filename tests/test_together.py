@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_resnet import Engine
-from jax_resnet.together import Rendezvous, VmappedEngines
+from jax_resnet.strategies.vmapped import Rendezvous, VmappedEngines
 from tests.comparing import assert_all_close, assert_close
 from tests.test_loop import CLASSES, SHAPE, flat, make_batches, make_engine, train
 
@@ -33,7 +33,7 @@ def make_engines(count: int = SEEDS, model: str = "cnn", **options: Any) -> list
     ]
 
 
-def pictures(steps: int, seed: int) -> list[dict[str, Any]]:
+def uint8_batches(steps: int, seed: int) -> list[dict[str, Any]]:
     """Batches of uint8."""
     rng = np.random.default_rng(seed)
     return [
@@ -58,19 +58,19 @@ def test_five_seeds_together_equal_five_alone(
     model: str, precision: str, steps: int, tolerance: float
 ) -> None:
     engines = make_engines(model=model, precision=precision)
-    batches = [pictures(steps, seed) for seed in range(SEEDS)]
-    together = VmappedEngines(engines)
-    taken = list(together.train([e.init() for e in engines], zip(*batches, strict=True)))
+    batches = [uint8_batches(steps, seed) for seed in range(SEEDS)]
+    vmapped = VmappedEngines(engines)
+    taken = list(vmapped.train([e.init() for e in engines], zip(*batches, strict=True)))
     losses, stacked = np.array([metrics["loss"] for _, metrics in taken]), taken[-1][0]
     assert len(set(losses[0])) == SEEDS
     for index, engine in enumerate(engines):
         # One compilation for all that have its constants
         program = engine if (model, index) == ("cnn", 1) else engines[0]
         state, alone = train(program, engine.init(), batches[index])
-        expected = [float(each["loss"]) for each in alone]
+        expected = [float(metrics["loss"]) for metrics in alone]
         assert_close(f"losses of seed {index}", losses[:, index], expected, tolerance)
         if precision == "float64":
-            tree, wanted = engine.to_tree(together.one(stacked, index)), engine.to_tree(state)
+            tree, wanted = engine.to_tree(vmapped.one(stacked, index)), engine.to_tree(state)
             assert_all_close("tree", flat(tree), flat(wanted), 1e-8)
 
 
@@ -95,13 +95,13 @@ def test_drivers_that_meet_see_engines_like_any_other() -> None:
     rendezvous, found, told = Rendezvous(2), {}, []
 
     def drive(index: int, steps: int) -> None:
-        member = rendezvous.join(index, engines[index])
+        proxy = rendezvous.wrap(index, engines[index])
         try:
-            for step, (state, metrics) in enumerate(member.train(member.init(), batches), 1):
+            for step, (state, metrics) in enumerate(proxy.train(proxy.init(), batches), 1):
                 if step == 2:
-                    logits = np.concatenate(list(member.evaluate(state, batches[:1])))
-                    found[index] = float(metrics["loss"]), logits, member.to_tree(state)
-                    assert member.first_nonfinite_step(state) is None
+                    logits = np.concatenate(list(proxy.evaluate(state, batches[:1])))
+                    found[index] = float(metrics["loss"]), logits, proxy.to_tree(state)
+                    assert proxy.first_nonfinite_step(state) is None
                 if step == steps:
                     rendezvous.leave()
                     return

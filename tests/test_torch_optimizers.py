@@ -1,4 +1,4 @@
-"""The judge's optimizers: against the published algorithm in NumPy, and as PyTorch's own are used.
+"""The reference's optimizers: against the published algorithm in NumPy, and as PyTorch's own are used.
 
 What the two engines make of the same gradients is compared in the parity suite.
 """

@@ -1,4 +1,4 @@
-"""The judge itself: torchvision's names, shapes, counts and forward pass.
+"""The reference itself: torchvision's names, shapes, counts and forward pass.
 
 The expected lists are written down here from the published architecture, without a call into the oracle.
 """
@@ -123,7 +123,7 @@ def thin(name: str, **options: Any) -> ResNet:
     return model
 
 
-def picture(*shape: int) -> torch.Tensor:
+def random_image(*shape: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(1).normal(size=shape))
 
 
@@ -160,7 +160,7 @@ def test_cifar_family_has_its_names_shapes_and_counts(name: str) -> None:
 
 def test_any_n_makes_a_cifar_network() -> None:
     assert shapes_of(resnet_cifar(1, 7)) == expected_cifar(1, classes=7)
-    assert resnet_cifar(2, 3, in_channels=1, width=3).double()(picture(2, 1, 33, 40)).shape == (2, 3)
+    assert resnet_cifar(2, 3, in_channels=1, width=3).double()(random_image(2, 1, 33, 40)).shape == (2, 3)
 
 
 def test_the_table_of_models_is_complete() -> None:
@@ -230,7 +230,7 @@ def reference_forward(state: dict[str, np.ndarray], x: torch.Tensor, *, v1: bool
 )
 def test_forward_is_torchvisions(name: str, v1: bool) -> None:
     model = thin(name, stride_in_1x1=v1)
-    x = picture(2, 3, 47, 66)
+    x = random_image(2, 3, 47, 66)
     # Both are the same operations in float64; only the order inside a sum may differ.
     torch.testing.assert_close(
         model(x), reference_forward(random_state(model), x, v1=v1), rtol=1e-12, atol=1e-12
@@ -240,7 +240,7 @@ def test_forward_is_torchvisions(name: str, v1: bool) -> None:
 def test_stride_placement_changes_values_but_no_name_and_no_shape() -> None:
     v1, v15 = thin("resnet50", stride_in_1x1=True), thin("resnet50")
     assert shapes_of(v1) == shapes_of(v15)
-    x = picture(1, 3, 65, 65)
+    x = random_image(1, 3, 65, 65)
     ours, theirs = v1.stages(x), v15.stages(x)
     assert {k: t.shape for k, t in ours.items()} == {k: t.shape for k, t in theirs.items()}
     torch.testing.assert_close(ours["layer1"], theirs["layer1"])  # its stride is 1, wherever it stands
@@ -249,7 +249,7 @@ def test_stride_placement_changes_values_but_no_name_and_no_shape() -> None:
 
 def test_stages_come_in_order_with_any_size_and_any_channels() -> None:
     model = thin("resnet50", in_channels=5)
-    outputs = model.stages(picture(2, 5, 33, 71))
+    outputs = model.stages(random_image(2, 5, 33, 71))
     # 33 -> 17 -> 9 and 71 -> 36 -> 18 in the stem; every later stage takes the half, rounded up
     assert [(name, *output.shape) for name, output in outputs.items()] == [
         ("stem", 2, 4, 9, 18),
@@ -260,13 +260,13 @@ def test_stages_come_in_order_with_any_size_and_any_channels() -> None:
         ("pool", 2, 128),
         ("logits", 2, 5),
     ]
-    torch.testing.assert_close(model(picture(2, 5, 33, 71)), outputs["logits"], rtol=0, atol=0)
+    torch.testing.assert_close(model(random_image(2, 5, 33, 71)), outputs["logits"], rtol=0, atol=0)
 
 
 def test_small_images_keep_their_size_in_the_stem() -> None:
     model = thin("resnet18", small_images=True)
     assert shapes_of(model)["conv1.weight"] == (4, 3, 3, 3)
-    outputs = model.stages(picture(1, 3, 32, 35))
+    outputs = model.stages(random_image(1, 3, 32, 35))
     assert outputs["stem"].shape == (1, 4, 32, 35)
     assert outputs["layer4"].shape == (1, 32, 4, 5)
 
@@ -275,7 +275,7 @@ def test_small_images_keep_their_size_in_the_stem() -> None:
 def test_without_batch_norm_every_gradient_is_finite_even_at_batch_1(name: str) -> None:
     options = {"width": 4} if name == "resnet20" else THIN
     model = MODELS[name](3, batch_norm=False, **options).double()
-    model(picture(1, 3, 32, 32)).sum().backward()
+    model(random_image(1, 3, 32, 32)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -288,7 +288,7 @@ def test_batch_norm_over_one_value_is_refused_in_training_only() -> None:
 
 def test_running_statistics_take_a_tenth_of_the_unbiased_ones_of_the_batch() -> None:
     model = resnet20(3, width=2).double()
-    x = picture(2, 3, 32, 32)
+    x = random_image(2, 3, 32, 32)
     convolved = model.conv1(x).detach().transpose(0, 1).flatten(1)
     model.train()(x)
     state = state_dict(model)
@@ -328,7 +328,7 @@ def test_cnn_flattens_channels_first() -> None:
         ("fc.bias", (2,)),
     ]
     kernel = np.zeros((2, 1, 3, 3))
-    kernel[0, 0, 1, 1], kernel[1, 0, 1, 2] = 1, 10  # the picture itself; ten times its right neighbour
+    kernel[0, 0, 1, 1], kernel[1, 0, 1, 2] = 1, 10  # the image itself; ten times its right neighbor
     digits = np.stack([np.arange(12.0), np.zeros(12)])
     load_state_dict(
         model,
@@ -428,7 +428,7 @@ def test_loading_reads_linear_as_fc_and_ignores_counts_of_batches() -> None:
     renamed = {name.replace("fc.", "linear."): value for name, value in state.items()}
     load_state_dict(model, renamed | {"bn1.num_batches_tracked": np.array(7)})
     np.testing.assert_array_equal(state_dict(model)["fc.weight"], state["fc.weight"].astype(np.float32))
-    with pytest.raises(ValueError, match=r"surplus: linear\.bias$"):
+    with pytest.raises(ValueError, match=r"unexpected: linear\.bias$"):
         load_state_dict(model, state | {"linear.bias": np.zeros(10)})
 
 
@@ -452,8 +452,8 @@ def test_loading_lists_every_fault_and_changes_nothing() -> None:
         load_state_dict(model, state)
     assert str(caught.value) == (
         "the state dict does not fit the model; missing: bn1.bias, layer2.0.downsample.0.weight; "
-        "surplus: layer9.0.conv1.weight, extra; "
-        "misshapen: conv1.weight (7, 7, 3, 4) for (4, 3, 7, 7), fc.weight (32, 3) for (3, 32)"
+        "unexpected: layer9.0.conv1.weight, extra; "
+        "shape mismatch: conv1.weight (7, 7, 3, 4) for (4, 3, 7, 7), fc.weight (32, 3) for (3, 32)"
     )
     assert all(np.array_equal(value, before[name]) for name, value in state_dict(model).items())
 
@@ -461,5 +461,5 @@ def test_loading_lists_every_fault_and_changes_nothing() -> None:
 def test_loading_does_not_guess_at_a_prefix() -> None:
     model = cnn(2)
     state = {f"module.{name}": value for name, value in state_dict(model).items()}
-    with pytest.raises(ValueError, match=r"missing: conv\.weight, .*; surplus: module\.conv\.weight, "):
+    with pytest.raises(ValueError, match=r"missing: conv\.weight, .*; unexpected: module\.conv\.weight, "):
         load_state_dict(model, state)

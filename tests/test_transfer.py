@@ -135,8 +135,8 @@ def test_there_is_no_backward_through_the_frozen_part(monkeypatch):
     def flops(engine) -> float:
         batch = make_batches(1)[0]
         with engine._precision():
-            args = (engine.init(), engine._place(batch), np.float64(0.1))
-            return engine._whole_step.lower(*args).cost_analysis()["flops"]
+            args = (engine.init(), engine._placement.shard_batch(batch), np.float64(0.1))
+            return engine.whole().compiled.lower(*args).cost_analysis()["flops"]
 
     assert flops(frozen_engine("jax")) < 0.45 * flops(make_jax_engine())
 

@@ -1,4 +1,4 @@
-"""The judge: the same networks and optimizers in plain PyTorch, NCHW, that both engines must agree with."""
+"""The reference: the same networks and optimizers in plain PyTorch, NCHW. Both engines must agree with it."""
 
 from torch_oracle.adabound import AdaBound, AdaBoundW, AMSBound, SGDBound
 from torch_oracle.layers import OptionA
@@ -8,11 +8,8 @@ from torch_oracle.resnet import (
     MODELS,
     BasicBlock,
     Bottleneck,
-    ParameterCount,
     ResNet,
     cnn,
-    load_state_dict,
-    parameter_count,
     resnet8,
     resnet18,
     resnet20,
@@ -26,8 +23,8 @@ from torch_oracle.resnet import (
     resnet152,
     resnet_cifar,
     resnet_imagenet,
-    state_dict,
 )
+from torch_oracle.state_dict import ParameterCount, load_state_dict, parameter_count, state_dict
 
 __all__ = [
     "CNN",

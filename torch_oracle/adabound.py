@@ -3,10 +3,9 @@
 And their control, SGDBound: a momentum SGD whose one rate is clipped to the same interval.
 
 Luo, Xiong, Liu, Sun 2019, "Adaptive Gradient Methods with Dynamic Bound of Learning Rate", arXiv 1902.09843,
-algorithms 1 and 2, and the authors' code, whose operations stand here in their order: whole tensors, no
-arithmetic shared between parameters, nothing in place but the results. The same names stand in
-`jax_resnet/adabound.py`, where the meaning of each argument, and what a schedule does to the bounds, is set
-out at length.
+algorithms 1 and 2, and the authors' code, whose operations are kept in their order: whole tensors, no
+arithmetic shared between parameters, nothing in place but the results. `jax_resnet/adabound.py` explains each
+argument, and what a schedule does to the bounds.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-RANGES: dict[str, tuple[str, float, float]] = {  # what it must be, at least, less than
+RANGES: dict[str, tuple[str, float, float]] = {  # requirement, minimum, exclusive limit
     **dict.fromkeys(("b1", "b2"), ("in [0, 1)", 0, 1)),
     **dict.fromkeys(("lr", "eps", "momentum", "weight_decay"), ("finite and not negative", 0, math.inf)),
     **dict.fromkeys(("final_lr", "base_lr", "gamma"), ("finite and positive", math.ulp(0), math.inf)),
@@ -29,15 +28,15 @@ RANGES: dict[str, tuple[str, float, float]] = {  # what it must be, at least, le
 def check_hyperparameters(**values: float) -> None:
     """Raise a ValueError that names the first value out of its range."""
     for name, value in values.items():
-        requirement, least, limit = RANGES[name]
-        if not least <= value < limit:
+        requirement, minimum, limit = RANGES[name]
+        if not minimum <= value < limit:
             raise ValueError(f"{name} must be {requirement}, got {value}")
 
 
 class AdaBound(Optimizer):
-    """AdaBound: begins as Adam and ends as SGD with momentum and step size `final_lr`.
+    """AdaBound: starts as Adam and ends as SGD with momentum and step size `final_lr`.
 
-    With t from 1, alpha_t the learning rate that the parameter group holds at step t:
+    With t from 1, alpha_t the learning rate of the parameter group at step t:
 
         g_t     = g_t + weight_decay * p
         m_t     = b1 m_(t-1) + (1 - b1) g_t
@@ -50,16 +49,16 @@ class AdaBound(Optimizer):
     A schedule moves the bounds too. eps stands beside the *uncorrected* root: this is not Adam and a clip.
 
     Args:
-        params: tensors, or groups of them as in `torch.optim`; a group may have its own value of every
+        parameters: tensors, or groups of them as in `torch.optim`; a group may have its own value of every
             argument.
         lr: Adam's step size; read from `param_groups` at every step, where PyTorch's schedulers set it.
         final_lr: SGD's step size, which the bounds converge to when the learning rate is `base_lr`.
-        base_lr: the rate that `final_lr` goes with; by default the group's `lr` when it is added. A scheduler
-            that warms up changes `lr` only later, even an `lr` that is a tensor.
+        base_lr: the rate to which `final_lr` belongs; by default the group's `lr` when the group is added. A
+            scheduler that warms up changes `lr` only later, even an `lr` that is a tensor.
         gamma: how fast the bounds converge, per step.
         b1, b2: decay rates, per step, of the exponential averages of the gradients and of their squares.
-        eps: added to the root of the second moment; in units of the gradient. With 0, as in the authors'
-            code, 0 / 0 where the learning rate and all gradients so far are 0.
+        eps: added to the root of the second moment; in units of the gradient. 0, as in the authors'
+            code, gives 0 / 0 where the learning rate and all gradients so far are 0.
         weight_decay: the L2 penalty, added to the gradient.
 
     Raises:
@@ -73,7 +72,7 @@ class AdaBound(Optimizer):
 
     def __init__(
         self,
-        params: ParamsT,
+        parameters: ParamsT,
         lr: float = 1e-3,
         final_lr: float = 0.1,
         *,
@@ -86,7 +85,7 @@ class AdaBound(Optimizer):
     ) -> None:
         rates = {"lr": lr, "final_lr": final_lr, "base_lr": base_lr}
         others = {"b1": b1, "b2": b2, "gamma": gamma, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**rates, **others})
+        super().__init__(parameters, {**rates, **others})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; `__init__` calls it too. Raises as the class does, and then adds nothing."""
@@ -105,7 +104,7 @@ class AdaBound(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Change every parameter that has a gradient; return what `closure` returns, called before."""
+        """Update every parameter that has a gradient; return what `closure`, called first, returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -117,7 +116,7 @@ class AdaBound(Optimizer):
         return loss
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
-        """One step of one tensor, of any shape; see the class."""
+        """Update one tensor, of any shape; see the class."""
         assert p.grad is not None
         lr, b1, b2, gamma = group["lr"], group["b1"], group["b2"], group["gamma"]
         state = self.state[p]
@@ -154,7 +153,7 @@ class AdaBoundW(AdaBound):
 
         p = p - size_t * m_t - alpha_t * weight_decay * p
 
-    The authors' `AdaBoundW` subtracts weight_decay * p without alpha_t, so that no schedule reaches it.
+    The authors' `AdaBoundW` subtracts weight_decay * p without alpha_t, so that no schedule affects it.
     """
 
     decoupled = True
@@ -165,11 +164,11 @@ class SGDBound(AdaBound):
 
         p = p - clip(alpha_t, lower_t, upper_t) * m_t
 
-    After Savarese 2019, arXiv 1908.04457. Arguments are those of AdaBound; b2 and eps are of no use.
+    After Savarese 2019, arXiv 1908.04457. Arguments are those of AdaBound; b2 and eps are not used.
     """
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
-        """One step of one tensor, of any shape; see the class."""
+        """Update one tensor, of any shape; see the class."""
         assert p.grad is not None
         lr, b1, gamma = group["lr"], group["b1"], group["gamma"]
         state = self.state[p]

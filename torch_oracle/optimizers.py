@@ -1,4 +1,4 @@
-"""The optimizer table: PyTorch's own where it has them, AdaBound and its kin from `adabound.py`.
+"""The optimizer table: PyTorch's own optimizers, and AdaBound and its variants from `adabound.py`.
 
 The names, and the meaning of each argument, are those of `jax_resnet/optimizers.py`.
 """
@@ -29,9 +29,9 @@ def make_optimizer(
     momentum: float = 0.9,
     weight_decay: float | None = None,
 ) -> Optimizer:
-    """The optimizer of that name; arguments it has no use for are ignored, out of range or not.
+    """Return the optimizer of a name; arguments that it does not use are ignored, in range or not.
 
-    They are those of `jax_resnet.optimizers.make_optimizer`, but for `parameters`: what to train, as in
+    The arguments are those of `jax_resnet.optimizers.make_optimizer`, and `parameters`: what to train, as in
     `torch.optim`. A schedule sets `param_groups[i]["lr"]`. Raises ValueError if the name is unknown or an
     argument is out of its range.
     """

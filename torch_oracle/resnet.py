@@ -1,37 +1,33 @@
-"""ResNets in plain PyTorch, under torchvision's parameter names: the judge that both engines must agree with.
-
-    He, Zhang, Ren, Sun 2015, "Deep Residual Learning for Image Recognition", arXiv 1512.03385
+"""ResNets in plain PyTorch: the ImageNet family, the CIFAR family, and a small CNN to show the parts in use.
 
     basic block       y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))                   figure 5
     bottleneck        y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)) figure 5
     ImageNet family   7x7 stem, max pooling; four stages of widths w, 2w, 4w, 8w, w = 64        table 1
     CIFAR family      3x3 stem; three stages of widths w, 2w, 4w, w = 16; 6n + 2 layers         section 4.2
 
-Pictures are NCHW here (NHWC in both engines); a state dict has torchvision's layout everywhere.
+He, Zhang, Ren, Sun 2015, "Deep Residual Learning for Image Recognition", arXiv 1512.03385. Images are
+[N, C, H, W] (NHWC in both engines) with H and W of 32 or more, logits [N, num_classes]. The same names are in
+`jax_resnet/resnet.py` and `numpy_ref/resnet.py`; a state dict has torchvision's names and layout.
 
 Weights start as torchvision's do. Convolutions: He's normal distribution, fan-out (arXiv 1502.01852, equation
 14); their biases, where they have any, zero. Batch norm: weight 1, bias 0. The linear layer: weight and bias
 uniform within +-1/sqrt(inputs), PyTorch's default. `torch.manual_seed` fixes what is drawn.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_oracle.layers import Shortcut, conv, make_shortcut, norm
 
 Stem = Literal["imagenet", "small"]
-Array = npt.NDArray[Any]
 
 
-def _initialise(model: nn.Module) -> None:
-    """Draw the convolutions anew; batch norm and the linear layer are as torchvision's from their making."""
+def _initialize(model: nn.Module) -> None:
+    """Draw the convolutions as torchvision does; batch norm and the linear layer start as torchvision's."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -39,10 +35,20 @@ def _initialise(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-class BasicBlock(nn.Module):
+class _Block(nn.Module):
+    """The shortcut of a residual block: the identity, or `downsample` where the shape changes."""
+
+    downsample: nn.Module | None
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, C, H', W']."""
+        return x if self.downsample is None else self.downsample(x)
+
+
+class BasicBlock(_Block):
     """Two 3x3 convolutions and a shortcut.
 
-    Arguments:
+    Args:
         in_channels: channels of the input.
         width: channels of the convolutions; the output has `expansion` times as many.
         stride: of the block, on both of its paths.
@@ -75,14 +81,18 @@ class BasicBlock(nn.Module):
         """The batch norm that ends the residual branch."""
         return self.bn2
 
+    def branch(self, x: Tensor) -> Tensor:
+        """The residual branch."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        y: Tensor = self.bn2(self.conv2(x))
+        return y
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, width, ceil(H / stride), ceil(W / stride)]."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(self.branch(x) + self.shortcut(x))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(_Block):
     """1x1, 3x3 and 1x1 convolutions and a shortcut. Arguments as `BasicBlock`, but for
 
     stride_in_1x1: True strides the first 1x1, as the paper does (v1), and leaves three of four inputs unread;
@@ -119,12 +129,16 @@ class Bottleneck(nn.Module):
         """The batch norm that ends the residual branch."""
         return self.bn3
 
+    def branch(self, x: Tensor) -> Tensor:
+        """The residual branch."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        y: Tensor = self.bn3(self.conv3(x))
+        return y
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, 4 * width, ceil(H / stride), ceil(W / stride)]."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(self.branch(x) + self.shortcut(x))
 
 
 Block = type[BasicBlock] | type[Bottleneck]
@@ -133,11 +147,11 @@ Block = type[BasicBlock] | type[Bottleneck]
 class ResNet(nn.Module):
     """A stem, stages `layer1`, `layer2`, ... of residual blocks, global average pooling, one linear layer.
 
-    Arguments:
+    Args:
         block: `BasicBlock` or `Bottleneck`.
-        stage_sizes: blocks of each stage. Each but the first halves the picture and doubles the width.
+        stage_sizes: blocks of each stage. Each but the first halves the image and doubles the width.
         num_classes: outputs of `fc`.
-        in_channels: channels of the picture.
+        in_channels: channels of the image.
         width: that of the stem and of the first stage's blocks.
         stem: `imagenet`, a 7x7 convolution and 3x3 max pooling, both of stride 2; or `small`, a 3x3
             convolution of stride 1.
@@ -182,7 +196,7 @@ class ResNet(nn.Module):
                 features = stage_width * block.expansion
             self.add_module(f"layer{stage + 1}", layer)
         self.fc = nn.Linear(features, num_classes)
-        _initialise(self)
+        _initialize(self)
         for module in self.modules():
             if isinstance(module, BasicBlock | Bottleneck) and isinstance(module.last_norm, nn.BatchNorm2d):
                 nn.init.constant_(module.last_norm.weight, residual_scale)
@@ -190,7 +204,7 @@ class ResNet(nn.Module):
     def stages(self, x: Tensor) -> dict[str, Tensor]:
         """Every stage's output, in order, for comparing stage by stage.
 
-        Arguments:
+        Args:
             x: [N, in_channels, H, W]
 
         Returns:
@@ -212,11 +226,11 @@ class ResNet(nn.Module):
 
 
 class CNN(nn.Module):
-    """One 3x3 convolution with bias, ReLU, and one linear layer over all that comes out.
+    """One 3x3 convolution with bias, ReLU, and one linear layer over all its outputs.
 
-    Arguments:
+    Args:
         num_classes: outputs of `fc`.
-        in_channels: channels of the picture.
+        in_channels: channels of the image.
         image_size: its height and width, which the linear layer fixes.
         width: channels of the convolution.
     """
@@ -232,7 +246,7 @@ class CNN(nn.Module):
         super().__init__()
         self.conv = conv(in_channels, width, 3, bias=True)
         self.fc = nn.Linear(width * image_size[0] * image_size[1], num_classes)
-        _initialise(self)
+        _initialize(self)
 
     def stages(self, x: Tensor) -> dict[str, Tensor]:
         """`conv` (after the ReLU) [N, width, H, W] and `logits` [N, num_classes].
@@ -253,32 +267,22 @@ def resnet_imagenet(
     num_classes: int,
     in_channels: int = 3,
     *,
-    width: int = 64,
     stage_sizes: Sequence[int] | None = None,
     small_images: bool = False,
-    stride_in_1x1: bool = False,
-    batch_norm: bool = True,
-    residual_scale: float = 1.0,
+    **options: Any,
 ) -> ResNet:
     """The ImageNet family (table 1). `stage_sizes` replaces the family's, `small_images` the stem."""
     sizes = family_sizes if stage_sizes is None else stage_sizes
-    make = partial(ResNet, block, sizes, width=width, stem="small" if small_images else "imagenet")
-    make = partial(make, stride_in_1x1=stride_in_1x1, residual_scale=residual_scale)
-    return make(num_classes, in_channels, batch_norm=batch_norm)
+    stem: Stem = "small" if small_images else "imagenet"
+    return ResNet(block, sizes, num_classes, in_channels, stem=stem, **options)
 
 
 def resnet_cifar(
-    n: int,
-    num_classes: int,
-    in_channels: int = 3,
-    *,
-    width: int = 16,
-    batch_norm: bool = True,
-    residual_scale: float = 1.0,
+    n: int, num_classes: int, in_channels: int = 3, *, width: int = 16, **options: Any
 ) -> ResNet:
     """The CIFAR family (section 4.2): three stages of `n` basic blocks, option-A shortcuts; 6n + 2 layers."""
     make = partial(ResNet, BasicBlock, (n, n, n), width=width, stem="small", shortcut="option-A")
-    return make(num_classes, in_channels, batch_norm=batch_norm, residual_scale=residual_scale)
+    return make(num_classes, in_channels, **options)
 
 
 cnn = CNN
@@ -308,61 +312,3 @@ MODELS: dict[str, Callable[..., ResNet | CNN]] = {
     "resnet110": resnet110,
     "cnn": cnn,
 }
-
-
-class ParameterCount(NamedTuple):
-    """Numbers of parameters; batch norm's running statistics are none."""
-
-    total: int
-    trainable: int
-    frozen: int
-
-
-def parameter_count(model: nn.Module) -> ParameterCount:
-    """Count a model's parameters; those with `requires_grad` False are frozen."""
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return ParameterCount(total, trainable, total - trainable)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the seam. PyTorch's count of batches is no part of it: no result depends on it."""
-    return {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
-
-
-def state_dict(model: nn.Module) -> dict[str, Array]:
-    """Copies of a model's parameters and running statistics, by name, in torchvision's layout and order."""
-    return {name: tensor.cpu().numpy().copy() for name, tensor in _tensors(model).items()}
-
-
-def load_state_dict(model: nn.Module, mapping: Mapping[str, Array]) -> None:
-    """Load a state dict in place, keeping the model's dtypes; nothing is changed unless everything fits.
-
-    Arguments:
-        model: what to load into.
-        mapping: arrays by torchvision's names. `linear.*` is read as `fc.*`, as many CIFAR checkpoints have
-            it; `num_batches_tracked` is ignored.
-
-    Raises:
-        ValueError: names missing, surplus or misshapen, all of them listed.
-    """
-    wanted = _tensors(model)
-    found: dict[str, Array] = {}
-    for name, array in mapping.items():
-        alias = "fc." + name.removeprefix("linear.") if name.startswith("linear.") else name
-        if not name.endswith("num_batches_tracked"):
-            found[name if alias in mapping else alias] = array
-    misshapen = [
-        f"{name} {np.shape(found[name])} for {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in found and np.shape(found[name]) != tuple(tensor.shape)
-    ]
-    missing, surplus = [k for k in wanted if k not in found], [k for k in found if k not in wanted]
-    faults = {"missing": missing, "surplus": surplus, "misshapen": misshapen}
-    if any(faults.values()):
-        listed = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
-        raise ValueError(f"the state dict does not fit the model; {listed}")
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            # float64 holds every float format exactly, bfloat16 too, which torch does not take from NumPy
-            tensor.copy_(torch.from_numpy(np.array(found[name], dtype=np.float64)))

@@ -1,4 +1,4 @@
-"""What each stage of a network makes of pictures. The same function stands in `jax_resnet/stages.py`."""
+"""The output of each stage of a network. The same function is in `jax_resnet/stages.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from torch_oracle.resnet import MODELS, Array, load_state_dict
+from torch_oracle.resnet import MODELS
+from torch_oracle.state_dict import Array, load_state_dict
 
 
 def run_stages(
@@ -21,14 +22,14 @@ def run_stages(
     precision: str = "float32",
     **options: Any,
 ) -> dict[str, Array]:
-    """The output of every stage, in order: stem, layer1, ..., pool [N, C] and logits [N, num_classes].
+    """Return the output of every stage, in order: stem, layer1, ..., pool [N, C] and logits [N, num_classes].
 
-    Arguments:
+    Args:
         model: name in `MODELS`.
         weights: a state dict under torchvision's names.
-        image: [N, H, W, C], normalised; NHWC as in both engines.
+        image: [N, H, W, C], normalized; NHWC as in both engines.
         num_classes: number of logits.
-        train: batch norm takes the batch's statistics instead of the running ones.
+        train: batch norm uses the batch's statistics instead of the running ones.
         precision: "float32" or "float64".
         options: keyword arguments of the model's builder.
 

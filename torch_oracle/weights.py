@@ -1,4 +1,4 @@
-"""PyTorch's weight files and safetensors files: each as a state dict {name: tensor}, and back.
+"""PyTorch's weight files and safetensors files: read as a state dict {name: tensor}, and written.
 
 A file of `torch.save` is a pickle, which can run any code when it is read. Here it is read with
 `weights_only=True`, which builds tensors and plain containers. Of the other types, those of `BESIDE` become
@@ -45,7 +45,7 @@ DTYPES = (
 
 
 class _Object:
-    """Takes the place of an object that lies beside the weights; keeps none of its content."""
+    """Stand-in for an object beside the weights; it has none of its content."""
 
     def __new__(cls, *args: Any) -> Any:
         return super().__new__(cls)
@@ -58,14 +58,14 @@ class _Object:
 
 
 class _Dict:
-    """Takes the place of a kind of dict. PyTorch's reader fills in few kinds, `OrderedDict` among them."""
+    """Stand-in for a kind of dict. PyTorch's reader fills in few kinds, `OrderedDict` among them."""
 
     def __new__(cls, *args: Any) -> Any:
         return OrderedDict()
 
 
 class _List:
-    """Takes the place of a kind of list."""
+    """Stand-in for a kind of list."""
 
     def __new__(cls, *args: Any) -> Any:
         return []
@@ -112,17 +112,17 @@ BESIDE: dict[str, type] = {
 }
 """{the type of an object that training scripts save beside the weights: what is built in its place}.
 
-None of these types itself is ever called, and none needs to be installed.
+None of these types is ever called, and none needs to be installed.
 """
 
 
 def read(path: Path, key: str | None = None) -> dict[str, Tensor]:
     """Return the state dict in a file, on the CPU, names and dtypes as they are.
 
-    Arguments:
-        path: a safetensors file or one of `torch.save`, which its first bytes tell: a state dict, or a dict
-            that holds one under a key of `KEYS`, which may lie in one another.
-        key: which to take where there are several: a key of the file, `outer/inner` for one in another, or
+    Args:
+        path: a safetensors file or one of `torch.save`, told apart by the first bytes: a state dict, or a
+            dict that holds one under a key of `KEYS`; such dicts may be nested.
+        key: which to take where there are several: a key of the file, `outer/inner` for a nested one, or
             a prefix of names, without its dot, which is then removed.
 
     Raises:
@@ -155,7 +155,7 @@ def is_safetensors(path: Path) -> bool:
 def serialize(state: Mapping[str, Tensor], *, as_safetensors: bool) -> bytes:
     """Return the safetensors file, else the file of `torch.save`, that holds a state dict; inverts `read`.
 
-    Tensors that share memory are written each on its own.
+    Tensors that share memory are written separately.
     """
     # A clone is contiguous and its storage is no larger than itself: torch.save writes whole storages
     tensors = {
@@ -171,7 +171,7 @@ def serialize(state: Mapping[str, Tensor], *, as_safetensors: bool) -> bytes:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """Return the values of a tensor that `read` gave; types that NumPy has not as float32, which is exact."""
+    """Return the values of a tensor that `read` gave; types that NumPy lacks as float32, which is exact."""
     narrow = tensor.dtype in FLOATS[3:]
     return np.asarray((tensor.float() if narrow else tensor).resolve_neg().resolve_conj().numpy())
 
@@ -181,7 +181,7 @@ def _load(content: bytes) -> Any:
     beside: list[Any] = [(stand_in, name) for name, stand_in in BESIDE.items()]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(beside):
-            warnings.simplefilter("ignore")  # what it warns of is an error here, told in one line
+            warnings.simplefilter("ignore")  # what it warns of is an error here, reported in one line
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (
         Exception
@@ -189,9 +189,9 @@ def _load(content: bytes) -> Any:
         text = str(error)
     if "TorchScript archive" in text:
         raise ValueError("a TorchScript archive, which holds code; save the model's state_dict() instead")
-    if wanted := re.search(r"GLOBAL ([\w.]+)", text):
+    if refused := re.search(r"GLOBAL ([\w.]+)", text):
         raise ValueError(
-            f"it holds a {wanted[1]}, which only code from the file could build, and none is run; "
+            f"it holds a {refused[1]}, which only code from the file could build, and none is run; "
             "save the model's state_dict() alone"
         )
     if "torch.distributed.tensor" in text:
@@ -201,17 +201,15 @@ def _load(content: bytes) -> Any:
 
 def _state_dict(saved: Any, key: str | None) -> dict[str, Tensor]:
     """Return the state dict in what was saved: the one that `key` names, or the only one."""
-    found = dict(_nested(saved))
-    if not found:
-        found = {"": saved}
-    if key is not None and key in found:
-        state = found[key]
+    candidates = dict(_nested(saved)) or {"": saved}
+    if key is not None and key in candidates:
+        state = candidates[key]
     elif key is not None and isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
         state = saved[key]
-    elif len(found) > 1:
-        raise ValueError(f"it holds several state dicts: name one with --key, of {', '.join(found)}")
+    elif len(candidates) > 1:
+        raise ValueError(f"it holds several state dicts: name one with --key, of {', '.join(candidates)}")
     else:
-        (state,) = found.values()
+        (state,) = candidates.values()
         if key is not None and isinstance(state, Mapping):
             start = f"{key}."
             state = {str(n).removeprefix(start): v for n, v in state.items() if str(n).startswith(start)}
@@ -230,7 +228,7 @@ def _state_dict(saved: Any, key: str | None) -> dict[str, Tensor]:
 
 
 def _nested(saved: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Yield each state dict that lies under `KEYS`, with its key: `outer/inner` for one in another."""
+    """Yield each state dict that lies under `KEYS`, with its key: `outer/inner` for a nested one."""
     for key in KEYS if isinstance(saved, Mapping) else ():
         inner = saved.get(key)
         if isinstance(inner, Mapping):
@@ -263,5 +261,5 @@ def _one_line(error: Exception) -> str:
 
 
 def _shorten(text: str) -> str:
-    """Return the first sentence, in one line: PyTorch's go on for paragraphs."""
+    """Return the first sentence, in one line: PyTorch's messages have paragraphs."""
     return " ".join(text.split()).partition(". ")[0][:200]

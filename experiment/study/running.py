@@ -172,13 +172,13 @@ def carry_out_together(runs: Sequence[Run], start: Start) -> None:
     When one of them fails all stop: they can be continued one by one. At a signal all stop at one step.
     Raises what one of them raised, and StudyStoppedError at a signal.
     """
-    rendezvous = load_module("jax", "together").Rendezvous(len(runs))
+    rendezvous = load_module("jax", "strategies.vmapped").Rendezvous(len(runs))
     errors: list[Exception] = []
 
     def drive(index: int, run: Run) -> None:
         status = 1
         try:
-            status = _begin(run, start, partial(rendezvous.join, index))
+            status = _begin(run, start, partial(rendezvous.wrap, index))
         except BrokenBarrierError:
             pass
         except Exception as error:

@@ -34,8 +34,8 @@ class Mutant(NamedTuple):
     wrong: str
 
 
-LAYOUT, JAX_RESNET, JAX_LOOP = "jax_resnet/state_dict.py", "jax_resnet/resnet.py", "jax_resnet/engine.py"
-BLOCKWISE = "jax_resnet/blockwise.py"
+LAYOUT, JAX_RESNET, JAX_STEP = "jax_resnet/state_dict.py", "jax_resnet/resnet.py", "jax_resnet/step.py"
+BLOCKWISE = "jax_resnet/strategies/blockwise.py"
 NUMPY_RESNET, BASE = "numpy_ref/resnet.py", "numpy_ref/optimizer_base.py"
 JAX, JAX_OPTIMIZERS = "jax_resnet/layers.py", "jax_resnet/optimizers.py"
 PLAIN, FAST, NUMPY_BOUND = "numpy_ref/layers", "numpy_ref/fast", "numpy_ref/adabound.py"
@@ -62,10 +62,10 @@ MUTANTS = [
     Mutant(
         "jax-variance-is-constant",
         JAX,
-        "var = (centred * centred)",
-        "var = lax.stop_gradient(centred * centred)",
+        "var = (centered * centered)",
+        "var = lax.stop_gradient(centered * centered)",
     ),
-    Mutant("jax-blockwise-statistics-lost", BLOCKWISE, "_give(moved, ", "_give(kept, "),
+    Mutant("jax-blockwise-statistics-lost", BLOCKWISE, "rename(updated_stats, ", "rename(batch_stats, "),
     Mutant("jax-bias-sign", JAX, "* scale + self.bias[...]).astype", "* scale - self.bias[...]).astype"),
     Mutant("jax-max-pool-padding", JAX, "-jnp.inf,", "0.0,"),
     Mutant("jax-option-A-zeros-behind", JAX, "(extra // 2, extra - extra // 2)", "(0, extra)"),
@@ -79,10 +79,10 @@ MUTANTS = [
     Mutant(
         "jax-shortcut-lost",
         JAX_RESNET,
-        "self.conv3(y))\n        return relu(y + _",
-        "self.conv3(y))\n        return relu(y + 0 * _",
+        "self.shortcut(x))\n\n\ndef _no_norm",
+        "0 * self.shortcut(x))\n\n\ndef _no_norm",
     ),
-    Mutant("jax-loss-is-a-sum", JAX_LOOP, "(logits, label).mean()", "(logits, label).sum()"),
+    Mutant("jax-loss-is-a-sum", JAX_STEP, "(logits, label).mean()", "(logits, label).sum()"),
     Mutant(
         "jax-adabound-corrected-root",
         BOUND,

@@ -1,0 +1,214 @@
+"""The training step and the evaluation step: pure functions of a state and a batch.
+
+`train_step` is what every strategy in `strategies/` computes. They differ in how it is compiled and in how
+many steps one call takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_resnet.layers import use_matmul
+from jax_resnet.optimizers import bound_metrics, make_optimizer
+from jax_resnet.state import Arrays, TrainState
+from jax_resnet.state_dict import apply
+
+Batch = Mapping[str, Any]  # {"image": [N, H, W, C], "label": [N]}
+Metrics = dict[str, Any]
+
+
+def train_step(
+    network: Network,
+    optimizer: Optimizer,
+    state: TrainState,
+    batch: Batch,
+    lr: jax.Array,
+    *,
+    gradient_fn: GradientFn | None = None,
+) -> StepOutput:
+    """Take one step of gradient descent.
+
+    Args:
+        network: the model and what its images need.
+        optimizer: the rule that turns gradients into updates.
+        state: the state before the step.
+        batch: {"image": [N, H, W, C], "label": [N]}.
+        lr: the learning rate of this step; shape ().
+        gradient_fn: how the gradient is computed: None is `compute_gradient`; the other is in
+            `strategies/accumulate.py`.
+    """
+    gradient = (gradient_fn or compute_gradient)(network, state.params, state.batch_stats, batch)
+    trainable = network.trainable(state.params)
+    update = apply_gradients(optimizer, trainable, state.opt_state, gradient.grads, lr)
+    metrics = merge_metrics([update.metrics])
+    step, first_nonfinite_step = count_step(
+        state.step, state.first_nonfinite_step, gradient.loss, metrics["grad_norm"]
+    )
+    params = {**state.params, **update.params}
+    new_state = TrainState(params, gradient.batch_stats, update.opt_state, step, first_nonfinite_step)
+    return StepOutput(new_state, gradient.loss, gradient.logits, batch["label"], metrics)
+
+
+def compute_gradient(network: Network, params: Arrays, batch_stats: Arrays, batch: Batch) -> Gradient:
+    """Compute the loss of a batch and its gradient: forward, then backward.
+
+    Only trainable parameters are differentiated by: there is no backward pass through a frozen part.
+    """
+    image = network.normalize(batch["image"])
+
+    def loss_fn(trainable: Arrays) -> tuple[jax.Array, tuple[jax.Array, Arrays]]:
+        logits, new_batch_stats = apply(network.train_graph, {**params, **trainable}, batch_stats, image)
+        return cross_entropy(logits, batch["label"]), (logits, new_batch_stats)
+
+    loss_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, (logits, new_batch_stats)), grads = loss_and_grad(network.trainable(params))
+    return Gradient(loss, logits, grads, new_batch_stats)
+
+
+def apply_gradients(
+    optimizer: Optimizer, params: Arrays, opt_state: optax.OptState, grads: Arrays, lr: jax.Array
+) -> Update:
+    """Update parameters, all of them or one block's, by their gradients."""
+    updates, opt_state = optimizer.transformation(lr).update(grads, opt_state, params)
+    metrics = {
+        "size": jnp.array(sum(p.size for p in params.values()), jnp.result_type(lr)),
+        "grad_norm": l2_norm(grads),
+        "update_norm": l2_norm(updates),
+        **bound_metrics(optimizer.name, opt_state, lr, **optimizer.options),
+    }
+    return Update(optax.apply_updates(params, updates), opt_state, metrics)
+
+
+def eval_step(network: Network, params: Arrays, batch_stats: Arrays, image: jax.Array) -> jax.Array:
+    """Logits [N, num_classes] of images [N, H, W, C], with the running statistics."""
+    return apply(network.eval_graph, params, batch_stats, network.normalize(image))[0]
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """Mean over the batch of -log softmax(logits [N, C])[label [N]]."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+
+
+def normalize(image: jax.Array, mean: ArrayLike, std: ArrayLike, dtype: DTypeLike) -> jax.Array:
+    """Images [N, H, W, C] of type uint8 as (x / 255 - mean) / std, per channel; others unchanged."""
+    if image.dtype != jnp.uint8:
+        return image.astype(dtype)
+    return (image.astype(dtype) / 255 - jnp.asarray(mean, dtype)) / jnp.asarray(std, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """The static description of a model, as a step needs it.
+
+    Attributes:
+        train_graph, eval_graph: the model in each mode, without its arrays; see `state_dict.apply`.
+        mean, std: per channel, for images of type uint8.
+        dtype: the type of the normalized images, of the loss and of the learning rate.
+        freeze_backbone: only the head `fc` is trained.
+    """
+
+    train_graph: nnx.GraphDef[Any]
+    eval_graph: nnx.GraphDef[Any]
+    mean: ArrayLike
+    std: ArrayLike
+    dtype: DTypeLike
+    freeze_backbone: bool = False
+
+    def normalize(self, image: jax.Array) -> jax.Array:
+        """Images as the model takes them."""
+        return normalize(image, self.mean, self.std, self.dtype)
+
+    def trainable(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters that are trained; the optimizer knows of no others."""
+        return {name: p for name, p in params.items() if not self.freeze_backbone or name.startswith("fc.")}
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The static description of an optimizer: the name and keyword arguments for `make_optimizer`."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    def transformation(self, lr: float | jax.Array) -> optax.GradientTransformation:
+        """The optimizer at a learning rate; the structure of its state does not depend on the rate."""
+        return make_optimizer(self.name, lr, **self.options)
+
+
+class Gradient(NamedTuple):
+    """The result of a forward and a backward pass."""
+
+    loss: jax.Array  # mean over the batch
+    logits: jax.Array  # [N, num_classes]
+    grads: Arrays  # of the trainable parameters
+    batch_stats: Arrays  # the running statistics after the forward pass
+
+
+GradientFn = Callable[["Network", Arrays, Arrays, Batch], Gradient]
+
+
+class Update(NamedTuple):
+    """The result of an update; `metrics` holds `size`, the number of parameters, for `merge_metrics`."""
+
+    params: Arrays
+    opt_state: optax.OptState
+    metrics: Metrics
+
+
+class StepOutput(NamedTuple):
+    """The result of a training step.
+
+    `label` [N] is that of the whole batch, of which each of several processes gave its share.
+    """
+
+    state: TrainState
+    loss: jax.Array
+    logits: jax.Array
+    label: jax.Array
+    metrics: Metrics
+
+    def log(self) -> Metrics:
+        """Everything but the state, as the training loop yields it."""
+        return {"loss": self.loss, "logits": self.logits, "label": self.label, **self.metrics}
+
+
+def merge_metrics(parts: Sequence[Metrics]) -> Metrics:
+    """Combine the metrics of the updates of parts of the parameters; bounds are the same for every part."""
+    first, total = parts[0], sum(part["size"] for part in parts)
+    metrics: Metrics = {name: first[name] for name in first if name.endswith("_bound")}
+    for name in ("grad_norm", "update_norm"):
+        metrics[name] = optax.tree.norm([part[name] for part in parts])
+    for name in first.keys() & {"at_lower", "at_upper"}:
+        metrics[name] = sum(part[name] * part["size"] for part in parts) / total
+    return metrics
+
+
+def count_step(
+    step: jax.Array, first_nonfinite_step: jax.Array, loss: jax.Array, grad_norm: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The counters of `TrainState` after a step with this loss and gradient."""
+    step = step + 1
+    is_first = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm)) & (first_nonfinite_step < 0)
+    return step, jnp.where(is_first, step, first_nonfinite_step)
+
+
+def l2_norm(arrays: Mapping[str, jax.Array]) -> jax.Array:
+    """The L2 norm of all numbers of {name: array}.
+
+    The vectors, two thirds of a ResNet's arrays, are summed as one: XLA compiles, and loads from its cache,
+    each sum by itself, which for ResNet-101 takes seconds. The barrier is for CPUs: without it XLA notices
+    that Adam squares the gradient, too, and writes the squares to memory for both.
+    """
+    if use_matmul():
+        arrays = jax.lax.optimization_barrier(dict(arrays))
+    vectors = [x for x in arrays.values() if x.ndim == 1]
+    others = [x for x in arrays.values() if x.ndim != 1]
+    return optax.tree.norm([*others, jnp.concatenate(vectors)] if vectors else others)

@@ -24,11 +24,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from experiment.commands.train import make_engine, resolve_lengths
 from experiment.data.builtin import SyntheticSource
 from experiment.data.loading import Data, load
 from experiment.engines import set_environment
-from experiment.options.config import Config, parse, resolve
+from experiment.options.command_line import parse
+from experiment.options.config import Config
+from experiment.options.resolving import resolve
+from experiment.run.session import make_engine, resolve_lengths
 from tests import made_tfds
 
 CIFAR = "--dataset cifar10 --train-subset 0.2 --model resnet20 --batch-size 128"

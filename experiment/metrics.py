@@ -65,6 +65,23 @@ class Metrics:
 
 def cross_entropy(logits: np.ndarray, label: np.ndarray) -> float:
     """Mean of -log softmax(logits)[label] over a batch, in float64."""
+    return float(-log_softmax(logits)[np.arange(len(label)), label].mean())
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Class probabilities of logits [N, classes], in float64; NaN for a row that is not finite."""
+    exponentials = np.exp(_shifted(logits))
+    return np.asarray(exponentials / exponentials.sum(1, keepdims=True))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Logarithms of the class probabilities of logits [N, classes], in float64."""
+    shifted = _shifted(logits)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
+
+
+def _shifted(logits: np.ndarray) -> np.ndarray:
+    """The logits less the largest of their row, so that no exponential overflows."""
     z = logits.astype(np.float64)
-    z -= z.max(1, keepdims=True)
-    return float((np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), label]).mean())
+    with np.errstate(invalid="ignore"):  # inf - inf
+        return np.asarray(z - z.max(1, keepdims=True))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.errors import UserError
+from experiment.errors import UserError, one_line
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
@@ -76,9 +76,9 @@ def connect() -> ProcessInfo:
     try:
         jax.distributed.initialize(**known)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--distributed: the processes were not joined ({reason}); set {COORDINATOR}, {COUNT} and {INDEX}"
+            f"--distributed: the processes were not joined ({one_line(error)}); "
+            f"set {COORDINATOR}, {COUNT} and {INDEX}"
         ) from None
     return ProcessInfo(jax.process_index(), jax.process_count())
 

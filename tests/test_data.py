@@ -33,7 +33,7 @@ from experiment.data import loading as data_module
 from experiment.data.augmentation import fit_picture, picture_of
 from experiment.data.builtin import CachedSource, SyntheticSource, cached
 from experiment.data.loading import Data, Split, load
-from experiment.data.types import Batch, Dataset, Labels
+from experiment.data.types import IMAGENET, Batch, Dataset, Labels
 from experiment.errors import UserError
 from tests import made_tfds
 
@@ -522,7 +522,7 @@ def test_which_split_is_test(root: Path, name: str, splits: dict[str, int], test
     made_tfds.write(root, name, files)
     data = load_made(root, name)
     assert (data.train_size + data.val_size, data.test_size) == (8, tested)
-    assert (data.mean, data.std) == tfds.IMAGENET
+    assert (data.mean, data.std) == IMAGENET
 
 
 def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:

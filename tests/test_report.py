@@ -20,7 +20,9 @@ from experiment.__main__ import main
 from experiment.commands import train
 from experiment.errors import UserError
 from experiment.files import predictions
-from experiment.options.config import Config, argv_of, parse, resolve
+from experiment.options.command_line import argv_of, parse
+from experiment.options.config import Config
+from experiment.options.resolving import resolve
 from experiment.report import comparison, page, pictures, style, tables
 from experiment.report.reading import read_run
 from experiment.run.console import Console

@@ -372,10 +372,10 @@ def test_results_of_an_earlier_end_are_not_taken_for_those_of_the_run(run: Path,
 
 def test_the_steps_of_a_history_with_damaged_lines(tmp_path: Path) -> None:
     lines = [
-        '{"split": "val", "step": 1, "loss": 0.5}',
-        '{"split": "val", "step": 2, "loss": null}',
-        '{"split": "val", "step": 3, "loss": 0.25}',
-        '{"split": "val", "step": 4, "loss": 0.25}',
+        '{"split": "val", "scope": "epoch", "step": 1, "loss": 0.5}',
+        '{"split": "val", "scope": "epoch", "step": 2, "loss": null}',
+        '{"split": "val", "scope": "epoch", "step": 3, "loss": 0.25}',
+        '{"split": "val", "scope": "epoch", "step": 4, "loss": 0.25}',
         "[]",
         '{"split": "val", "st',
     ]

@@ -23,9 +23,12 @@ from experiment.commands.study import _make
 from experiment.data.loading import Data
 from experiment.files import run_folder, weights
 from experiment.files.checkpoints import Checkpoints
-from experiment.options.config import OPTIMIZERS, flags, parse, resolve
+from experiment.options.command_line import flags, parse
+from experiment.options.config import OPTIMIZERS
+from experiment.options.resolving import resolve
 from experiment.processes import processor_seconds
-from experiment.run import signals
+from experiment.run import session, signals
+from experiment.run.outcome import End, Outcome
 from experiment.study import curves, results, running, tables
 from experiment.study.plan import Plan, read
 from experiment.study.statistics import paired, summarize
@@ -121,16 +124,14 @@ def test_a_tuning_run_can_be_tested_later(made: Path, tmp_path: Path) -> None:
 def test_runs_draw_no_report_unless_asked(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from experiment.commands import train
-
     assert not [*(made / "out").glob("**/report"), *(made / "out").glob("**/tensorboard")]
     asked: list[bool] = []
 
-    def start(given: dict[str, Any], argv: list[str]) -> int:
+    def start(given: dict[str, Any], argv: list[str]) -> Outcome:
         asked.append(given["report"])
-        return 1
+        return Outcome(End.FAILED, 1)
 
-    monkeypatch.setattr(train, "start", start)
+    monkeypatch.setattr(session, "start", start)
     for text, flag, expected in (
         (STUDY, [], False),
         (STUDY, ["--report"], True),
@@ -260,16 +261,14 @@ def test_tables_hold_means_intervals_and_paired_differences(made: Path) -> None:
 def test_the_same_command_makes_nothing_twice_and_continues_what_was_stopped(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from experiment.commands import train
-
     started: list[Any] = []
-    start = train.start
+    start = session.start
 
-    def counted(given: dict[str, Any], argv: list[str]) -> int:
+    def counted(given: dict[str, Any], argv: list[str]) -> Outcome:
         started.append(given)
         return start(given, argv)
 
-    monkeypatch.setattr(train, "start", counted)
+    monkeypatch.setattr(session, "start", counted)
     command = ["study", str(made / "tiny.toml"), "--run-dir", str(made / "out")]
     assert main(command) == 0
     assert not started

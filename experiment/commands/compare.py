@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiment.commands.parser import Parser
 from experiment.errors import UserError
+from experiment.options.command_line import Parser
 from experiment.options.paths import path_type
 from experiment.report import write_page
 from experiment.report.comparison import is_comparison, render_comparison

@@ -8,10 +8,10 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiment.commands.parser import Parser
 from experiment.errors import UserError
 from experiment.files import weights
 from experiment.files.run_folder import write_file
+from experiment.options.command_line import Parser
 from experiment.options.paths import path_type
 
 SAFETENSORS = ".safetensors"

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiment.commands.parser import Parser
 from experiment.data.augmentation import ten_crops, ten_shifts, whole_picture
 from experiment.data.types import Pixels
 from experiment.errors import UserError
 from experiment.files import run_folder
-from experiment.metrics import Metrics
-from experiment.options.config import MIN_IMAGE_SIZE
+from experiment.metrics import Metrics, log_softmax
+from experiment.options.command_line import Parser
+from experiment.options.config import MIN_IMAGE_SIZE, check_limits
 from experiment.options.paths import local_path
 from experiment.run.completed_run import FinishedRun, add_run, open_run
 
@@ -99,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _resize(options: argparse.Namespace, run: FinishedRun) -> int | None:
     """The shorter side before a crop, where it is not the run's own way; refuses what does not fit."""
-    if options.batch_size is not None and options.batch_size < 1:
-        raise UserError(f"--batch-size: {options.batch_size} is out of range; give a number of at least 1")
+    if options.batch_size is not None:
+        check_limits("--batch-size", options.batch_size, least=1)
     height, width, _ = run.image_shape
     if options.scales:
         for flag, given in (("--crops", options.crops > 1), ("--resize", options.resize is not None)):
@@ -181,16 +181,11 @@ def average(
             each = images.reshape(-1, *images.shape[2:])
             more = max(0, sizes.setdefault(each.shape[1:], len(each)) - len(each))
             padded = np.pad(each, ((0, more), (0, 0), (0, 0), (0, 0)))
-            scores = _log_softmax(next(logits([padded]))[: len(each)]).reshape(*images.shape[:2], -1)
+            scores = log_softmax(next(logits([padded]))[: len(each)]).reshape(*images.shape[:2], -1)
             mean = np.logaddexp.reduce(scores, axis=1) - np.log(images.shape[1])
             total[places] = np.logaddexp(total[places], mean)
             labels[places] = found
     return total - np.log(len(views)), labels
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    z = logits.astype(np.float64)
-    return z - np.logaddexp.reduce(z, axis=1, keepdims=True)
 
 
 def shifts(data: Data, split: Any, size: int) -> Iterator[Group]:

@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiment.commands.parser import Parser
 from experiment.data.augmentation import fit_picture
 from experiment.data.images import read_image
+from experiment.data.types import IMAGENET
 from experiment.engines import load_module, set_environment
 from experiment.errors import UserError
 from experiment.files import weights
 from experiment.files.identify import Network, identify
-from experiment.options.config import MODELS, parse_image_size
+from experiment.options.command_line import Parser
+from experiment.options.config import MODELS, check_limits, parse_image_size
 from experiment.options.paths import path_type
 
 Stages = Mapping[str, np.ndarray]
@@ -32,7 +33,6 @@ Stages = Mapping[str, np.ndarray]
 # with four pictures of 64x64.
 TOLERANCES = {"float32": 1e-4, "float64": 1e-12}
 TOLERANCES_TRAIN = {"float32": 1e-2, "float64": 1e-10}
-STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, by torchvision
 VARIATIONS = 3
 
 
@@ -50,10 +50,9 @@ def main(argv: Sequence[str]) -> int:
         UserError: a file that is absent or damaged, weights of an unknown network, arguments that do not fit.
     """
     options = _parser().parse_args(argv)
-    if options.seed < 0:
-        raise UserError(f"--seed: {options.seed} is below 0")
-    if options.tolerance is not None and not options.tolerance >= 0:
-        raise UserError(f"--tolerance: {options.tolerance} is out of range; give a number of at least 0")
+    check_limits("--seed", options.seed, least=0)
+    if options.tolerance is not None:
+        check_limits("--tolerance", options.tolerance, least=0)
     if options.dump is not None and (options.dump.exists() or not options.dump.parent.is_dir()):
         fault = "exists; remove it" if options.dump.exists() else "there is no such folder; make it"
         raise UserError(f"--dump: {options.dump}: {fault}, or give another name")
@@ -152,7 +151,7 @@ def _words(numbers: Sequence[float]) -> str:
 
 def _statistics(options: argparse.Namespace, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel."""
-    usual = STATISTICS if channels == 3 else ((0.0,) * channels, (1.0,) * channels)
+    usual = IMAGENET if channels == 3 else ((0.0,) * channels, (1.0,) * channels)
     mean, std = (
         given if given is None else tuple(given) * (channels if len(given) == 1 else 1)
         for given in (options.mean, options.std)

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from experiment.commands.parser import Parser
 from experiment.data.augmentation import fill_color, fit_picture
 from experiment.data.images import read_image
 from experiment.errors import UserError
+from experiment.metrics import softmax
+from experiment.options.command_line import Parser
+from experiment.options.config import check_limits
 from experiment.options.paths import path_type
 from experiment.run.completed_run import add_run, open_run
 
@@ -50,9 +52,7 @@ def main(argv: Sequence[str]) -> int:
     )
     size = run.config.eval_batch_size
     batches = (pictures[start : start + size] for start in range(0, len(pictures), size))
-    logits = np.concatenate(list(run.logits(batches))).astype(np.float64)
-    scores = np.exp(logits - logits.max(1, keepdims=True))
-    probabilities = scores / scores.sum(1, keepdims=True)
+    probabilities = softmax(np.concatenate(list(run.logits(batches))))
     for path, row in zip(options.images, probabilities, strict=True):
         print(path)
         for index in np.argsort(-row, kind="stable")[: options.top]:
@@ -62,8 +62,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Take RUN for an image where it is a file, and refuse what can be refused before anything is opened."""
-    if options.top < 1:
-        raise UserError(f"--top: {options.top} is out of range; give a number of at least 1")
+    check_limits("--top", options.top, least=1)
     first: Path = options.run
     if not first.exists():
         raise UserError(f"{first}: not found; name the folder of a run, or image files")

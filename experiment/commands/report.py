@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiment.commands.parser import Parser
 from experiment.errors import UserError
+from experiment.options.command_line import Parser
 from experiment.options.paths import path_type
 from experiment.report import FOLDER, write_report
 from experiment.report.reading import read_run

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from experiment.commands.parser import Parser
 from experiment.engines import set_environment
 from experiment.errors import UserError
 from experiment.files import run_folder
+from experiment.options.command_line import Parser
 from experiment.options.config import FRAMEWORKS
 from experiment.options.paths import local_path, path_type
 from experiment.run import signals
@@ -134,16 +134,14 @@ def _make(
 
     Print the accuracy of each on `split`: tuning runs evaluate validation alone.
     """
-    from experiment.commands import train
-
     begun = time.monotonic()
     waiting = [run for run in runs if not running.is_done(run)]
     if together and running.can_go_together(waiting):
-        running.carry_out_together(waiting, train.start)
+        running.carry_out_together(waiting)
     for run in waiting:
         running.check_signal(request)
         if not running.is_done(run):
-            running.carry_out(run, train.start)
+            running.carry_out(run)
         if running.has_diverged(run.folder):
             outcome = "diverged"
         else:

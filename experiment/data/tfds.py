@@ -20,7 +20,7 @@ import numpy.typing as npt
 from experiment.data.augmentation import fill_color, to_grey
 from experiment.data.builtin import cached, fit_to, grey_already, identity, no_boxes
 from experiment.data.images import ImageError, decode_image
-from experiment.data.types import Batch, Dataset, Fit, Identity, Labels, Size, Source, Statistics
+from experiment.data.types import IMAGENET, Batch, Dataset, Fit, Identity, Labels, Size, Source, Statistics
 from experiment.errors import UserError, one_line
 from experiment.options.paths import local_path
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 GREY: Statistics = ((0.5,), (0.5,))
-IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STATISTICS: dict[str, Statistics] = {
     # As published with each data set or by the frameworks' examples, of the pictures before padding. Other
     # colour sets take ImageNet's, as networks trained there expect it; other grey ones GREY.

@@ -30,6 +30,9 @@ Fit = Callable[["Image"], Pixels]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation a channel, on the scale 0..1."""
 
+IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Those of ImageNet, by torchvision."""
+
 
 class Source(Protocol):
     """Pictures by index. `read` may be called from several threads at once."""

@@ -21,6 +21,7 @@ IMAGENET = {  # name: (has bottlenecks, blocks of each stage)
 }
 PARTS = {f"{kind}{i}" for kind in ("conv", "bn") for i in (1, 2, 3)} | {"downsample"}  # of a block
 PART_NAMES = {"se": "SE modules", "aa": "anti-aliasing filters", "shortcut": "shortcuts"}
+HEAD_NAMES = ("fc", "linear")  # the last layer: torchvision's name, and that of many CIFAR checkpoints
 LISTED = 4  # how many single tensors `summary` names
 
 # Blocks of each stage.
@@ -51,6 +52,12 @@ class Network:
         )
 
 
+def torchvision_name(name: str) -> str:
+    """Return torchvision's name of a tensor: `fc.*` for `linear.*`, any other as it is."""
+    head, dot, rest = name.partition(".")
+    return HEAD_NAMES[0] + dot + rest if head in HEAD_NAMES else name
+
+
 def identify(shapes: Shapes, model: str | None = None, *, stride_in_1x1: bool = False) -> Network:
     """The network whose state dict has tensors of these shapes.
 
@@ -63,7 +70,7 @@ def identify(shapes: Shapes, model: str | None = None, *, stride_in_1x1: bool = 
         UserError: the tensors are those of no network that this project knows; what it lacks is named (SE
             modules, grouped or wider convolutions).
     """
-    shapes = {re.sub(r"^linear\.", "fc.", name): shape for name, shape in shapes.items()}
+    shapes = {torchvision_name(name): shape for name, shape in shapes.items()}
     if model is None:
         model, options = _recognise(shapes)
     else:

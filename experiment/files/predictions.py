@@ -15,6 +15,7 @@ from experiment.data.augmentation import picture_of, pixels_of
 from experiment.data.types import Pixels
 from experiment.errors import UserError
 from experiment.files.run_folder import write_file
+from experiment.metrics import softmax
 
 FILE = "predictions.npz"
 SAMPLES = 32
@@ -113,10 +114,7 @@ class Collector:
     def update(self, images: Pixels, logits: np.ndarray, labels: Integers) -> None:
         """Add a batch: pictures uint8 [N, H, W, C], logits [N, num_classes], labels [N]."""
         predictions = logits.argmax(1).astype(np.int32)
-        z = logits.astype(np.float64)
-        with np.errstate(invalid="ignore"):  # logits that are not finite: a confidence that is no number
-            scores = np.exp(z - z.max(1, keepdims=True))
-        confidences = (1 / scores.sum(1)).astype(np.float32)  # the largest score is 1
+        confidences = softmax(logits).max(1).astype(np.float32)  # NaN for logits that are not finite
         self._parts.append((labels.astype(np.int32), predictions, confidences))
         here = self._wanted[(self._wanted >= self._seen) & (self._wanted < self._seen + len(labels))]
         self._samples += [(int(i), _thumbnail(images[i - self._seen])) for i in here]

@@ -6,11 +6,12 @@ wrong with the disk is told where it happens.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+from experiment.files import metrics_log
 
 FOLDER = "tensorboard"
 METRICS = ("loss", "accuracy", "f1", "top5")
@@ -46,9 +47,8 @@ class EventFile:
         self._records.write(step=0, summary=hparams.hparams_pb(plain, trial_id=run_dir.name))
         declared = [hparams.HParam(name) for name in plain], [hparams.Metric(tag) for tag in RESULTS]
         self._records.write(step=0, summary=hparams.hparams_config_pb(*declared))
-        history = run_dir / "metrics.jsonl"
-        for line in history.read_bytes().splitlines() if history.exists() else ():
-            self.append(json.loads(line))
+        for line in metrics_log.read(run_dir / metrics_log.NAME):
+            self.append(line)
         self.flush()
 
     def append(self, line: Mapping[str, Any]) -> None:

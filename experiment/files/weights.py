@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from experiment.errors import UserError
+from experiment.files.identify import HEAD_NAMES, Shapes
 from experiment.files.run_folder import write_file
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?"}
 TYPES |= {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)}
@@ -21,7 +20,7 @@ TYPES |= {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for siz
 
 # What torch.compile, FSDP and checkpointing of activations put into names, wherever a wrapped part begins.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-HEADS = ("fc.", "linear.", "head.fc.", "head.", "classifier.")  # beside a backbone: its last layer
+HEADS = (*HEAD_NAMES, "head.fc", "head", "classifier")  # beside a backbone: its last layer
 LARGEST = np.finfo(np.float32).max
 
 
@@ -115,9 +114,9 @@ def network_names(shapes: Shapes) -> dict[str, str]:
         started = [re.findall(r"^(?:module\.)*", name)[0] for name in found if shapes[found[name]]]
         prefix = min(started, default="", key=len)
     names = {name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)}
-    if prefixes and prefix and not {"fc.weight", "linear.weight"} & names.keys():
+    if prefixes and prefix and not {f"{head}.weight" for head in HEAD_NAMES} & names.keys():
         outer = re.sub(r"[^.]+\.$", "", prefix)
-        for head in (f"{outer}{head}" for head in HEADS):
+        for head in (f"{outer}{head}." for head in HEADS):
             if len(shapes.get(found.get(f"{head}weight", ""), ())) == 2:
                 names |= {
                     f"fc.{name.removeprefix(head)}": found[name] for name in found if name.startswith(head)
@@ -134,7 +133,7 @@ def _prefixes(names: Set[str]) -> list[str]:
             prefix = name.removesuffix(end)
             if prefix == name or prefix[-1:] not in ("", "."):
                 continue
-            if end != "conv.bias" or names & {f"{prefix}fc.weight", f"{prefix}linear.weight"}:
+            if end != "conv.bias" or names & {f"{prefix}{head}.weight" for head in HEAD_NAMES}:
                 prefixes.append(prefix)
     return [p for p in prefixes if not any(p != other and p.startswith(other) for other in prefixes)]
 

@@ -1,19 +1,15 @@
-"""The options of a run: one frozen dataclass holds the defaults, and the parser is made from it."""
+"""The options of a run: one frozen dataclass holds defaults, help and ranges; the parser is made from it."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import operator
 import re
-import types
-import typing
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from experiment.errors import UserError
-from experiment.options.paths import local_path
 
 FRAMEWORKS = ("jax", "numpy")
 MODELS = (
@@ -26,40 +22,9 @@ PRECISIONS = ("float32", "bfloat16", "float64")
 AUGMENTATIONS = ("none", "crop-flip", "crop-flip-pca", "autoaugment", "autoaugment-cifar10")
 MIN_IMAGE_SIZE = 32
 
-# Options that count for some values of another alone.
-USED_BY = {
-    **dict.fromkeys(("final_lr", "gamma"), ("optimizer", ("adabound", "amsbound", "adaboundw", "sgdbound"))),
-    "beta1": ("optimizer", tuple(name for name in OPTIMIZERS if name != "sgd")),
-    **dict.fromkeys(("beta2", "eps"), ("optimizer", tuple(name for name in OPTIMIZERS if name[:3] != "sgd"))),
-    "momentum": ("optimizer", ("sgd",)),
-    "decay_factor": ("schedule", ("multistep", "plateau")),
-    **dict.fromkeys(("patience", "cooldown"), ("schedule", ("plateau",))),
-}
-
-PATHS = ("data_dir", "init_from", "run_dir")  # options that name a local file or folder
-
-# The published defaults: PyTorch's, and for AdaBound those of the reference code.
-DEFAULT_LR = {"sgd": 0.1}
-DEFAULT_WEIGHT_DECAY = {"adamw": 0.01}
 # As many epochs as reach 0.97 on digits in a few minutes of two CPU cores; one epoch of a larger set is
 # longer.
 DEFAULT_EPOCHS = {"digits": 7}
-
-# What a resumed run may change: nothing here moves a number of a step that both runs take.
-CHANGEABLE = frozenset(
-    {
-        *("framework", "steps", "epochs", "data_dir", "run_dir", "resume", "distributed"),
-        *("checkpoint_every", "eval_every", "log_every", "keep_checkpoints", "report", "test"),
-        "early_stopping_patience",  # like steps: when the run ends
-        "schedule_steps",  # train.py sees to it that the schedule stays as long as it was
-    }
-)
-
-
-def is_changeable(name: str, schedule: str) -> bool:
-    """Return True if a resumed run may change an option."""
-    # A plateau is counted in validations: other intervals would change the rates.
-    return name in CHANGEABLE and not (name == "eval_every" and schedule == "plateau")
 
 
 def option(
@@ -217,7 +182,7 @@ class Config:
                 )
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not isinstance(number, bool):
-                    _check_limits(flag_of(field), number, field.metadata["limits"])
+                    check_limits(flag_of(field), number, **field.metadata["limits"])
         if self.image_size is not None:
             parse_image_size(self.image_size)
         if len(self.resize) > 2 or list(self.resize) != sorted(self.resize):
@@ -356,158 +321,9 @@ RULES = {
 }
 
 
-def _check_limits(flag: str, value: float, limits: dict[str, float | None]) -> None:
+def check_limits(flag: str, value: float, **limits: float | None) -> None:
+    """Raise UserError, naming the flag, if a value is not finite or not within the limits (see `RULES`)."""
     rules = [(*RULES[name], limit) for name, limit in limits.items() if limit is not None]
     if not math.isfinite(value) or not all(holds(value, limit) for _, holds, limit in rules):
-        wanted = " and ".join(f"{words} {limit:g}" for words, _, limit in rules)
-        raise UserError(f"{flag}: {value} is out of range; give a number {wanted}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.replace('argument ', '')} (python train.py --help lists the flags)")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line of train.py, made from Config. Flags that are not given are absent from its result."""
-    parser = _Parser(
-        prog="train.py",
-        description="Train a ResNet with JAX or with NumPy.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    hints = typing.get_type_hints(Config)
-    fields = dataclasses.fields(Config)
-    for name in dict.fromkeys(field.metadata["group"] for field in fields):
-        group = parser.add_argument_group(name)
-        for field in fields:
-            if field.metadata["group"] == name:
-                _add_argument(group, field, hints[field.name])
-    return parser
-
-
-def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
-    text = field.metadata["help"].replace("%", "%%")
-    if isinstance(field.default, bool):
-        on = flag_of(field).replace("--no-", "--")
-        action = "store_true" if field.name == "resume" else argparse.BooleanOptionalAction
-        group.add_argument(
-            on, dest=field.name, action=action, help=text + (" (default: on)" if field.default else "")
-        )
-        return
-    many = isinstance(field.default, tuple)
-    kind = next(t for t in (typing.get_args(hint) or (hint,)) if t is not types.NoneType)
-    if field.metadata["choices"]:
-        text += ": " + ", ".join(field.metadata["choices"])
-    if field.default is not None and not many:
-        text += f" (default {field.default})"
-    group.add_argument(
-        flag_of(field),
-        dest=field.name,
-        type=kind,
-        nargs="+" if many else None,
-        metavar={int: "N", float: "X", str: "NAME"}[kind],
-        help=text,
-    )
-
-
-def parse(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The flags that were given, as {name of the field: value}. Raises UserError."""
-    given = vars(make_parser().parse_args(argv))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return with_local_paths(given)
-
-
-def with_local_paths(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options with `~` expanded in their paths. Raises UserError for a path that is not local."""
-    paths = {name: options[name] for name in PATHS if isinstance(options.get(name), str)}
-    return options | {name: local_path("--" + name.replace("_", "-"), path) for name, path in paths.items()}
-
-
-def refuse_unused(given: dict[str, Any], config: Config) -> None:
-    """Raise UserError for a flag that was given and that the run has no use for."""
-    for name in (name for name in given if name in USED_BY):
-        decides, values = USED_BY[name]
-        if getattr(config, decides) not in values:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{flag}: {decides} {getattr(config, decides)} has none; leave it out, or choose "
-                f"--{decides} {', '.join(values)}"
-            )
-
-
-def flags(options: dict[str, Any]) -> list[str]:
-    """The inverse of `parse`: the flags that give these options, None left out."""
-    words: list[str] = []
-    for field in dataclasses.fields(Config):
-        value = options.get(field.name)
-        if isinstance(field.default, bool):
-            words += [flag_of(field)] if value is not None and value != field.default else []
-        elif value is not None and value != ():
-            words += [flag_of(field), *map(str, value if isinstance(value, tuple) else (value,))]
-    return words
-
-
-def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Config:
-    """A checked Config, its learning rate and weight decay filled in, from the flags that were given and, on
-    resume, the options stored with the run.
-
-    Raises UserError for an option out of range, and on resume for one that differs from the stored one and
-    may not.
-    """
-    given = with_local_paths(given)
-    if stored is None:
-        config = Config(**given)
-    else:
-        hints = typing.get_type_hints(Config)
-        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-        for name, value in stored.items():
-            if name not in hints:
-                raise UserError(f"config.json: unknown option {name!r}, of a newer version; use that version")
-            if not fits(value, hints[name]):
-                raise UserError(
-                    f"config.json: {name} cannot be {value!r}; restore the file, or start a fresh run"
-                )
-        stored = with_local_paths(stored)
-        if "epochs" in given and "steps" not in given:
-            stored["steps"] = None
-        config = Config(**{**stored, **given})
-        for field in dataclasses.fields(Config):
-            old, new = stored.get(field.name, field.default), getattr(config, field.name)
-            if not is_changeable(field.name, config.schedule) and old != new:
-                remedy = "leave the flag out, or start a fresh run"
-                raise UserError(f"{flag_of(field)}: the run has {old}, not {new}; {remedy}")
-    config.check()
-    return dataclasses.replace(
-        config,
-        lr=DEFAULT_LR.get(config.optimizer, 1e-3) if config.lr is None else config.lr,
-        weight_decay=(
-            DEFAULT_WEIGHT_DECAY.get(config.optimizer, 0.0)
-            if config.weight_decay is None
-            else config.weight_decay
-        ),
-    )
-
-
-def argv_of(config: Config) -> list[str]:
-    """The flags that give a resolved `config`, but for where its run is and whether it is resumed."""
-    usual = resolve({"optimizer": config.optimizer})  # its learning rate, its decay
-    argv = []
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        default = field.default if field.name == "optimizer" else getattr(usual, field.name)
-        # A recipe is no option of its own: what it says is in the others.
-        if field.name in ("run_dir", "resume", "recipe") or value == default:
-            continue
-        argv.append(flag_of(field))
-        if not isinstance(field.default, bool):
-            argv += map(str, value if isinstance(value, tuple) else (value,))
-    return argv
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value that was read from JSON or TOML is of the type that its field is annotated with."""
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(type(item) is int for item in value)
-    kinds = typing.get_args(hint) or (hint,)
-    return type(value) in kinds or (type(value) is int and float in kinds)
+        allowed = " and ".join(f"{words} {limit:g}" for words, _, limit in rules)
+        raise UserError(f"{flag}: {value} is out of range; give a number {allowed}")

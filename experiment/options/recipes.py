@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
-from experiment.options.config import Config, fits
+from experiment.options.config import Config
+from experiment.options.resolving import fits
 
-FOLDER = Path(__file__).parents[1] / "recipes"
+FOLDER = Path(__file__).parents[2] / "recipes"
 OWN = frozenset({"recipe", "run_dir", "resume", "data_dir"})  # of a run or a machine, in no recipe
 
 

@@ -16,7 +16,8 @@ from experiment.data.augmentation import picture_of
 from experiment.data.types import Pixels
 from experiment.files.predictions import Predictions
 from experiment.files.run_folder import short_commit
-from experiment.options.config import Config, resolve
+from experiment.options.config import Config
+from experiment.options.resolving import resolve
 from experiment.report.pictures import SHEETS, Picture, caption, chosen
 from experiment.report.reading import RunFiles
 from experiment.report.tables import class_table, most_confused
@@ -39,7 +40,8 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "ratio": ratio, "svg_uri": svg_uri, "commit": short_commit}
+    filters = {"percent": percent, "ratio": ratio, "svg_uri": svg_uri, "png_uri": png_uri}
+    environment.filters |= {**filters, "commit": short_commit}
     return environment.get_template(template).render(values)
 
 
@@ -54,8 +56,13 @@ def ratio(value: float | None) -> str:
 
 
 def svg_uri(content: bytes) -> str:
-    """A picture as the address that contains it."""
+    """An SVG figure as the address that contains it."""
     return "data:image/svg+xml;base64," + base64.b64encode(content).decode()
+
+
+def png_uri(content: bytes) -> str:
+    """A PNG image as the address that contains it."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def thumbnail_uri(pixels: Pixels) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.errors import UserError
-from experiment.files import predictions, run_folder
-from experiment.options.config import Config, argv_of, resolve
+from experiment.files import metrics_log, predictions, run_folder
+from experiment.options.command_line import argv_of
+from experiment.options.config import Config
+from experiment.options.resolving import resolve
 
 Floats = npt.NDArray[np.float64]
 
@@ -92,24 +93,20 @@ class RunFiles:
         """The steps and the values [n] of a number in the lines; what was not finite is not-a-number."""
         found = [
             (line["step"], np.nan if line[key] is None else line[key])
-            for line in self.lines
-            if line["split"] == split and line["scope"] == scope and key in line
+            for line in metrics_log.select(self.lines, split, scope)
+            if key in line
         ]
         pairs = np.array(found, np.float64).reshape(-1, 2)
         return pairs[:, 0], pairs[:, 1]
 
     def last(self, split: str) -> dict[str, Any] | None:
         """The newest line of a split over a whole epoch or part."""
-        return next(
-            (line for line in reversed(self.lines) if (line["split"], line["scope"]) == (split, "epoch")),
-            None,
-        )
+        return next(metrics_log.select(reversed(self.lines), split, "epoch"), None)
 
     @property
     def best(self) -> dict[str, Any] | None:
         """The line of the lowest validation loss."""
-        found = [line for line in self.lines if line["split"] == "val" and line.get("loss") is not None]
-        return min(found, key=lambda line: line["loss"], default=None)
+        return metrics_log.best(self.lines)
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -125,7 +122,7 @@ def read_run(folder: Path) -> RunFiles:
     if not all(isinstance(session, dict) for session in sessions):
         raise UserError(f"{folder / 'config.json'}: its sessions are not what a run writes; restore it")
     absent: list[str] = []
-    lines = _read_lines(folder / "metrics.jsonl", absent)
+    lines = _read_lines(folder / metrics_log.NAME, absent)
     return RunFiles(
         folder=folder,
         config=resolve({}, record["config"]),
@@ -138,39 +135,16 @@ def read_run(folder: Path) -> RunFiles:
     )
 
 
-def _read_lines(path: Path, absent: list[str]) -> list[dict[str, Any]]:
-    """The lines that are whole: of a run that was killed, or goes on, the last may not be."""
-    try:
-        texts = path.read_text(errors="replace").splitlines()
-    except OSError:
+def _read_lines(path: Path, absent: list[str]) -> list[metrics_log.Line]:
+    """Return the whole lines of metrics.jsonl; note in `absent` if others are left out."""
+    if not path.is_file():
         absent.append("metrics.jsonl is absent: no step was taken, or the file was removed.")
-        return []
-    lines, bad = [], 0
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if _is_line(line):
-            lines.append(line)
-        else:
-            bad += 1
-    if bad:
-        absent.append(f"{bad} of the {len(texts)} lines of metrics.jsonl cannot be read and are left out.")
+    texts = metrics_log.raw_lines(path)
+    lines = list(metrics_log.parse(texts))
+    if len(lines) < len(texts):
+        bad = f"{len(texts) - len(lines)} of the {len(texts)} lines"
+        absent.append(f"{bad} of metrics.jsonl cannot be read and are left out.")
     return lines
-
-
-def _is_line(line: Any) -> bool:
-    kinds = {"split": str, "scope": str, "step": int}
-    return (
-        isinstance(line, dict)
-        and all(isinstance(line.get(name), kind) for name, kind in kinds.items())
-        and all(
-            value is None or isinstance(value, int | float)
-            for name, value in line.items()
-            if name not in kinds
-        )
-    )
 
 
 def _read_summary(path: Path, lines: list[dict[str, Any]], absent: list[str]) -> dict[str, Any] | None:

@@ -15,8 +15,9 @@ from experiment.errors import UserError
 from experiment.files import results, run_folder, weights
 from experiment.files.checkpoints import differences
 from experiment.files.results import WEIGHTS
-from experiment.options.config import FRAMEWORKS, Config, resolve
+from experiment.options.config import FRAMEWORKS, Config
 from experiment.options.paths import path_type
+from experiment.options.resolving import resolve
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 Schedule = Callable[[int], float]
-Validations = Sequence[tuple[int, float]]
+Validations = Iterable[tuple[int, float]]
 """The step, and the loss on the validation part after so many steps; in order."""
 
 THRESHOLD = 1e-4  # PyTorch's: plateau takes a loss for better if it is lower by this fraction of the best

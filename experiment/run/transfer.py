@@ -18,7 +18,7 @@ import numpy as np
 from experiment.engines import Engine
 from experiment.errors import UserError
 from experiment.files import weights
-from experiment.files.identify import Shapes, identify, summary
+from experiment.files.identify import Shapes, identify, summary, torchvision_name
 from experiment.options.config import Config
 
 HEAD = "fc."
@@ -58,7 +58,7 @@ def initial_tree(
     given = {}
     for name, array in tensors.items():
         if not name.endswith("num_batches_tracked"):
-            given["fc." + name.removeprefix("linear.") if name.startswith("linear.") else name] = array
+            given[torchvision_name(name)] = array
     own = weights.from_tree(tree)
     shapes = {name: array.shape for name, array in given.items()}
     if rest:

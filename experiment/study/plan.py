@@ -33,8 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
-from experiment.options.config import FRAMEWORKS, resolve
+from experiment.options.config import FRAMEWORKS
 from experiment.options.recipes import checked
+from experiment.options.resolving import resolve
 
 Options = dict[str, Any]
 OWN = {"seed", "test"}  # given by the study, not by its file

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.files import run_folder
-from experiment.options.config import resolve
+from experiment.options.resolving import resolve
 from experiment.study.plan import Contestant, Plan
 from experiment.study.running import (
     Run,

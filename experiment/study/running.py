@@ -10,9 +10,8 @@ import contextlib
 import dataclasses
 import gc
 import io
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,15 +20,18 @@ from typing import Any
 
 from experiment.engines import load_module
 from experiment.errors import UserError
-from experiment.files import run_folder
+from experiment.files import metrics_log, run_folder
 from experiment.files.checkpoints import Checkpoints
 from experiment.files.results import read_summary
-from experiment.options.config import Config, flag_of, flags, resolve
-from experiment.run import signals
+from experiment.options.command_line import flags
+from experiment.options.config import Config, flag_of
+from experiment.options.resolving import resolve
+from experiment.run import session, signals
+from experiment.run.outcome import End, Outcome
 from experiment.study.plan import Contestant, Options, Plan
 
-Start = Callable[..., int]  # train.start
-NOT_FINITE = "was not finite at step"  # what `training.Trainer` says of a run that has diverged
+STEP_CHECKS = ("loss", "grad_norm")  # a run ends where one of these is not finite
+
 # What may differ between a study and its runs: none of it moves a number
 HARMLESS = frozenset(
     {
@@ -106,26 +108,19 @@ def _last_validation(folder: Path) -> dict[str, Any]:
     return list(lines(folder, "val"))[-1]
 
 
-def lines(folder: Path, split: str, scope: str = "epoch") -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl of one split and scope."""
-    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
-        for text in file:
-            line = json.loads(text)
-            if line["split"] == split and line["scope"] == scope:
-                yield line
+def lines(folder: Path, split: str, scope: str = "epoch") -> Iterator[metrics_log.Line]:
+    """Yield the lines of a run's metrics.jsonl of one split and scope."""
+    return metrics_log.read(folder / metrics_log.NAME, split, scope)
 
 
 def has_diverged(folder: Path) -> bool:
-    """Whether a run ended because its loss or gradient was not finite, or ended with a test loss that is not,
-    or a validation loss where it was not tested; the same would happen again."""
+    """True if the loss or gradient of a step was not finite, or at its end the test loss (the validation loss
+    of a run that was not tested); the same would happen again."""
     if summary := read_summary(folder):
         return (summary["test"] or _last_validation(folder))["loss"] is None
-    return NOT_FINITE in _log(folder)
-
-
-def _log(folder: Path) -> str:
-    log = folder / "log.txt"
-    return log.read_text(encoding="utf-8").rstrip() if log.exists() else ""
+    return any(
+        line[name] is None for line in lines(folder, "train", "step") for name in STEP_CHECKS & line.keys()
+    )
 
 
 def is_done(run: Run) -> bool:
@@ -146,17 +141,16 @@ def is_done(run: Run) -> bool:
     return read_summary(run.folder) is not None or has_diverged(run.folder)
 
 
-def carry_out(run: Run, start: Start) -> None:
-    """Make or continue a run by `train.start`; its lines go to its log.txt alone.
+def carry_out(run: Run) -> None:
+    """Make or continue a run; its lines go to its log.txt alone.
 
     Raises StudyStoppedError if it was interrupted, or failed in another way than by diverging.
     """
     with _quiet():
-        status = _begin(run, start)
+        outcome = _start(run)
     gc.collect()  # the engine's processes and memory end with it
-    if status and not has_diverged(run.folder):
-        last_words = _log(run.folder).rpartition("\n")[2].partition(" ")[2]
-        raise StudyStoppedError(f"{run.label}: {last_words}", status)
+    if outcome.end not in (End.COMPLETED, End.DIVERGED):
+        raise StudyStoppedError(f"{run.label}: {outcome.reason}", outcome.status)
 
 
 def can_go_together(runs: Sequence[Run]) -> bool:
@@ -166,7 +160,7 @@ def can_go_together(runs: Sequence[Run]) -> bool:
     return len(runs) > 1 and len(steps) == 1 and "early_stopping_patience" not in runs[0].options
 
 
-def carry_out_together(runs: Sequence[Run], start: Start) -> None:
+def carry_out_together(runs: Sequence[Run]) -> None:
     """Make or continue runs that differ in the seed alone, in one program of JAX's.
 
     When one of them fails all stop: they can be continued one by one. At a signal all stop at one step.
@@ -176,15 +170,15 @@ def carry_out_together(runs: Sequence[Run], start: Start) -> None:
     errors: list[Exception] = []
 
     def drive(index: int, run: Run) -> None:
-        status = 1
+        end = End.FAILED
         try:
-            status = _begin(run, start, partial(rendezvous.join, index))
+            end = _start(run, partial(rendezvous.join, index)).end
         except BrokenBarrierError:
             pass
         except Exception as error:
             errors.append(error)
         finally:
-            if 0 < status < 128:  # at a signal the others end by themselves
+            if end in (End.FAILED, End.DIVERGED):  # at a signal the others end by themselves
                 rendezvous.leave()
 
     threads = [Thread(target=drive, args=each) for each in enumerate(runs)]
@@ -212,11 +206,11 @@ def check_signal(request: signals.StopRequest) -> None:
         raise StudyStoppedError(f"stopped by {request.signal.name}", 128 + request.signal)
 
 
-def _begin(run: Run, start: Start, *join: Any) -> int:
+def _start(run: Run, *join: Any) -> Outcome:
     options = dict(run.options)
     if (run.folder / "config.json").exists():
         options["resume"] = True
-    return start(options, flags(options), *join)
+    return session.start(options, flags(options), *join)
 
 
 @contextlib.contextmanager

@@ -1,27 +1,16 @@
-"""A study's results as tables, in Markdown and in one HTML file with the pictures inside."""
+"""A study's results as tables, in Markdown and in one HTML file with the figures inside."""
 
 from __future__ import annotations
 
-import base64
-import html
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiment.files.run_folder import short_commit
+from experiment.report.page import render
 from experiment.study.running import words
 
 Json = dict[str, Any]
-STYLE = """
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: auto; padding: 1rem }
-div { overflow-x: auto }
-table { border-collapse: collapse }
-th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } tr { border-bottom: 1px solid #8884 }
-img { max-width: 100%; background: white }
-"""
 
 
 class Table(NamedTuple):
@@ -146,23 +135,15 @@ def in_markdown(table: Table, level: str) -> str:
     return f"{level} {table.title}\n\n{table.text}\n\n" + "\n".join(f"| {line} |" for line in lines)
 
 
-def page(study: Json, pictures: Sequence[Path]) -> str:
+def page(study: Json, figures: Sequence[Path]) -> str:
     """The tables, and PNG files, as one HTML file."""
-    title = html.escape(f"Study: {study['name']}")
-    made = re.sub("`(.*?)`", r"<code>\1</code>", html.escape(head(study)))
-    parts = [f"<h1>{title}</h1>", f"<p>{made}</p>"]
-    for table in tables(study):
-        names = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
-        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table.rows]
-        body = "".join(f"<tr>{row}</tr>" for row in [names, *rows])
-        parts += [f"<h2>{html.escape(table.title)}</h2>", f"<p>{html.escape(table.text)}</p>"]
-        parts.append(f"<div><table>{body}</table></div>")
-    for path in pictures:
-        data = base64.b64encode(path.read_bytes()).decode()
-        parts.append(f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>')
-    viewport = '<meta name="viewport" content="width=device-width">'
-    meta = f'<meta charset="utf-8">{viewport}<title>{title}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{meta}</head><body>{"".join(parts)}</body></html>\n'
+    return render(
+        "study.html",
+        title=f"Study: {study['name']}",
+        head=head(study).split("`"),
+        tables=list(tables(study)),
+        figures=[(path.stem, path.read_bytes()) for path in figures],
+    )
 
 
 def head(study: Json) -> str:

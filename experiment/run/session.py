@@ -1,0 +1,329 @@
+"""A run from its options to its summary: resolve, open, restore or begin, fit, conclude."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shlex
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from threading import BrokenBarrierError
+from typing import Any
+
+from experiment.data import loading
+from experiment.data.loading import Data
+from experiment.engines import Engine, load_engine, set_environment
+from experiment.errors import DivergedError, FolderLostError, RunFailedError, UserError
+from experiment.files import run_folder
+from experiment.files.results import check_startable
+from experiment.files.tensorboard import add_pictures
+from experiment.options.config import Config
+from experiment.options.recipes import with_recipe
+from experiment.options.resolving import resolve, with_local_paths
+from experiment.processes import SINGLE_PROCESS, ProcessInfo, connect
+from experiment.report import write_report
+from experiment.run.console import Console, conclude, describe
+from experiment.run.outcome import End, Outcome, describe_failure, resume_command, what_is_safe
+from experiment.run.output import RunOutput, open_output
+from experiment.run.restoring import Start, begin, restore
+from experiment.run.schedules import Validations, make_schedule
+from experiment.run.trainer import Trainer
+from experiment.run.transfer import initial_tree, sha256
+from experiment.run.validations import ValidationHistory
+
+Record = dict[str, Any]
+"""What config.json holds: {"config", "resolved", "sessions"}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedRun:
+    """A start or resume of a run, resolved; nothing is written yet.
+
+    Attributes:
+        config: the options.
+        stored: what config.json of the run held; None for a fresh run.
+        resolved: what follows from the options and the data.
+        data: the splits.
+        engine: what computes.
+        validations: those that the engine's schedule reads.
+        tree: the engine's initial tree with the weights of --init-from; None without them.
+        notes: lines for the user, which are logged once there is a log.
+        process: which of several processes this is.
+        argv: the flags, for config.json.
+    """
+
+    config: Config
+    stored: Record | None
+    resolved: dict[str, Any]
+    data: Data
+    engine: Engine
+    validations: ValidationHistory
+    tree: dict[str, Any] | None
+    notes: list[str]
+    process: ProcessInfo
+    argv: list[str]
+
+
+def start(
+    given: dict[str, Any], argv: list[str], join: Callable[[Engine], Engine] = lambda engine: engine
+) -> Outcome:
+    """Begin or resume the run of the options that were given; return how it ended.
+
+    Args:
+        given: {field of Config: value}, as `parse` makes them of flags.
+        argv: those flags, for config.json.
+        join: returns the engine to use in place of the run's, for runs that train together.
+
+    Raises:
+        UserError: the run is refused; what can be refused is refused before the disk is touched.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what we report in a line
+    given = with_local_paths(given)
+    stored = None
+    if given.get("resume") and given.get("run_dir"):
+        stored = run_folder.read_record(Path(given["run_dir"]))
+    if stored is None:  # a resumed run has its options, whatever has become of the recipe
+        given = with_recipe(given)
+    config = resolve(given, stored and stored["config"])
+    folder = Path(config.run_dir) if config.run_dir is not None else None
+    if folder is not None:
+        check_folder(folder, stored)
+    run = _resolve(config, stored, given, argv, join)
+    is_main = run.process.is_main
+    if is_main and stored is None:
+        folder = run_folder.create(folder, f"{config.model}-{config.dataset}-{config.optimizer}")
+    with open_output(
+        folder,
+        is_main=is_main,
+        keep_checkpoints=config.keep_checkpoints,
+        check=lambda locked: check_folder(locked, stored),
+    ) as output:
+        return _run(run, output)
+
+
+def check_folder(run_dir: Path, stored: Record | None) -> None:
+    """Raise UserError if a run cannot begin in `run_dir`, or continue where config.json held `stored`."""
+    if stored is None:
+        run_folder.check_fresh(run_dir)
+    elif run_folder.read_record(run_dir) != stored:
+        raise UserError(f"--run-dir: another process has trained in {run_dir} meanwhile; start again")
+    else:
+        check_startable(run_dir, stored)
+
+
+def _resolve(
+    config: Config,
+    stored: Record | None,
+    given: dict[str, Any],
+    argv: list[str],
+    join: Callable[[Engine], Engine],
+) -> ResolvedRun:
+    """Open the data and make the engine."""
+    set_environment(config.framework, deterministic=config.deterministic)
+    data = loading.load(config.dataset, **config.data_options())
+    note = run_folder.check_same_data(stored["resolved"], data) if stored is not None else None
+    notes = [note] if note else []
+    resolved = resolve_lengths(config, data, stored, given)
+    process = connect() if config.distributed else SINGLE_PROCESS
+    data = dataclasses.replace(data, place=process)
+    validations = ValidationHistory(config.eval_every or data.steps_per_epoch)
+    engine = join(make_engine(config, data, resolved, validations))
+    return ResolvedRun(
+        config=config,
+        stored=stored,
+        resolved=resolved,
+        data=data,
+        engine=engine,
+        validations=validations,
+        tree=initial_tree(engine, config, resolved, notes.append) if stored is None else None,
+        notes=notes,
+        process=process,
+        argv=argv,
+    )
+
+
+def _run(run: ResolvedRun, output: RunOutput) -> Outcome:
+    """Restore or begin, fit, conclude; log how the run ended."""
+    config, console = run.config, output.console
+    draws_report = config.report and output.is_main
+    try:
+        identity = run_folder.identity(config, run.resolved)
+        start = _restore_or_begin(run, output, identity)
+        options = _record(run, output, start)
+        with output.writing_metrics(start.history, options if config.report else None):
+            trainer = Trainer(
+                config=config,
+                data=run.data,
+                engine=run.engine,
+                output=output,
+                validations=run.validations,
+                start=start,
+                total_steps=run.resolved["total_steps"],
+                identity=identity,
+            )
+            summary = trainer.fit()
+        if summary is None:
+            outcome = _stopped(trainer, output)
+        else:
+            outcome = Outcome(End.COMPLETED, 0)
+            if output.is_main:
+                output.check_folder()
+            output.write_json("summary.json", summary)
+            conclude(summary, output.folder, console)
+        if draws_report:
+            page = write_the_report(output.folder, trainer.step, console)
+            if page and summary is not None:
+                console.say(f"report: {page}")
+        return outcome
+    except RunFailedError as error:
+        end = End.DIVERGED if isinstance(error, DivergedError) else End.FAILED
+        outcome = _failed(console, f"the run failed: {error}", end)
+        if draws_report and not isinstance(error, FolderLostError):
+            write_the_report(output.folder, trainer.step, console)
+        return outcome
+    except (UserError, BrokenBarrierError):  # the second: another of the runs that train together ended
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError | MemoryError):
+            console.log(traceback.format_exc())
+        reason = describe_failure(error, output.checkpoints, output.folder)
+        return _failed(console, f"the run failed: {reason}")
+    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C
+        reason = f"interrupted at once; {what_is_safe(output.checkpoints, output.folder)}"
+        console.fail(reason, label="")
+        return Outcome(End.INTERRUPTED, 128 + signal.SIGINT, reason)
+
+
+def _failed(console: Console, reason: str, end: End = End.FAILED) -> Outcome:
+    console.fail(reason)
+    return Outcome(end, 1, reason)
+
+
+def _stopped(trainer: Trainer, output: RunOutput) -> Outcome:
+    number = trainer.stop.signal
+    assert number is not None
+    reason = (
+        f"stopped by {number.name} at step {trainer.step}; everything is saved: "
+        f"continue with {resume_command(output.folder)}"
+    )
+    output.console.say(reason)
+    return Outcome(End.STOPPED, 128 + number, reason)
+
+
+def _restore_or_begin(run: ResolvedRun, output: RunOutput, identity: dict[str, Any]) -> Start:
+    engine, config, resolved, notes = run.engine, run.config, run.resolved, run.notes
+    if run.stored is not None:
+        total_steps = resolved["total_steps"]
+        start = restore(engine, output, run.validations, total_steps, identity)
+        if start is not None:
+            return start
+    # fresh, or killed before its first checkpoint
+    return begin(engine, run.tree or initial_tree(engine, config, resolved, notes.append))
+
+
+def _record(run: ResolvedRun, output: RunOutput, start: Start) -> dict[str, Any]:
+    """Write config.json and describe the run; return the options as it holds them."""
+    config = dataclasses.replace(run.config, resume=False, run_dir=None, distributed=False)
+    options = dataclasses.asdict(config)
+    newest = run_folder.session(start.step, run.engine.device, run.argv)
+    sessions = [*(run.stored["sessions"] if run.stored else []), newest]
+    record = {"config": options, "resolved": run.resolved, "sessions": sessions}
+    output.write_json("config.json", record)
+    describe(record, run.engine.device, output.folder, output.console)
+    for line in run.notes:
+        output.console.say(line)
+    return options
+
+
+def write_the_report(run_dir: Path, step: int, console: Console) -> Path | None:
+    """Write the report; return the page. Whatever goes wrong with it, the run itself is done and saved."""
+    try:
+        page, pictures = write_report(run_dir)
+        add_pictures(run_dir, {name: picture.png for name, picture in pictures.items()}, step)
+        return page
+    except Exception as error:  # of a library that draws
+        console.say(
+            f"the run is saved, but its report could not be made ({type(error).__name__}: {error}); "
+            f"try python -m experiment report {shlex.quote(str(run_dir))}"
+        )
+        return None
+
+
+def resolve_lengths(
+    config: Config, data: Data, stored: dict[str, Any] | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what follows from the options and the data together, for config.json.
+
+    Raises UserError if a resumed run would change the length of its schedule without --schedule-steps.
+    """
+    total_steps = config.total_steps(data.steps_per_epoch)
+    length = config.schedule_steps or total_steps
+    if stored is not None:
+        old = stored["resolved"]["schedule_steps"]
+        if old != length and "schedule_steps" in given:
+            raise UserError(
+                f"--schedule-steps: the run has {old}, not {length}; leave the flag out, or start a fresh run"
+            )
+        if old != length and config.schedule == "cosine":
+            flag = "--steps" if "steps" in given else "--epochs"
+            raise UserError(
+                f"{flag}: would change the cosine schedule's length from {old} to {length} steps; "
+                f"add --schedule-steps {old} to keep it"
+            )
+        length = old
+    initial = stored["resolved"].get("init_from_sha256") if stored else sha256(config.init_from)
+    warmup = min(data.steps_per_epoch, length // 10) if config.warmup_steps is None else config.warmup_steps
+    if config.schedule == "cosine" and config.warmup_steps and warmup >= length > 0:
+        raise UserError(
+            f"--warmup-steps: {warmup} leaves nothing of the cosine schedule's {length} steps; give fewer"
+        )
+    return {
+        "total_steps": total_steps,
+        "steps_per_epoch": data.steps_per_epoch,
+        "schedule_steps": length,
+        "warmup_steps": warmup,
+        "optimizer_options": config.optimizer_options(),
+        "init_from_sha256": initial,
+        **run_folder.data_facts(data),
+    }
+
+
+def make_engine(
+    config: Config, data: Data, resolved: dict[str, Any], validations: Validations = ()
+) -> Engine:
+    """Return the engine of a run. Raises UserError for a batch that the devices cannot share."""
+    config.check_pictures(*data.image_shape[:2])
+    memory = {"accumulate": config.accumulate, "remat": config.remat} if config.framework == "jax" else {}
+    engine = load_engine(config.framework)(
+        model=config.model,
+        model_options=config.model_options(),
+        num_classes=data.num_classes,
+        image_shape=data.image_shape,
+        mean=data.mean,
+        std=data.std,
+        optimizer=config.optimizer,
+        optimizer_options=resolved["optimizer_options"],
+        learning_rate=make_schedule(
+            config.schedule,
+            resolved["optimizer_options"]["base_lr"],
+            length=resolved["schedule_steps"],
+            milestones=config.milestones,
+            factor=config.decay_factor,
+            patience=config.patience,
+            cooldown=config.cooldown,
+            validations=validations,
+            warmup_steps=resolved["warmup_steps"],
+        ),
+        precision=config.precision,
+        seed=config.seed,
+        freeze_backbone=config.freeze_backbone,
+        **memory,
+    )
+    if config.batch_size // config.accumulate % engine.device_count:
+        parts = f" in {config.accumulate} micro-batches" if config.accumulate > 1 else ""
+        raise UserError(
+            f"--batch-size: {config.batch_size}{parts} is no multiple of the {engine.device_count} devices"
+        )
+    return engine

@@ -53,7 +53,7 @@ RECIPES = {
 def make_imagenet(root: Path, count: int = 256) -> None:
     """Write a TFDS data set imagenet2012 of made photographs: smooth, with noise; about 28 kB each."""
     source = SyntheticSource(0, count, (375, 500))
-    pictures, _ = source.pictures(np.arange(count))
+    pictures, _ = source.images(np.arange(count))
     files = [
         (made_tfds.encoded(Image.blend(p, p.resize((125, 94)).resize((500, 375)), 0.5), "jpeg"), 0)
         for p in pictures

@@ -1,4 +1,4 @@
-"""`python -m experiment COMMAND ...`: work on data sets and on finished runs."""
+"""`python -m experiment COMMAND ...`: work on data sets and on completed runs."""
 
 import importlib
 import signal
@@ -11,9 +11,9 @@ from experiment.run.console import prepare_streams, release_streams
 COMMANDS = {
     "compare": "runs side by side: curves over one another, results, differences of their options",
     "convert": "weights from PyTorch's files (.pth, .ckpt, .pth.tar, ...) to safetensors, or back",
-    "evaluate": "test a finished run: one crop, ten crops, or whole pictures at several scales",
+    "evaluate": "test a completed run: one crop, ten crops, or whole images at several scales",
     "parity": "one network in NumPy, JAX and PyTorch: the first stage at which two of them depart",
-    "predict": "the most likely classes of pictures in files, by a finished run",
+    "predict": "the most likely classes of images in files, by a completed run",
     "study": "optimizers x seeds by a TOML file: tuned alike, compared with intervals",
     "prepare": "download a TFDS data set and bring it into the form that training reads",
     "report": "a page of a run, finished or not: curves, classes, mistakes, samples",
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
             "",
             *(f"  {name:<10} {text}" for name, text in COMMANDS.items()),
             "",
-            "`python -m experiment COMMAND --help` tells more.",
+            "`python -m experiment COMMAND --help` lists its arguments.",
         ]
     )
     name, *rest = argv or ["--help"]

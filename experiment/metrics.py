@@ -32,9 +32,9 @@ class Metrics:
         self.hits += np.bincount(label[prediction == label], minlength=num_classes)
         self.labels += np.bincount(label, minlength=num_classes)
         self.predictions += np.bincount(prediction, minlength=num_classes)
-        # As argmax has it, the lowest class goes first among equals; what is no number counts as larger.
-        own, lower = logits[np.arange(n), label][:, None], np.arange(num_classes) < label[:, None]
-        ahead = ~(logits <= own) | ((logits == own) & lower)
+        # As in argmax, the lowest class goes first among equals, and NaN counts as larger.
+        true, lower = logits[np.arange(n), label][:, None], np.arange(num_classes) < label[:, None]
+        ahead = ~(logits <= true) | ((logits == true) & lower)
         self.top5 += int((ahead.sum(1) < 5).sum())
 
     def compute(self) -> dict[str, float]:

@@ -458,11 +458,11 @@ def test_differences_name_what_differs():
     found["optimizer"]["nu"] = {"conv1.weight": np.zeros(3)}
     found["batch_stats"] = {"bn1.running_mean": np.zeros(3)}
     assert differences(expected, found) == [
-        "batch_stats/bn1.running_mean is surplus",
-        "optimizer/nu/conv1.weight is surplus",
+        "batch_stats/bn1.running_mean is unexpected",
+        "optimizer/nu/conv1.weight is unexpected",
         "params/conv1.weight is float32[4, 1, 3, 3], not float32[4, 3, 3, 3]",
         "params/fc.bias is missing",
-        "params/fc.extra is surplus",
+        "params/fc.extra is unexpected",
         "params/layer1.0.bn1.weight is float32[5], not float64[5]",
     ]
 

@@ -30,7 +30,7 @@ from PIL import Image
 
 from experiment.data import builtin, tfds
 from experiment.data import loading as data_module
-from experiment.data.augmentation import fit_picture, picture_of
+from experiment.data.augmentation import fit_image, image_of
 from experiment.data.builtin import CachedSource, SyntheticSource, cached
 from experiment.data.loading import Data, Split, load
 from experiment.data.types import IMAGENET, Batch, Dataset, Labels
@@ -59,9 +59,9 @@ class Numbered:
         images[:, 0, :4, 0] = indices.astype("<u4").view(np.uint8).reshape(-1, 4)
         return {"image": images, "label": (indices % 7).astype(np.int32)}
 
-    def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list[Image.Image], Labels]:
+    def images(self, indices: npt.NDArray[np.int64]) -> tuple[list[Image.Image], Labels]:
         batch = self.read(indices)
-        return [picture_of(image) for image in batch["image"]], batch["label"]
+        return [image_of(image) for image in batch["image"]], batch["label"]
 
 
 def numbers(batch: Batch) -> list[int]:
@@ -140,7 +140,7 @@ def test_the_number_of_threads_does_not_change_the_order(
     load_numbered: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = order(load_numbered(60, batch_size=4).train_batches(5), 30)
-    monkeypatch.setattr(data_module, "_SMALL_PICTURE", 0)
+    monkeypatch.setattr(data_module, "_SMALL_IMAGE", 0)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     dawdle = random.Random(0)
     data = load_numbered(60, batch_size=4, delay=lambda: dawdle.uniform(0, 0.01))
@@ -339,14 +339,14 @@ def test_synthetic_can_be_learned(small: dict[str, Data]) -> None:
 
 def test_28_is_padded_to_32() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
-    fitted = fit_picture(Image.fromarray(pixels), (32, 32))
+    fitted = fit_image(Image.fromarray(pixels), (32, 32))
     np.testing.assert_array_equal(fitted, np.pad(pixels, 2)[..., None])
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (50, 200), (224, 224)])
 @pytest.mark.parametrize("shape", [(100, 60), (60, 100), (33, 33), (24, 24), (400, 37), (1, 1)])
 def test_fitted_picture_covers_the_target(shape: tuple[int, int], size: tuple[int, int]) -> None:
-    fitted = fit_picture(Image.fromarray(np.full((*shape, 3), 200, np.uint8)), size)
+    fitted = fit_image(Image.fromarray(np.full((*shape, 3), 200, np.uint8)), size)
     np.testing.assert_array_equal(fitted, np.full((*size, 3), 200))
 
 
@@ -355,9 +355,9 @@ def test_the_centre_is_kept() -> None:
     picture = np.zeros((60, 180, 3), np.uint8)
     for stripe in range(3):
         picture[:, 60 * stripe : 60 * stripe + 60, stripe] = 255
-    fitted = fit_picture(Image.fromarray(picture), (32, 32))
+    fitted = fit_image(Image.fromarray(picture), (32, 32))
     np.testing.assert_array_equal(fitted[:, 1:-1], np.broadcast_to(np.array([0, 255, 0]), (32, 30, 3)))
-    turned = fit_picture(Image.fromarray(picture.transpose(1, 0, 2)), (32, 32))
+    turned = fit_image(Image.fromarray(picture.transpose(1, 0, 2)), (32, 32))
     np.testing.assert_array_equal(turned, fitted.transpose(1, 0, 2))
 
 
@@ -365,18 +365,18 @@ def test_fitting_is_resizing_then_cropping() -> None:
     """Also at the edges of the crop, where the filter reaches beyond them."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 180, 3), dtype=np.uint8))
     resized = np.asarray(picture.resize((96, 32), Image.Resampling.BILINEAR))
-    np.testing.assert_allclose(fit_picture(picture, (32, 32)).astype(int), resized[:, 32:64], atol=1)
+    np.testing.assert_allclose(fit_image(picture, (32, 32)).astype(int), resized[:, 32:64], atol=1)
 
 
 def test_shrinking_is_antialiased() -> None:
     """A checkerboard of single pixels shrinks to grey, not to black and white."""
     board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
-    assert np.ptp(fit_picture(Image.fromarray(board), (32, 32)).astype(int)) < 30
+    assert np.ptp(fit_image(Image.fromarray(board), (32, 32)).astype(int)) < 30
 
 
 def test_the_size_it_has_is_not_touched() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(fit_picture(Image.fromarray(pixels), (40, 50)), pixels)
+    np.testing.assert_array_equal(fit_image(Image.fromarray(pixels), (40, 50)), pixels)
 
 
 def test_cache_reads_once() -> None:

@@ -75,7 +75,7 @@ def test_the_table_of_readme_has_all_optimizers_of_the_study() -> None:
 def test_the_bounds_in_the_document_follow_the_schedule_of_the_studies() -> None:
     """Of `final-lr-gamma`: 336 steps, 33 of them warm-up, then half a cosine to 0."""
     plan = read(ROOT / "studies" / "final-lr-gamma.toml", {})
-    named = {each.name: each.candidates[0] for each in plan.contestants}
+    named = {each.name: each.candidates[0] for each in plan.methods}
     settings = [named[name] for name in ("published", "gamma-0.1", "final-lr-3")]
     lr, length = settings[0]["lr"], 336
     schedule = make_schedule("cosine", lr, length=length, warmup_steps=length // 10)

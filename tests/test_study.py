@@ -344,7 +344,7 @@ def test_a_diverged_run_is_told_and_does_not_stop_the_study(tmp_path: Path) -> N
     assert study["contestants"]["adam"]["diverged"] == [1]
     assert "| 0 of 1 (diverged: 1) |" in (folder / "study.md").read_text()
     plan = read(tmp_path / "tiny.toml", {})
-    (run,) = running.final_runs(plan, folder, plan.contestants[0], 0)
+    (run,) = running.final_runs(plan, folder, plan.methods[0], 0)
     assert running.is_done(run)
     assert running.validation(run.folder) == (0.0, math.inf)
 
@@ -374,7 +374,7 @@ def test_the_ends_of_a_range_and_a_dirty_tree_are_told(made: Path) -> None:
     (row,) = list(tables.tables(wide))[-1].rows
     assert row[-2:] == ["lr 1.0: diverged", "2"]
     wide["contestants"]["adam"]["chosen"] = 0
-    assert list(tables.tables(wide))[-1].rows[0][-1] == "1, an end"
+    assert list(tables.tables(wide))[-1].rows[0][-1] == "1, edge of the range"
     made_with = [{**study["made_with"][0], "git_commit": f"{'a' * 40}{end}"} for end in ("", "-dirty")]
     assert "of commit aaaaaaaaaa, aaaaaaaaaa-dirty." in tables.head({**study, "made_with": made_with})
 
@@ -443,9 +443,9 @@ def test_the_studies_of_the_tree_can_be_read(path: Path) -> None:
     plan = read(path, {})
     text = path.read_text()
     assert text.startswith(f"# python -m experiment study studies/{path.name}")
-    runs = len(plan.contestants) * (len(plan.seeds) + len(plan.tuning_seeds) * plan.budget)
+    runs = len(plan.methods) * (len(plan.seeds) + len(plan.tuning_seeds) * plan.trials)
     assert f"{runs} runs" in text
-    assert all(resolve(each.candidates[0]).optimizer in OPTIMIZERS for each in plan.contestants)
+    assert all(resolve(each.candidates[0]).optimizer in OPTIMIZERS for each in plan.methods)
 
 
 def test_variants_are_compared_with_the_first() -> None:
@@ -497,9 +497,9 @@ def test_a_signal_stops_a_study_and_its_run_goes_on(
     assert "stopped by SIGHUP at step 3; everything is saved" in err
     assert err.endswith("\nthe same command continues\n")
     plan = read(path, {})
-    runs = running.candidate(plan, tmp_path / "out", plan.contestants[0], 0)
+    runs = running.candidate(plan, tmp_path / "out", plan.methods[0], 0)
     assert _make(runs, 0, 1, signals.StopRequest(), together=False, split="validation") == 1
-    (expected,) = running.candidate(plan, made / "out", plan.contestants[0], 0)
+    (expected,) = running.candidate(plan, made / "out", plan.methods[0], 0)
     metrics = [(each.folder / "metrics.jsonl").read_bytes() for each in (*runs, expected)]
     assert metrics[0] == metrics[1]
 
@@ -507,7 +507,7 @@ def test_a_signal_stops_a_study_and_its_run_goes_on(
 def test_a_signal_between_the_runs_of_a_study_is_heard(tmp_path: Path) -> None:
     plan = read(write(tmp_path), {})
     request = signals.StopRequest(signal.SIGUSR1)
-    runs = running.candidate(plan, tmp_path, plan.contestants[0], 0)
+    runs = running.candidate(plan, tmp_path, plan.methods[0], 0)
     with pytest.raises(running.StudyStoppedError, match="stopped by SIGUSR1") as caught:
         _make(runs, 0, 1, request, together=False, split="test")
     assert caught.value.status == 128 + signal.SIGUSR1

@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 def _prepare(name: str, data_dir: str | None) -> Any:
     """Download and write; return the TFDS builder."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read at the import
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it tells each of its retries
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it logs each of its retries
     import tensorflow_datasets as tfds
 
     root = data_root(data_dir)

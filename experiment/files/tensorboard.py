@@ -1,7 +1,7 @@
-"""RUN/tensorboard: the lines of metrics.jsonl, the options and the pictures, as TensorBoard reads them.
+"""RUN/tensorboard: the lines of metrics.jsonl, the options and the images, as TensorBoard reads them.
 
-Written with TensorBoard's own record writer, which needs no TensorFlow, in the thread of the run: what goes
-wrong with the disk is told where it happens.
+Written with TensorBoard's own record writer, which needs no TensorFlow, in the thread of the run: an error of
+the disk is raised where it happens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class EventFile:
         old = _files(run_dir)
         # TensorBoard reads the files in the order of their names, which begin with a time in seconds.
         times = [path.name.split(".")[3] for path in old]
-        begun = max([int(time.time()), *(int(each) + 1 for each in times if each.isdigit())])
+        begun = max([int(time.time()), *(int(seconds) + 1 for seconds in times if seconds.isdigit())])
         self._records = _Records(folder / f"events.out.tfevents.{begun:010d}.run", "xb")
         for path in old:
             path.unlink()
@@ -72,12 +72,12 @@ class EventFile:
         self._records.close()
 
 
-def add_pictures(run_dir: Path, pictures: Mapping[str, bytes], step: int) -> None:
+def add_images(run_dir: Path, images: Mapping[str, bytes], step: int) -> None:
     """Add PNG files, by name, to the event file of a run that has just ended at `step`."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     records = _Records(max(_files(run_dir)), "ab")
-    for name, content in pictures.items():
+    for name, content in images.items():
         width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
         image = Summary.Image(encoded_image_string=content, width=width, height=height, colorspace=4)
         value = Summary.Value(tag=f"report/{name}", image=image)

@@ -78,13 +78,13 @@ class Config:
         group="data",
         least=MIN_IMAGE_SIZE,
     )
-    grayscale: bool = option(False, "pictures of one channel from a set of colour", group="data")
-    crop_to_bbox: bool = option(False, "only what is inside a picture's bounding box", group="data")
+    grayscale: bool = option(False, "images of one channel from a set of color", group="data")
+    crop_to_bbox: bool = option(False, "only what is inside an image's bounding box", group="data")
     mean_only: bool = option(
         False, "subtract the mean, do not divide by the standard deviation", group="data"
     )
     augment: str = option(
-        "none", "random changes of the training pictures", group="data", choices=AUGMENTATIONS
+        "none", "random changes of the training images", group="data", choices=AUGMENTATIONS
     )
 
     optimizer: str = option("adam", "optimizer", group="optimizer", choices=OPTIMIZERS)
@@ -243,8 +243,8 @@ class Config:
         if self.small_images and self.model not in MODELS[:5]:
             raise UserError(f"--small-images: {self.model} has a 3x3 stem already; leave the flag out")
 
-    def check_pictures(self, height: int, width: int) -> None:
-        """Raise UserError if pictures of this size leave batch norm a single value, whose variance is 0."""
+    def check_image_size(self, height: int, width: int) -> None:
+        """Raise UserError if images of this size leave batch norm a single value, whose variance is 0."""
         shrinks = self.model in MODELS[:5] and not self.small_images  # by 32
         single = self.batch_size == self.accumulate and not self.freeze_backbone
         if single and self.batch_norm and shrinks and max(height, width) <= 32:
@@ -253,7 +253,7 @@ class Config:
             )
             raise UserError(
                 f"{flag} is too few for batch norm, as {self.model} brings {height}x{width} "
-                "pictures down to 1x1; use 2 or more"
+                "images down to 1x1; use 2 or more"
             )
 
     def data_options(self) -> dict[str, Any]:

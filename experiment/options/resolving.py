@@ -103,7 +103,7 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value that was read from JSON or TOML is of the type that its field is annotated with."""
+    """True if a value read from JSON or TOML is of the type that its field is annotated with."""
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(type(item) is int for item in value)
     kinds = typing.get_args(hint) or (hint,)

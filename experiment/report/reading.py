@@ -1,4 +1,4 @@
-"""What the folder of a run says, for a report: whatever of it is there."""
+"""Read the folder of a run for a report, however much of it is there."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RunFiles:
 
     @property
     def title(self) -> str:
-        """What was trained, in a line."""
+        """The model, the data set and the optimizer, in a line."""
         return f"{self.config.model} on {self.config.dataset}, {self.config.optimizer}"
 
     @property
@@ -80,7 +80,7 @@ class RunFiles:
 
     @property
     def finished(self) -> bool:
-        """Whether it has come to its end, and was not continued after that."""
+        """True if it has come to its end, and was not continued after that."""
         return self.summary is not None
 
     @property
@@ -90,14 +90,14 @@ class RunFiles:
         return [step for step in steps if isinstance(step, int)]
 
     def curve(self, split: str, scope: str, key: str) -> tuple[Floats, Floats]:
-        """The steps and the values [n] of a number in the lines; what was not finite is not-a-number."""
-        found = [
+        """Return the steps and the values [n] of a number in the lines; NaN where it was not finite."""
+        pairs = [
             (line["step"], np.nan if line[key] is None else line[key])
             for line in metrics_log.select(self.lines, split, scope)
             if key in line
         ]
-        pairs = np.array(found, np.float64).reshape(-1, 2)
-        return pairs[:, 0], pairs[:, 1]
+        points = np.array(pairs, np.float64).reshape(-1, 2)
+        return points[:, 0], points[:, 1]
 
     def last(self, split: str) -> dict[str, Any] | None:
         """The newest line of a split over a whole epoch or part."""

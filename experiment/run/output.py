@@ -139,7 +139,7 @@ def open_output(
             keep_checkpoints,
             writes=is_main,
             check_folder=check_folder,
-            report=console.say,
+            report=console.report,
         )
         stack.callback(_close, checkpoints)
         yield RunOutput(folder, is_main, check_folder, console, checkpoints, NullWriter())

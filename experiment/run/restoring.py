@@ -56,10 +56,10 @@ def restore(
             Nothing is written before these checks.
     """
     checkpoints, console, folder = output.checkpoints, output.console, output.folder
-    newest = checkpoints.load_newest(console.say)
+    newest = checkpoints.load_newest(console.report)
     if newest is None:
         checkpoints.remove_incomplete()
-        console.say("no checkpoint yet: starting at step 0")
+        console.report("no checkpoint yet: starting at step 0")
         return None
     step, tree, run = newest
     where = f"checkpoint {step} in {checkpoints.directory}"
@@ -81,17 +81,17 @@ def restore(
     validations.restore(parse(unchanged_start(folder / NAME, **run["history"]).splitlines()))
     checkpoints.remove_incomplete()
     if made_with is None:
-        console.say(
+        console.report(
             f"checkpoint {step} is of an older version and holds no options: those of config.json are taken"
         )
     start = Start(state=engine.from_tree(tree), step=step, **run)
     best_weights = folder / WEIGHTS["best"]
     if start.best is not None and not checkpoints.restore_best(best_weights, start.best["step"]):
-        console.say(
+        console.report(
             f"{best_weights}: the best weights so far, of step {start.best['step']}, are lost; "
             "the next better ones are written there"
         )
-    console.say(f"resuming at step {step}")
+    console.report(f"resuming at step {step}")
     return start
 
 

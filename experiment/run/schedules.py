@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions of the step, in Python floats, the same for every engine.
 
 `plateau` and early stopping look at the run's validations too: a list of (step, loss) that grows as the run
-goes on. What they say of a step depends on the validations up to it and on nothing else, so that a resumed
+goes on. The rate of a step depends on the validations up to it and on nothing else, so that a resumed
 run, which reads them back, goes on as if it had never stopped.
 """
 
@@ -50,7 +50,7 @@ def plateau(lr: float, validations: Validations, *, patience: int, factor: float
         for after, loss in validations:
             if after > step:
                 break
-            better = loss < best * (1 - THRESHOLD)  # never so for not-a-number
+            better = loss < best * (1 - THRESHOLD)  # never so for NaN
             best, bad = (loss, 0) if better else (best, bad + 1)
             if cooling:
                 cooling, bad = cooling - 1, 0
@@ -63,7 +63,7 @@ def plateau(lr: float, validations: Validations, *, patience: int, factor: float
 
 
 def has_converged(validations: Validations, patience: int) -> bool:
-    """Early stopping: whether the last `patience` validations brought no loss below all before them."""
+    """Early stopping: True if the last `patience` validations brought no loss below all before them."""
     losses = [loss if math.isfinite(loss) else math.inf for _, loss in validations]
     return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 

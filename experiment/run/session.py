@@ -18,7 +18,7 @@ from experiment.engines import Engine, load_engine, set_environment
 from experiment.errors import DivergedError, FolderLostError, RunFailedError, UserError
 from experiment.files import run_folder
 from experiment.files.results import check_startable
-from experiment.files.tensorboard import add_pictures
+from experiment.files.tensorboard import add_images
 from experiment.options.config import Config
 from experiment.options.recipes import with_recipe
 from experiment.options.resolving import resolve, with_local_paths
@@ -34,7 +34,7 @@ from experiment.run.transfer import initial_tree, sha256
 from experiment.run.validations import ValidationHistory
 
 Record = dict[str, Any]
-"""What config.json holds: {"config", "resolved", "sessions"}."""
+"""The content of config.json: {"config", "resolved", "sessions"}."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ResolvedRun:
 
     Attributes:
         config: the options.
-        stored: what config.json of the run held; None for a fresh run.
+        stored: the content of config.json; None for a fresh run.
         resolved: what follows from the options and the data.
         data: the splits.
         engine: what computes.
@@ -104,7 +104,7 @@ def start(
 
 
 def check_folder(run_dir: Path, stored: Record | None) -> None:
-    """Raise UserError if a run cannot begin in `run_dir`, or continue where config.json held `stored`."""
+    """Raise UserError if a run cannot begin in `run_dir`, or config.json is not what was read, `stored`."""
     if stored is None:
         run_folder.check_fresh(run_dir)
     elif run_folder.read_record(run_dir) != stored:
@@ -175,7 +175,7 @@ def _run(run: ResolvedRun, output: RunOutput) -> Outcome:
         if draws_report:
             page = write_the_report(output.folder, trainer.step, console)
             if page and summary is not None:
-                console.say(f"report: {page}")
+                console.report(f"report: {page}")
         return outcome
     except RunFailedError as error:
         end = End.DIVERGED if isinstance(error, DivergedError) else End.FAILED
@@ -208,7 +208,7 @@ def _stopped(trainer: Trainer, output: RunOutput) -> Outcome:
         f"stopped by {number.name} at step {trainer.step}; everything is saved: "
         f"continue with {resume_command(output.folder)}"
     )
-    output.console.say(reason)
+    output.console.report(reason)
     return Outcome(End.STOPPED, 128 + number, reason)
 
 
@@ -233,18 +233,18 @@ def _record(run: ResolvedRun, output: RunOutput, start: Start) -> dict[str, Any]
     output.write_json("config.json", record)
     describe(record, run.engine.device, output.folder, output.console)
     for line in run.notes:
-        output.console.say(line)
+        output.console.report(line)
     return options
 
 
 def write_the_report(run_dir: Path, step: int, console: Console) -> Path | None:
     """Write the report; return the page. Whatever goes wrong with it, the run itself is done and saved."""
     try:
-        page, pictures = write_report(run_dir)
-        add_pictures(run_dir, {name: picture.png for name, picture in pictures.items()}, step)
+        page, images = write_report(run_dir)
+        add_images(run_dir, {name: image.png for name, image in images.items()}, step)
         return page
     except Exception as error:  # of a library that draws
-        console.say(
+        console.report(
             f"the run is saved, but its report could not be made ({type(error).__name__}: {error}); "
             f"try python -m experiment report {shlex.quote(str(run_dir))}"
         )
@@ -294,7 +294,7 @@ def make_engine(
     config: Config, data: Data, resolved: dict[str, Any], validations: Validations = ()
 ) -> Engine:
     """Return the engine of a run. Raises UserError for a batch that the devices cannot share."""
-    config.check_pictures(*data.image_shape[:2])
+    config.check_image_size(*data.image_shape[:2])
     memory = {"accumulate": config.accumulate, "remat": config.remat} if config.framework == "jax" else {}
     engine = load_engine(config.framework)(
         model=config.model,

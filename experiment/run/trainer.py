@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from experiment.data.loading import Data
-from experiment.engines import Engine, keeps_programs
+from experiment.engines import Engine, caches_compilation
 from experiment.errors import DivergedError, RunFailedError
 from experiment.files.predictions import Collector
 from experiment.files.results import WEIGHTS
@@ -94,7 +94,7 @@ class Trainer:
                 self._save()  # so that resume has no need of the file
             self._train()
             if self.stop.signal is None and self._converged():
-                self.console.say(
+                self.console.report(
                     f"step {self.step}: no better validation loss for "
                     f"{self.config.early_stopping_patience} validations, the run ends early"
                 )
@@ -117,7 +117,7 @@ class Trainer:
             pending.append((self.step, metrics))
             if self.timer.awaits_first_step:
                 float(metrics["loss"])  # waits for the device
-                self.console.say(f"first step after {self.timer.first_step():.1f} s")
+                self.console.report(f"first step after {self.timer.first_step():.1f} s")
                 self.console.start(self.step, self.total_steps, self.config.batch_size)
                 self.timer.resume()
             else:
@@ -138,10 +138,10 @@ class Trainer:
         self.console.stop()
 
     def _announce(self) -> None:
-        """Tell the user to wait for the first step."""
-        kept = "the next start finds it in the cache" if keeps_programs() else "no cache keeps it"
-        self.console.say(
-            f"compiling the training step of {self.config.model}: nothing moves meanwhile; {kept}"
+        """Log that the first step takes long."""
+        cache = "the next start finds it in the cache" if caches_compilation() else "no cache keeps it"
+        self.console.report(
+            f"compiling the training step of {self.config.model}: nothing moves meanwhile; {cache}"
             if self.engine.compiles
             else "taking the first step"
         )
@@ -160,11 +160,11 @@ class Trainer:
     def _batches(self, start_step: int) -> Iterator[Any]:
         """Training batches; for an engine that holds the images, their indices and draws."""
         with self._reading("train"):
-            held = self.data.held() if self.engine.holds_images else None
-        if held is None:
+            whole = self.data.held() if self.engine.holds_images else None
+        if whole is None:
             return self._readable("train", self.data.train_batches(start_step))
-        self.engine.hold(held["image"], self.data.augmentation.fill)
-        return self._readable("train", self.data.train_draws(held["label"], start_step))
+        self.engine.hold(whole["image"], self.data.augmentation.fill)
+        return self._readable("train", self.data.train_draws(whole["label"], start_step))
 
     def _needs_state(self, step: int) -> bool:
         """True if the state of a step is needed, or its metrics on the disk."""
@@ -203,7 +203,7 @@ class Trainer:
         self.console.progress(self.step, self.total_steps, epoch, float(metrics["loss"]), accuracy, speed)
 
     def _evaluate(self, split: Any, collector: Collector | None = None) -> dict[str, float] | None:
-        """The metrics of every example of a split, each exactly once, or None if a signal came."""
+        """Return the metrics of a split, every example counted once, or None if a signal came."""
         metrics = Metrics(self.data.num_classes)
         batches = self._readable(split, self.data.eval_batches(split, self.config.eval_batch_size))
         for_engine, for_labels = itertools.tee(batches)
@@ -218,7 +218,7 @@ class Trainer:
         return metrics.compute()
 
     def _validate(self) -> bool:
-        """Validate, and keep the best weights; returns False if a signal came before it was done."""
+        """Validate, and save the best weights; return False if a signal came before it was done."""
         if not self.data.val_size:
             return True
         result = self._evaluate("val")
@@ -226,7 +226,7 @@ class Trainer:
             return False
         self.validations.add(self.step, result["loss"])
         self.log.append({**self._line("val", "epoch", self.step), **result})
-        self.console.say(f"step {self.step}: validation {_metrics_text(result)}")
+        self.console.report(f"step {self.step}: validation {_metrics_text(result)}")
         if result["loss"] < (self.best["loss"] if self.best else math.inf):  # never so for NaN
             self.log.flush()  # else a kill leaves weights of a step that metrics.jsonl lacks
             if self.best is not None and self.best["step"] <= self._saved_step:  # a checkpoint's best
@@ -254,7 +254,7 @@ class Trainer:
     def _finish(self) -> dict[str, Any] | None:
         """Test the final weights and write them; these lines come after the last checkpoint's history.
 
-        Returns the summary, or None if a signal came during the test.
+        Return the summary, or None if a signal came during the test.
         """
         collector = Collector(self.data.test_size) if self.config.test else None
         test = None

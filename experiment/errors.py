@@ -1,4 +1,6 @@
-"""Exceptions whose message is the one line that the user sees."""
+"""Exceptions whose message is the one line that the user sees, and parts of such lines."""
+
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -23,6 +25,12 @@ class FolderLostError(RunFailedError):
 def one_line(error: object) -> str:
     """Return the message of another library's error, or any text, cut to a part of one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def first_of(items: Sequence[str], most: int, separator: str = "; ") -> str:
+    """Return the first of some items, joined, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more
 
 
 def named_line(error: BaseException) -> str:

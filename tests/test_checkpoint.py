@@ -438,14 +438,14 @@ def test_only_whole_checkpoints_are_verified(copy):
 
 @pytest.mark.parametrize("then", ["save", "close"])
 def test_a_failed_save_is_told_by_what_comes_next(copy, then):
-    checkpoints = Checkpoints(copy, 2)
+    saver = Checkpoints(copy, 2)
     with no_space_at(checkpoints, "write_json"):
-        checkpoints.save(3, make_tree(3), RUN)
+        saver.save(3, make_tree(3), RUN)
         with pytest.raises(OSError, match="checkpoint 3"):
-            checkpoints.save(4, make_tree(4), RUN) if then == "save" else checkpoints.close()
-    checkpoints.wait()  # told once
-    checkpoints.close()
-    assert checkpoints.steps() == [1, 2]
+            saver.save(4, make_tree(4), RUN) if then == "save" else saver.close()
+    saver.wait()  # told once
+    saver.close()
+    assert saver.steps() == [1, 2]
 
 
 def test_differences_name_what_differs():

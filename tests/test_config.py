@@ -310,10 +310,10 @@ def test_the_length_of_a_run():
 def test_batch_norm_over_a_single_value_is_refused(argv, size, fits):
     config = resolve(parse(["--batch-size", "1", *argv]))
     if fits:
-        config.check_image_size(*size)
+        config.check_batch_norm(*size)
     else:
         with pytest.raises(UserError, match=r"^--(batch-size|accumulate): "):
-            config.check_image_size(*size)
+            config.check_batch_norm(*size)
 
 
 def test_model_options_are_those_that_differ():

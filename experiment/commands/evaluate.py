@@ -133,8 +133,8 @@ def _scores(
     options: argparse.Namespace, run: CompletedRun, data: Data, resize: int | None, pixels: int
 ) -> Iterator[tuple[np.ndarray, Labels]]:
     """Scores [N, num_classes] whose softmax are the class probabilities, and labels [N]."""
+    size = pixels // (run.image_shape[0] * run.image_shape[1])
     if options.crops == 1 and not options.scales:
-        size = pixels // (run.image_shape[0] * run.image_shape[1])
         for_engine, for_labels = itertools.tee(data.eval_batches(options.split, size))
         logits = run.logits(batch["image"] for batch in for_engine)
         yield from zip(logits, (batch["label"] for batch in for_labels), strict=True)
@@ -144,7 +144,6 @@ def _scores(
             views = [partial(ten_crops, size=run.image_shape[:2], shorter_side=resize)]
         groups = [by_shape(data, options.split, view, pixels) for view in views]
         if not groups:
-            size = pixels // (run.image_shape[0] * run.image_shape[1])
             groups = [shifts(data, options.split, max(1, size // 10))]
         yield average(run.logits, groups, len(data.parts[options.split][1]), data.num_classes)
 

@@ -19,7 +19,7 @@ from experiment.data.augmentation import fit_image
 from experiment.data.images import read_image
 from experiment.data.types import IMAGENET
 from experiment.engines import load_module, set_environment
-from experiment.errors import UserError
+from experiment.errors import UserError, first_of
 from experiment.files import weights
 from experiment.files.identify import Network, identify
 from experiment.options.command_line import Parser
@@ -193,15 +193,11 @@ def _outputs(
         try:
             stages = run(network.model, tensors, image, network.num_classes, **arguments)
         except ValueError as error:  # names that do not fit, or batch norm over a single value
-            raise UserError(f"{options.weights}: as {network.model}: {_cut(str(error))}") from None
+            raise UserError(
+                f"{options.weights}: as {network.model}: {first_of(str(error).split('; '), 8)}"
+            ) from None
         outputs[name] = {"input": image, **stages}
     return outputs
-
-
-def _cut(message: str) -> str:
-    """A list of names, cut to the first: a model of another depth has hundreds that do not fit."""
-    parts = message.split("; ")
-    return message if len(parts) <= 8 else f"{'; '.join(parts[:8])}; and {len(parts) - 8} more"
 
 
 def _layout(array: np.ndarray, layout: str) -> np.ndarray:

@@ -11,13 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from experiment.data.tfds import (
-    check_known,
-    check_name,
-    data_root,
-    find_prepared,
-    prepare_command,
-)
+from experiment.data.tfds import check_known, check_name, data_root, find_prepared, prepare_command
 from experiment.errors import UserError, named_line, one_line
 from experiment.options.command_line import Parser
 from experiment.options.paths import local_path

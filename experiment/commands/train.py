@@ -15,16 +15,14 @@ report/index.html and TensorBoard files. Exit status: 0 done; 1 the run failed, 
 from __future__ import annotations
 
 import gc
-import signal
 import sys
 from collections.abc import Sequence
 
-from experiment.errors import UserError
 from experiment.options.command_line import parse
 from experiment.options.recipes import with_recipe
 from experiment.options.resolving import refuse_unused, resolve
 from experiment.run import session
-from experiment.run.console import prepare_streams, release_streams
+from experiment.run.console import exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,20 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # JAX and the tracing of a network make a million objects, which stay. To go through them for garbage
     # again and again takes a tenth of the time to the first step.
     gc.set_threshold(100_000)
-    prepare_streams()
-    try:
-        given = parse(argv)
-        if not given.get("resume"):
-            refuse_unused(given, resolve(with_recipe(given)))
-        return session.start(given, list(sys.argv[1:] if argv is None else argv)).status
-    except UserError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, MemoryError) as error:
-        print(f"train.py: error: {str(error) or 'out of memory'}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # before the folder of the run was opened
-        print("train.py: interrupted before the run began", file=sys.stderr)
-        return 128 + signal.SIGINT
-    finally:
-        release_streams()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return exit_status(lambda: _train(arguments), "train.py: ", "interrupted before the run began")
+
+
+def _train(argv: list[str]) -> int:
+    given = parse(argv)
+    if not given.get("resume"):
+        refuse_unused(given, resolve(with_recipe(given)))
+    return session.start(given, argv).status

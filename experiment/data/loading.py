@@ -22,6 +22,7 @@ from experiment.data.builtin import CACHE_BYTES, digits, gray_already, no_boxes,
 from experiment.data.tfds import tfds_dataset
 from experiment.data.types import Batch, Dataset, Identity, Labels, Pixels, Size, Source
 from experiment.errors import UserError
+from experiment.options.config import check_image_size, check_limits
 from experiment.processes import SINGLE_PROCESS, ProcessInfo
 
 if TYPE_CHECKING:
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 Split = Literal["train", "val", "test"]
 Part = tuple[Source, npt.NDArray[np.int64]]
 """A source, and the indices [n] of its examples that belong to the part."""
-
-SMALLEST_SIZE = 32
-"""Pixels a side; a ResNet halves the image five times."""
 
 _SMALL_IMAGE = 64 * 64
 """Pixels up to which one thread reads fastest: the work is Python's, and a second one only fights for its
@@ -137,13 +135,7 @@ class Data:
         Raises:
             UserError: while iterating, when a file turns out to be damaged.
         """
-        import grain
-
-        source, indices = self.parts[split]
-        if not len(indices):
-            return iter(())
-        batches = grain.MapDataset.range(len(indices)).batch(batch_size)
-        return self._prefetched(batches.map(lambda positions: source.read(indices[positions])))
+        return self._eval_part(split, batch_size, lambda source, indices: source.read(indices))
 
     def eval_images(
         self, split: Split, change: Callable[["Image"], Pixels], batch_size: int
@@ -152,17 +144,22 @@ class Data:
 
         It is given the images before they are brought to size; what it makes may differ in shape.
         """
+
+        def read(source: Source, indices: npt.NDArray[np.int64]) -> tuple[list[Pixels], Labels]:
+            images, labels = source.images(indices)
+            return [change(image) for image in images], labels
+
+        return self._eval_part(split, batch_size, read)
+
+    def _eval_part(self, split: Split, batch_size: int, read: Callable[..., Any]) -> Iterator[Any]:
+        """Yield read(source, indices [N]) for all examples of a part, in a fixed order."""
         import grain
 
         source, indices = self.parts[split]
         if not len(indices):
             return iter(())
-
-        def read(positions: npt.NDArray[np.int64]) -> tuple[list[Pixels], Labels]:
-            images, labels = source.images(indices[positions])
-            return [change(image) for image in images], labels
-
-        return self._prefetched(grain.MapDataset.range(len(indices)).batch(batch_size).map(read))
+        batches = grain.MapDataset.range(len(indices)).batch(batch_size)
+        return self._prefetched(batches.map(lambda positions: read(source, indices[positions])))
 
     def _prefetched(self, batches: Any) -> Iterator[Any]:
         """Yield the batches of a Grain MapDataset in order, the next ones being read meanwhile."""
@@ -219,12 +216,9 @@ def load(
             under 32, or larger than `resize`; no boxes, or no color, where they are needed; fractions that
             leave nothing to train on; a batch larger than the training part. Nothing is created on disk.
     """
-    if not 0 < train_subset <= 1:
-        raise UserError(f"--train-subset {train_subset:g}: use a fraction above 0 and up to 1")
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"--val-fraction {val_fraction:g}: use a fraction from 0 to below 1")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed {seed}: use a number from 0 to 2**32 - 1")
+    check_limits("--train-subset", train_subset, above=0, most=1)
+    check_limits("--val-fraction", val_fraction, least=0, below=1)
+    check_limits("--seed", seed, least=0, most=2**32 - 1)
     dataset = open_dataset(
         name, data_dir, image_size, min(resize, default=None), grayscale=grayscale, crop_to_bbox=crop_to_bbox
     )
@@ -270,9 +264,8 @@ def open_dataset(
     crop_to_bbox: bool = False,
 ) -> Dataset:
     """Open a data set by the name that `--dataset` takes, unsplit; the arguments are those of `load`."""
-    if image_size is not None and min(image_size) < SMALLEST_SIZE:
-        height, width = image_size
-        raise UserError(f"--image-size {height}x{width}: use {SMALLEST_SIZE} pixels or more on each side")
+    if image_size is not None:
+        check_image_size(*image_size)
     if name not in ("digits", "synthetic"):
         return tfds_dataset(
             name, data_dir, image_size, resize, grayscale=grayscale, crop_to_bbox=crop_to_bbox

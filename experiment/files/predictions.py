@@ -18,6 +18,7 @@ from experiment.files.run_folder import write_file
 from experiment.metrics import softmax
 
 FILE = "predictions.npz"
+ARRAYS = ("labels", "predictions", "confidences", "shown")
 SAMPLES = 32
 MISTAKES = 32
 THUMBNAIL = 96
@@ -58,10 +59,7 @@ class Predictions:
             file,
             step=np.array(self.step),
             class_names=np.array(self.class_names, np.str_),
-            labels=self.labels,
-            predictions=self.predictions,
-            confidences=self.confidences,
-            shown=self.shown,
+            **{name: getattr(self, name) for name in ARRAYS},
             pictures=self.images,  # the name in the file is of the first version
             samples=np.array(self.samples),
         )
@@ -77,7 +75,7 @@ def load(path: Path) -> Predictions:
                 class_names=tuple(map(str, file["class_names"])),
                 samples=int(file["samples"]),
                 images=file["pictures"],
-                **{name: file[name] for name in ("labels", "predictions", "confidences", "shown")},
+                **{name: file[name] for name in ARRAYS},
             )
         n, classes = len(loaded.labels), len(loaded.class_names)
         if not (

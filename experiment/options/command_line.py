@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from experiment.errors import UserError
-from experiment.options.config import Config, flag_of
+from experiment.options.config import GROUPS, Config, flag_of
 from experiment.options.resolving import resolve, with_local_paths
 
 
@@ -31,12 +31,11 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     hints = typing.get_type_hints(Config)
-    fields = dataclasses.fields(Config)
-    for name in dict.fromkeys(field.metadata["group"] for field in fields):
-        group = parser.add_argument_group(name)
-        for field in fields:
-            if field.metadata["group"] == name:
-                _add_argument(group, field, hints[field.name])
+    group: Any = parser
+    for field in dataclasses.fields(Config):
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
+        _add_argument(group, field, hints[field.name])
     return parser
 
 
@@ -85,16 +84,9 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def argv_of(config: Config) -> list[str]:
-    """The flags that give a resolved `config`, but for where its run is and whether it is resumed."""
-    usual = resolve({"optimizer": config.optimizer})  # its learning rate, its decay
-    argv = []
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        default = field.default if field.name == "optimizer" else getattr(usual, field.name)
-        # A recipe is no option of its own: what it says is in the others.
-        if field.name in ("run_dir", "resume", "recipe") or value == default:
-            continue
-        argv.append(flag_of(field))
-        if not isinstance(field.default, bool):
-            argv += map(str, value if isinstance(value, tuple) else (value,))
-    return argv
+    """Return the flags that give a resolved `config`, but for where its run is and whether it is resumed."""
+    usual = vars(resolve({"optimizer": config.optimizer})) | {"optimizer": Config.optimizer}  # its lr, decay
+    # The options of a recipe are in the others.
+    skipped = ("run_dir", "resume", "recipe")
+    changed = {name: value for name, value in vars(config).items() if value != usual[name]}
+    return flags({name: value for name, value in changed.items() if name not in skipped})

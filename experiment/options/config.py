@@ -31,145 +31,109 @@ def option(
     default: Any,
     help: str,
     *,
-    group: str,
     choices: Sequence[str] | None = None,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
     flag: str | None = None,
+    **limits: float,
 ) -> Any:
-    """A field of Config: its default, its help, and the range or choices that `Config.check` enforces."""
-    limits = {"above": above, "least": least, "below": below, "most": most}
-    metadata = {"help": help, "group": group, "choices": choices, "limits": limits, "flag": flag}
+    """A field of Config: its default, its help, and the choices or limits (see `LIMITS`) of its values."""
+    metadata = {"help": help, "choices": choices, "limits": limits, "flag": flag}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+GROUPS = {
+    "framework": "model",
+    "dataset": "data",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
+    "init_from": "transfer",
+    "epochs": "run",
+    "recipe": "output",
+}
+"""The first option of each group in the help, and the name of the group."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every option of `python train.py`. `None` stands for a default that depends on other options."""
 
-    framework: str = option("jax", "engine that trains", group="model", choices=FRAMEWORKS)
-    model: str = option("resnet101", "network", group="model", choices=MODELS)
-    batch_norm: bool = option(
-        True, "batch norm; without it convolutions get biases", group="model", flag="no-batch-norm"
-    )
-    stride_in_1x1: bool = option(
-        False, "a bottleneck's stride on its first 1x1, as in the paper", group="model"
-    )
+    framework: str = option("jax", "engine that trains", choices=FRAMEWORKS)
+    model: str = option("resnet101", "network", choices=MODELS)
+    batch_norm: bool = option(True, "batch norm; without it convolutions get biases", flag="no-batch-norm")
+    stride_in_1x1: bool = option(False, "a bottleneck's stride on its first 1x1, as in the paper")
     residual_scale: float = option(
-        0.2, "initial weight of each block's last batch norm; torchvision's is 1", group="model", least=0
+        0.2, "initial weight of each block's last batch norm; torchvision's is 1", least=0
     )
-    small_images: bool = option(False, "3x3 stride-1 stem without pooling", group="model")
-    precision: str = option(
-        "float32", "compute type; state stays float32 or wider", group="model", choices=PRECISIONS
-    )
+    small_images: bool = option(False, "3x3 stride-1 stem without pooling")
+    precision: str = option("float32", "compute type; state stays float32 or wider", choices=PRECISIONS)
 
-    dataset: str = option("digits", "digits, synthetic, or any plain TFDS name", group="data")
-    data_dir: str | None = option(None, "where TFDS keeps its data (default: TFDS' own)", group="data")
-    train_subset: float = option(
-        1.0, "seeded fraction of the training split to use", group="data", above=0, most=1
-    )
-    val_fraction: float = option(0.1, "part of it kept for validation", group="data", least=0, below=1)
-    image_size: str | None = option(None, "96, or 64x96 (height x width); at least 32", group="data")
+    dataset: str = option("digits", "digits, synthetic, or any plain TFDS name")
+    data_dir: str | None = option(None, "where TFDS keeps its data (default: TFDS' own)")
+    train_subset: float = option(1.0, "seeded fraction of the training split to use", above=0, most=1)
+    val_fraction: float = option(0.1, "part of it kept for validation", least=0, below=1)
+    image_size: str | None = option(None, "96, or 64x96 (height x width); at least 32")
     resize: tuple[int, ...] = option(
         (),
         "shorter side before the crop to --image-size; of two, training draws from between them",
-        group="data",
         least=MIN_IMAGE_SIZE,
     )
-    grayscale: bool = option(False, "images of one channel from a set of color", group="data")
-    crop_to_bbox: bool = option(False, "only what is inside an image's bounding box", group="data")
-    mean_only: bool = option(
-        False, "subtract the mean, do not divide by the standard deviation", group="data"
-    )
-    augment: str = option(
-        "none", "random changes of the training images", group="data", choices=AUGMENTATIONS
-    )
+    grayscale: bool = option(False, "images of one channel from a set of color")
+    crop_to_bbox: bool = option(False, "only what is inside an image's bounding box")
+    mean_only: bool = option(False, "subtract the mean, do not divide by the standard deviation")
+    augment: str = option("none", "random changes of the training images", choices=AUGMENTATIONS)
 
-    optimizer: str = option("adam", "optimizer", group="optimizer", choices=OPTIMIZERS)
-    lr: float | None = option(None, "learning rate (default 0.001; sgd 0.1)", group="optimizer", above=0)
-    final_lr: float = option(
-        0.1, "AdaBound: the SGD learning rate its bounds close in on", group="optimizer", above=0
-    )
-    gamma: float = option(1e-3, "AdaBound: how fast the bounds close in", group="optimizer", above=0)
-    beta1: float = option(0.9, "decay of the first moment", group="optimizer", least=0, below=1)
-    beta2: float = option(0.999, "decay of the second moment", group="optimizer", least=0, below=1)
-    eps: float = option(1e-8, "added to the root of the second moment", group="optimizer", least=0)
-    momentum: float = option(0.9, "momentum of sgd", group="optimizer", least=0, below=1)
+    optimizer: str = option("adam", "optimizer", choices=OPTIMIZERS)
+    lr: float | None = option(None, "learning rate (default 0.001; sgd 0.1)", above=0)
+    final_lr: float = option(0.1, "AdaBound: the SGD learning rate its bounds close in on", above=0)
+    gamma: float = option(1e-3, "AdaBound: how fast the bounds close in", above=0)
+    beta1: float = option(0.9, "decay of the first moment", least=0, below=1)
+    beta2: float = option(0.999, "decay of the second moment", least=0, below=1)
+    eps: float = option(1e-8, "added to the root of the second moment", least=0)
+    momentum: float = option(0.9, "momentum of sgd", least=0, below=1)
     weight_decay: float | None = option(
-        None,
-        "L2 on all parameters; decoupled for adamw (default 0.01) and adaboundw; else 0",
-        group="optimizer",
-        least=0,
+        None, "L2 on all parameters; decoupled for adamw (default 0.01) and adaboundw; else 0", least=0
     )
 
-    schedule: str = option("cosine", "learning-rate schedule", group="schedule", choices=SCHEDULES)
-    milestones: tuple[int, ...] = option(
-        (), "multistep: steps at which the rate is multiplied", group="schedule", least=1
-    )
-    decay_factor: float = option(0.1, "multistep, plateau: the factor", group="schedule", above=0, most=1)
-    patience: int = option(
-        10, "plateau: validations without a better loss before the factor", group="schedule", least=0
-    )
-    cooldown: int = option(0, "plateau: validations after it that do not count", group="schedule", least=0)
+    schedule: str = option("cosine", "learning-rate schedule", choices=SCHEDULES)
+    milestones: tuple[int, ...] = option((), "multistep: steps at which the rate is multiplied", least=1)
+    decay_factor: float = option(0.1, "multistep, plateau: the factor", above=0, most=1)
+    patience: int = option(10, "plateau: validations without a better loss before the factor", least=0)
+    cooldown: int = option(0, "plateau: validations after it that do not count", least=0)
     warmup_steps: int | None = option(
-        None,
-        "linear warm-up before any schedule (default: an epoch at most, never over a tenth)",
-        group="schedule",
-        least=0,
+        None, "linear warm-up before any schedule (default: an epoch at most, never over a tenth)", least=0
     )
-    schedule_steps: int | None = option(
-        None, "length of the schedule (default: the run's)", group="schedule", least=1
-    )
+    schedule_steps: int | None = option(None, "length of the schedule (default: the run's)", least=1)
 
     init_from: str | None = option(
-        None, "begin from the weights in a safetensors file of torchvision's names", group="transfer"
+        None, "begin from the weights in a safetensors file of torchvision's names"
     )
-    freeze_backbone: bool = option(
-        False, "train the head alone, batch statistics frozen too", group="transfer"
-    )
+    freeze_backbone: bool = option(False, "train the head alone, batch statistics frozen too")
 
     epochs: int | None = option(
-        None,
-        "passes over the training data (default 7 on digits, else 1)",
-        group="run",
-        least=0,
-        most=2**31 - 1,
+        None, "passes over the training data (default 7 on digits, else 1)", least=0, most=2**31 - 1
     )
-    steps: int | None = option(
-        None, "optimizer steps; wins over --epochs", group="run", least=0, most=2**31 - 1
-    )
-    batch_size: int = option(32, "training batch", group="run", least=1)
-    eval_batch_size: int = option(128, "evaluation batch", group="run", least=1)
+    steps: int | None = option(None, "optimizer steps; wins over --epochs", least=0, most=2**31 - 1)
+    batch_size: int = option(32, "training batch", least=1)
+    eval_batch_size: int = option(128, "evaluation batch", least=1)
     early_stopping_patience: int | None = option(
-        None, "end the run after so many validations without a new lowest loss", group="run", least=1
+        None, "end the run after so many validations without a new lowest loss", least=1
     )
-    seed: int = option(0, "seed of weights, split and order", group="run", least=0, most=2**32 - 1)
-    accumulate: int = option(
-        1, "JAX: micro-batches that a batch is taken in, for the memory of one", group="run", least=1
-    )
-    remat: bool = option(False, "JAX: less memory, residual blocks computed twice", group="run")
+    seed: int = option(0, "seed of weights, split and order", least=0, most=2**32 - 1)
+    accumulate: int = option(1, "JAX: micro-batches that a batch is taken in, for the memory of one", least=1)
+    remat: bool = option(False, "JAX: less memory, residual blocks computed twice")
     distributed: bool = option(
-        False, "JAX: one of several processes, see docs/scaling.md for how they are started", group="run"
+        False, "JAX: one of several processes, see docs/scaling.md for how they are started"
     )
-    deterministic: bool = option(False, "bit-exact GPU kernels (slower)", group="run")
+    deterministic: bool = option(False, "bit-exact GPU kernels (slower)")
 
-    recipe: str | None = option(None, "options of recipes/NAME.toml; flags override them", group="output")
-    run_dir: str | None = option(None, "folder of the run (default: a fresh one under runs/)", group="output")
-    resume: bool = option(False, "continue the run in --run-dir", group="output")
-    checkpoint_every: int | None = option(
-        None, "steps between checkpoints (default: an epoch)", group="output", least=1
-    )
-    eval_every: int | None = option(
-        None, "steps between validations (default: an epoch)", group="output", least=1
-    )
-    log_every: int = option(10, "steps between updates of the metrics", group="output", least=1)
-    keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", group="output", least=1)
-    test: bool = option(True, "evaluate the test set after the last step", group="output", flag="no-test")
-    report: bool = option(
-        True, "a report at the end, and TensorBoard files", group="output", flag="no-report"
-    )
+    recipe: str | None = option(None, "options of recipes/NAME.toml; flags override them")
+    run_dir: str | None = option(None, "folder of the run (default: a fresh one under runs/)")
+    resume: bool = option(False, "continue the run in --run-dir")
+    checkpoint_every: int | None = option(None, "steps between checkpoints (default: an epoch)", least=1)
+    eval_every: int | None = option(None, "steps between validations (default: an epoch)", least=1)
+    log_every: int = option(10, "steps between updates of the metrics", least=1)
+    keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", least=1)
+    test: bool = option(True, "evaluate the test set after the last step", flag="no-test")
+    report: bool = option(True, "a report at the end, and TensorBoard files", flag="no-report")
 
     def check(self) -> None:
         """Raise UserError, naming the flag and the remedy, for the first option that is out of range."""
@@ -243,7 +207,7 @@ class Config:
         if self.small_images and self.model not in MODELS[:5]:
             raise UserError(f"--small-images: {self.model} has a 3x3 stem already; leave the flag out")
 
-    def check_image_size(self, height: int, width: int) -> None:
+    def check_batch_norm(self, height: int, width: int) -> None:
         """Raise UserError if images of this size leave batch norm a single value, whose variance is 0."""
         shrinks = self.model in MODELS[:5] and not self.small_images  # by 32
         single = self.batch_size == self.accumulate and not self.freeze_backbone
@@ -301,11 +265,17 @@ def parse_image_size(text: str) -> tuple[int, int]:
     if not match:
         raise UserError(f"--image-size: {text!r} is no size; write 96, or 64x96 for height x width")
     height, width = int(match[1]), int(match[2] or match[1])
-    if min(height, width) < MIN_IMAGE_SIZE:
-        raise UserError(
-            f"--image-size: {text} is too small; the network halves it five times, give at least 32"
-        )
+    check_image_size(height, width)
     return height, width
+
+
+def check_image_size(height: int, width: int) -> None:
+    """Raise UserError for a size that is too small for a network."""
+    if min(height, width) < MIN_IMAGE_SIZE:
+        size = str(height) if height == width else f"{height}x{width}"
+        raise UserError(
+            f"--image-size: {size} is too small; the network halves it five times, give at least 32"
+        )
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:
@@ -313,7 +283,7 @@ def flag_of(field: dataclasses.Field[Any]) -> str:
     return "--" + (field.metadata["flag"] or field.name.replace("_", "-"))
 
 
-RULES = {
+LIMITS = {
     "above": ("above", operator.gt),
     "least": ("at least", operator.ge),
     "below": ("below", operator.lt),
@@ -321,9 +291,9 @@ RULES = {
 }
 
 
-def check_limits(flag: str, value: float, **limits: float | None) -> None:
-    """Raise UserError, naming the flag, if a value is not finite or not within the limits (see `RULES`)."""
-    rules = [(*RULES[name], limit) for name, limit in limits.items() if limit is not None]
+def check_limits(flag: str, value: float, **limits: float) -> None:
+    """Raise UserError, naming the flag, if a value is not finite or not within the limits (see `LIMITS`)."""
+    rules = [(*LIMITS[name], limit) for name, limit in limits.items()]
     if not math.isfinite(value) or not all(holds(value, limit) for _, holds, limit in rules):
         allowed = " and ".join(f"{words} {limit:g}" for words, _, limit in rules)
         raise UserError(f"{flag}: {value} is out of range; give a number {allowed}")

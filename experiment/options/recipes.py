@@ -52,11 +52,9 @@ def _load(name: str) -> dict[str, Any]:
         raise UserError(f"--recipe: unknown recipe {name!r}; choose one of {', '.join(names())}")
     path = FOLDER / f"{name}.toml"
     try:
-        options = tomllib.loads(path.read_text(encoding="utf-8"))
+        return checked(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"--recipe: {path} cannot be read ({error}); restore the file") from None
-    try:
-        return checked(options)
     except UserError as error:
         raise UserError(f"--recipe: {path}: {error}; fix the file, or choose another") from None
 

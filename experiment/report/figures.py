@@ -8,19 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from experiment.files.predictions import Predictions
-from experiment.report.reading import BOUNDS, CLIPPED, Floats, RunFiles
-from experiment.report.style import (
-    BLUE,
-    GREEN,
-    INK,
-    ORANGE,
-    PINK,
-    legend,
-    panel,
-    png,
-    style,
-    svg,
-)
+from experiment.report.reading import Floats, RunFiles
+from experiment.report.style import BLUE, GREEN, INK, ORANGE, PINK, legend, panel, png, style, svg
 from experiment.report.tables import confusion
 
 if TYPE_CHECKING:
@@ -28,6 +17,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRICS = {"loss": "Loss", "accuracy": "Accuracy", "f1": "Macro F1"}
+LINES = {  # title, label of each number, whether a logarithmic scale may be used
+    "lr": ("Learning rate", {"lr": "learning rate"}, False),
+    "norms": ("Norms", {"grad_norm": "gradient", "update_norm": "update"}, True),
+    "bounds": ("AdaBound's bounds of the step size", {"lower_bound": "lower", "upper_bound": "upper"}, True),
+    "clipped": (
+        "Coordinates clipped to a bound",
+        {"at_lower": "at the lower", "at_upper": "at the upper"},
+        False,
+    ),
+}
 SHEETS = ("samples", "mistakes")
 """Figures that the page shows as single images."""
 MOST_POINTS = 500
@@ -52,21 +51,7 @@ def draw(run: RunFiles) -> dict[str, ReportFigure]:
     with style():
         figures = {
             **{key: _metric(run, key) for key in METRICS},
-            "lr": _lines(run, "Learning rate", {"lr": "learning rate"}),
-            "norms": _lines(
-                run, "Norms", {"grad_norm": "gradient", "update_norm": "update"}, logarithmic=True
-            ),
-            "bounds": _lines(
-                run,
-                "AdaBound's bounds of the step size",
-                dict(zip(BOUNDS, ("lower", "upper"), strict=True)),
-                logarithmic=True,
-            ),
-            "clipped": _lines(
-                run,
-                "Coordinates clipped to a bound",
-                dict(zip(CLIPPED, ("at the lower", "at the upper"), strict=True)),
-            ),
+            **{name: _lines(run, *curves) for name, curves in LINES.items()},
         }
         if run.predictions is not None:
             figures["confusion"] = _confusion(run.predictions)
@@ -156,7 +141,7 @@ def _metric(run: RunFiles, key: str) -> Figure | None:
     return figure
 
 
-def _lines(run: RunFiles, title: str, labels: dict[str, str], *, logarithmic: bool = False) -> Figure | None:
+def _lines(run: RunFiles, title: str, labels: dict[str, str], logarithmic: bool) -> Figure | None:
     """Numbers that are in the lines of steps, one curve each."""
     curves = {key: thin(*run.curve("train", "step", key)) for key in labels}
     if not any(len(steps) for steps, _ in curves.values()):
@@ -237,14 +222,7 @@ def _sheet(predictions: Predictions, which: Sequence[int], title: str) -> Figure
         true, predicted, confidence = caption(predictions, k)
         right = true == predicted
         text = f"{confidence:.2f} {_short(true)}" + ("" if right else f"\nnot {_short(predicted)}")
-        axes.text(
-            x,
-            y - gap_y * 0.1,
-            text,
-            color=INK if right else ORANGE,
-            fontsize=6.5,
-            parse_math=False,
-        )
+        axes.text(x, y - gap_y * 0.1, text, color=INK if right else ORANGE, fontsize=6.5, parse_math=False)
     axes.imshow(mosaic, interpolation="none")
     axes.set_axis_off()
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01)

@@ -11,15 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.errors import UserError
-from experiment.files import metrics_log, predictions, run_folder
+from experiment.files import metrics_log, predictions, results, run_folder
 from experiment.options.command_line import argv_of
 from experiment.options.config import Config
 from experiment.options.resolving import resolve
 
 Floats = npt.NDArray[np.float64]
-
-BOUNDS = ("lower_bound", "upper_bound")
-CLIPPED = ("at_lower", "at_upper")
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +126,7 @@ def read_run(folder: Path) -> RunFiles:
         resolved=record["resolved"],
         sessions=sessions,
         lines=lines,
-        summary=_read_summary(folder / "summary.json", lines, absent),
+        summary=_read_summary(folder, lines, absent),
         predictions=_read_predictions(folder / predictions.FILE, absent),
         absent=absent,
     )
@@ -147,24 +144,19 @@ def _read_lines(path: Path, absent: list[str]) -> list[metrics_log.Line]:
     return lines
 
 
-def _read_summary(path: Path, lines: list[dict[str, Any]], absent: list[str]) -> dict[str, Any] | None:
+def _read_summary(folder: Path, lines: list[metrics_log.Line], absent: list[str]) -> dict[str, Any] | None:
     """Read summary.json; one of another step than the last line's is that of an earlier end of the run."""
-    if not path.is_file():
-        absent.append("summary.json is absent: the run has not come to its end.")
-        return None
     try:
-        summary = run_folder.read_json(path)
-        if isinstance(summary, dict) and isinstance(summary.get("steps"), int):
-            if not lines or summary["steps"] == lines[-1]["step"]:
-                return summary
-            absent.append(
-                f"summary.json is of step {summary['steps']:,}, and the run is at step {lines[-1]['step']:,}."
-            )
-            return None
+        summary = results.read_summary(folder)
     except UserError:
-        pass
-    absent.append("summary.json is damaged.")
-    return None
+        absent.append("summary.json is damaged.")
+        return None
+    if summary is None and (folder / results.SUMMARY).is_file():
+        step = run_folder.read_json(folder / results.SUMMARY)["steps"]
+        absent.append(f"summary.json is of step {step:,}, and the run is at step {lines[-1]['step']:,}.")
+    elif summary is None:
+        absent.append("summary.json is absent: the run has not come to its end.")
+    return summary
 
 
 def _read_predictions(path: Path, absent: list[str]) -> predictions.Predictions | None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiment.engines import Engine, load_engine, set_environment
-from experiment.errors import UserError
+from experiment.errors import UserError, first_of
 from experiment.files import results, run_folder, weights
 from experiment.files.checkpoints import differences
 from experiment.files.results import WEIGHTS
@@ -114,6 +114,5 @@ def open_run(
     unexpected = tensors.keys() - weights.from_tree(network).keys()
     lines = [*differences(network, loaded), *(f"{name} is unexpected" for name in sorted(unexpected))]
     if lines:
-        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise UserError(f"{path}: is of another network: {'; '.join(lines[:3])}{more}; restore the file")
+        raise UserError(f"{path}: is of another network: {first_of(lines, 3)}; restore the file")
     return CompletedRun(config, resolved, engine, engine.from_tree({**tree, **loaded}))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+from experiment.errors import UserError
 
 PLAIN_LINE_SECONDS = 5.0
 
@@ -38,6 +42,30 @@ def release_streams() -> None:
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, stream.fileno())
                 os.close(null)
+
+
+def exit_status(command: Callable[[], int], name: str = "", interrupted: str = "interrupted") -> int:
+    """Run a command; return its exit status: 0, 2 for a user's mistake, 1 for a failure of the system.
+
+    Mistakes and failures are one line on stderr, after `name`. The status is 141 if the reader of the output
+    has gone (`| head`), 130 if the command was interrupted.
+    """
+    prepare_streams()
+    try:
+        return command()
+    except UserError as error:
+        print(f"{name}error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except (OSError, MemoryError) as error:
+        print(f"{name}error: {str(error) or 'out of memory'}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{name}{interrupted}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        release_streams()
 
 
 class Console:

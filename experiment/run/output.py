@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,41 +18,26 @@ from experiment.files.tensorboard import EventFile
 from experiment.run.console import Console
 
 
-class NullWriter:
-    """Writes nothing: for a process that is not the main one."""
+class MetricsWriter:
+    """Writes lines of metrics to all its writers. Without one, in a process that is not main, to none."""
+
+    def __init__(self, log: MetricsLog | None = None, events: EventFile | None = None) -> None:
+        self._log = log
+        self._writers = [writer for writer in (log, events) if writer is not None]
 
     def append(self, line: Line) -> None:
         """Write one line."""
+        for writer in self._writers:
+            writer.append(line)
 
     def flush(self) -> None:
         """Hand the lines to the operating system, so that a reader sees them."""
+        for writer in self._writers:
+            writer.flush()
 
     def sync(self) -> dict[str, Any]:
         """Bring the lines to the disk; return {"length", "sha256"} of metrics.jsonl for a checkpoint."""
-        return {}
-
-
-class MetricsWriter(NullWriter):
-    """Writes the lines of metrics.jsonl, and to TensorBoard's file the same ones."""
-
-    def __init__(self, log: MetricsLog, events: EventFile | None) -> None:
-        self._log, self._events = log, events
-
-    def append(self, line: Line) -> None:
-        """Write one line."""
-        self._log.append(line)
-        if self._events is not None:
-            self._events.append(line)
-
-    def flush(self) -> None:
-        """Hand the lines to the operating system, so that a reader sees them."""
-        self._log.flush()
-        if self._events is not None:
-            self._events.flush()
-
-    def sync(self) -> dict[str, Any]:
-        """Bring the lines to the disk; return {"length", "sha256"} of metrics.jsonl for a checkpoint."""
-        return self._log.sync()
+        return {} if self._log is None else self._log.sync()
 
 
 @dataclass
@@ -65,7 +50,7 @@ class RunOutput:
         check_folder: raises FolderLostError if the folder is no longer the one that was locked.
         console: what the user sees.
         checkpoints: those of the run.
-        metrics: where metrics go; a NullWriter outside of `writing_metrics`.
+        metrics: where metrics go: nowhere outside of `writing_metrics`.
     """
 
     folder: Path
@@ -73,7 +58,7 @@ class RunOutput:
     check_folder: Callable[[], None]
     console: Console
     checkpoints: Checkpoints
-    metrics: NullWriter
+    metrics: MetricsWriter
 
     @contextmanager
     def writing_metrics(
@@ -88,13 +73,9 @@ class RunOutput:
         with ExitStack() as stack:
             stack.callback(self.console.stop)
             if self.is_main:
-                log = MetricsLog(self.folder / NAME, **position)
-                stack.callback(log.close)
-                events = None
-                if options is not None:
-                    events = EventFile(self.folder, options)
-                    stack.callback(events.close)
-                self.metrics = MetricsWriter(log, events)
+                log = stack.enter_context(closing(MetricsLog(self.folder / NAME, **position)))
+                events = EventFile(self.folder, options) if options is not None else None
+                self.metrics = MetricsWriter(log, stack.enter_context(closing(events)) if events else None)
             yield
 
     def write_json(self, name: str, value: Any) -> None:
@@ -128,9 +109,9 @@ def open_output(
     """
     folder = folder or Path(os.devnull)
     with ExitStack() as stack:
-        check_folder = _no_check
+        lock = run_folder.lock(folder) if is_main else nullcontext(lambda: None)
+        check_folder = stack.enter_context(lock)
         if is_main:
-            check_folder = stack.enter_context(run_folder.lock(folder))
             check(folder)  # another process may have trained there since the first check
         console = Console(folder / "log.txt") if is_main else Console(stream=io.StringIO())
         stack.callback(console.close)
@@ -142,11 +123,7 @@ def open_output(
             report=console.report,
         )
         stack.callback(_close, checkpoints)
-        yield RunOutput(folder, is_main, check_folder, console, checkpoints, NullWriter())
-
-
-def _no_check() -> None:
-    pass
+        yield RunOutput(folder, is_main, check_folder, console, checkpoints, MetricsWriter())
 
 
 def _close(checkpoints: Checkpoints) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiment.engines import Engine
-from experiment.errors import UserError
+from experiment.errors import UserError, first_of
 from experiment.files.checkpoints import differences
 from experiment.files.metrics_log import NAME, parse, unchanged_start
 from experiment.files.results import WEIGHTS
@@ -27,11 +27,6 @@ class Start:
     best: dict[str, Any] | None = None
     clock: dict[str, Any] = dataclasses.field(default_factory=dict)
     validation_due: bool = False  # a signal came before or during the validation of this step
-
-
-def begin(engine: Engine, tree: dict[str, Any] | None = None) -> Start:
-    """Return the start of a fresh run, from the engine's own weights or those of a tree."""
-    return Start(engine.init() if tree is None else engine.from_tree(tree))
 
 
 def restore(
@@ -71,10 +66,9 @@ def restore(
         )
     lines = differences(engine.to_tree(engine.init()), tree)
     if lines:
-        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise UserError(
-            f"--resume: {where} is of another model or optimizer: {'; '.join(lines[:3])}{more}; name the run "
-            "it belongs to"
+            f"--resume: {where} is of another model or optimizer: {first_of(lines, 3)}; name the run it "
+            "belongs to"
         )
     if step > total_steps:
         raise UserError(f"--steps: the run is at step {step}; give as many or more")

@@ -22,24 +22,25 @@ from experiment.files.tensorboard import add_images
 from experiment.options.config import Config
 from experiment.options.recipes import with_recipe
 from experiment.options.resolving import resolve, with_local_paths
-from experiment.processes import SINGLE_PROCESS, ProcessInfo, connect
+from experiment.processes import SINGLE_PROCESS, connect
 from experiment.report import write_report
 from experiment.run.console import Console, conclude, describe
 from experiment.run.outcome import End, Outcome, describe_failure, resume_command, what_is_safe
 from experiment.run.output import RunOutput, open_output
-from experiment.run.restoring import Start, begin, restore
+from experiment.run.restoring import Start, restore
 from experiment.run.schedules import Validations, make_schedule
 from experiment.run.trainer import Trainer
 from experiment.run.transfer import initial_tree, sha256
 from experiment.run.validations import ValidationHistory
 
-Record = dict[str, Any]
-"""The content of config.json: {"config", "resolved", "sessions"}."""
 
+class Session:
+    """A start or resume of a run. To make one resolves the options; nothing is written before `run`.
 
-@dataclasses.dataclass(frozen=True)
-class ResolvedRun:
-    """A start or resume of a run, resolved; nothing is written yet.
+    Args:
+        given: {field of Config: value}, as `parse` makes them of flags.
+        argv: those flags, for config.json.
+        join: returns the engine to use in place of the run's, for runs that train together.
 
     Attributes:
         config: the options.
@@ -51,157 +52,142 @@ class ResolvedRun:
         tree: the engine's initial tree with the weights of --init-from; None without them.
         notes: lines for the user, which are logged once there is a log.
         process: which of several processes this is.
-        argv: the flags, for config.json.
+
+    Raises:
+        UserError: the run is refused.
     """
 
-    config: Config
-    stored: Record | None
-    resolved: dict[str, Any]
-    data: Data
-    engine: Engine
-    validations: ValidationHistory
-    tree: dict[str, Any] | None
-    notes: list[str]
-    process: ProcessInfo
-    argv: list[str]
+    def __init__(self, given: dict[str, Any], argv: list[str], join: Callable[[Engine], Engine]) -> None:
+        given = with_local_paths(given)
+        self.argv, self.stored = argv, None
+        if given.get("resume") and given.get("run_dir"):
+            self.stored = run_folder.read_record(Path(given["run_dir"]))
+        if self.stored is None:  # a resumed run has its options, whatever has become of the recipe
+            given = with_recipe(given)
+        self.config = config = resolve(given, self.stored and self.stored["config"])
+        if config.run_dir is not None:
+            self._check(Path(config.run_dir))
+        set_environment(config.framework, deterministic=config.deterministic)
+        data = loading.load(config.dataset, **config.data_options())
+        note = self.stored and run_folder.check_same_data(self.stored["resolved"], data)
+        self.notes = [note] if note else []
+        self.resolved = resolve_lengths(config, data, self.stored, given)
+        self.process = connect() if config.distributed else SINGLE_PROCESS
+        self.data = dataclasses.replace(data, place=self.process)
+        self.validations = ValidationHistory(config.eval_every or data.steps_per_epoch)
+        self.engine = join(make_engine(config, self.data, self.resolved, self.validations))
+        self.tree = self._initial_tree() if self.stored is None else None
+
+    def run(self) -> Outcome:
+        """Open what is written, restore or begin, fit, conclude; return how the run ended.
+
+        Raises:
+            UserError: the run is refused, as another process trains in its folder.
+        """
+        config, is_main = self.config, self.process.is_main
+        folder = Path(config.run_dir) if config.run_dir is not None else None
+        if is_main and self.stored is None:
+            folder = run_folder.create(folder, f"{config.model}-{config.dataset}-{config.optimizer}")
+        with open_output(
+            folder, is_main=is_main, keep_checkpoints=config.keep_checkpoints, check=self._check
+        ) as output:
+            return self._drive(output)
+
+    def _check(self, folder: Path) -> None:
+        """Raise UserError if the run cannot begin in `folder`, or config.json has changed."""
+        if self.stored is None:
+            run_folder.check_fresh(folder)
+        elif run_folder.read_record(folder) != self.stored:
+            raise UserError(f"--run-dir: another process has trained in {folder} meanwhile; start again")
+        else:
+            check_startable(folder, self.stored)
+
+    def _drive(self, output: RunOutput) -> Outcome:
+        """Restore or begin, fit, conclude; log how the run ended."""
+        console, folder = output.console, output.folder
+        draws_report = self.config.report and output.is_main
+        try:
+            identity = run_folder.identity(self.config, self.resolved)
+            start = self._restore_or_begin(output, identity)
+            options = self._record(output, start)
+            with output.writing_metrics(start.history, options if draws_report else None):
+                trainer = Trainer(
+                    config=self.config,
+                    data=self.data,
+                    engine=self.engine,
+                    output=output,
+                    validations=self.validations,
+                    start=start,
+                    total_steps=self.resolved["total_steps"],
+                    identity=identity,
+                )
+                summary = trainer.fit()
+            outcome = _conclude(trainer, summary, output)
+            page = write_the_report(folder, trainer.step, console) if draws_report else None
+            if page and summary is not None:
+                console.report(f"report: {page}")
+            return outcome
+        except RunFailedError as error:
+            outcome = _failed(console, error, "")
+            if draws_report and not isinstance(error, FolderLostError):
+                write_the_report(folder, trainer.step, console)
+            return outcome
+        except (UserError, BrokenBarrierError):  # the second: another of the runs that train together ended
+            raise
+        except Exception as error:
+            if not isinstance(error, OSError | MemoryError):
+                console.log(traceback.format_exc())
+            return _failed(console, error, describe_failure(error, output.checkpoints, folder))
+        except KeyboardInterrupt:  # before the first step, or the second Ctrl-C
+            reason = f"interrupted at once; {what_is_safe(output.checkpoints, folder)}"
+            console.fail(reason, label="")
+            return Outcome(End.INTERRUPTED, 128 + signal.SIGINT, reason)
+
+    def _initial_tree(self) -> dict[str, Any] | None:
+        return initial_tree(self.engine, self.config, self.resolved, self.notes.append)
+
+    def _restore_or_begin(self, output: RunOutput, identity: dict[str, Any]) -> Start:
+        if self.stored is not None:
+            total_steps = self.resolved["total_steps"]
+            start = restore(self.engine, output, self.validations, total_steps, identity)
+            if start is not None:
+                return start
+        tree = self.tree or self._initial_tree()  # fresh, or killed before its first checkpoint
+        return Start(self.engine.init() if tree is None else self.engine.from_tree(tree))
+
+    def _record(self, output: RunOutput, start: Start) -> dict[str, Any]:
+        """Write config.json and describe the run; return the options as config.json has them."""
+        config = dataclasses.replace(self.config, resume=False, run_dir=None, distributed=False)
+        newest = run_folder.session(start.step, self.engine.device, self.argv)
+        sessions = [*(self.stored["sessions"] if self.stored else []), newest]
+        record = {"config": dataclasses.asdict(config), "resolved": self.resolved, "sessions": sessions}
+        output.write_json("config.json", record)
+        describe(record, self.engine.device, output.folder, output.console)
+        for line in self.notes:
+            output.console.report(line)
+        return dataclasses.asdict(config)
 
 
 def start(
     given: dict[str, Any], argv: list[str], join: Callable[[Engine], Engine] = lambda engine: engine
 ) -> Outcome:
-    """Begin or resume the run of the options that were given; return how it ended.
-
-    Args:
-        given: {field of Config: value}, as `parse` makes them of flags.
-        argv: those flags, for config.json.
-        join: returns the engine to use in place of the run's, for runs that train together.
+    """Begin or resume the run of the options that were given; return how it ended. Arguments as of `Session`.
 
     Raises:
         UserError: the run is refused; what can be refused is refused before the disk is touched.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what we report in a line
-    given = with_local_paths(given)
-    stored = None
-    if given.get("resume") and given.get("run_dir"):
-        stored = run_folder.read_record(Path(given["run_dir"]))
-    if stored is None:  # a resumed run has its options, whatever has become of the recipe
-        given = with_recipe(given)
-    config = resolve(given, stored and stored["config"])
-    folder = Path(config.run_dir) if config.run_dir is not None else None
-    if folder is not None:
-        check_folder(folder, stored)
-    run = _resolve(config, stored, given, argv, join)
-    is_main = run.process.is_main
-    if is_main and stored is None:
-        folder = run_folder.create(folder, f"{config.model}-{config.dataset}-{config.optimizer}")
-    with open_output(
-        folder,
-        is_main=is_main,
-        keep_checkpoints=config.keep_checkpoints,
-        check=lambda locked: check_folder(locked, stored),
-    ) as output:
-        return _run(run, output)
+    return Session(given, argv, join).run()
 
 
-def check_folder(run_dir: Path, stored: Record | None) -> None:
-    """Raise UserError if a run cannot begin in `run_dir`, or config.json is not what was read, `stored`."""
-    if stored is None:
-        run_folder.check_fresh(run_dir)
-    elif run_folder.read_record(run_dir) != stored:
-        raise UserError(f"--run-dir: another process has trained in {run_dir} meanwhile; start again")
-    else:
-        check_startable(run_dir, stored)
-
-
-def _resolve(
-    config: Config,
-    stored: Record | None,
-    given: dict[str, Any],
-    argv: list[str],
-    join: Callable[[Engine], Engine],
-) -> ResolvedRun:
-    """Open the data and make the engine."""
-    set_environment(config.framework, deterministic=config.deterministic)
-    data = loading.load(config.dataset, **config.data_options())
-    note = run_folder.check_same_data(stored["resolved"], data) if stored is not None else None
-    notes = [note] if note else []
-    resolved = resolve_lengths(config, data, stored, given)
-    process = connect() if config.distributed else SINGLE_PROCESS
-    data = dataclasses.replace(data, place=process)
-    validations = ValidationHistory(config.eval_every or data.steps_per_epoch)
-    engine = join(make_engine(config, data, resolved, validations))
-    return ResolvedRun(
-        config=config,
-        stored=stored,
-        resolved=resolved,
-        data=data,
-        engine=engine,
-        validations=validations,
-        tree=initial_tree(engine, config, resolved, notes.append) if stored is None else None,
-        notes=notes,
-        process=process,
-        argv=argv,
-    )
-
-
-def _run(run: ResolvedRun, output: RunOutput) -> Outcome:
-    """Restore or begin, fit, conclude; log how the run ended."""
-    config, console = run.config, output.console
-    draws_report = config.report and output.is_main
-    try:
-        identity = run_folder.identity(config, run.resolved)
-        start = _restore_or_begin(run, output, identity)
-        options = _record(run, output, start)
-        with output.writing_metrics(start.history, options if config.report else None):
-            trainer = Trainer(
-                config=config,
-                data=run.data,
-                engine=run.engine,
-                output=output,
-                validations=run.validations,
-                start=start,
-                total_steps=run.resolved["total_steps"],
-                identity=identity,
-            )
-            summary = trainer.fit()
-        if summary is None:
-            outcome = _stopped(trainer, output)
-        else:
-            outcome = Outcome(End.COMPLETED, 0)
-            if output.is_main:
-                output.check_folder()
-            output.write_json("summary.json", summary)
-            conclude(summary, output.folder, console)
-        if draws_report:
-            page = write_the_report(output.folder, trainer.step, console)
-            if page and summary is not None:
-                console.report(f"report: {page}")
-        return outcome
-    except RunFailedError as error:
-        end = End.DIVERGED if isinstance(error, DivergedError) else End.FAILED
-        outcome = _failed(console, f"the run failed: {error}", end)
-        if draws_report and not isinstance(error, FolderLostError):
-            write_the_report(output.folder, trainer.step, console)
-        return outcome
-    except (UserError, BrokenBarrierError):  # the second: another of the runs that train together ended
-        raise
-    except Exception as error:
-        if not isinstance(error, OSError | MemoryError):
-            console.log(traceback.format_exc())
-        reason = describe_failure(error, output.checkpoints, output.folder)
-        return _failed(console, f"the run failed: {reason}")
-    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C
-        reason = f"interrupted at once; {what_is_safe(output.checkpoints, output.folder)}"
-        console.fail(reason, label="")
-        return Outcome(End.INTERRUPTED, 128 + signal.SIGINT, reason)
-
-
-def _failed(console: Console, reason: str, end: End = End.FAILED) -> Outcome:
-    console.fail(reason)
-    return Outcome(end, 1, reason)
-
-
-def _stopped(trainer: Trainer, output: RunOutput) -> Outcome:
+def _conclude(trainer: Trainer, summary: dict[str, Any] | None, output: RunOutput) -> Outcome:
+    """Write the summary, or log which signal stopped the run."""
+    if summary is not None:
+        if output.is_main:
+            output.check_folder()
+        output.write_json("summary.json", summary)
+        conclude(summary, output.folder, output.console)
+        return Outcome(End.COMPLETED, 0)
     number = trainer.stop.signal
     assert number is not None
     reason = (
@@ -212,29 +198,10 @@ def _stopped(trainer: Trainer, output: RunOutput) -> Outcome:
     return Outcome(End.STOPPED, 128 + number, reason)
 
 
-def _restore_or_begin(run: ResolvedRun, output: RunOutput, identity: dict[str, Any]) -> Start:
-    engine, config, resolved, notes = run.engine, run.config, run.resolved, run.notes
-    if run.stored is not None:
-        total_steps = resolved["total_steps"]
-        start = restore(engine, output, run.validations, total_steps, identity)
-        if start is not None:
-            return start
-    # fresh, or killed before its first checkpoint
-    return begin(engine, run.tree or initial_tree(engine, config, resolved, notes.append))
-
-
-def _record(run: ResolvedRun, output: RunOutput, start: Start) -> dict[str, Any]:
-    """Write config.json and describe the run; return the options as it holds them."""
-    config = dataclasses.replace(run.config, resume=False, run_dir=None, distributed=False)
-    options = dataclasses.asdict(config)
-    newest = run_folder.session(start.step, run.engine.device, run.argv)
-    sessions = [*(run.stored["sessions"] if run.stored else []), newest]
-    record = {"config": options, "resolved": run.resolved, "sessions": sessions}
-    output.write_json("config.json", record)
-    describe(record, run.engine.device, output.folder, output.console)
-    for line in run.notes:
-        output.console.report(line)
-    return options
+def _failed(console: Console, error: Exception, reason: str) -> Outcome:
+    reason = f"the run failed: {reason or error}"
+    console.fail(reason)
+    return Outcome(End.DIVERGED if isinstance(error, DivergedError) else End.FAILED, 1, reason)
 
 
 def write_the_report(run_dir: Path, step: int, console: Console) -> Path | None:
@@ -294,7 +261,7 @@ def make_engine(
     config: Config, data: Data, resolved: dict[str, Any], validations: Validations = ()
 ) -> Engine:
     """Return the engine of a run. Raises UserError for a batch that the devices cannot share."""
-    config.check_image_size(*data.image_shape[:2])
+    config.check_batch_norm(*data.image_shape[:2])
     memory = {"accumulate": config.accumulate, "remat": config.remat} if config.framework == "jax" else {}
     engine = load_engine(config.framework)(
         model=config.model,

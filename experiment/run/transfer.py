@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from experiment.engines import Engine
-from experiment.errors import UserError
+from experiment.errors import UserError, first_of
 from experiment.files import weights
 from experiment.files.identify import Shapes, identify, summary, torchvision_name
 from experiment.options.config import Config
@@ -128,12 +128,11 @@ def _adapt(
 def _problems(expected: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray]) -> str:
     """Return what is missing, unexpected and of another shape; empty if nothing is."""
     both = [name for name in expected if name in given and given[name].shape != expected[name].shape]
-    shapes = [f"{name} {list(given[name].shape)}, not {list(expected[name].shape)}" for name in both[:NAMES]]
-    more = f" and {len(both) - NAMES} more" if len(both) > NAMES else ""
+    shapes = [f"{name} {list(given[name].shape)}, not {list(expected[name].shape)}" for name in both]
     kinds = {
         "missing": summary(name for name in expected if name not in given),
         "unexpected": summary(name for name in given if name not in expected),
-        "shape mismatch": ", ".join(shapes) + more,
+        "shape mismatch": first_of(shapes, NAMES, ", "),
     }
     return "; ".join(f"{kind} {words}" for kind, words in kinds.items() if words)
 

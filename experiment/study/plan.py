@@ -78,20 +78,10 @@ class Plan:
     def comparisons(self) -> list[tuple[str, str]]:
         """Return the pairs (method, reference): a method is compared with the optimizers of `compare_with` in
         its variant, and with its optimizer in the first variant."""
-        first = self.methods[0].variant
-        pairs = [
-            (method.name, other.name)
-            for label in self.compare_with
-            for method in self.methods
-            for other in self.methods
-            if other != method and (other.optimizer, other.variant) == (label, method.variant)
-        ]
-        return pairs + [
-            (method.name, other.name)
-            for method in self.methods
-            for other in self.methods
-            if other != method and (other.optimizer, other.variant) == (method.optimizer, first)
-        ]
+        names = {(method.optimizer, method.variant): method.name for method in self.methods}
+        pairs = [(method, (label, method.variant)) for label in self.compare_with for method in self.methods]
+        pairs += [(method, (method.optimizer, self.methods[0].variant)) for method in self.methods]
+        return [(method.name, names[key]) for method, key in pairs if names[key] != method.name]
 
 
 def read(path: Path, given: Options) -> Plan:

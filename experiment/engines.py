@@ -27,7 +27,7 @@ class Engine(Protocol):
 
     @property
     def device_count(self) -> int:
-        """How many devices share a batch; its size must be a multiple of it."""
+        """The number of devices that share a batch, whose size must be a multiple of it."""
 
     @property
     def compiles(self) -> bool:

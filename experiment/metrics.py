@@ -8,8 +8,7 @@ import numpy as np
 
 
 class Metrics:
-    """Running totals over examples. What it holds is a flat dict of small arrays, so that a checkpoint can
-    carry it.
+    """Running totals over examples: a flat dict of small arrays, so that a checkpoint can hold them.
 
     `f1` is the macro average over the classes that occur among the labels or the predictions, as
     scikit-learn's `f1_score(average="macro")` has it.
@@ -65,7 +64,8 @@ class Metrics:
 
 def cross_entropy(logits: np.ndarray, label: np.ndarray) -> float:
     """Mean of -log softmax(logits)[label] over a batch, in float64."""
-    return float(-log_softmax(logits)[np.arange(len(label)), label].mean())
+    likelihood = log_softmax(logits)[np.arange(len(label)), label].mean()
+    return float(0.0 - likelihood)  # and not -likelihood, which is -0.0 where all are certain
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -122,7 +122,7 @@ def test_a_report_says_what_is_absent_and_damaged(tmp_path: Path) -> None:
     assert names_of(run) == CURVES
     text = " ".join(elements.text.split())
     assert "not finished: step 33 of 66 is the last that is recorded" in text
-    assert "Its last words: 2026-01-02 03:04:05 cnn: <made>" in text
+    assert "Last line of its log: 2026-01-02 03:04:05 cnn: <made>" in text
     assert "summary.json is absent" in text
     assert "predictions.npz is absent" in text
     assert "2 of the 37 lines of metrics.jsonl cannot be read" in text

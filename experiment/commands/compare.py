@@ -1,4 +1,4 @@
-"""`python -m experiment compare RUN RUN...`: a page of runs side by side, and its images as PNG."""
+"""`python -m experiment compare RUN RUN...`: a page of runs side by side, and its figures as PNG."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = Parser(
         prog="python -m experiment report",
-        description=f"Write {FOLDER}/index.html in the folder of a run, and the images in it as PNG. The "
+        description=f"Write {FOLDER}/index.html in the folder of a run, and the figures in it as PNG. The "
         "run may go on meanwhile, or have been killed: the page says what is absent.",
     )
     run_type = path_type("RUN")

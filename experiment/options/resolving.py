@@ -1,4 +1,4 @@
-"""From the flags that were given, and on resume the options stored with the run, to a checked Config."""
+"""A checked Config from the flags that were given, and on resume from the options stored with the run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def with_local_paths(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unused(given: dict[str, Any], config: Config) -> None:
-    """Raise UserError for a flag that was given and that the run has no use for."""
+    """Raise UserError for a flag that was given and that the run does not use."""
     for name in (name for name in given if name in USED_BY):
         decides, values = USED_BY[name]
         if getattr(config, decides) not in values:

@@ -1,4 +1,4 @@
-"""The pages themselves: templates of this folder, filled in. Every value is escaped, images are inside."""
+"""Fill in the templates of this folder. Every value is escaped, and images are part of the page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHARP = 64
 
 
 def render(template: str, **values: Any) -> str:
-    """The page that a template of this folder makes of `values`."""
+    """Return the page of a template of this folder, filled in with `values`."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -172,7 +172,7 @@ def _session(session: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changed(config: Config) -> list[dict[str, str]]:
-    """The options that are not at their defaults."""
+    """Return the options that are not at their defaults."""
     usual = dataclasses.asdict(resolve({}))
     return [
         {"name": name, "value": value_words(value), "default": value_words(usual[name])}

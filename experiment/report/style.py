@@ -68,7 +68,7 @@ _SETTINGS: dict[Any, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Everything is drawn and saved inside of this."""
+    """Apply the style; everything is drawn and saved inside of this context."""
     import matplotlib
 
     # Settings and warnings are the process's: of several runs that end at once, one at a time

@@ -33,7 +33,7 @@ class Confused(NamedTuple):
 
 
 def confusion(predictions: Predictions) -> npt.NDArray[np.int64]:
-    """How many examples of class i were taken for class j, [classes, classes]."""
+    """Return the number of examples of class i that were predicted as class j, [classes, classes]."""
     k = len(predictions.class_names)
     pairs = predictions.labels.astype(np.int64) * k + predictions.predictions
     return np.bincount(pairs, minlength=k * k).reshape(k, k)

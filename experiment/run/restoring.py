@@ -18,7 +18,7 @@ from experiment.run.validations import ValidationHistory
 
 @dataclasses.dataclass
 class Start:
-    """Where a run starts: a state, and what the checkpoint it came from holds of the run."""
+    """Where a run starts: a state, and the entries of run.json of its checkpoint."""
 
     state: Any
     step: int = 0

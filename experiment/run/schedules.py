@@ -38,7 +38,7 @@ def multistep(lr: float, milestones: Sequence[int], factor: float) -> Schedule:
 
 
 def plateau(lr: float, validations: Validations, *, patience: int, factor: float, cooldown: int) -> Schedule:
-    """lr times factor for each time that validation has come to rest, as PyTorch's ReduceLROnPlateau has it.
+    """lr times factor for each plateau of the validation loss, as PyTorch's ReduceLROnPlateau.
 
     More than `patience` validations in a row whose loss is not below the best so far times (1 - THRESHOLD)
     are a plateau; the `cooldown` validations after one do not count. The rate of step s, which counts from 0,

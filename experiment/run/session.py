@@ -35,7 +35,7 @@ from experiment.run.validations import ValidationHistory
 
 
 class Session:
-    """A start or resume of a run. To make one resolves the options; nothing is written before `run`.
+    """A start or resume of a run. Its constructor resolves the options; only `run` writes.
 
     Args:
         given: {field of Config: value}, as `parse` makes them of flags.

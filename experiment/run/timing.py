@@ -27,7 +27,7 @@ class Clock:
 
 
 class Timer:
-    """Keeps the clock of a run.
+    """The clock of a run while it goes on.
 
     Steps are timed in intervals: `resume` begins one, `count_step` counts a step, `pause` ends the interval.
 

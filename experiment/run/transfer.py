@@ -95,9 +95,9 @@ def count_parameters(params: Mapping[str, np.ndarray], *, freeze_backbone: bool)
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     """The first convolution's kernel [O, I, KH, KW] for images of other channels: 3 to 1, or 1 to 3.
 
-    With the sum over its input channels a kernel of three makes of a gray image what it made of the same
-    image in all three. A third of a kernel of one for each of three makes of an image what it made of the
-    mean of the three. Any other change leaves the kernel as it is.
+    3 to 1: the sum over the input channels. A gray image then gives what it gave repeated in three channels.
+    1 to 3: a third of the kernel for each channel. An image then gives what the mean of its channels gave.
+    Any other change leaves the kernel as it is.
     """
     wide: np.ndarray = kernel.astype(np.float64)
     if (kernel.shape[1], channels) == (3, 1):

@@ -23,7 +23,7 @@ class Table(NamedTuple):
 
 
 def tables(study: Json) -> Iterator[Table]:
-    """Results, comparisons and tuning; `study` is what `results.collect` gives."""
+    """Results, comparisons and tuning; `study` is that of `results.collect`."""
     methods = study["contestants"]
     yield Table(
         "Test results",

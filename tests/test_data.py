@@ -811,8 +811,8 @@ def test_an_unfinished_preparation_is_no_data_set(root: Path) -> None:
             {"augment": "crop-flip-pca", "grayscale": True},
             ["--augment: crop-flip-pca", "use crop-flip"],
         ),
-        ("digits", {"seed": -1}, ["--seed -1"]),
-        ("digits", {"seed": 2**32}, ["--seed 4294967296"]),
+        ("digits", {"seed": -1}, ["--seed: -1"]),
+        ("digits", {"seed": 2**32}, ["--seed: 4294967296"]),
     ],
 )
 def test_a_users_mistake_is_one_line_and_leaves_nothing(
@@ -954,7 +954,7 @@ def test_data_is_frozen(small: dict[str, Data]) -> None:
 
 def test_messages_name_existing_flags() -> None:
     """What the messages tell the user to change is what the command line has."""
-    flags = {f"--{name}" for name in ("dataset", "data-dir", "batch-size", "seed", "image-size")}
+    flags = {f"--{name}" for name in ("dataset", "data-dir", "batch-size", "seed")}
     flags |= {"--train-subset", "--val-fraction", "--augment", "--resize", "--crop-to-bbox", "--grayscale"}
     text = "".join(Path(module.__file__ or "").read_text() for module in (data_module, builtin, tfds))
     assert set(re.findall(r"--[a-z][a-z-]+", text)) == flags

@@ -23,11 +23,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from experiment.commands.train import make_engine, resolve_lengths
 from experiment.data.builtin import SyntheticSource
 from experiment.data.loading import Data, load
 from experiment.engines import set_environment
-from experiment.options.config import Config, parse, resolve
+from experiment.options.command_line import parse
+from experiment.options.config import Config
+from experiment.options.resolving import resolve
+from experiment.run.session import make_engine, resolve_lengths
 from tests import made_tfds
 
 CIFAR = "--dataset cifar10 --train-subset 0.2 --model resnet20 --batch-size 128"
@@ -50,7 +52,7 @@ RECIPES = {
 def make_imagenet(root: Path, count: int = 256) -> None:
     """Write a TFDS data set imagenet2012 of generated photographs: smooth, with noise; about 28 kB each."""
     source = SyntheticSource(0, count, (375, 500))
-    images, _ = source.pictures(np.arange(count))
+    images, _ = source.images(np.arange(count))
     files = [
         (made_tfds.encoded(Image.blend(p, p.resize((125, 94)).resize((500, 375)), 0.5), "jpeg"), 0)
         for p in images

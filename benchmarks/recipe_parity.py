@@ -31,13 +31,15 @@ import scipy.stats
 
 import experiment.data.loading
 import torch_oracle
-from experiment.commands import train
 from experiment.data.loading import Data
 from experiment.files.checkpoints import Checkpoints
 from experiment.files.run_folder import write_file
 from experiment.metrics import Metrics
-from experiment.options.config import Config, parse, resolve
+from experiment.options.command_line import parse
+from experiment.options.config import Config
 from experiment.options.recipes import with_recipe
+from experiment.options.resolving import resolve
+from experiment.run.session import make_engine, resolve_lengths
 from tests.parity.recipe import Oracle
 
 REFERENCE, NUDGED = "torch", "torch-nudged"
@@ -59,7 +61,7 @@ def make_candidate(name: str, config: Config, data: Data) -> Any:
         network = torch_oracle.MODELS[config.model](data.num_classes, data.image_shape[2])
         return Oracle(network, data.mean, data.std, config.milestones)
     config = dataclasses.replace(config, framework=name)
-    return train.make_engine(config, data, train.resolve_lengths(config, data, None, {}))
+    return make_engine(config, data, resolve_lengths(config, data, None, {}))
 
 
 def first_tree(name: str, config: Config, data: Data) -> dict[str, Any]:

@@ -21,7 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.data.loading import Data, load
-from experiment.options.config import AUGMENTATIONS, parse, resolve
+from experiment.options.command_line import parse
+from experiment.options.config import AUGMENTATIONS
+from experiment.options.resolving import resolve
 
 COLUMNS = 10
 

@@ -1,1 +1,1 @@
-"""What the engines share and neither owns: configuration, data, metrics, history, checkpoints, reports."""
+"""What an engine does not have: options, data, the files of a run, training, reports, studies."""

@@ -1,4 +1,4 @@
-"""The seam between the experiment and an engine: what one offers, and the only place that looks one up."""
+"""The interface between the experiment and an engine, and the only place that looks an engine up."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Engine(Protocol):
 
     @property
     def device_count(self) -> int:
-        """How many devices share a batch; its size must be a multiple of it."""
+        """The number of devices that share a batch, whose size must be a multiple of it."""
 
     @property
     def compiles(self) -> bool:
-        """True if the first step takes long because a program is compiled."""
+        """True if the first step takes long because it is compiled."""
 
     @property
     def holds_images(self) -> bool:
@@ -76,14 +76,14 @@ def set_environment(framework: str, *, deterministic: bool) -> None:
     """Set what JAX reads once, at its import; a value the user has set is left alone.
 
     Orbax and Grain import JAX in every run. Where it is not the engine it is held to the CPU, else it would
-    take most of a GPU's memory. Compiled programs are kept in the user's cache folder:
+    take most of a GPU's memory. Compiled functions are kept in the user's cache folder:
     `JAX_COMPILATION_CACHE_DIR` names another, `JAX_ENABLE_COMPILATION_CACHE=false` keeps none.
     """
     if framework != "jax":
         os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache_directory())
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
-    if not can_hold_files(os.environ["JAX_COMPILATION_CACHE_DIR"]):  # JAX would warn at each program
+    if not can_hold_files(os.environ["JAX_COMPILATION_CACHE_DIR"]):  # JAX would warn at each function
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
@@ -91,7 +91,7 @@ def set_environment(framework: str, *, deterministic: bool) -> None:
 
 
 def cache_directory() -> str:
-    """Where compiled programs are kept unless the user says otherwise; empty for a user without a home."""
+    """Return the default folder of the compilation cache; empty for a user without a home folder."""
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
@@ -100,16 +100,16 @@ def cache_directory() -> str:
 
 
 def can_hold_files(directory: str) -> bool:
-    """Whether files can be made in a directory, itself made if need be; nothing is made to find out."""
+    """True if files can be made in a directory, itself made if need be; nothing is made to find out."""
     if not directory or "://" in directory:  # a bucket: JAX knows
         return bool(directory)
     path = Path(directory).absolute()
-    nearest = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
-def keeps_programs() -> bool:
-    """Whether the next start will find what this one compiles; after `set_environment`."""
+def caches_compilation() -> bool:
+    """True if the next start will find what this one compiles; after `set_environment`."""
     return os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "true").lower() not in ("false", "0", "no", "off")
 
 

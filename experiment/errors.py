@@ -1,4 +1,6 @@
-"""Exceptions whose message is the one line that the user sees."""
+"""Exceptions whose message is the one line that the user sees, and parts of such lines."""
+
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -12,10 +14,26 @@ class RunFailedError(Exception):
     """The run cannot go on; one line says why and what is safe. Exit status 1."""
 
 
+class DivergedError(RunFailedError):
+    """The loss or gradient of a step was not finite."""
+
+
 class FolderLostError(RunFailedError):
     """The folder of a run is no longer the one that it locked: nothing more may be written there."""
 
 
 def one_line(error: object) -> str:
     """Return the message of another library's error, or any text, cut to a part of one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def first_of(items: Sequence[str], most: int, separator: str = "; ") -> str:
+    """Return the first of some items, joined, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more
+
+
+def named_line(error: BaseException) -> str:
+    """Return the type and the message of an error, cut to a part of one line."""
+    name, text = type(error).__name__, one_line(error)
+    return name if text == name else f"{name}: {text}"

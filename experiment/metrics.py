@@ -8,8 +8,7 @@ import numpy as np
 
 
 class Metrics:
-    """Running totals over examples. What it holds is a flat dict of small arrays, so that a checkpoint can
-    carry it.
+    """Running totals over examples: a flat dict of small arrays, so that a checkpoint can hold them.
 
     `f1` is the macro average over the classes that occur among the labels or the predictions, as
     scikit-learn's `f1_score(average="macro")` has it.
@@ -32,9 +31,9 @@ class Metrics:
         self.hits += np.bincount(label[prediction == label], minlength=num_classes)
         self.labels += np.bincount(label, minlength=num_classes)
         self.predictions += np.bincount(prediction, minlength=num_classes)
-        # As argmax has it, the lowest class goes first among equals; what is no number counts as larger.
-        own, lower = logits[np.arange(n), label][:, None], np.arange(num_classes) < label[:, None]
-        ahead = ~(logits <= own) | ((logits == own) & lower)
+        # As in argmax, the lowest class goes first among equals, and NaN counts as larger.
+        true, lower = logits[np.arange(n), label][:, None], np.arange(num_classes) < label[:, None]
+        ahead = ~(logits <= true) | ((logits == true) & lower)
         self.top5 += int((ahead.sum(1) < 5).sum())
 
     def compute(self) -> dict[str, float]:
@@ -65,6 +64,24 @@ class Metrics:
 
 def cross_entropy(logits: np.ndarray, label: np.ndarray) -> float:
     """Mean of -log softmax(logits)[label] over a batch, in float64."""
+    likelihood = log_softmax(logits)[np.arange(len(label)), label].mean()
+    return float(0.0 - likelihood)  # and not -likelihood, which is -0.0 where all are certain
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Class probabilities of logits [N, classes], in float64; NaN for a row that is not finite."""
+    exponentials = np.exp(_shifted(logits))
+    return np.asarray(exponentials / exponentials.sum(1, keepdims=True))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Logarithms of the class probabilities of logits [N, classes], in float64."""
+    shifted = _shifted(logits)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
+
+
+def _shifted(logits: np.ndarray) -> np.ndarray:
+    """The logits less the largest of their row, so that no exponential overflows."""
     z = logits.astype(np.float64)
-    z -= z.max(1, keepdims=True)
-    return float((np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), label]).mean())
+    with np.errstate(invalid="ignore"):  # inf - inf
+        return np.asarray(z - z.max(1, keepdims=True))

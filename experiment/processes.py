@@ -3,7 +3,7 @@
     JAX_COORDINATOR_ADDRESS=host0:1234 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0 python train.py --distributed ...
 
 Each process runs the same command. All take the same steps in the same order, and what decides where a run
-goes (a bad step, a better validation, a signal) is the same for all; the first alone writes files.
+goes (a non-finite step, a better validation, a signal) is the same for all; the first alone writes files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.errors import UserError
+from experiment.errors import UserError, one_line
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
@@ -29,7 +29,7 @@ class ProcessInfo:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and talks to the user."""
+        """True for the process that writes the files and talks to the user."""
         return self.index == 0
 
     def rows(self, size: int) -> slice:
@@ -43,7 +43,7 @@ SINGLE_PROCESS = ProcessInfo()
 
 def connect() -> ProcessInfo:
     """Wait for the other processes; they are found by `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID`, or by what Slurm, Open MPI or Kubernetes tell.
+    `JAX_PROCESS_ID`, or by the variables of Slurm, Open MPI or Kubernetes.
 
     Must come before anything that asks JAX for its devices.
 
@@ -71,14 +71,14 @@ def connect() -> ProcessInfo:
             )
     import jax
 
-    # On a CPU two programs at once would mix up their messages, which bear no program's name.
+    # On a CPU two compiled functions at once would mix up their messages, which bear no name.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(**known)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--distributed: the processes were not joined ({reason}); set {COORDINATOR}, {COUNT} and {INDEX}"
+            f"--distributed: the processes were not joined ({one_line(error)}); "
+            f"set {COORDINATOR}, {COUNT} and {INDEX}"
         ) from None
     return ProcessInfo(jax.process_index(), jax.process_count())
 

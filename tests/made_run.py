@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiment.files.predictions import Collector
-from experiment.options.config import resolve
+from experiment.options.resolving import resolve
 
 VERSIONS = {"jax": "0.0.1", "numpy": "0.0.2"}
 

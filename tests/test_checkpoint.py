@@ -438,14 +438,14 @@ def test_only_whole_checkpoints_are_verified(copy):
 
 @pytest.mark.parametrize("then", ["save", "close"])
 def test_a_failed_save_is_told_by_what_comes_next(copy, then):
-    checkpoints = Checkpoints(copy, 2)
+    saver = Checkpoints(copy, 2)
     with no_space_at(checkpoints, "write_json"):
-        checkpoints.save(3, make_tree(3), RUN)
+        saver.save(3, make_tree(3), RUN)
         with pytest.raises(OSError, match="checkpoint 3"):
-            checkpoints.save(4, make_tree(4), RUN) if then == "save" else checkpoints.close()
-    checkpoints.wait()  # told once
-    checkpoints.close()
-    assert checkpoints.steps() == [1, 2]
+            saver.save(4, make_tree(4), RUN) if then == "save" else saver.close()
+    saver.wait()  # told once
+    saver.close()
+    assert saver.steps() == [1, 2]
 
 
 def test_differences_name_what_differs():
@@ -458,11 +458,11 @@ def test_differences_name_what_differs():
     found["optimizer"]["nu"] = {"conv1.weight": np.zeros(3)}
     found["batch_stats"] = {"bn1.running_mean": np.zeros(3)}
     assert differences(expected, found) == [
-        "batch_stats/bn1.running_mean is surplus",
-        "optimizer/nu/conv1.weight is surplus",
+        "batch_stats/bn1.running_mean is unexpected",
+        "optimizer/nu/conv1.weight is unexpected",
         "params/conv1.weight is float32[4, 1, 3, 3], not float32[4, 3, 3, 3]",
         "params/fc.bias is missing",
-        "params/fc.extra is surplus",
+        "params/fc.extra is unexpected",
         "params/layer1.0.bn1.weight is float32[5], not float64[5]",
     ]
 

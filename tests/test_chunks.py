@@ -10,7 +10,7 @@ import pytest
 
 import experiment.data.loading
 from experiment.commands import train
-from experiment.data.augmentation import Augmentation, fit_picture
+from experiment.data.augmentation import Augmentation, fit_image
 from experiment.data.builtin import ArraySource
 from jax_resnet import Engine, engine
 from jax_resnet.strategies.chunked import gather_images
@@ -50,7 +50,7 @@ def test_chunks_end_where_the_caller_pauses_and_change_no_bit():
 @pytest.mark.parametrize("shape", [(32, 32, 3), (33, 40, 1)])
 def test_images_made_on_the_device_are_those_of_the_host(name, shape):
     pixels = np.random.default_rng(0).integers(256, size=(20, *shape), dtype=np.uint8)
-    source = ArraySource(pixels, np.arange(20, dtype=np.int32), partial(fit_picture, size=shape[:2]))
+    source = ArraySource(pixels, np.arange(20, dtype=np.int32), partial(fit_image, size=shape[:2]))
     fill = (7, 8, 9)[: shape[2]]
     augmentation = Augmentation(name, 3, shape[:2], None, fill)
     examples = np.random.default_rng(1).permutation(20)

@@ -230,9 +230,9 @@ def of_float64(tree):
 
 
 SWAPPED = {
-    "model": (of_resnet20, ["batch_stats/bn1.running_mean is surplus", "more"]),
+    "model": (of_resnet20, ["batch_stats/bn1.running_mean is unexpected", "more"]),
     "sgd": (of_sgd, ["optimizer/count is missing", "optimizer/mu/", "more"]),
-    "amsgrad": (of_amsgrad, ["optimizer/nu_max/conv.bias is surplus", "more"]),
+    "amsgrad": (of_amsgrad, ["optimizer/nu_max/conv.bias is unexpected", "more"]),
     "classes": (of_seven_classes, ["fc.bias is float32[7], not float32[10]"]),
     "precision": (of_float64, ["params/conv.bias is float64[8], not float32[8]"]),
 }

@@ -17,19 +17,9 @@ import torch
 import jax_resnet
 import numpy_ref
 from experiment.errors import UserError
-from experiment.options.config import (
-    CHANGEABLE,
-    MODELS,
-    OPTIMIZERS,
-    USED_BY,
-    Config,
-    flag_of,
-    make_parser,
-    parse,
-    parse_image_size,
-    refuse_unused,
-    resolve,
-)
+from experiment.options.command_line import make_parser, parse
+from experiment.options.config import MODELS, OPTIMIZERS, Config, flag_of, parse_image_size
+from experiment.options.resolving import CHANGEABLE, USED_BY, refuse_unused, resolve
 from experiment.run.schedules import has_converged, make_schedule
 from jax_resnet.optimizers import BOUNDED
 from tests.tolerances import FLOAT64_LAYER
@@ -320,10 +310,10 @@ def test_the_length_of_a_run():
 def test_batch_norm_over_a_single_value_is_refused(argv, size, fits):
     config = resolve(parse(["--batch-size", "1", *argv]))
     if fits:
-        config.check_pictures(*size)
+        config.check_batch_norm(*size)
     else:
         with pytest.raises(UserError, match=r"^--(batch-size|accumulate): "):
-            config.check_pictures(*size)
+            config.check_batch_norm(*size)
 
 
 def test_model_options_are_those_that_differ():

@@ -66,9 +66,9 @@ def test_no_stream_ends_a_run_and_the_log_has_every_line(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", stream)
     lines = Console(tmp_path / "log.txt", stream)
-    lines.say("before")
+    lines.report("before")
     lines.start(0, 2, 4)
-    lines.say(f"in é {BYTES}")
+    lines.report(f"in é {BYTES}")
     lines.progress(2, 2, "1/1", 0.5, 0.5, 10.0)
     lines.fail("after")
     lines.close()
@@ -81,8 +81,8 @@ def test_output_redirected_into_the_log_is_there_once(tmp_path: Path) -> None:
     """`python train.py --run-dir X > X/log.txt`: two writers would write over each other."""
     with open(tmp_path / "log.txt", "w") as stream:
         lines = Console(tmp_path / "log.txt", stream)
-        lines.say("one")
-        lines.say("two")
+        lines.report("one")
+        lines.report("two")
         lines.close()
     assert [line.split()[-1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["one", "two"]
 

@@ -30,10 +30,10 @@ from PIL import Image
 
 from experiment.data import builtin, tfds
 from experiment.data import loading as data_module
-from experiment.data.augmentation import fit_picture, picture_of
+from experiment.data.augmentation import fit_image, image_of
 from experiment.data.builtin import CachedSource, SyntheticSource, cached
 from experiment.data.loading import Data, Split, load
-from experiment.data.types import Batch, Dataset, Labels
+from experiment.data.types import IMAGENET, Batch, Dataset, Labels
 from experiment.errors import UserError
 from tests import made_tfds
 
@@ -59,9 +59,9 @@ class Numbered:
         images[:, 0, :4, 0] = indices.astype("<u4").view(np.uint8).reshape(-1, 4)
         return {"image": images, "label": (indices % 7).astype(np.int32)}
 
-    def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list[Image.Image], Labels]:
+    def images(self, indices: npt.NDArray[np.int64]) -> tuple[list[Image.Image], Labels]:
         batch = self.read(indices)
-        return [picture_of(image) for image in batch["image"]], batch["label"]
+        return [image_of(image) for image in batch["image"]], batch["label"]
 
 
 def numbers(batch: Batch) -> list[int]:
@@ -140,7 +140,7 @@ def test_the_number_of_threads_does_not_change_the_order(
     load_numbered: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = order(load_numbered(60, batch_size=4).train_batches(5), 30)
-    monkeypatch.setattr(data_module, "_SMALL_PICTURE", 0)
+    monkeypatch.setattr(data_module, "_SMALL_IMAGE", 0)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     dawdle = random.Random(0)
     data = load_numbered(60, batch_size=4, delay=lambda: dawdle.uniform(0, 0.01))
@@ -339,14 +339,14 @@ def test_synthetic_can_be_learned(small: dict[str, Data]) -> None:
 
 def test_28_is_padded_to_32() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
-    fitted = fit_picture(Image.fromarray(pixels), (32, 32))
+    fitted = fit_image(Image.fromarray(pixels), (32, 32))
     np.testing.assert_array_equal(fitted, np.pad(pixels, 2)[..., None])
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (50, 200), (224, 224)])
 @pytest.mark.parametrize("shape", [(100, 60), (60, 100), (33, 33), (24, 24), (400, 37), (1, 1)])
 def test_fitted_picture_covers_the_target(shape: tuple[int, int], size: tuple[int, int]) -> None:
-    fitted = fit_picture(Image.fromarray(np.full((*shape, 3), 200, np.uint8)), size)
+    fitted = fit_image(Image.fromarray(np.full((*shape, 3), 200, np.uint8)), size)
     np.testing.assert_array_equal(fitted, np.full((*size, 3), 200))
 
 
@@ -355,9 +355,9 @@ def test_the_centre_is_kept() -> None:
     picture = np.zeros((60, 180, 3), np.uint8)
     for stripe in range(3):
         picture[:, 60 * stripe : 60 * stripe + 60, stripe] = 255
-    fitted = fit_picture(Image.fromarray(picture), (32, 32))
+    fitted = fit_image(Image.fromarray(picture), (32, 32))
     np.testing.assert_array_equal(fitted[:, 1:-1], np.broadcast_to(np.array([0, 255, 0]), (32, 30, 3)))
-    turned = fit_picture(Image.fromarray(picture.transpose(1, 0, 2)), (32, 32))
+    turned = fit_image(Image.fromarray(picture.transpose(1, 0, 2)), (32, 32))
     np.testing.assert_array_equal(turned, fitted.transpose(1, 0, 2))
 
 
@@ -365,18 +365,18 @@ def test_fitting_is_resizing_then_cropping() -> None:
     """Also at the edges of the crop, where the filter reaches beyond them."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 180, 3), dtype=np.uint8))
     resized = np.asarray(picture.resize((96, 32), Image.Resampling.BILINEAR))
-    np.testing.assert_allclose(fit_picture(picture, (32, 32)).astype(int), resized[:, 32:64], atol=1)
+    np.testing.assert_allclose(fit_image(picture, (32, 32)).astype(int), resized[:, 32:64], atol=1)
 
 
 def test_shrinking_is_antialiased() -> None:
     """A checkerboard of single pixels shrinks to grey, not to black and white."""
     board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
-    assert np.ptp(fit_picture(Image.fromarray(board), (32, 32)).astype(int)) < 30
+    assert np.ptp(fit_image(Image.fromarray(board), (32, 32)).astype(int)) < 30
 
 
 def test_the_size_it_has_is_not_touched() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(fit_picture(Image.fromarray(pixels), (40, 50)), pixels)
+    np.testing.assert_array_equal(fit_image(Image.fromarray(pixels), (40, 50)), pixels)
 
 
 def test_cache_reads_once() -> None:
@@ -522,7 +522,7 @@ def test_which_split_is_test(root: Path, name: str, splits: dict[str, int], test
     made_tfds.write(root, name, files)
     data = load_made(root, name)
     assert (data.train_size + data.val_size, data.test_size) == (8, tested)
-    assert (data.mean, data.std) == tfds.IMAGENET
+    assert (data.mean, data.std) == IMAGENET
 
 
 def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
@@ -791,16 +791,16 @@ def test_an_unfinished_preparation_is_no_data_set(root: Path) -> None:
         ("kaggle:a", {}, ["--dataset"]),
         ("digits", {"batch_size": 1294}, ["--batch-size 1294", "1293", "--train-subset"]),
         ("digits", {"batch_size": 0}, ["--batch-size 0"]),
-        ("digits", {"train_subset": 0.0}, ["--train-subset 0:"]),
-        ("digits", {"train_subset": 1.5}, ["--train-subset 1.5"]),
-        ("digits", {"train_subset": float("nan")}, ["--train-subset nan"]),
+        ("digits", {"train_subset": 0.0}, ["--train-subset: 0.0 "]),
+        ("digits", {"train_subset": 1.5}, ["--train-subset: 1.5"]),
+        ("digits", {"train_subset": float("nan")}, ["--train-subset: nan"]),
         ("digits", {"train_subset": 1e-9}, ["--train-subset 1e-09", "--val-fraction 0.1"]),
-        ("digits", {"val_fraction": 1.0}, ["--val-fraction 1:"]),
-        ("digits", {"val_fraction": -0.1}, ["--val-fraction -0.1"]),
+        ("digits", {"val_fraction": 1.0}, ["--val-fraction: 1.0 "]),
+        ("digits", {"val_fraction": -0.1}, ["--val-fraction: -0.1"]),
         ("digits", {"val_fraction": 0.9999}, ["--val-fraction 0.9999", "leave no example"]),
-        ("digits", {"image_size": (31, 32)}, ["--image-size 31x32", "32"]),
-        ("synthetic", {"image_size": (64, 8)}, ["--image-size 64x8"]),
-        ("mnist", {"image_size": (28, 28)}, ["--image-size 28x28"]),
+        ("digits", {"image_size": (31, 32)}, ["--image-size: 31x32", "32"]),
+        ("synthetic", {"image_size": (64, 8)}, ["--image-size: 64x8"]),
+        ("mnist", {"image_size": (28, 28)}, ["--image-size: 28 is"]),
         ("digits", {"resize": (32,), "image_size": (40, 48)}, ["--resize: 32", "40x48", "48 or more"]),
         ("digits", {"crop_to_bbox": True}, ["--crop-to-bbox: digits", "leave the flag out"]),
         ("synthetic", {"crop_to_bbox": True}, ["--crop-to-bbox: synthetic", "cars196"]),
@@ -811,8 +811,8 @@ def test_an_unfinished_preparation_is_no_data_set(root: Path) -> None:
             {"augment": "crop-flip-pca", "grayscale": True},
             ["--augment: crop-flip-pca", "use crop-flip"],
         ),
-        ("digits", {"seed": -1}, ["--seed -1"]),
-        ("digits", {"seed": 2**32}, ["--seed 4294967296"]),
+        ("digits", {"seed": -1}, ["--seed: -1"]),
+        ("digits", {"seed": 2**32}, ["--seed: 4294967296"]),
     ],
 )
 def test_a_users_mistake_is_one_line_and_leaves_nothing(
@@ -954,7 +954,7 @@ def test_data_is_frozen(small: dict[str, Data]) -> None:
 
 def test_messages_name_existing_flags() -> None:
     """What the messages tell the user to change is what the command line has."""
-    flags = {f"--{name}" for name in ("dataset", "data-dir", "batch-size", "seed", "image-size")}
+    flags = {f"--{name}" for name in ("dataset", "data-dir", "batch-size", "seed")}
     flags |= {"--train-subset", "--val-fraction", "--augment", "--resize", "--crop-to-bbox", "--grayscale"}
     text = "".join(Path(module.__file__ or "").read_text() for module in (data_module, builtin, tfds))
     assert set(re.findall(r"--[a-z][a-z-]+", text)) == flags

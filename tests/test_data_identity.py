@@ -82,7 +82,7 @@ def test_the_identity_of_data_without_files(monkeypatch: pytest.MonkeyPatch) -> 
         assert identity(Path(), name, image_size=(40, 40), val_fraction=0.5) == facts
     before = identity(Path(), "synthetic")
     monkeypatch.setattr(
-        builtin.SyntheticSource, "_picture", lambda self, number: np.zeros((32, 32, 3), np.uint8)
+        builtin.SyntheticSource, "_image", lambda self, number: np.zeros((32, 32, 3), np.uint8)
     )
     assert identity(Path(), "synthetic") != before
 

@@ -158,7 +158,7 @@ def test_the_summary_of_the_studies_is_that_of_their_results(row, study, adam, a
 def test_the_bounds_in_the_document_follow_the_schedule_of_the_studies() -> None:
     """Of `final-lr-gamma`: 336 steps, 33 of them warm-up, then half a cosine to 0."""
     plan = read(ROOT / "studies" / "final-lr-gamma.toml", {})
-    named = {each.name: each.candidates[0] for each in plan.contestants}
+    named = {each.name: each.candidates[0] for each in plan.methods}
     settings = [named[name] for name in ("published", "gamma-0.1", "final-lr-3")]
     lr, length = settings[0]["lr"], 336
     schedule = make_schedule("cosine", lr, length=length, warmup_steps=length // 10)
@@ -303,12 +303,12 @@ def test_the_example_of_a_study_can_be_read(tmp_path):
     path = tmp_path / "example.toml"
     path.write_text(example)
     plan = read(path, {})
-    assert [method.name for method in plan.contestants] == [
+    assert [method.name for method in plan.methods] == [
         f"{optimizer}-{variant}"
         for variant in ("batch-norm", "no-batch-norm")
         for optimizer in ("adam", "bounded")
     ]
-    trials = sum(len(method.candidates) * len(plan.tuning_seeds) for method in plan.contestants)
-    runs = trials + len(plan.contestants) * len(plan.seeds)
+    trials = sum(len(method.candidates) * len(plan.tuning_seeds) for method in plan.methods)
+    runs = trials + len(plan.methods) * len(plan.seeds)
     assert f"= {runs}." in (ROOT / "docs" / "training.md").read_text()
-    assert plan.contestants[1].candidates[0]["report"] is True
+    assert plan.methods[1].candidates[0]["report"] is True

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiment.commands import train
-from experiment.engines import keeps_programs, set_environment
+from experiment.engines import caches_compilation, set_environment
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def home(tmp_path, monkeypatch) -> Path:
 def cache_after() -> str | None:
     """Where programs are kept after `set_environment`, or None."""
     set_environment("jax", deterministic=False)
-    return os.environ["JAX_COMPILATION_CACHE_DIR"] if keeps_programs() else None
+    return os.environ["JAX_COMPILATION_CACHE_DIR"] if caches_compilation() else None
 
 
 def test_programs_are_kept_in_the_users_cache_folder_and_nothing_is_made_yet(home):

@@ -17,7 +17,7 @@ from PIL import Image
 from experiment.__main__ import main
 from experiment.commands import train
 from experiment.commands.evaluate import STRIDE, average, by_shape
-from experiment.data.augmentation import ten_crops, ten_shifts, whole_picture
+from experiment.data.augmentation import ten_crops, ten_shifts, whole_image
 from experiment.data.loading import load
 from experiment.engines import load_engine
 from experiment.run.completed_run import open_run
@@ -75,7 +75,7 @@ def test_validation_and_the_best_weights(finished: Path, capsys: pytest.CaptureF
     assert main(["evaluate", str(finished), "--split", "val", "--weights", "best"]) == 0
     printed = capsys.readouterr().out
     assert metrics(printed)["loss"] == pytest.approx(best["loss"], abs=1e-4)
-    assert "val of digits, 144 pictures, 32x32" in printed
+    assert "val of digits, 144 images, 32x32" in printed
 
 
 def test_ten_crops_by_hand() -> None:
@@ -101,7 +101,7 @@ def test_a_whole_picture_is_all_of_it(height: int, width: int, size: tuple[int, 
     """Squares stay so. Of a shorter side of 96, the longer one would be 96, 150, 150, 109 and 139."""
     picture = Image.fromarray(noise(height, width, 3))
     want = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(whole_picture(picture, min(size), STRIDE), want)
+    np.testing.assert_array_equal(whole_image(picture, min(size), STRIDE), want)
 
 
 def test_ten_shifts_are_of_the_size_that_was_trained() -> None:
@@ -120,7 +120,7 @@ def test_ten_crops_of_small_pictures_are_shifts(finished: Path, capsys: pytest.C
     capsys.readouterr()
     assert main(["evaluate", str(finished), "--crops", "10", "--batch-size", "70"]) == 0
     printed = capsys.readouterr().out
-    assert "360 pictures, 10 crops of 32x32, padded by an eighth, probabilities averaged" in printed
+    assert "360 images, 10 crops of 32x32, padded by an eighth, probabilities averaged" in printed
     run = open_run(finished)
     data = load("digits", **run.config.data_options())
     (batch,) = data.eval_batches("test", 360)
@@ -180,7 +180,7 @@ def test_scores_of_all_views_are_averaged(tmp_path: Path) -> None:
 
     views: list[Callable[[Any], Pixels]] = [
         lambda picture: ten_crops(picture, (48, 48), 52),
-        lambda picture: whole_picture(picture, 64, 32)[None],
+        lambda picture: whole_image(picture, 64, 32)[None],
     ]
     groups = [by_shape(data, "test", view, pixels=5 * 64 * 96) for view in views]
     scores, labels = average(logits, groups, 22, 2)
@@ -259,7 +259,7 @@ def test_whole_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         capsys.readouterr()
         assert main(["evaluate", str(tmp_path / "run"), "--scales", *scales]) == 0
         printed.append(capsys.readouterr().out.splitlines())
-    assert "6 pictures, whole, shorter sides 32 56, probabilities averaged" in printed[-1][1]
+    assert "6 images, whole, shorter sides 32 56, probabilities averaged" in printed[-1][1]
     losses = [metrics(lines[-1])["loss"] for lines in printed]
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3

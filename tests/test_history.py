@@ -8,18 +8,18 @@ import json
 import pytest
 
 from experiment.errors import UserError
-from experiment.files.metrics_log import History
+from experiment.files.metrics_log import MetricsLog
 
 LINES = [{"split": "train", "step": step, "loss": 2.5 / step, "accuracy": step / 7} for step in range(1, 9)]
 
 
 def write(path, lines, **position):
-    """Append lines to a history opened at `position`; returns the position after them."""
-    history = History(path, **position)
+    """Append lines to a log opened at `position`; return the position after them."""
+    log = MetricsLog(path, **position)
     for line in lines:
-        history.append(line)
-    position = history.sync()
-    history.close()
+        log.append(line)
+    position = log.sync()
+    log.close()
     return position
 
 
@@ -35,21 +35,21 @@ def test_one_json_object_a_line(path):
 
 
 def test_sync_tells_the_length_and_hash_of_the_file(path):
-    history = History(path)
+    log = MetricsLog(path)
     for line in LINES:
-        history.append(line)
-        position = history.sync()
-        content = path.read_bytes()  # while the history is open: sync has brought it to the disk
+        log.append(line)
+        position = log.sync()
+        content = path.read_bytes()  # while the log is open: sync has brought it to the disk
         assert position == {"length": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    history.close()
+    log.close()
 
 
 def test_flush_shows_the_lines_to_readers(path):
-    history = History(path)
-    history.append(LINES[0])
-    history.flush()
+    log = MetricsLog(path)
+    log.append(LINES[0])
+    log.flush()
     assert json.loads(path.read_text()) == LINES[0]
-    history.close()
+    log.close()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -108,7 +108,7 @@ def test_a_changed_prefix_is_refused_in_one_line(path, damage):
     else:
         path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        History(path, **position)
+        MetricsLog(path, **position)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     assert str(path) in message
@@ -127,4 +127,4 @@ def test_a_flipped_bit_of_the_prefix_is_noticed_wherever_it_is(path):
         damaged[index] ^= 1 << index % 8
         path.write_bytes(damaged)
         with pytest.raises(UserError):
-            History(path, **position)
+            MetricsLog(path, **position)

@@ -24,7 +24,7 @@ from experiment.data.augmentation import pixels_of
 from experiment.data.images import read_image
 from experiment.data.loading import load
 from experiment.errors import UserError
-from experiment.options.config import resolve
+from experiment.options.resolving import resolve
 from tests import made_tfds
 
 ROOT = Path(__file__).parents[1]

@@ -21,8 +21,8 @@ import pytest
 
 from experiment.__main__ import main
 from experiment.commands import train
-from experiment.options.config import resolve
 from experiment.options.recipes import checked
+from experiment.options.resolving import resolve
 
 OLDER = sorted((Path(__file__).parent / "fixtures").iterdir())
 

@@ -13,8 +13,9 @@ from experiment.__main__ import main
 from experiment.commands import train
 from experiment.errors import UserError
 from experiment.files.run_folder import check_fresh
-from experiment.options.config import parse, resolve
+from experiment.options.command_line import parse
 from experiment.options.paths import local_path
+from experiment.options.resolving import resolve
 from numpy_ref.parallel import core_count, thread_count
 
 BYTES = os.fsdecode(b"caf\xe9")

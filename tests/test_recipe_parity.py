@@ -17,10 +17,12 @@ import jax_resnet
 import numpy_ref
 import torch_oracle
 from benchmarks import recipe_parity
-from experiment.commands import train
 from experiment.engines import Batch
-from experiment.options.config import Config, parse, resolve
+from experiment.options.command_line import parse
+from experiment.options.config import Config
 from experiment.options.recipes import with_recipe
+from experiment.options.resolving import resolve
+from experiment.run.session import make_engine
 from tests.comparing import assert_all_close, assert_close
 from tests.parity.recipe import Oracle
 from tests.test_loop import train as take_steps
@@ -40,7 +42,7 @@ def check_engines(config: Config, data: Any, batches: Sequence[Batch], network: 
     found = {}
     for framework in ("jax", "numpy"):
         each = dataclasses.replace(config, framework=framework)
-        engine = train.make_engine(each, data, resolved)
+        engine = make_engine(each, data, resolved)
         state = engine.init()
         first = engine.to_tree(state)
         state, metrics = take_steps(engine, state, batches)
@@ -98,7 +100,7 @@ def test_each_of_fifty_steps_of_the_recipe(data_dir, monkeypatch, framework):
     config = recipe("--data-dir", str(data_dir), "--framework", framework)
     data = experiment.data.loading.load(config.dataset, **config.data_options())
     resolved = {"optimizer_options": config.optimizer_options(), "schedule_steps": 64000, "warmup_steps": 0}
-    engine: Any = train.make_engine(config, data, resolved)
+    engine: Any = make_engine(config, data, resolved)
     oracle = Oracle(torch_oracle.resnet20(10, 3).double(), data.mean, data.std)
     reached = oracle.from_tree(engine.to_tree(engine.init()))
     for step, batch in enumerate(itertools.islice(data.train_batches(0), STEPS)):

@@ -11,8 +11,10 @@ import pytest
 from experiment.commands import train
 from experiment.errors import UserError
 from experiment.options import recipes
-from experiment.options.config import Config, parse, resolve
+from experiment.options.command_line import parse
+from experiment.options.config import Config
 from experiment.options.recipes import with_recipe
+from experiment.options.resolving import resolve
 
 
 def resolved(*argv: str) -> Config:

@@ -20,8 +20,10 @@ from experiment.__main__ import main
 from experiment.commands import train
 from experiment.errors import UserError
 from experiment.files import predictions
-from experiment.options.config import Config, argv_of, parse, resolve
-from experiment.report import comparison, page, pictures, style, tables
+from experiment.options.command_line import argv_of, parse
+from experiment.options.config import Config
+from experiment.options.resolving import resolve
+from experiment.report import comparison, figures, page, style, tables
 from experiment.report.reading import read_run
 from experiment.run.console import Console
 from tests import made_run
@@ -120,7 +122,7 @@ def test_a_report_says_what_is_absent_and_damaged(tmp_path: Path) -> None:
     assert names_of(run) == CURVES
     text = " ".join(elements.text.split())
     assert "not finished: step 33 of 66 is the last that is recorded" in text
-    assert "Its last words: 2026-01-02 03:04:05 cnn: <made>" in text
+    assert "Last line of its log: 2026-01-02 03:04:05 cnn: <made>" in text
     assert "summary.json is absent" in text
     assert "predictions.npz is absent" in text
     assert "2 of the 37 lines of metrics.jsonl cannot be read" in text
@@ -172,7 +174,7 @@ def test_up_to_twenty_names_of_classes_stand_in_the_matrix(tmp_path: Path) -> No
     names = (HOSTILE, "a & b", "$\\frac{1}$", "漢字", "</svg>")
     found = made_run.collect(names, (8, 8, 1), np.random.default_rng(0)).finish(0, names)
     with style.style():
-        drawn = [style.svg(pictures._confusion(found)) for _ in range(2)]
+        drawn = [style.svg(figures._confusion(found)) for _ in range(2)]
     assert drawn[0] == drawn[1], "the same picture, other bytes"
     ElementTree.fromstring(drawn[0])
 
@@ -180,7 +182,7 @@ def test_up_to_twenty_names_of_classes_stand_in_the_matrix(tmp_path: Path) -> No
 def test_the_matrix_is_of_the_classes_that_occur() -> None:
     found = made_run.collect(("a", "b"), (8, 8, 1), np.random.default_rng(0)).finish(0, ("a", "b", "c", "d"))
     with style.style():
-        (axes,) = pictures._confusion(found).axes
+        (axes,) = figures._confusion(found).axes
     assert axes.get_title("left") == "Confusion of 2 of 4 classes"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
 
@@ -229,7 +231,7 @@ def test_predictions_by_hand(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.confidences, chance.max(1), rtol=1e-5)
     assert (found.step, found.class_names, found.samples) == (7, ("a", "b", "c"), 32)
     np.testing.assert_array_equal(found.shown[:32], np.linspace(0, 499, 32).round())
-    np.testing.assert_array_equal(found.pictures, images[found.shown])
+    np.testing.assert_array_equal(found.images, images[found.shown])
     wrong = np.flatnonzero(logits.argmax(1) != labels)
     np.testing.assert_array_equal(found.shown[32:], wrong[np.argsort(-chance.max(1)[wrong])][:32])
 
@@ -238,7 +240,7 @@ def test_large_pictures_are_kept_small() -> None:
     collector = predictions.Collector(1)
     collector.update(np.zeros((1, 224, 448, 3), np.uint8), np.array([[0.0, np.nan]]), np.array([0], np.int32))
     found = collector.finish(0, ("a", "b"))
-    assert found.pictures.shape == (
+    assert found.images.shape == (
         2,
         48,
         96,
@@ -283,11 +285,11 @@ def test_the_command_gives_the_options_again(given: dict[str, Any]) -> None:
 
 def test_long_curves_are_drawn_short() -> None:
     steps = np.arange(1.0, 10_001)
-    x, y = pictures.thin(steps, 2 * steps)
-    assert len(x) == pictures.MOST_POINTS
+    x, y = figures.thin(steps, 2 * steps)
+    assert len(x) == figures.MOST_POINTS
     np.testing.assert_allclose(y, 2 * x)
-    np.testing.assert_allclose(pictures.smooth(steps, 5)[2:-2], steps[2:-2])
-    assert pictures.smooth(steps, 5)[0] == 2
+    np.testing.assert_allclose(figures.smooth(steps, 5)[2:-2], steps[2:-2])
+    assert figures.smooth(steps, 5)[0] == 2
 
 
 def test_every_colour_follows_light_and_dark() -> None:
@@ -332,7 +334,7 @@ def test_a_comparison(tmp_path: Path) -> None:
     assert accuracy.values[2] is None
     assert accuracy.winner == max(value for value in accuracy.values if value is not None)
     assert f"<strong>{accuracy.winner:.4f}</strong>" in text
-    speed = next(column for column in comparison.results(runs) if column.title == "pictures/s")
+    speed = next(column for column in comparison.results(runs) if column.title == "images/s")
     assert speed.words == ["121", "122", "–"]
 
 
@@ -457,7 +459,7 @@ def test_the_bar_of_a_terminal() -> None:
     console = Console(stream=stream)
     console.start(0, 100, 32)
     console.progress(10, 100, "1/3", loss=0.5, accuracy=0.75, speed=120.0)
-    console.say("a line above it")
+    console.report("a line above it")
     console.close()
     shown = stream.getvalue()
     assert "a line above it\n" in shown

@@ -42,16 +42,18 @@ LIMIT_SECONDS = 600  # for one process: a hang becomes a failure
 
 # train.py, but its resnet20 has three blocks, one a stage, of half the width.
 THIN = """
-import functools, signal, sys, train
+import functools, signal, sys
+from experiment.commands.train import main
+from experiment.run import session
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
-make_engine = train.make_engine
+make_engine = session.make_engine
 def thin(*args):
     from importlib import import_module
     resnet = import_module("numpy_ref.resnet" if args[0].framework == "numpy" else "jax_resnet.resnet")
     resnet.MODELS["resnet20"] = functools.partial(resnet.resnet_cifar, 1, width=8)
     return make_engine(*args)
-train.make_engine = thin
-sys.exit(train.main())
+session.make_engine = thin
+sys.exit(main())
 """
 LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n"
 # 258 pictures: 32 steps an epoch, so that most checkpoints lie within one.

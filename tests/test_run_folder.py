@@ -25,8 +25,8 @@ from experiment.files import checkpoints as checkpoints_module
 from experiment.files.checkpoints import Checkpoints
 from experiment.files.results import best_step, last_step, read_summary
 from experiment.files.run_folder import lock, write_json
+from experiment.report.figures import ReportFigure
 from experiment.report.page import render_report, state
-from experiment.report.pictures import Picture
 from experiment.report.reading import read_run
 from tests.test_checkpoint import RUN, make_tree
 
@@ -362,7 +362,7 @@ def test_results_of_an_earlier_end_are_not_taken_for_those_of_the_run(run: Path,
     assert state(found).startswith(f"not finished: step {step} of ")
     assert f"summary.json is of step {END}, and the run is at step {step}." in found.absent
     assert read_summary(run) is None
-    page = render_report(found, {"confusion": Picture("confusion", "not drawn", b"", b"")})
+    page = render_report(found, {"confusion": ReportFigure("confusion", "not drawn", b"", b"")})
     assert f"the weights of step {END}. The run is at step {step}." in page
     succeed(run)  # to its end
     assert main(["evaluate", str(run)]) == 0
@@ -372,10 +372,10 @@ def test_results_of_an_earlier_end_are_not_taken_for_those_of_the_run(run: Path,
 
 def test_the_steps_of_a_history_with_damaged_lines(tmp_path: Path) -> None:
     lines = [
-        '{"split": "val", "step": 1, "loss": 0.5}',
-        '{"split": "val", "step": 2, "loss": null}',
-        '{"split": "val", "step": 3, "loss": 0.25}',
-        '{"split": "val", "step": 4, "loss": 0.25}',
+        '{"split": "val", "scope": "epoch", "step": 1, "loss": 0.5}',
+        '{"split": "val", "scope": "epoch", "step": 2, "loss": null}',
+        '{"split": "val", "scope": "epoch", "step": 3, "loss": 0.25}',
+        '{"split": "val", "scope": "epoch", "step": 4, "loss": 0.25}',
         "[]",
         '{"split": "val", "st',
     ]

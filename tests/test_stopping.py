@@ -24,6 +24,7 @@ from experiment.commands import train
 from experiment.errors import UserError
 from experiment.files import checkpoints
 from experiment.files.checkpoints import Checkpoints
+from experiment.run.output import MetricsWriter
 from experiment.run.trainer import Trainer
 from tests import made_tfds
 from tests.test_training import SMALL, Run, patch_data
@@ -400,14 +401,14 @@ def test_the_advice_to_free_space_is_for_a_full_disk_alone(
     inside: bool,
 ) -> None:
     """And a checkpoint that is damaged is not among those that are called verified."""
-    record, save = Trainer._record, checkpoints._save_arrays
+    append, save = MetricsWriter.append, checkpoints._save_arrays
 
     def fail(*_: Any) -> None:
         flip(run, 2)
         raise OSError(code, os.strerror(code))
 
-    def fail_in_line(self: Trainer, line: Any) -> None:
-        fail() if line["step"] == 4 else record(self, line)
+    def fail_in_line(self: MetricsWriter, line: Any) -> None:
+        fail() if line["step"] == 4 else append(self, line)
 
     def fail_in_save(path: Path, tree: Any) -> None:
         fail() if tree["step"] == 4 else save(path, tree)
@@ -416,7 +417,7 @@ def test_the_advice_to_free_space_is_for_a_full_disk_alone(
     if inside:
         monkeypatch.setattr(checkpoints, "_save_arrays", fail_in_save)
     else:
-        monkeypatch.setattr(Trainer, "_record", fail_in_line)
+        monkeypatch.setattr(MetricsWriter, "append", fail_in_line)
     run_in(run.folder, "--checkpoint-every", "1", status=1)
     words = failure_of(run, capfd)
     assert words.startswith(f"the run failed: cannot write in {run.folder}: ")

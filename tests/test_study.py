@@ -23,9 +23,12 @@ from experiment.commands.study import _make
 from experiment.data.loading import Data
 from experiment.files import run_folder, weights
 from experiment.files.checkpoints import Checkpoints
-from experiment.options.config import OPTIMIZERS, flags, parse, resolve
+from experiment.options.command_line import flags, parse
+from experiment.options.config import OPTIMIZERS
+from experiment.options.resolving import resolve
 from experiment.processes import processor_seconds
-from experiment.run import signals
+from experiment.run import session, signals
+from experiment.run.outcome import End, Outcome
 from experiment.study import curves, results, running, tables
 from experiment.study.plan import Plan, read
 from experiment.study.statistics import paired, summarize
@@ -121,16 +124,14 @@ def test_a_tuning_run_can_be_tested_later(made: Path, tmp_path: Path) -> None:
 def test_runs_draw_no_report_unless_asked(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from experiment.commands import train
-
     assert not [*(made / "out").glob("**/report"), *(made / "out").glob("**/tensorboard")]
     asked: list[bool] = []
 
-    def start(given: dict[str, Any], argv: list[str]) -> int:
+    def start(given: dict[str, Any], argv: list[str]) -> Outcome:
         asked.append(given["report"])
-        return 1
+        return Outcome(End.FAILED, 1)
 
-    monkeypatch.setattr(train, "start", start)
+    monkeypatch.setattr(session, "start", start)
     for text, flag, expected in (
         (STUDY, [], False),
         (STUDY, ["--report"], True),
@@ -260,16 +261,14 @@ def test_tables_hold_means_intervals_and_paired_differences(made: Path) -> None:
 def test_the_same_command_makes_nothing_twice_and_continues_what_was_stopped(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from experiment.commands import train
-
     started: list[Any] = []
-    start = train.start
+    start = session.start
 
-    def counted(given: dict[str, Any], argv: list[str]) -> int:
+    def counted(given: dict[str, Any], argv: list[str]) -> Outcome:
         started.append(given)
         return start(given, argv)
 
-    monkeypatch.setattr(train, "start", counted)
+    monkeypatch.setattr(session, "start", counted)
     command = ["study", str(made / "tiny.toml"), "--run-dir", str(made / "out")]
     assert main(command) == 0
     assert not started
@@ -345,7 +344,7 @@ def test_a_diverged_run_is_told_and_does_not_stop_the_study(tmp_path: Path) -> N
     assert study["contestants"]["adam"]["diverged"] == [1]
     assert "| 0 of 1 (diverged: 1) |" in (folder / "study.md").read_text()
     plan = read(tmp_path / "tiny.toml", {})
-    (run,) = running.final_runs(plan, folder, plan.contestants[0], 0)
+    (run,) = running.final_runs(plan, folder, plan.methods[0], 0)
     assert running.is_done(run)
     assert running.validation(run.folder) == (0.0, math.inf)
 
@@ -375,7 +374,7 @@ def test_the_ends_of_a_range_and_a_dirty_tree_are_told(made: Path) -> None:
     (row,) = list(tables.tables(wide))[-1].rows
     assert row[-2:] == ["lr 1.0: diverged", "2"]
     wide["contestants"]["adam"]["chosen"] = 0
-    assert list(tables.tables(wide))[-1].rows[0][-1] == "1, an end"
+    assert list(tables.tables(wide))[-1].rows[0][-1] == "1, edge of the range"
     made_with = [{**study["made_with"][0], "git_commit": f"{'a' * 40}{end}"} for end in ("", "-dirty")]
     assert "of commit aaaaaaaaaa, aaaaaaaaaa-dirty." in tables.head({**study, "made_with": made_with})
 
@@ -444,9 +443,9 @@ def test_the_studies_of_the_tree_can_be_read(path: Path) -> None:
     plan = read(path, {})
     text = path.read_text()
     assert text.startswith(f"# python -m experiment study studies/{path.name}")
-    runs = len(plan.contestants) * (len(plan.seeds) + len(plan.tuning_seeds) * plan.budget)
+    runs = len(plan.methods) * (len(plan.seeds) + len(plan.tuning_seeds) * plan.trials)
     assert f"{runs} runs" in text
-    assert all(resolve(each.candidates[0]).optimizer in OPTIMIZERS for each in plan.contestants)
+    assert all(resolve(each.candidates[0]).optimizer in OPTIMIZERS for each in plan.methods)
 
 
 def test_variants_are_compared_with_the_first() -> None:
@@ -498,9 +497,9 @@ def test_a_signal_stops_a_study_and_its_run_goes_on(
     assert "stopped by SIGHUP at step 3; everything is saved" in err
     assert err.endswith("\nthe same command continues\n")
     plan = read(path, {})
-    runs = running.candidate(plan, tmp_path / "out", plan.contestants[0], 0)
+    runs = running.candidate(plan, tmp_path / "out", plan.methods[0], 0)
     assert _make(runs, 0, 1, signals.StopRequest(), together=False, split="validation") == 1
-    (expected,) = running.candidate(plan, made / "out", plan.contestants[0], 0)
+    (expected,) = running.candidate(plan, made / "out", plan.methods[0], 0)
     metrics = [(each.folder / "metrics.jsonl").read_bytes() for each in (*runs, expected)]
     assert metrics[0] == metrics[1]
 
@@ -508,7 +507,7 @@ def test_a_signal_stops_a_study_and_its_run_goes_on(
 def test_a_signal_between_the_runs_of_a_study_is_heard(tmp_path: Path) -> None:
     plan = read(write(tmp_path), {})
     request = signals.StopRequest(signal.SIGUSR1)
-    runs = running.candidate(plan, tmp_path, plan.contestants[0], 0)
+    runs = running.candidate(plan, tmp_path, plan.methods[0], 0)
     with pytest.raises(running.StudyStoppedError, match="stopped by SIGUSR1") as caught:
         _make(runs, 0, 1, request, together=False, split="test")
     assert caught.value.status == 128 + signal.SIGUSR1

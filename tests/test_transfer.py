@@ -206,7 +206,7 @@ def test_both_engines_begin_from_the_same_tensors(tmp_path, classes, channels):
     assert_same_bits(trees[1], trees[0])
     assert said[0] == said[1]
     assert ("the head is new: 5 classes, where the file has 7" in said[0]) == (classes == 7)
-    told = "conv1.weight: a third of it for each of the 3 channels of the pictures"
+    told = "conv1.weight: a third of it for each of the 3 channels of the images"
     assert (told in said[0]) == (channels == 1)
     fresh = engines[0].to_tree(engines[0].init())["params"]
     params = {**trees[0]["params"], **trees[0]["batch_stats"]}

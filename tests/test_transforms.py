@@ -20,15 +20,15 @@ from experiment.data.augmentation import (
     PCA_VECTORS,
     Augmentation,
     crop_to_box,
-    fit_picture,
+    fit_image,
     flip,
     generators,
+    image_of,
     pad_crop,
     pca_color,
-    picture_of,
     pixels_of,
     random_crop,
-    to_grey,
+    to_gray,
 )
 from experiment.data.autoaugment import CIFAR10, IMAGENET, Policy, apply, autoaugment
 from experiment.data.loading import Data, load
@@ -104,18 +104,18 @@ def test_the_shorter_side_is_resized_and_the_centre_cut(height: int, width: int)
     whole = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
     left, top = (whole.width - 32) // 2, (whole.height - 36) // 2
     want = np.asarray(whole)[top : top + 36, left : left + 32]
-    found = fit_picture(picture, (36, 32), shorter_side=40)
+    found = fit_image(picture, (36, 32), shorter_side=40)
     np.testing.assert_allclose(found.astype(int), want.astype(int), atol=1)
 
 
 def test_what_is_made_to_fit_inside_is_surrounded() -> None:
     """30x60 in 40x80 fills 40x80; in 80x80 it fills the middle 40 rows."""
     picture = Image.fromarray(np.full((30, 60, 3), 200, np.uint8))
-    np.testing.assert_array_equal(fit_picture(picture, (40, 80), fill=(1, 2, 3)), 200)
+    np.testing.assert_array_equal(fit_image(picture, (40, 80), fill=(1, 2, 3)), 200)
     want = np.full((80, 80, 3), (1, 2, 3))
     want[20:60] = 200
-    np.testing.assert_array_equal(fit_picture(picture, (80, 80), fill=(1, 2, 3)), want)
-    grey = fit_picture(picture.convert("L"), (80, 80), fill=(9,))
+    np.testing.assert_array_equal(fit_image(picture, (80, 80), fill=(1, 2, 3)), want)
+    grey = fit_image(picture.convert("L"), (80, 80), fill=(9,))
     np.testing.assert_array_equal(grey, np.where(want[..., :1] == 200, 200, 9))
 
 
@@ -146,7 +146,7 @@ def test_grey_statistics() -> None:
     """The mean is that of Pillow's grey picture; the deviation too, where channels rise and fall together."""
     grey = noise(64, 64).astype(float)
     image = np.stack([grey, 0.5 * grey, 0.25 * grey], -1).astype(np.uint8)
-    (mean,), (std,) = to_grey((tuple(image.mean((0, 1))), tuple(image.std((0, 1)))))
+    (mean,), (std,) = to_gray((tuple(image.mean((0, 1))), tuple(image.std((0, 1)))))
     want = np.asarray(Image.fromarray(image).convert("L"))
     assert mean == pytest.approx(want.mean(), abs=0.6)  # Pillow rounds down
     assert std == pytest.approx(want.std(), rel=0.01)
@@ -291,7 +291,7 @@ OPERATIONS = (
 def test_an_operation_is_what_it_is_by_hand(name: str, strength: float) -> None:
     image = noise(48, 64, 3) // 2 + 40
     for backwards, sign in ((False, 1), (True, -1)):
-        found = pixels_of(apply(name, picture_of(image), strength, backwards, 0.5, FILL)).astype(int)
+        found = pixels_of(apply(name, image_of(image), strength, backwards, 0.5, FILL)).astype(int)
         apart = np.abs(found - by_hand(name, image, strength, sign))
         if name == "Rotate":  # a pixel whose place is on the edge of two may go either way
             assert (apart > 0).mean() < 0.01
@@ -301,7 +301,7 @@ def test_an_operation_is_what_it_is_by_hand(name: str, strength: float) -> None:
 
 
 def test_sharpness_is_pillows_between_0_1_and_1_9() -> None:
-    picture = picture_of(noise(32, 32, 3))
+    picture = image_of(noise(32, 32, 3))
     for strength, factor in ((0.0, 0.1), (0.5, 1.0), (1.0, 1.9)):
         want = ImageEnhance.Sharpness(picture).enhance(factor)
         np.testing.assert_array_equal(apply("Sharpness", picture, strength, False, 0.5, FILL), want)
@@ -318,11 +318,11 @@ def test_every_step_of_a_policy_works_on_colour_and_grey(policy: Policy) -> None
             for shape in ((32, 40, 3), (32, 40, 1)):
                 image = noise(*shape)
                 changed = apply(
-                    name, picture_of(image), (magnitude or 0) / 9, True, policy.translation, FILL[: shape[2]]
+                    name, image_of(image), (magnitude or 0) / 9, True, policy.translation, FILL[: shape[2]]
                 )
                 assert pixels_of(changed).shape == shape
     with pytest.raises(ValueError, match="Cutout"):
-        apply("Cutout", picture_of(noise(32, 32, 3)), 0, False, 0, FILL)
+        apply("Cutout", image_of(noise(32, 32, 3)), 0, False, 0, FILL)
 
 
 def test_rows_of_the_published_tables() -> None:
@@ -341,7 +341,7 @@ def test_rows_of_the_published_tables() -> None:
 
 def test_autoaugment_does_the_steps_whose_probability_is_met() -> None:
     """The second row of Table 7: Rotate with 0.7 at 2, then TranslateX with 0.3 at 9, which is 10 pixels."""
-    picture = picture_of(noise(32, 32, 3))
+    picture = image_of(noise(32, 32, 3))
     row = 1.5 / 25
     turned = picture.rotate(30 * 2 / 9, fillcolor=FILL)
 
@@ -398,7 +398,7 @@ def test_a_changed_batch_is_a_function_of_seed_and_step(
 ) -> None:
     whole = list(itertools.islice(made(**options).train_batches(), 12))  # two epochs of 5 and a bit
     resumed = list(itertools.islice(made(**options).train_batches(7), 5))
-    monkeypatch.setattr(data_module, "_SMALL_PICTURE", 0)
+    monkeypatch.setattr(data_module, "_SMALL_IMAGE", 0)
     threaded = list(itertools.islice(made(**options).train_batches(), 12))
     for want, found in zip((*whole, *whole[7:]), (*threaded, *resumed), strict=True):
         np.testing.assert_array_equal(found["image"], want["image"])
@@ -514,7 +514,7 @@ def test_crop_to_bbox_needs_boxes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--crop-to-bbox: made has no bounding boxes; .* cars196$"):
         load("made", data_dir=str(tmp_path), batch_size=2, seed=0, crop_to_bbox=True)
     made_tfds.write(tmp_path, "grey", {"train": files, "test": files}, shape=(40, 40, 1))
-    with pytest.raises(UserError, match=r"^--grayscale: grey is grey already; leave the flag out$"):
+    with pytest.raises(UserError, match=r"^--grayscale: grey is gray already; leave the flag out$"):
         load("grey", data_dir=str(tmp_path), batch_size=2, seed=0, grayscale=True)
 
 
@@ -568,7 +568,7 @@ def test_imagenets_training_crops_come_from_the_whole_picture(tmp_path: Path) ->
     assert max(slopes) > 1.4 * min(slopes)
     tested = next(data.eval_batches("test", 4))
     for image, size in zip(tested["image"], sizes, strict=True):
-        want = fit_picture(Image.fromarray(smooth(*size)), (224, 224), shorter_side=256)
+        want = fit_image(Image.fromarray(smooth(*size)), (224, 224), shorter_side=256)
         np.testing.assert_array_equal(image, want)
 
 

@@ -1,12 +1,12 @@
-"""`python -m experiment compare RUN RUN...`: a page of runs side by side, and its pictures as PNG."""
+"""`python -m experiment compare RUN RUN...`: a page of runs side by side, and its figures as PNG."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiment.commands.parser import Parser
 from experiment.errors import UserError
+from experiment.options.command_line import Parser
 from experiment.options.paths import path_type
 from experiment.report import write_page
 from experiment.report.comparison import is_comparison, render_comparison
@@ -34,10 +34,10 @@ def main(argv: Sequence[str]) -> int:
     out: Path = options.out
     if out.exists() and not (out.is_dir() and is_comparison(out)):
         raise UserError(f"--out: {out} holds something else than a comparison; name another folder")
-    page, pictures = render_comparison([read_run(run_dir) for run_dir in options.runs])
+    page, images = render_comparison([read_run(run_dir) for run_dir in options.runs])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        print(write_page(out, page, pictures))
+        print(write_page(out, page, images))
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written ({error.strerror}); name another folder") from None
     return 0

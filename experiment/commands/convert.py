@@ -8,10 +8,10 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiment.commands.parser import Parser
-from experiment.errors import UserError
+from experiment.errors import UserError, first_of
 from experiment.files import weights
 from experiment.files.run_folder import write_file
+from experiment.options.command_line import Parser
 from experiment.options.paths import path_type
 
 SAFETENSORS = ".safetensors"
@@ -69,8 +69,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from None
     print(f"{target}: {len(network)} tensors, {sum(tensor.numel() for tensor in network.values()):,} numbers")
     if rest := sorted(state.keys() - set(names.values())):
-        more = f" and {len(rest) - NAMES} more" if len(rest) > NAMES else ""
-        print(f"left out, as they lie beside the network: {', '.join(rest[:NAMES])}{more}")
+        print(f"left out, as they lie beside the network: {first_of(rest, NAMES, ', ')}")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""`python -m experiment evaluate RUN`: loss, top-1, top-5 and macro F1 of a finished run, on either engine.
+"""`python -m experiment evaluate RUN`: loss, top-1, top-5 and macro F1 of a completed run, on either engine.
 
-One crop of each picture, as in training's own test; ten crops; or whole pictures at several scales. What is
+One crop of each image, as in training's own test; ten crops; or whole images at several scales. What is
 averaged over crops and scales are class probabilities, as AlexNet averages them: no crop counts for more
 because its logits are large, and the mean is a distribution again, of which the loss is taken.
 """
@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiment.commands.parser import Parser
-from experiment.data.augmentation import ten_crops, ten_shifts, whole_picture
+from experiment.data.augmentation import ten_crops, ten_shifts, whole_image
 from experiment.data.types import Pixels
 from experiment.errors import UserError
 from experiment.files import run_folder
-from experiment.metrics import Metrics
-from experiment.options.config import MIN_IMAGE_SIZE
+from experiment.metrics import Metrics, log_softmax
+from experiment.options.command_line import Parser
+from experiment.options.config import MIN_IMAGE_SIZE, check_limits
 from experiment.options.paths import local_path
-from experiment.run.completed_run import FinishedRun, add_run, open_run
+from experiment.run.completed_run import CompletedRun, add_run, open_run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from experiment.data.types import Labels
 
 Views = Callable[["Image"], Pixels]
-"""Pictures [V, H, W, C] to be classified in place of one; they differ in shape from picture to picture."""
+"""Images [V, H, W, C] to be classified in place of one; they differ in shape from image to image."""
 
 Group = tuple[Sequence[int], np.ndarray, Sequence[int]]
-"""Views of one shape, uint8 [N, V, H, W, C], the places of their pictures in the part, and their labels."""
+"""Views of one shape, uint8 [N, V, H, W, C], the places of their images in the part, and their labels."""
 
 STRIDE = 32
-"""Pixels of the input to one of the last map of most networks: the longer side of a whole picture becomes a
+"""Pixels of the input to one of the last map of most networks: the longer side of a whole image becomes a
 multiple of it, so that there are few shapes to compile for."""
 
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     """Evaluate a run and print its metrics; return 0.
 
     Raises:
-        UserError: no finished run; arguments that do not fit it; data that is missing, damaged or another.
+        UserError: no completed run; arguments that do not fit it; data that is missing, damaged or another.
     """
     parser = _parser()
     options = parser.parse_args(argv)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         metrics.update(logits, labels)
     result = metrics.compute()
     print(f"{options.run}, {options.weights} weights, on {run.engine.device}")
-    print(f"{options.split} of {data.name}, {metrics.examples} pictures, {_what(options, run, resize)}")
+    print(f"{options.split} of {data.name}, {metrics.examples} images, {_what(options, run, resize)}")
     print(
         f"loss {result['loss']:.4f}, top-1 {result['accuracy']:.4f}, top-5 {result['top5']:.4f}, "
         f"macro F1 {result['f1']:.4f}"
@@ -82,34 +82,34 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m experiment evaluate",
-        description="Loss, top-1, top-5 and macro F1 of a finished run. Over crops and scales the class "
+        description="Loss, top-1, top-5 and macro F1 of a completed run. Over crops and scales the class "
         "probabilities are averaged.",
     )
     add = parser.add_argument
     add_run(parser)
     add("--split", choices=["test", "val", "train"], default="test", help="default test")
-    add("--crops", type=int, choices=[1, 10], default=1, help="10: corners, centre, mirrored (default 1)")
+    add("--crops", type=int, choices=[1, 10], default=1, help="10: corners, center, mirrored (default 1)")
     add("--resize", type=int, metavar="N", help="shorter side before a crop (default: the run's)")
-    add("--scales", type=int, metavar="N", nargs="+", help="whole pictures whose shorter sides are these")
-    add("--batch-size", type=int, metavar="N", help="pictures of the run's size (default: the run's)")
+    add("--scales", type=int, metavar="N", nargs="+", help="whole images whose shorter sides are these")
+    add("--batch-size", type=int, metavar="N", help="images of the run's size (default: the run's)")
     data_dir = partial(local_path, "--data-dir")
     add("--data-dir", metavar="DIR", type=data_dir, help="where TFDS keeps its data (default: the run's)")
     return parser
 
 
-def _resize(options: argparse.Namespace, run: FinishedRun) -> int | None:
+def _resize(options: argparse.Namespace, run: CompletedRun) -> int | None:
     """The shorter side before a crop, where it is not the run's own way; refuses what does not fit."""
-    if options.batch_size is not None and options.batch_size < 1:
-        raise UserError(f"--batch-size: {options.batch_size} is out of range; give a number of at least 1")
+    if options.batch_size is not None:
+        check_limits("--batch-size", options.batch_size, least=1)
     height, width, _ = run.image_shape
     if options.scales:
         for flag, given in (("--crops", options.crops > 1), ("--resize", options.resize is not None)):
             if given:
-                raise UserError(f"{flag}: --scales takes whole pictures; leave one of the two out")
+                raise UserError(f"{flag}: --scales takes whole images; leave one of the two out")
         if min(options.scales) < MIN_IMAGE_SIZE:
             raise UserError(f"--scales: {min(options.scales)} is too small; give at least {MIN_IMAGE_SIZE}")
         if run.config.model == "cnn":
-            raise UserError(f"--scales: cnn takes pictures of {height}x{width} only; use --crops")
+            raise UserError(f"--scales: cnn takes images of {height}x{width} only; use --crops")
         return None
     resize: int | None = options.resize
     if resize is None and options.crops > 1:
@@ -117,8 +117,8 @@ def _resize(options: argparse.Namespace, run: FinishedRun) -> int | None:
     return resize
 
 
-def _what(options: argparse.Namespace, run: FinishedRun, resize: int | None) -> str:
-    """What of a picture is looked at, in words."""
+def _what(options: argparse.Namespace, run: CompletedRun, resize: int | None) -> str:
+    """Describe the views that are taken of an image."""
     if options.scales:
         return f"whole, shorter sides {' '.join(map(str, options.scales))}, probabilities averaged"
     height, width, _ = run.image_shape
@@ -130,27 +130,26 @@ def _what(options: argparse.Namespace, run: FinishedRun, resize: int | None) -> 
 
 
 def _scores(
-    options: argparse.Namespace, run: FinishedRun, data: Data, resize: int | None, pixels: int
+    options: argparse.Namespace, run: CompletedRun, data: Data, resize: int | None, pixels: int
 ) -> Iterator[tuple[np.ndarray, Labels]]:
     """Scores [N, num_classes] whose softmax are the class probabilities, and labels [N]."""
+    size = pixels // (run.image_shape[0] * run.image_shape[1])
     if options.crops == 1 and not options.scales:
-        size = pixels // (run.image_shape[0] * run.image_shape[1])
         for_engine, for_labels = itertools.tee(data.eval_batches(options.split, size))
-        found = run.logits(batch["image"] for batch in for_engine)
-        yield from zip(found, (batch["label"] for batch in for_labels), strict=True)
+        logits = run.logits(batch["image"] for batch in for_engine)
+        yield from zip(logits, (batch["label"] for batch in for_labels), strict=True)
     else:
         views: list[Views] = [_whole(scale) for scale in options.scales or ()]
         if resize is not None:
             views = [partial(ten_crops, size=run.image_shape[:2], shorter_side=resize)]
-        groups = [by_shape(data, options.split, each, pixels) for each in views]
+        groups = [by_shape(data, options.split, view, pixels) for view in views]
         if not groups:
-            size = pixels // (run.image_shape[0] * run.image_shape[1])
             groups = [shifts(data, options.split, max(1, size // 10))]
         yield average(run.logits, groups, len(data.parts[options.split][1]), data.num_classes)
 
 
 def _whole(scale: int) -> Views:
-    return lambda picture: whole_picture(picture, scale, STRIDE)[None]
+    return lambda image: whole_image(image, scale, STRIDE)[None]
 
 
 def average(
@@ -159,15 +158,15 @@ def average(
     count: int,
     num_classes: int,
 ) -> tuple[np.ndarray, Labels]:
-    """The logarithm of the mean of all views' class probabilities, of each picture of a part, and labels.
+    """The logarithm of the mean of all views' class probabilities, of each image of a part, and labels.
 
     Fully convolutional testing (He et al. 2015, arXiv 1512.03385, section 4.1) is the network on the whole
-    picture: its average pooling takes a map of any size.
+    image: its average pooling takes a map of any size.
 
     Args:
-        logits: gives the logits [N, num_classes] of batches of pictures, uint8 [N, H, W, C].
-        views: one or more ways to look at all pictures, each of which counts the same.
-        count: how many pictures there are.
+        logits: gives the logits [N, num_classes] of batches of images, uint8 [N, H, W, C].
+        views: one or more ways to look at all images, each of which counts the same.
+        count: how many images there are.
         num_classes: how many classes.
 
     Returns:
@@ -177,24 +176,19 @@ def average(
     labels = np.empty(count, np.int32)
     sizes: dict[tuple[int, ...], int] = {}  # JAX compiles for each: what is left over of a shape is padded
     for groups in views:
-        for places, images, found in groups:
-            each = images.reshape(-1, *images.shape[2:])
-            more = max(0, sizes.setdefault(each.shape[1:], len(each)) - len(each))
-            padded = np.pad(each, ((0, more), (0, 0), (0, 0), (0, 0)))
-            scores = _log_softmax(next(logits([padded]))[: len(each)]).reshape(*images.shape[:2], -1)
+        for places, images, group_labels in groups:
+            flat = images.reshape(-1, *images.shape[2:])
+            more = max(0, sizes.setdefault(flat.shape[1:], len(flat)) - len(flat))
+            padded = np.pad(flat, ((0, more), (0, 0), (0, 0), (0, 0)))
+            scores = log_softmax(next(logits([padded]))[: len(flat)]).reshape(*images.shape[:2], -1)
             mean = np.logaddexp.reduce(scores, axis=1) - np.log(images.shape[1])
             total[places] = np.logaddexp(total[places], mean)
-            labels[places] = found
+            labels[places] = group_labels
     return total - np.log(len(views)), labels
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    z = logits.astype(np.float64)
-    return z - np.logaddexp.reduce(z, axis=1, keepdims=True)
-
-
 def shifts(data: Data, split: Any, size: int) -> Iterator[Group]:
-    """Ten views of each picture as the run's own test sees it, of `size` pictures at a time."""
+    """Ten views of each image as the run's own test sees it, of `size` images at a time."""
     place = 0
     for batch in data.eval_batches(split, size):
         images = np.stack([ten_shifts(image, data.augmentation.fill) for image in batch["image"]])
@@ -203,13 +197,13 @@ def shifts(data: Data, split: Any, size: int) -> Iterator[Group]:
 
 
 def by_shape(data: Data, split: Any, change: Views, pixels: int) -> Iterator[Group]:
-    """What `change` makes of the pictures, about so many pixels at a time."""
+    """Yield the views that `change` makes of the images, grouped by shape, about so many pixels at a time."""
     from tqdm import tqdm
 
     waiting: dict[tuple[int, ...], list[tuple[int, Pixels, int]]] = defaultdict(list)
     place = 0
-    bar = tqdm(total=len(data.parts[split][1]), unit=" pictures", disable=None, leave=False)
-    for views, labels in data.eval_pictures(split, change, batch_size=16):
+    bar = tqdm(total=len(data.parts[split][1]), unit=" images", disable=None, leave=False)
+    for views, labels in data.eval_images(split, change, batch_size=16):
         for view, label in zip(views, labels, strict=True):
             group = waiting[view.shape]
             group.append((place, view, int(label)))

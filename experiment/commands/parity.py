@@ -1,6 +1,6 @@
 """`python -m experiment parity WEIGHTS [IMAGE]`: one network in three implementations, stage by stage.
 
-For whoever ports a model: the first stage that departs tells where to look.
+For whoever ports a model: the first stage that departs shows where to look.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiment.commands.parser import Parser
-from experiment.data.augmentation import fit_picture
+from experiment.data.augmentation import fit_image
 from experiment.data.images import read_image
+from experiment.data.types import IMAGENET
 from experiment.engines import load_module, set_environment
-from experiment.errors import UserError
+from experiment.errors import UserError, first_of
 from experiment.files import weights
 from experiment.files.identify import Network, identify
-from experiment.options.config import MODELS, parse_image_size
+from experiment.options.command_line import Parser
+from experiment.options.config import MODELS, check_limits, parse_image_size
 from experiment.options.paths import path_type
 
 Stages = Mapping[str, np.ndarray]
 
 # Relative to a tensor's largest magnitude. In ResNet-101 two right answers differ by 1e-5 and 2e-14 with the
 # running statistics. In training mode the last batch norms divide by deviations of few values: 5e-4 and 2e-12
-# with four pictures of 64x64.
+# with four images of 64x64.
 TOLERANCES = {"float32": 1e-4, "float64": 1e-12}
 TOLERANCES_TRAIN = {"float32": 1e-2, "float64": 1e-10}
-STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, by torchvision
 VARIATIONS = 3
 
 
@@ -50,10 +50,9 @@ def main(argv: Sequence[str]) -> int:
         UserError: a file that is absent or damaged, weights of an unknown network, arguments that do not fit.
     """
     options = _parser().parse_args(argv)
-    if options.seed < 0:
-        raise UserError(f"--seed: {options.seed} is below 0")
-    if options.tolerance is not None and not options.tolerance >= 0:
-        raise UserError(f"--tolerance: {options.tolerance} is out of range; give a number of at least 0")
+    check_limits("--seed", options.seed, least=0)
+    if options.tolerance is not None:
+        check_limits("--tolerance", options.tolerance, least=0)
     if options.dump is not None and (options.dump.exists() or not options.dump.parent.is_dir()):
         fault = "exists; remove it" if options.dump.exists() else "there is no such folder; make it"
         raise UserError(f"--dump: {options.dump}: {fault}, or give another name")
@@ -72,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         outputs["reference"] = _reference(options, outputs["numpy"])
     print(f"{options.weights}: {network}\ninput: {source}")
     if "torch" not in outputs:
-        print("PyTorch is not installed (the extra `test` brings it): two engines, without the judge")
+        print("PyTorch is not installed (the extra `test` brings it): two engines, without the reference")
     tolerances = TOLERANCES_TRAIN if options.train else TOLERANCES
     tolerance = tolerances[options.precision] if options.tolerance is None else options.tolerance
     return _report(outputs, tolerance, "training" if options.train else "evaluation", options.precision)
@@ -94,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     image_type = path_type("IMAGE")
     add("image", metavar="IMAGE", type=image_type, nargs="?", help="an image; without one, random numbers")
-    add("--model", choices=MODELS, help="default: what the tensors tell")
+    add("--model", choices=MODELS, help="default: by the tensors")
     add("--stride-in-1x1", action="store_true", help="the paper's place of a bottleneck's stride (v1)")
     add(
         "--image-size",
@@ -104,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--mean", type=float, nargs="+", metavar="X", help="a channel, on the scale 0..1; default ImageNet's")
     add("--std", type=float, nargs="+", metavar="X", help="likewise; for other than three channels 0 and 1")
     add("--seed", type=int, default=0, help="of random numbers; default 0")
-    add("--train", action="store_true", help="statistics of the batch: the picture and noisy copies of it")
+    add("--train", action="store_true", help="statistics of the batch: the image and noisy copies of it")
     add("--precision", choices=list(TOLERANCES), default="float32", help="default float32")
     add("--tolerance", type=float, help="of a tensor's largest magnitude; default by the precision and mode")
     add(
@@ -124,12 +123,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _input(options: argparse.Namespace, network: Network) -> tuple[np.ndarray, str]:
-    """What all are given, [N, H, W, C] of the precision, and what it is in words."""
+    """Return the input of all implementations, [N, H, W, C] in the precision, and its description."""
     size = network.image_size
     if options.image_size is not None:
         size = parse_image_size(options.image_size)
         if network.model == "cnn" and size != network.image_size:
-            raise UserError(f"--image-size: the weights are for pictures of {network.image_size[0]} only")
+            raise UserError(f"--image-size: the weights are for images of {network.image_size[0]} only")
     rng = np.random.default_rng(options.seed)
     count = 1 + VARIATIONS if options.train else 1
     shape = (*size, network.in_channels)
@@ -137,9 +136,9 @@ def _input(options: argparse.Namespace, network: Network) -> tuple[np.ndarray, s
         image = rng.normal(size=(count, *shape))
         return image.astype(options.precision), f"standard normal numbers of seed {options.seed}"
     mean, std = _statistics(options, network.in_channels)
-    picture = (_picture(options.image, size, network.in_channels) / 255 - mean) / std
-    # Batch norm over copies of one picture would divide by deviations of nearly nothing
-    image = np.stack([picture, *(picture + rng.normal(size=(count - 1, *shape)))])
+    image = (_image(options.image, size, network.in_channels) / 255 - mean) / std
+    # Batch norm over copies of one image would divide by deviations of nearly nothing
+    image = np.stack([image, *(image + rng.normal(size=(count - 1, *shape)))])
     source = f"{options.image}, mean {_words(mean)}, std {_words(std)}"
     if options.train:
         source += f", and {VARIATIONS} copies with standard normal noise of seed {options.seed}"
@@ -152,7 +151,7 @@ def _words(numbers: Sequence[float]) -> str:
 
 def _statistics(options: argparse.Namespace, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel."""
-    usual = STATISTICS if channels == 3 else ((0.0,) * channels, (1.0,) * channels)
+    usual = IMAGENET if channels == 3 else ((0.0,) * channels, (1.0,) * channels)
     mean, std = (
         given if given is None else tuple(given) * (channels if len(given) == 1 else 1)
         for given in (options.mean, options.std)
@@ -169,11 +168,11 @@ def _statistics(options: argparse.Namespace, channels: int) -> tuple[tuple[float
     return mean or usual[0], std or usual[1]
 
 
-def _picture(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
-    """The picture of any format that Pillow reads, resized: uint8 [H, W, C]."""
+def _image(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
+    """The image of any format that Pillow reads, resized: uint8 [H, W, C]."""
     if channels not in (1, 3):
-        raise UserError(f"IMAGE: no picture has {channels} channels; leave it out for random numbers")
-    return fit_picture(read_image(path, channels), size)
+        raise UserError(f"IMAGE: no image has {channels} channels; leave it out for random numbers")
+    return fit_image(read_image(path, channels), size)
 
 
 def _outputs(
@@ -194,15 +193,11 @@ def _outputs(
         try:
             stages = run(network.model, tensors, image, network.num_classes, **arguments)
         except ValueError as error:  # names that do not fit, or batch norm over a single value
-            raise UserError(f"{options.weights}: as {network.model}: {_cut(str(error))}") from None
+            raise UserError(
+                f"{options.weights}: as {network.model}: {first_of(str(error).split('; '), 8)}"
+            ) from None
         outputs[name] = {"input": image, **stages}
     return outputs
-
-
-def _cut(message: str) -> str:
-    """A list of names, cut to the first: a model of another depth has hundreds that do not fit."""
-    parts = message.split("; ")
-    return message if len(parts) <= 8 else f"{'; '.join(parts[:8])}; and {len(parts) - 8} more"
 
 
 def _layout(array: np.ndarray, layout: str) -> np.ndarray:
@@ -213,20 +208,20 @@ def _layout(array: np.ndarray, layout: str) -> np.ndarray:
 def _reference(options: argparse.Namespace, ours: Stages) -> dict[str, np.ndarray]:
     """The stages of another program, [N, H, W, C]; it may have left some out."""
     path = options.reference
-    found = weights.load(path)
-    unknown = [name for name in found if name not in ours]
-    if unknown or not found:
+    stages = weights.load(path)
+    unknown = [name for name in stages if name not in ours]
+    if unknown or not stages:
         fault = f"unknown name {unknown[0]}" if unknown else "it is empty"
         raise UserError(f"--reference: {path}: {fault}; the names are {', '.join(ours)}")
-    for name, array in found.items():
-        wanted = _layout(ours[name], options.layout).shape
-        if array.shape != wanted:
+    for name, array in stages.items():
+        shape = _layout(ours[name], options.layout).shape
+        if array.shape != shape:
             raise UserError(
-                f"--reference: {path}: {name} has shape {list(array.shape)}, not {list(wanted)} "
+                f"--reference: {path}: {name} has shape {list(array.shape)}, not {list(shape)} "
                 f"({options.layout}; see --layout, --image-size and --train)"
             )
     back = (0, 2, 3, 1) if options.layout == "NCHW" else (0, 1, 2, 3)
-    return {name: array.transpose(back) if array.ndim == 4 else array for name, array in found.items()}
+    return {name: array.transpose(back) if array.ndim == 4 else array for name, array in stages.items()}
 
 
 def compare(a: np.ndarray, b: np.ndarray) -> Difference:
@@ -241,7 +236,7 @@ def compare(a: np.ndarray, b: np.ndarray) -> Difference:
 
 
 def _report(outputs: Mapping[str, Stages], tolerance: float, mode: str, precision: str) -> int:
-    """Print the table and the verdict; return the exit status."""
+    """Print the table and the result; return the exit status."""
     pairs = list(itertools.combinations(outputs, 2))
     print(f"{precision}, {mode} mode; differences relative to each tensor's largest magnitude\n")
     titles = [f"{a}-{b}" for a, b in pairs]
@@ -261,7 +256,7 @@ def _report(outputs: Mapping[str, Stages], tolerance: float, mode: str, precisio
         row = " ".join([f"{stage:<8}{shape:<22}{np.abs(array).max():>9.3g}", *(f"{c:>16}" for c in cells)])
         print(row.rstrip())
         if first is None and departed:
-            first = max(departed, key=lambda found: found[3].size)
+            first = max(departed, key=lambda departure: departure[3].size)
     if first is None:
         print(f"\nall agree within {tolerance:g}")
         return 0

@@ -1,4 +1,4 @@
-"""`python -m experiment predict [RUN] IMAGE...`: the most likely classes of pictures, by a finished run.
+"""`python -m experiment predict [RUN] IMAGE...`: the most likely classes of images, by a completed run.
 
 Without RUN by the network of handwritten digits that comes with the tree.
 """
@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from experiment.commands.parser import Parser
-from experiment.data.augmentation import fill_color, fit_picture
+from experiment.data.augmentation import fill_color, fit_image
 from experiment.data.images import read_image
 from experiment.errors import UserError
+from experiment.metrics import softmax
+from experiment.options.command_line import Parser
+from experiment.options.config import check_limits
 from experiment.options.paths import path_type
 from experiment.run.completed_run import add_run, open_run
 
@@ -23,16 +25,16 @@ RELEASED = Path(__file__).parents[2] / "weights" / "digits-resnet8"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the classes of each picture with their probabilities; return 0. All pictures are read first.
+    """Print the classes of each image with their probabilities; return 0. All images are read first.
 
     Raises:
-        UserError: no finished run, or a file that is no picture, damaged or too large.
+        UserError: no completed run, or a file that is no image, damaged or too large.
     """
     parser = Parser(
         prog="python -m experiment predict",
-        description="The most likely classes of pictures, of any format that Pillow reads, by a finished "
+        description="The most likely classes of images, of any format that Pillow reads, by a finished "
         "run, or without RUN by a network of handwritten digits that comes along. They are brought "
-        "to the run's size as its test pictures were; a run with --crop-to-bbox wants the object alone. "
+        "to the run's size as its test images were; a run with --crop-to-bbox wants the object alone. "
         "Digits are light on black.",
     )
     add = parser.add_argument
@@ -45,14 +47,12 @@ def main(argv: Sequence[str]) -> int:
     height, width, channels = run.image_shape
     resize = run.config.resize[0] if run.config.resize else None
     fill = fill_color(run.resolved["mean"]) if run.config.crop_to_bbox else None
-    pictures = np.stack(
-        [fit_picture(read_image(path, channels), (height, width), resize, fill) for path in options.images]
+    images = np.stack(
+        [fit_image(read_image(path, channels), (height, width), resize, fill) for path in options.images]
     )
     size = run.config.eval_batch_size
-    batches = (pictures[start : start + size] for start in range(0, len(pictures), size))
-    logits = np.concatenate(list(run.logits(batches))).astype(np.float64)
-    scores = np.exp(logits - logits.max(1, keepdims=True))
-    probabilities = scores / scores.sum(1, keepdims=True)
+    batches = (images[start : start + size] for start in range(0, len(images), size))
+    probabilities = softmax(np.concatenate(list(run.logits(batches))))
     for path, row in zip(options.images, probabilities, strict=True):
         print(path)
         for index in np.argsort(-row, kind="stable")[: options.top]:
@@ -62,8 +62,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Take RUN for an image where it is a file, and refuse what can be refused before anything is opened."""
-    if options.top < 1:
-        raise UserError(f"--top: {options.top} is out of range; give a number of at least 1")
+    check_limits("--top", options.top, least=1)
     first: Path = options.run
     if not first.exists():
         raise UserError(f"{first}: not found; name the folder of a run, or image files")

@@ -11,15 +11,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from experiment.commands.parser import Parser
-from experiment.data.tfds import (
-    check_known,
-    check_name,
-    data_root,
-    find_prepared,
-    prepare_command,
-)
-from experiment.errors import UserError, one_line
+from experiment.data.tfds import check_known, check_name, data_root, find_prepared, prepare_command
+from experiment.errors import UserError, named_line, one_line
+from experiment.options.command_line import Parser
 from experiment.options.paths import local_path
 
 ENVIRONMENT = ".venv-prepare"
@@ -70,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 def _prepare(name: str, data_dir: str | None) -> Any:
     """Download and write; return the TFDS builder."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read at the import
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it tells each of its retries
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it logs each of its retries
     import tensorflow_datasets as tfds
 
     root = data_root(data_dir)
@@ -81,7 +75,7 @@ def _prepare(name: str, data_dir: str | None) -> Any:
             builder.download_and_prepare()
             return builder
     except Exception as error:  # a builder's code is its own: the network, the disk, a changed web page, ...
-        raise UserError(f"{name} could not be prepared: {type(error).__name__}: {one_line(error)}") from error
+        raise UserError(f"{name} could not be prepared: {named_line(error)}") from error
     raise UserError(
         f"{name} has to be downloaded by hand: put its files into {manual} and run this command again "
         f"({one_line(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)})"

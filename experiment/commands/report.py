@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiment.commands.parser import Parser
 from experiment.errors import UserError
+from experiment.options.command_line import Parser
 from experiment.options.paths import path_type
 from experiment.report import FOLDER, write_report
 from experiment.report.reading import read_run
@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = Parser(
         prog="python -m experiment report",
-        description=f"Write {FOLDER}/index.html in the folder of a run, and the pictures in it as PNG. The "
+        description=f"Write {FOLDER}/index.html in the folder of a run, and the figures in it as PNG. The "
         "run may go on meanwhile, or have been killed: the page says what is absent.",
     )
     run_type = path_type("RUN")

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from experiment.commands.parser import Parser
 from experiment.engines import set_environment
 from experiment.errors import UserError
 from experiment.files import run_folder
+from experiment.options.command_line import Parser
 from experiment.options.config import FRAMEWORKS
 from experiment.options.paths import local_path, path_type
 from experiment.run import signals
@@ -35,8 +35,8 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m experiment study",
         description="Compare optimizers over seeds by a TOML file: tune each on validation with the same "
-        "number of settings, train each with every seed, write tables with intervals, and curves. The same "
-        "command again passes over what is finished and continues what was stopped.",
+        "number of configurations, train each with every seed, write tables with intervals, and curves. The "
+        "same command again passes over what is finished and continues what was stopped.",
     )
     add = parser.add_argument
     add("file", metavar="FILE", type=path_type("FILE"), help="the study, such as those in studies/")
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     add(
         "--vmap",
         action=argparse.BooleanOptionalAction,
-        help="JAX: all seeds in one program (default: on a GPU; on a CPU separate runs)",
+        help="JAX: all seeds in one compiled function (default: on a GPU; on a CPU separate runs)",
     )
     add(
         "--report",
@@ -87,35 +87,35 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _on_gpu(plan: Plan) -> bool:
-    """Whether JAX trains, and on a GPU: there seeds together take little more time than one."""
+    """True if JAX trains, and on a GPU: there seeds together take little more time than one."""
     if framework_of(plan) != "jax":
         return False
-    set_environment("jax", deterministic=bool(plan.contestants[0].candidates[0].get("deterministic")))
+    set_environment("jax", deterministic=bool(plan.methods[0].candidates[0].get("deterministic")))
     import jax
 
     return jax.default_backend() == "gpu"
 
 
 def _carry_out(plan: Plan, folder: Path, request: signals.StopRequest, *, together: bool) -> None:
-    """Tuning, then seed by seed all contestants, so that a study that was stopped half way is balanced; with
-    `together` contestant by contestant all seeds."""
-    settings = [
-        running.candidate(plan, folder, each, k)
-        for each in plan.contestants
-        for k in range(plan.budget)
+    """Tuning, then seed by seed all methods, so that a study that was stopped half way is balanced; with
+    `together` method by method all seeds."""
+    configurations = [
+        running.candidate(plan, folder, method, k)
+        for method in plan.methods
+        for k in range(plan.trials)
         if plan.tuning_seeds
     ]
-    total = sum(map(len, settings)) + len(plan.seeds) * len(plan.contestants)
+    total = sum(map(len, configurations)) + len(plan.seeds) * len(plan.methods)
     print(
-        f"{plan.name}: {len(plan.contestants)} contestants, {plan.budget} settings each with "
+        f"{plan.name}: {len(plan.methods)} methods, {plan.trials} configurations each with "
         f"{len(plan.tuning_seeds)} tuning seeds, {len(plan.seeds)} seeds: {total} runs in {folder}",
         flush=True,
     )
     done = 0
-    for tuning in settings:
+    for tuning in configurations:
         done = _make(tuning, done, total, request, together=together, split="validation")
-    chosen = {each.name: running.choose(plan, folder, each) for each in plan.contestants}
-    groups = [running.final_runs(plan, folder, each, chosen[each.name]) for each in plan.contestants]
+    chosen = {method.name: running.choose(plan, folder, method) for method in plan.methods}
+    groups = [running.final_runs(plan, folder, method, chosen[method.name]) for method in plan.methods]
     order: Iterable[Sequence[running.Run]] = groups if together else zip(*groups, strict=True)
     for runs in order:
         done = _make(runs, done, total, request, together=together, split="test")
@@ -134,16 +134,14 @@ def _make(
 
     Print the accuracy of each on `split`: tuning runs evaluate validation alone.
     """
-    from experiment.commands import train
-
     begun = time.monotonic()
     waiting = [run for run in runs if not running.is_done(run)]
     if together and running.can_go_together(waiting):
-        running.carry_out_together(waiting, train.start)
+        running.carry_out_together(waiting)
     for run in waiting:
         running.check_signal(request)
         if not running.is_done(run):
-            running.carry_out(run, train.start)
+            running.carry_out(run)
         if running.has_diverged(run.folder):
             outcome = "diverged"
         else:

@@ -1,4 +1,4 @@
-"""What happens to a picture before an engine normalises it: to size, cut, and for training changed at random.
+"""Transforms of images before an engine normalizes them: resize, crop, and for training random changes.
 
 Everything here works on uint8, with NumPy and Pillow alone, and is the same for both engines. A function
 that draws takes a generator from `generators`, whose numbers depend on (seed, epoch, example) and on nothing
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 LUMA = (0.299, 0.587, 0.114)
-"""What red, green and blue add to a grey pixel (ITU-R 601), as Pillow's conversion to `L` has it."""
+"""The weights of red, green and blue in a gray pixel (ITU-R 601), as in Pillow's conversion to `L`."""
 
 # The principal components of ImageNet's RGB pixels on the scale 0..1: eigenvalues, eigenvectors in columns.
 # Not in AlexNet's paper; these numbers are facebookarchive/fb.resnet.torch's (datasets/imagenet.lua).
@@ -33,8 +33,8 @@ PCA_DEVIATION = 0.1
 POLICIES = {"autoaugment": IMAGENET, "autoaugment-cifar10": CIFAR10}
 
 
-def to_grey(statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> tuple[tuple[float], tuple[float]]:
-    """Mean and deviation of grey pictures from those of the three channels.
+def to_gray(statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> tuple[tuple[float], tuple[float]]:
+    """Mean and deviation of gray images from those of the three channels.
 
     The mean is exact. The deviation is that of channels which rise and fall together; CIFAR-10's own is 3 %
     smaller.
@@ -44,41 +44,39 @@ def to_grey(statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> tuple[tu
 
 
 def fill_color(mean: Sequence[float], *, drawn_on_black: bool = False) -> Color:
-    """What surrounds a picture that does not fill its frame: the mean, on the scale 0..1, as one of uint8.
+    """Return the color around an image that does not fill its frame: the mean, on the scale 0..1, as uint8.
 
-    It normalises to (nearly) zero, which is what He et al. pad with. Black for pictures drawn on black.
+    It normalizes to (nearly) zero, which is what He et al. pad with. Black for images drawn on black.
     """
     return (0,) if drawn_on_black else tuple(round(255 * value) for value in mean)
 
 
-def pixels_of(picture: Image) -> Pixels:
-    """The pixels [H, W, C] of a picture; C is 1 for mode `L` and 3 for `RGB`."""
-    pixels = np.asarray(picture)
+def pixels_of(image: Image) -> Pixels:
+    """The pixels [H, W, C] of an image; C is 1 for mode `L` and 3 for `RGB`."""
+    pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def picture_of(pixels: Pixels) -> Image:
+def image_of(pixels: Pixels) -> Image:
     """The inverse of `pixels_of`."""
     from PIL import Image
 
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def fit_picture(
-    picture: Image, size: Size, shorter_side: int | None = None, fill: Color | None = None
-) -> Pixels:
-    """Bring a picture to `size`: the one transform of validation, test, and training that is not augmented.
+def fit_image(image: Image, size: Size, shorter_side: int | None = None, fill: Color | None = None) -> Pixels:
+    """Bring an image to `size`: the one transform of validation, test, and training that is not augmented.
 
-    The picture is resized (bilinear, antialiased) to cover the target, or with `shorter_side` so that its
-    shorter side has that many pixels; aspect is kept, and the target cut from the centre. With `fill`, and no
-    `shorter_side`, nothing is cut: the picture is made to fit inside, and `fill` surrounds it. MNIST's 28x28
+    The image is resized (bilinear, antialiased) to cover the target, or with `shorter_side` so that its
+    shorter side has that many pixels; aspect is kept, and the target cut from the center. With `fill`, and no
+    `shorter_side`, nothing is cut: the image is made to fit inside, and `fill` surrounds it. MNIST's 28x28
     is padded with zeros to 32x32, so that its pixels stay as they are.
 
     Args:
-        picture: of mode `L` or `RGB`.
+        image: of mode `L` or `RGB`.
         size: height and width.
         shorter_side: at least the larger of them.
-        fill: a colour, one number a channel.
+        fill: a color, one number a channel.
 
     Returns:
         uint8 [H, W, C].
@@ -87,31 +85,31 @@ def fit_picture(
 
     height, width = size
     if shorter_side is not None:
-        whole = resized_size(picture, shorter_side)
-        return cut_resized(picture, whole, (whole[0] - height) // 2, (whole[1] - width) // 2, size)
-    if picture.size == (28, 28) and size == (32, 32):
-        picture = ImageOps.expand(picture, border=2)
+        whole = resized_size(image, shorter_side)
+        return cut_resized(image, whole, (whole[0] - height) // 2, (whole[1] - width) // 2, size)
+    if image.size == (28, 28) and size == (32, 32):
+        image = ImageOps.expand(image, border=2)
     elif fill is not None:
         color = fill if len(fill) > 1 else fill[0]
-        picture = ImageOps.pad(picture, (width, height), Image.Resampling.BILINEAR, color)
-    elif picture.size != (width, height):
-        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
-    return pixels_of(picture)
+        image = ImageOps.pad(image, (width, height), Image.Resampling.BILINEAR, color)
+    elif image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    return pixels_of(image)
 
 
-def crop_to_box(picture: Image, box: Iterable[float]) -> Image:
-    """The part of a picture inside a box (ymin, xmin, ymax, xmax) on the scale 0..1, in whole pixels.
+def crop_to_box(image: Image, box: Iterable[float]) -> Image:
+    """The part of an image inside a box (ymin, xmin, ymax, xmax) on the scale 0..1, in whole pixels.
 
     Raises:
-        ValueError: the box is empty, or not inside the picture.
+        ValueError: the box is empty, or not inside the image.
     """
     top, left, bottom, right = (float(edge) for edge in box)
     if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
-        raise ValueError(f"no box inside the picture: {top:g} {left:g} {bottom:g} {right:g}")
-    width, height = picture.size
+        raise ValueError(f"no box inside the image: {top:g} {left:g} {bottom:g} {right:g}")
+    width, height = image.size
     # Boxes are stored as float32: the edge of a pixel may come out a millionth beyond it
     near, far = 1e-4, 1 - 1e-4
-    return picture.crop(
+    return image.crop(
         (
             int(left * width + near),
             int(top * height + near),
@@ -121,21 +119,21 @@ def crop_to_box(picture: Image, box: Iterable[float]) -> Image:
     )
 
 
-def resized_size(picture: Image, shorter_side: int) -> Size:
-    """The height and width of a picture whose shorter side is resized to `shorter_side`, aspect kept."""
-    width, height = picture.size
+def resized_size(image: Image, shorter_side: int) -> Size:
+    """The height and width of an image whose shorter side is resized to `shorter_side`, aspect kept."""
+    width, height = image.size
     scale = shorter_side / min(width, height)
     return max(shorter_side, round(height * scale)), max(shorter_side, round(width * scale))
 
 
-def cut_resized(picture: Image, whole: Size, top: int, left: int, size: Size) -> Pixels:
-    """The part of `size` at (top, left) of a picture resized to `whole`; no more than that is computed."""
+def cut_resized(image: Image, whole: Size, top: int, left: int, size: Size) -> Pixels:
+    """The part of `size` at (top, left) of an image resized to `whole`; no more than that is computed."""
     from PIL import Image
 
-    down, across = picture.height / whole[0], picture.width / whole[1]
+    down, across = image.height / whole[0], image.width / whole[1]
     box = (left * across, top * down, (left + size[1]) * across, (top + size[0]) * down)
-    box = (*box[:2], min(box[2], picture.width), min(box[3], picture.height))  # rounding
-    return pixels_of(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
+    box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # rounding
+    return pixels_of(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
 
 
 def generators(seed: int, epoch: int, examples: npt.NDArray[np.int64]) -> Iterator[np.random.Generator]:
@@ -143,8 +141,8 @@ def generators(seed: int, epoch: int, examples: npt.NDArray[np.int64]) -> Iterat
     example, k).
 
     Philox hashes a counter, which here begins with epoch and example (Salmon et al. 2011, "Parallel random
-    numbers: as easy as 1, 2, 3"). It is one object that moves, made anew for each call: draw what an example
-    needs before asking for the next.
+    numbers: as easy as 1, 2, 3"). One object is moved from example to example: draw what an example needs
+    before asking for the next.
     """
     bits = np.random.Philox(key=[seed, 0])
     state, generator = bits.state, np.random.Generator(bits)
@@ -155,7 +153,7 @@ def generators(seed: int, epoch: int, examples: npt.NDArray[np.int64]) -> Iterat
 
 
 def draw_shift(size: Size, rng: np.random.Generator) -> Size:
-    """How far down and right of a padded picture's centre a crop lies: up to an eighth of its sides."""
+    """How far down and right of a padded image's center a crop lies: up to an eighth of its sides."""
     height, width = size
     down = int(rng.random() * (2 * (height // 8) + 1)) - height // 8
     right = int(rng.random() * (2 * (width // 8) + 1)) - width // 8
@@ -163,12 +161,12 @@ def draw_shift(size: Size, rng: np.random.Generator) -> Size:
 
 
 def draw_flip(rng: np.random.Generator) -> bool:
-    """Every other time true."""
+    """True with probability 1/2."""
     return bool(rng.random() < 0.5)
 
 
 def pad_crop(image: Pixels, fill: Color, rng: np.random.Generator) -> Pixels:
-    """Pad a picture [H, W, C] with `fill` by an eighth of its sides all round, and cut its size at random.
+    """Pad an image [H, W, C] with `fill` by an eighth of its sides all round, and cut its size at random.
 
     At 32x32 these are the four pixels of He et al. 2015 (arXiv 1512.03385, section 4.2).
     """
@@ -181,28 +179,28 @@ def pad_crop(image: Pixels, fill: Color, rng: np.random.Generator) -> Pixels:
     return moved
 
 
-def random_crop(picture: Image, size: Size, shorter_side: Size, rng: np.random.Generator) -> Pixels:
-    """Resize a picture's shorter side to a length from the range `shorter_side`; cut `size` at random.
+def random_crop(image: Image, size: Size, shorter_side: Size, rng: np.random.Generator) -> Pixels:
+    """Resize an image's shorter side to a length from the range `shorter_side`; cut `size` at random.
 
     Aspect is kept, and both ends of the range are included. The scale augmentation of Simonyan & Zisserman
     2014, arXiv 1409.1556.
     """
     least, most = shorter_side
-    whole = resized_size(picture, least + int(rng.random() * (most - least + 1)))
+    whole = resized_size(image, least + int(rng.random() * (most - least + 1)))
     top, left = (int(rng.random() * (whole[axis] - size[axis] + 1)) for axis in (0, 1))
-    return cut_resized(picture, whole, top, left, size)
+    return cut_resized(image, whole, top, left, size)
 
 
 def flip(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """Mirror a picture [H, W, C] left to right, every other time."""
+    """Mirror an image [H, W, C] left to right with probability 1/2."""
     return image[:, ::-1] if draw_flip(rng) else image
 
 
 def pca_color(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """AlexNet's colour augmentation (Krizhevsky et al. 2012, section 4.1) of a picture [H, W, 3].
+    """AlexNet's color augmentation (Krizhevsky et al. 2012, section 4.1) of an image [H, W, 3].
 
     To every pixel is added [p1 p2 p3] [a1 l1, a2 l2, a3 l3], where p and l are the principal components of
-    ImageNet's pixels and each a is normal with deviation 0.1, drawn once a picture.
+    ImageNet's pixels and each a is normal with deviation 0.1, drawn once an image.
     """
     shift = PCA_VECTORS @ (rng.normal(scale=PCA_DEVIATION, size=3) * PCA_VALUES)
     changed: Pixels = np.clip(np.rint(image + 255 * shift), 0, 255).astype(np.uint8)
@@ -211,14 +209,14 @@ def pca_color(image: Pixels, rng: np.random.Generator) -> Pixels:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What `--augment` does to the pictures of a training batch.
+    """The transform of a training batch by `--augment`.
 
     Attributes:
         name: one of `config.AUGMENTATIONS`.
         seed: the run's.
         size: height and width of the results.
-        shorter_side: the range that is drawn from; None for pictures that are padded and cropped instead.
-        fill: what surrounds a picture that is padded, shifted or turned.
+        shorter_side: the range that is drawn from; None for images that are padded and cropped instead.
+        fill: what surrounds an image that is padded, shifted or turned.
     """
 
     name: str
@@ -231,69 +229,69 @@ class Augmentation:
         """Read the examples [N] of a source and change them by the numbers that are theirs in this epoch."""
         if self.name == "none":
             return source.read(examples)
-        pictures: Any
+        images: Any
         if self.shorter_side is None:
             batch = source.read(examples)
-            pictures, labels = batch["image"], batch["label"]
+            images, labels = batch["image"], batch["label"]
         else:
-            pictures, labels = source.pictures(examples)
+            images, labels = source.images(examples)
         rngs = generators(self.seed, epoch, examples)
-        images = [self._change(picture, rng) for picture, rng in zip(pictures, rngs, strict=True)]
+        images = [self._change(image, rng) for image, rng in zip(images, rngs, strict=True)]
         return {"image": np.stack(images), "label": labels}
 
     @property
     def moves_only(self) -> bool:
-        """Whether all that it does is what `draws` says."""
+        """True if `draws` describes the whole transform."""
         return self.shorter_side is None and self.name in ("none", "crop-flip")
 
     def draws(self, examples: npt.NDArray[np.int64], epoch: int) -> dict[str, npt.NDArray[Any]]:
-        """What `batch` draws for the examples [N]: {"shift": int32 [N, 2], "flip": bool [N]}."""
+        """Return what `batch` draws for the examples [N]: {"shift": int32 [N, 2], "flip": bool [N]}."""
         shift, flip = np.zeros((len(examples), 2), np.int32), np.zeros(len(examples), np.bool_)
         if self.name != "none":
             for i, rng in enumerate(generators(self.seed, epoch, examples)):
                 shift[i], flip[i] = draw_shift(self.size, rng), draw_flip(rng)
         return {"shift": shift, "flip": flip}
 
-    def _change(self, picture: Any, rng: np.random.Generator) -> Pixels:
-        """Change one picture: pixels of the final size, or a Pillow picture of any size."""
+    def _change(self, image: Any, rng: np.random.Generator) -> Pixels:
+        """Change one image: pixels of the final size, or a Pillow image of any size."""
         if self.shorter_side is None:
-            image = pad_crop(picture, self.fill, rng)
+            image = pad_crop(image, self.fill, rng)
         else:
-            image = random_crop(picture, self.size, self.shorter_side, rng)
-        image = flip(image, rng)
+            image = random_crop(image, self.size, self.shorter_side, rng)
+        changed = flip(image, rng)
         if self.name == "crop-flip-pca":
-            image = pca_color(image, rng)
+            changed = pca_color(changed, rng)
         elif self.name in POLICIES:
-            image = pixels_of(autoaugment(picture_of(image), POLICIES[self.name], self.fill, rng))
-        return image
+            changed = pixels_of(autoaugment(image_of(changed), POLICIES[self.name], self.fill, rng))
+        return changed
 
 
-def ten_crops(picture: Image, size: Size, shorter_side: int) -> Pixels:
-    """The four corners and the centre of a resized picture, and their mirror images: uint8 [10, H, W, C].
+def ten_crops(image: Image, size: Size, shorter_side: int) -> Pixels:
+    """The four corners and the center of a resized image, and their mirror images: uint8 [10, H, W, C].
 
     Krizhevsky et al. 2012, section 4.1.
 
     Args:
-        picture: of mode `L` or `RGB`.
+        image: of mode `L` or `RGB`.
         size: height and width of a crop.
-        shorter_side: of the picture before it is cut, at least the larger of them.
+        shorter_side: of the image before it is cut, at least the larger of them.
     """
-    return _corners_and_centre(whole_picture(picture, shorter_side), size)
+    return _corners_and_center(whole_image(image, shorter_side), size)
 
 
 def ten_shifts(image: Pixels, fill: Color) -> Pixels:
-    """The corners and the centre of a picture [H, W, C] padded by an eighth of its sides, as `pad_crop` pads
+    """The corners and the center of an image [H, W, C] padded by an eighth of its sides, as `pad_crop` pads
     it, and their mirror images: uint8 [10, H, W, C].
 
-    For networks that saw whole pictures: they are as large in the crops as they were in training.
+    For networks that saw whole images: they are as large in the crops as they were in training.
     """
     height, width, _ = image.shape
     padded = np.full((height + 2 * (height // 8), width + 2 * (width // 8), len(fill)), fill, np.uint8)
     padded[height // 8 : height // 8 + height, width // 8 : width // 8 + width] = image
-    return _corners_and_centre(padded, (height, width))
+    return _corners_and_center(padded, (height, width))
 
 
-def _corners_and_centre(whole: Pixels, size: Size) -> Pixels:
+def _corners_and_center(whole: Pixels, size: Size) -> Pixels:
     height, width = size
     down, right = whole.shape[0] - height, whole.shape[1] - width
     places = ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2))
@@ -301,14 +299,14 @@ def _corners_and_centre(whole: Pixels, size: Size) -> Pixels:
     return np.concatenate([crops, crops[:, :, ::-1]])
 
 
-def whole_picture(picture: Image, shorter_side: int, multiple: int = 1) -> Pixels:
-    """All of a picture, resized to `shorter_side`, aspect kept: uint8 [H, W, C].
+def whole_image(image: Image, shorter_side: int, multiple: int = 1) -> Pixels:
+    """All of an image, resized to `shorter_side`, aspect kept: uint8 [H, W, C].
 
-    The longer side becomes a multiple of `multiple`, so that many pictures share a shape; squares stay so.
+    The longer side becomes a multiple of `multiple`, so that many images share a shape; squares stay so.
     """
-    height, width = resized_size(picture, shorter_side)
+    height, width = resized_size(image, shorter_side)
     if height == width:
         multiple = 1
     longer = max(shorter_side, round(max(height, width) / multiple) * multiple)
     size = (shorter_side, longer) if height <= width else (longer, shorter_side)
-    return cut_resized(picture, size, 0, 0, size)
+    return cut_resized(image, size, 0, 0, size)

@@ -1,4 +1,4 @@
-"""AutoAugment: the policies that were found for CIFAR-10 and ImageNet, on uint8 pictures.
+"""AutoAugment: the policies that were found for CIFAR-10 and ImageNet, on uint8 images.
 
 Cubuk et al. 2019, "AutoAugment: Learning Augmentation Strategies from Data", arXiv 1805.09501: Table 7
 (CIFAR-10), Table 9 (ImageNet), Table 6 (operations and the ranges of their magnitudes). The operations are
@@ -22,7 +22,7 @@ Step = tuple[str, float, int | None]
 
 @dataclass(frozen=True)
 class Policy:
-    """Sub-policies of two steps, of which each picture gets one at random.
+    """Sub-policies of two steps, of which each image gets one at random.
 
     Attributes:
         sub_policies: the table.
@@ -96,43 +96,43 @@ IMAGENET = Policy(
 )
 
 
-def autoaugment(picture: Image, policy: Policy, fill: Color, rng: np.random.Generator) -> Image:
-    """Apply one sub-policy, drawn from the policy's, to a picture of mode `L` or `RGB`.
+def autoaugment(image: Image, policy: Policy, fill: Color, rng: np.random.Generator) -> Image:
+    """Apply one sub-policy, drawn from the policy's, to an image of mode `L` or `RGB`.
 
     Each of its steps is done with its probability. A shear, shift or turn goes either way, at random, and
-    leaves `fill` behind: the mean colour in the authors' code for CIFAR-10, a grey close to it for ImageNet.
+    leaves `fill` behind: the mean color in the authors' code for CIFAR-10, a gray close to it for ImageNet.
     """
     for name, probability, magnitude in policy.sub_policies[int(rng.random() * len(policy.sub_policies))]:
         done, backwards = rng.random(2) < (probability, 0.5)
         if done:
             strength = 0.0 if magnitude is None else magnitude / 9
-            picture = apply(name, picture, strength, bool(backwards), policy.translation, fill)
-    return picture
+            image = apply(name, image, strength, bool(backwards), policy.translation, fill)
+    return image
 
 
 def apply(
-    name: str, picture: Image, strength: float, backwards: bool, translation: float, fill: Color
+    name: str, image: Image, strength: float, backwards: bool, translation: float, fill: Color
 ) -> Image:
     """One operation, at `strength` 0 (the start of Table 6's range) to 1 (its end).
 
-    Two ranges are read as later codes do, so that the effect grows: posterising leaves 8 to 4 bits, and
-    solarising inverts from a threshold of 256 down to 0. Equal pixels are left (nearest neighbour).
+    Two ranges are read as later codes do, so that the effect grows: posterizing leaves 8 to 4 bits, and
+    solarizing inverts from a threshold of 256 down to 0. Equal pixels are left (nearest neighbour).
 
     Args:
         name: as in Table 6.
-        picture: of mode `L` or `RGB`.
+        image: of mode `L` or `RGB`.
         strength: 0 to 1.
         backwards: shear, shift or turn the other way.
         translation: the largest shift, as a part of the side.
-        fill: the colour of what comes from outside of the picture.
+        fill: the color of what comes from outside of the image.
     """
     from PIL import Image, ImageEnhance, ImageOps
 
     sign = -1 if backwards else 1
 
     def affine(*coefficients: float) -> Image.Image:
-        """The picture whose pixel (x, y) is this one's at (a x + b y + c, d x + e y + f)."""
-        return picture.transform(picture.size, Image.Transform.AFFINE, coefficients, fillcolor=fill)
+        """The image whose pixel (x, y) is this one's at (a x + b y + c, d x + e y + f)."""
+        return image.transform(image.size, Image.Transform.AFFINE, coefficients, fillcolor=fill)
 
     match name:
         case "ShearX":
@@ -140,22 +140,22 @@ def apply(
         case "ShearY":
             return affine(1, 0, 0, sign * 0.3 * strength, 1, 0)
         case "TranslateX":
-            return affine(1, 0, sign * int(translation * strength * picture.width), 0, 1, 0)
+            return affine(1, 0, sign * int(translation * strength * image.width), 0, 1, 0)
         case "TranslateY":
-            return affine(1, 0, 0, 0, 1, sign * int(translation * strength * picture.height))
+            return affine(1, 0, 0, 0, 1, sign * int(translation * strength * image.height))
         case "Rotate":
-            return picture.rotate(sign * 30 * strength, fillcolor=fill)
+            return image.rotate(sign * 30 * strength, fillcolor=fill)
         case "AutoContrast":
-            return ImageOps.autocontrast(picture)
+            return ImageOps.autocontrast(image)
         case "Invert":
-            return ImageOps.invert(picture)
+            return ImageOps.invert(image)
         case "Equalize":
-            return ImageOps.equalize(picture)
+            return ImageOps.equalize(image)
         case "Solarize":
-            return ImageOps.solarize(picture, round(256 * (1 - strength)))
+            return ImageOps.solarize(image, round(256 * (1 - strength)))
         case "Posterize":
-            return ImageOps.posterize(picture, 8 - round(4 * strength))
+            return ImageOps.posterize(image, 8 - round(4 * strength))
         case "Color" | "Contrast" | "Brightness" | "Sharpness":
-            enhanced: Image.Image = getattr(ImageEnhance, name)(picture).enhance(0.1 + 1.8 * strength)
+            enhanced: Image.Image = getattr(ImageEnhance, name)(image).enhance(0.1 + 1.8 * strength)
             return enhanced
     raise ValueError(f"no operation of AutoAugment: {name}")

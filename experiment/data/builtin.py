@@ -1,6 +1,6 @@
 """Images by index: the interface of a source, and the data sets that need no files.
 
-A source hands out uint8 pictures of one fixed shape and knows nothing of splits by seed, shuffling or
+A source hands out uint8 images of one fixed shape and knows nothing of splits by seed, shuffling or
 batches, which are in `experiment.data.loading`. The data sets of TFDS are in `experiment.data.tfds`.
 """
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from experiment.data.augmentation import fit_picture, picture_of, to_grey
+from experiment.data.augmentation import fit_image, image_of, to_gray
 from experiment.data.types import Batch, Dataset, Fit, Identity, Labels, Pixels, Size, Source, Statistics
 from experiment.errors import UserError
 
@@ -25,7 +25,7 @@ DIGITS_STATISTICS: Statistics = ((0.3057,), (0.3235,))
 SYNTHETIC_STATISTICS: Statistics = ((0.5, 0.5, 0.5), (0.15, 0.15, 0.15))
 
 CACHE_BYTES = 2**29
-"""A split whose pictures fit into so many bytes is decoded only once."""
+"""A split whose images fit into so many bytes is decoded only once."""
 
 
 def identity(
@@ -41,16 +41,16 @@ def identity(
 
 
 def fit_to(size: Size, resize: int | None, fill: tuple[int, ...] | None = None) -> Fit:
-    """`fit_picture` with these arguments.
+    """`fit_image` with these arguments.
 
     Raises:
-        UserError: the crop is larger than the resized picture.
+        UserError: the crop is larger than the resized image.
     """
     if resize is not None and resize < max(size):
         raise UserError(
             f"--resize: {resize} is smaller than the crop of {size[0]}x{size[1]}; give {max(size)} or more"
         )
-    return partial(fit_picture, size=size, shorter_side=resize, fill=fill)
+    return partial(fit_image, size=size, shorter_side=resize, fill=fill)
 
 
 def no_boxes(name: str) -> str:
@@ -58,9 +58,9 @@ def no_boxes(name: str) -> str:
     return f"--crop-to-bbox: {name} has no bounding boxes; leave the flag out, or use a set like cars196"
 
 
-def grey_already(name: str) -> str:
+def gray_already(name: str) -> str:
     """The line that refuses `--grayscale`."""
-    return f"--grayscale: {name} is grey already; leave the flag out"
+    return f"--grayscale: {name} is gray already; leave the flag out"
 
 
 def sha256_of(*arrays: npt.NDArray[Any]) -> str:
@@ -72,11 +72,11 @@ def sha256_of(*arrays: npt.NDArray[Any]) -> str:
 
 
 class ArraySource:
-    """Pictures that are in memory, uint8 [N, h, w, C], and brought to size once."""
+    """Images that are in memory, uint8 [N, h, w, C], and brought to size once."""
 
     def __init__(self, images: Pixels, labels: Labels, fit: Fit) -> None:
         self._images, self._labels = images, labels
-        self._fitted = np.stack([fit(picture_of(image)) for image in images])
+        self._fitted = np.stack([fit(image_of(image)) for image in images])
 
     def __len__(self) -> int:
         return len(self._images)
@@ -84,14 +84,14 @@ class ArraySource:
     def read(self, indices: npt.NDArray[np.int64]) -> Batch:
         return {"image": self._fitted[indices], "label": self._labels[indices]}
 
-    def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
-        return [picture_of(image) for image in self._images[indices]], self._labels[indices]
+    def images(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
+        return [image_of(image) for image in self._images[indices]], self._labels[indices]
 
 
 class CachedSource:
     """Keeps each example of another source in memory from its first reading on.
 
-    A small picture comes ten times faster from memory than out of a TFDS file.
+    A small image comes ten times faster from memory than out of a TFDS file.
     """
 
     def __init__(self, source: Source, image_shape: tuple[int, int, int]) -> None:
@@ -115,12 +115,12 @@ class CachedSource:
             self._present[missing] = True
         return {"image": self._images[indices], "label": self._labels[indices]}
 
-    def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
-        return self._source.pictures(indices)
+    def images(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
+        return self._source.images(indices)
 
 
 def cached(source: Source, image_shape: tuple[int, int, int]) -> Source:
-    """Return the source with a cache in front, or as it is when its pictures would not fit into one."""
+    """Return the source with a cache in front, or as it is when its images would not fit into one."""
     fits = len(source) * int(np.prod(image_shape)) <= CACHE_BYTES
     return CachedSource(source, image_shape) if fits else source
 
@@ -135,8 +135,8 @@ def digits(image_size: Size | None, resize: int | None = None) -> Dataset:
 
     size = image_size or (32, 32)
     fit = fit_to(size, resize)
-    pictures, labels = load_digits(return_X_y=True)
-    images = np.rint(pictures.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    images, labels = load_digits(return_X_y=True)
+    images = np.rint(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     labels = labels.astype(np.int32)
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     parts = (images[train], labels[train], images[test], labels[test])
@@ -151,9 +151,9 @@ def digits(image_size: Size | None, resize: int | None = None) -> Dataset:
 
 
 class SyntheticSource:
-    """Coloured, noisy stripes, made on demand: example `i` is a function of `first + i` and the size alone.
+    """Colored, noisy stripes, made on demand: example `i` is a function of `first + i` and the size alone.
 
-    Class c of 10 has stripes at an angle of 18 c degrees; phase, width, colour and noise are random. The
+    Class c of 10 has stripes at an angle of 18 c degrees; phase, width, color and noise are random. The
     label is the index modulo 10, so that the classes are balanced.
     """
 
@@ -161,38 +161,38 @@ class SyntheticSource:
         self, first: int, count: int, size: Size, *, grayscale: bool = False, fit: Fit | None = None
     ) -> None:
         self._first, self._count, self._size = first, count, size
-        self._grayscale, self._fit = grayscale, fit or partial(fit_picture, size=size)
+        self._grayscale, self._fit = grayscale, fit or partial(fit_image, size=size)
 
     def __len__(self) -> int:
         return self._count
 
     def read(self, indices: npt.NDArray[np.int64]) -> Batch:
-        pictures, labels = self.pictures(indices)
-        return {"image": np.stack([self._fit(picture) for picture in pictures]), "label": labels}
+        images, labels = self.images(indices)
+        return {"image": np.stack([self._fit(image) for image in images]), "label": labels}
 
-    def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
+    def images(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
         numbers = indices + self._first
-        pictures = [picture_of(self._picture(int(number))) for number in numbers]
+        images = [image_of(self._image(int(number))) for number in numbers]
         if self._grayscale:
-            pictures = [picture.convert("L") for picture in pictures]
-        return pictures, (numbers % 10).astype(np.int32)
+            images = [image.convert("L") for image in images]
+        return images, (numbers % 10).astype(np.int32)
 
-    def _picture(self, number: int) -> npt.NDArray[np.uint8]:
+    def _image(self, number: int) -> npt.NDArray[np.uint8]:
         height, width = self._size
         rng = np.random.default_rng(number)
         angle = np.pi / 10 * (number % 10)
         phase, cycles = rng.uniform(0, 2 * np.pi), rng.uniform(3, 5)
-        colour = rng.uniform(30, 60, size=3)
+        color = rng.uniform(30, 60, size=3)
         rows = np.sin(angle) * np.arange(height)[:, None] / height
         columns = np.cos(angle) * np.arange(width)[None, :] / width
         stripes = np.sin(2 * np.pi * cycles * (rows + columns) + phase)
         noise = rng.integers(0, 64, size=(height, width, 3), dtype=np.uint8)
-        picture: npt.NDArray[np.uint8] = (96 + stripes[..., None] * colour).astype(np.uint8)
-        return picture + noise  # at most 96 + 60 + 63
+        image: npt.NDArray[np.uint8] = (96 + stripes[..., None] * color).astype(np.uint8)
+        return image + noise  # at most 96 + 60 + 63
 
 
 def synthetic(image_size: Size | None, resize: int | None = None, *, grayscale: bool = False) -> Dataset:
-    """Made pictures for tests and timings: 2,048 to train on, 512 to test on, 10 classes, RGB, 32x32."""
+    """Made images for tests and timings: 2,048 to train on, 512 to test on, 10 classes, RGB, 32x32."""
     size = image_size or (32, 32)
     shape = (*size, 1 if grayscale else 3)
     fit = fit_to(size, resize)
@@ -201,7 +201,7 @@ def synthetic(image_size: Size | None, resize: int | None = None, *, grayscale: 
         for first, count in ((0, 2048), (2048, 512))
     )
     names = tuple(f"stripes at {18 * index} degrees" for index in range(10))
-    statistics = to_grey(SYNTHETIC_STATISTICS) if grayscale else SYNTHETIC_STATISTICS
+    statistics = to_gray(SYNTHETIC_STATISTICS) if grayscale else SYNTHETIC_STATISTICS
     # A few examples stand for all: they are functions of their index by NumPy's generator
     sample = SyntheticSource(0, 4, (32, 32)).read(np.arange(4))
     return Dataset(train, test, names, shape, *statistics, identity(sha256_of(*sample.values())))

@@ -1,13 +1,13 @@
 """The one decoder of image files: for training, evaluation, prediction and reports.
 
-An image file becomes 8-bit RGB or grey, so that a network sees the same pixels in training and afterwards:
+An image file becomes 8-bit RGB or gray, so that a network sees the same pixels in training and afterwards:
 
 - The first frame of an animated file is taken.
 - The camera's orientation (EXIF) is applied. Orientation that cannot be read counts as upright.
 - Transparency (an alpha channel, or a color or palette entry marked as transparent) is put on white.
-- 16-bit grey keeps its upper 8 bits. 16-bit color does too; Pillow reads it so.
+- 16-bit gray keeps its upper 8 bits. 16-bit color does too; Pillow reads it so.
 - CMYK, palette, 1-bit and all other kinds that Pillow converts are converted.
-- Grey of 32 bits is refused: its range is not known.
+- Gray of 32 bits is refused: its range is not known.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def decode_image(file: IO[bytes], channels: int, box: Iterable[float] | None = N
 
     Raises:
         ImageError: the file is no image or damaged; it has more than `MAX_PIXELS` (checked before it is
-            decoded); its grey has 32 bits.
+            decoded); its gray has 32 bits.
         ValueError: the box is empty or not inside the image.
     """
     from PIL import Image
@@ -102,7 +102,7 @@ def decode_image(file: IO[bytes], channels: int, box: Iterable[float] | None = N
 
 
 def _eight_bits(stored: Image) -> Image:
-    """Return grey of 16 bits with its upper 8; any other image as it is. Raises ImageError for 32 bits."""
+    """Return gray of 16 bits with its upper 8; any other image as it is. Raises ImageError for 32 bits."""
     from PIL import Image
 
     if stored.mode == "F":
@@ -115,14 +115,14 @@ def _eight_bits(stored: Image) -> Image:
     values: npt.NDArray[Any] = np.asarray(stored).astype(np.uint16)
     if stored.format == "TIFF":
         values = _tiff_range(values, getattr(stored, "tag_v2", {}))
-    grey = (values >> 8).astype(np.uint8)
-    if "transparency" in stored.info:  # a grey level, of 16 bits
-        grey[values == stored.info["transparency"]] = 255
-    return Image.fromarray(grey)
+    gray = (values >> 8).astype(np.uint8)
+    if "transparency" in stored.info:  # a gray level, of 16 bits
+        gray[values == stored.info["transparency"]] = 255
+    return Image.fromarray(gray)
 
 
 def _tiff_range(values: npt.NDArray[Any], tags: Any) -> npt.NDArray[Any]:
-    """Bring grey of a TIFF, which Pillow leaves as it is stored, to 0 (black) .. 65535 (white)."""
+    """Bring gray of a TIFF, which Pillow leaves as it is stored, to 0 (black) .. 65535 (white)."""
     if tags.get(_BITS_PER_SAMPLE) == (12,):
         values = values << 4
     return ~values if tags.get(_PHOTOMETRIC) == _MIN_IS_WHITE else values

@@ -1,10 +1,10 @@
-"""Splits by seed, shuffling and batches: everything between a source of pictures and an engine.
+"""Splits by seed, shuffling and batches: everything between a source of images and an engine.
 
     data = load("mnist", data_dir="...", batch_size=128, seed=0)
     for batch in data.train_batches(start_step=0):  # endless
         ...  # {"image": uint8 [128, 32, 32, 1], "label": int32 [128]}
 
-Pictures stay uint8: the engines compute (x / 255 - mean) / std with `data.mean` and `data.std`, the same for
+Images stay uint8: the engines compute (x / 255 - mean) / std with `data.mean` and `data.std`, the same for
 training, validation and test. Training batch k is a function of (seed, k) and nothing else, and so is what
 `--augment` does to it: to resume, the step is enough, and the number of threads changes only the speed.
 """
@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.data.augmentation import Augmentation, fill_color
-from experiment.data.builtin import CACHE_BYTES, digits, grey_already, no_boxes, synthetic
+from experiment.data.builtin import CACHE_BYTES, digits, gray_already, no_boxes, synthetic
 from experiment.data.tfds import tfds_dataset
 from experiment.data.types import Batch, Dataset, Identity, Labels, Pixels, Size, Source
 from experiment.errors import UserError
+from experiment.options.config import check_image_size, check_limits
 from experiment.processes import SINGLE_PROCESS, ProcessInfo
 
 if TYPE_CHECKING:
@@ -31,16 +32,13 @@ Split = Literal["train", "val", "test"]
 Part = tuple[Source, npt.NDArray[np.int64]]
 """A source, and the indices [n] of its examples that belong to the part."""
 
-SMALLEST_SIZE = 32
-"""Pixels a side; a ResNet halves the picture five times."""
-
-_SMALL_PICTURE = 64 * 64
+_SMALL_IMAGE = 64 * 64
 """Pixels up to which one thread reads fastest: the work is Python's, and a second one only fights for its
-lock. On two cores a first pass over MNIST took 7,900 pictures/s with one thread and 5,300 with two. Larger
-pictures are decoded and resized outside of the lock: 500x375 JPEGs to 224x224, 520 a second with one thread,
+lock. On two cores a first pass over MNIST took 7,900 images/s with one thread and 5,300 with two. Larger
+images are decoded and resized outside of the lock: 500x375 JPEGs to 224x224, 520 a second with one thread,
 850 with two."""
 
-_MOST_THREADS = 16  # each may hold a batch of large pictures
+_MOST_THREADS = 16  # each may hold a batch of large images
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +66,7 @@ class Data:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Training batches an epoch; what is left over is dropped, and drawn anew in the next epoch."""
+        """Training batches an epoch; what is left over is dropped, and drawn again in the next epoch."""
         return self.train_size // self.batch_size
 
     def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
@@ -91,7 +89,7 @@ class Data:
         return self._prefetched(self._order().map_with_index(read)[start_step:])
 
     def train_draws(self, labels: Labels, start_step: int = 0) -> Iterator[Batch]:
-        """Yield what `train_batches` is made of, for an engine that holds the pictures of `held`.
+        """Yield what `train_batches` is made of, for an engine that holds the images of `held`.
 
         Args:
             labels: of all of them, [M].
@@ -109,7 +107,7 @@ class Data:
         return self._prefetched(self._order().map_with_index(draw)[start_step:])
 
     def held(self) -> Batch | None:
-        """All training pictures, uint8 [M, H, W, C], and labels [M], if they are few enough for a device to
+        """All training images, uint8 [M, H, W, C], and labels [M], if they are few enough for a device to
         hold and training only moves them; else None."""
         source, indices = self.parts["train"]
         size = len(indices) * int(np.prod(self.image_shape))
@@ -137,39 +135,38 @@ class Data:
         Raises:
             UserError: while iterating, when a file turns out to be damaged.
         """
+        return self._eval_part(split, batch_size, lambda source, indices: source.read(indices))
+
+    def eval_images(
+        self, split: Split, change: Callable[["Image"], Pixels], batch_size: int
+    ) -> Iterator[tuple[list[Pixels], Labels]]:
+        """Yield what `change` makes of every image of a part, each once, in a fixed order; and labels [N].
+
+        It is given the images before they are brought to size; what it makes may differ in shape.
+        """
+
+        def read(source: Source, indices: npt.NDArray[np.int64]) -> tuple[list[Pixels], Labels]:
+            images, labels = source.images(indices)
+            return [change(image) for image in images], labels
+
+        return self._eval_part(split, batch_size, read)
+
+    def _eval_part(self, split: Split, batch_size: int, read: Callable[..., Any]) -> Iterator[Any]:
+        """Yield read(source, indices [N]) for all examples of a part, in a fixed order."""
         import grain
 
         source, indices = self.parts[split]
         if not len(indices):
             return iter(())
         batches = grain.MapDataset.range(len(indices)).batch(batch_size)
-        return self._prefetched(batches.map(lambda positions: source.read(indices[positions])))
-
-    def eval_pictures(
-        self, split: Split, change: Callable[["Image"], Pixels], batch_size: int
-    ) -> Iterator[tuple[list[Pixels], Labels]]:
-        """Yield what `change` makes of every picture of a part, each once, in a fixed order; and labels [N].
-
-        It is given the pictures before they are brought to size; what it makes may differ in shape.
-        """
-        import grain
-
-        source, indices = self.parts[split]
-        if not len(indices):
-            return iter(())
-
-        def read(positions: npt.NDArray[np.int64]) -> tuple[list[Pixels], Labels]:
-            pictures, labels = source.pictures(indices[positions])
-            return [change(picture) for picture in pictures], labels
-
-        return self._prefetched(grain.MapDataset.range(len(indices)).batch(batch_size).map(read))
+        return self._prefetched(batches.map(lambda positions: read(source, indices[positions])))
 
     def _prefetched(self, batches: Any) -> Iterator[Any]:
         """Yield the batches of a Grain MapDataset in order, the next ones being read meanwhile."""
         import grain
 
         height, width, _ = self.image_shape
-        threads = 1 if height * width <= _SMALL_PICTURE else min(os.cpu_count() or 1, _MOST_THREADS)
+        threads = 1 if height * width <= _SMALL_IMAGE else min(os.cpu_count() or 1, _MOST_THREADS)
         iterator = iter(batches.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=threads + 1)))
         try:
             yield from iterator
@@ -207,32 +204,29 @@ def load(
         train_subset: the fraction of the training split to use, in (0, 1].
         val_fraction: the fraction of that to keep for validation, in [0, 1).
         image_size: height and width in pixels, each at least 32; None is the data set's default.
-        resize: the shorter side before the picture is cropped to that size, and up to which it is drawn at
+        resize: the shorter side before the image is cropped to that size, and up to which it is drawn at
             random for training; empty: what covers the size.
-        grayscale: pictures of one channel from a set of colour.
-        crop_to_bbox: only the part of a picture inside its bounding box.
+        grayscale: images of one channel from a set of color.
+        crop_to_bbox: only the part of an image inside its bounding box.
         mean_only: the engines subtract the mean and do not divide by the standard deviation.
         augment: one of `config.AUGMENTATIONS`.
 
     Raises:
         UserError: an unknown name; data that is not prepared or is damaged; features that do not fit; a size
-            under 32, or larger than `resize`; no boxes, or no colour, where they are needed; fractions that
+            under 32, or larger than `resize`; no boxes, or no color, where they are needed; fractions that
             leave nothing to train on; a batch larger than the training part. Nothing is created on disk.
     """
-    if not 0 < train_subset <= 1:
-        raise UserError(f"--train-subset {train_subset:g}: use a fraction above 0 and up to 1")
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"--val-fraction {val_fraction:g}: use a fraction from 0 to below 1")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed {seed}: use a number from 0 to 2**32 - 1")
+    check_limits("--train-subset", train_subset, above=0, most=1)
+    check_limits("--val-fraction", val_fraction, least=0, below=1)
+    check_limits("--seed", seed, least=0, most=2**32 - 1)
     dataset = open_dataset(
         name, data_dir, image_size, min(resize, default=None), grayscale=grayscale, crop_to_bbox=crop_to_bbox
     )
     size = dataset.image_shape[:2]
-    # Sets that are grey of themselves are drawings on black: MNIST, Fashion-MNIST, digits
+    # Sets that are gray of themselves are drawings on black: MNIST, Fashion-MNIST, digits
     fill = fill_color(dataset.mean, drawn_on_black=len(dataset.mean) == 1 and not grayscale)
     if augment == "crop-flip-pca" and dataset.image_shape[2] == 1:
-        raise UserError("--augment: crop-flip-pca changes colours, and the pictures are grey; use crop-flip")
+        raise UserError("--augment: crop-flip-pca changes colors, and the images are gray; use crop-flip")
     train, val = _split(len(dataset.train), seed, train_subset, val_fraction)
     if not 1 <= batch_size <= len(train):
         raise UserError(
@@ -270,9 +264,8 @@ def open_dataset(
     crop_to_bbox: bool = False,
 ) -> Dataset:
     """Open a data set by the name that `--dataset` takes, unsplit; the arguments are those of `load`."""
-    if image_size is not None and min(image_size) < SMALLEST_SIZE:
-        height, width = image_size
-        raise UserError(f"--image-size {height}x{width}: use {SMALLEST_SIZE} pixels or more on each side")
+    if image_size is not None:
+        check_image_size(*image_size)
     if name not in ("digits", "synthetic"):
         return tfds_dataset(
             name, data_dir, image_size, resize, grayscale=grayscale, crop_to_bbox=crop_to_bbox
@@ -282,7 +275,7 @@ def open_dataset(
     if name == "synthetic":
         return synthetic(image_size, resize, grayscale=grayscale)
     if grayscale:
-        raise UserError(grey_already(name))
+        raise UserError(gray_already(name))
     return digits(image_size, resize)
 
 

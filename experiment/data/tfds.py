@@ -17,21 +17,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from experiment.data.augmentation import fill_color, to_grey
-from experiment.data.builtin import cached, fit_to, grey_already, identity, no_boxes
+from experiment.data.augmentation import fill_color, to_gray
+from experiment.data.builtin import cached, fit_to, gray_already, identity, no_boxes
 from experiment.data.images import ImageError, decode_image
-from experiment.data.types import Batch, Dataset, Fit, Identity, Labels, Size, Source, Statistics
+from experiment.data.types import IMAGENET, Batch, Dataset, Fit, Identity, Labels, Size, Source, Statistics
 from experiment.errors import UserError, one_line
 from experiment.options.paths import local_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-GREY: Statistics = ((0.5,), (0.5,))
-IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+GRAY: Statistics = ((0.5,), (0.5,))
 STATISTICS: dict[str, Statistics] = {
-    # As published with each data set or by the frameworks' examples, of the pictures before padding. Other
-    # colour sets take ImageNet's, as networks trained there expect it; other grey ones GREY.
+    # As published with each data set or by the frameworks' examples, of the images before padding. Other
+    # color sets take ImageNet's, as networks trained there expect it; other gray ones GRAY.
     "mnist": ((0.1307,), (0.3081,)),
     "fashion_mnist": ((0.2860,), (0.3530,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -48,7 +47,7 @@ RECORD_NAMES = ("file_name", "filename", "image/filename", "image/file_name", "i
 """Features by which data sets name their records."""
 
 VARIABLE_SIZES = {"cars196": (96, 96)}
-"""The default size of a data set whose pictures differ in size; not named here: 224x224."""
+"""The default size of a data set whose images differ in size; not named here: 224x224."""
 
 
 def prepare_command(name: str, data_dir: str | None) -> str:
@@ -112,7 +111,7 @@ def find_prepared(name: str, data_dir: str | None) -> Any | None:
     try:
         # From files only: the builder that TFDS has code for may want TensorFlow, or another version.
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
-        formats = {each.value for each in builder.info.available_file_formats()}
+        formats = {file_format.value for file_format in builder.info.available_file_formats()}
     except tfds.core.registered.DatasetNotFoundError:
         return None
     except Exception as error:  # whatever the readers of damaged JSON raise
@@ -191,11 +190,11 @@ class TfdsSource:
             UserError: a record that cannot be read or decoded, or a label that is not one of the classes.
                 It names the record.
         """
-        pictures, labels = self.pictures(indices)
-        return {"image": np.stack([self._fit(picture) for picture in pictures]), "label": labels}
+        images, labels = self.images(indices)
+        return {"image": np.stack([self._fit(image) for image in images]), "label": labels}
 
-    def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
-        """Return the pictures at `indices`, cut to their boxes if that was asked for; raises as `read`."""
+    def images(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
+        """Return the images at `indices`, cut to their boxes if that was asked for; raises as `read`."""
         places = indices.tolist()
         records = self._read(places)
         images = [self._decode(place, record) for place, record in zip(places, records, strict=True)]
@@ -260,12 +259,12 @@ def tfds_dataset(
     Args:
         name: a plain TFDS name.
         data_dir: the TFDS data directory; None is TFDS' own default.
-        image_size: height and width, or None for the default: the pictures' own size if they all have one (at
+        image_size: height and width, or None for the default: the images' own size if they all have one (at
             least 32), else `VARIABLE_SIZES`.
-        resize: the shorter side before the picture is cropped to that size; None: what covers it.
-        grayscale: pictures of one channel from a set of colour.
-        crop_to_bbox: only the part of a picture inside its bounding box, which is the feature `bbox`. What
-            does not fill the size is then filled with the mean colour, unless `resize` is given.
+        resize: the shorter side before the image is cropped to that size; None: what covers it.
+        grayscale: images of one channel from a set of color.
+        crop_to_bbox: only the part of an image inside its bounding box, which is the feature `bbox`. What
+            does not fill the size is then filled with the mean color, unless `resize` is given.
 
     Raises:
         UserError: an unknown name, data that is missing or damaged, features or splits that do not fit.
@@ -277,11 +276,11 @@ def tfds_dataset(
     (height, width, channels), class_names = _features(name, builder)
     if crop_to_bbox and not _has_bbox(builder):
         raise UserError(no_boxes(name))
-    statistics = STATISTICS.get(name, GREY if channels == 1 else IMAGENET)
+    statistics = STATISTICS.get(name, GRAY if channels == 1 else IMAGENET)
     if grayscale:
         if channels == 1:
-            raise UserError(grey_already(name))
-        channels, statistics = 1, to_grey(statistics)
+            raise UserError(gray_already(name))
+        channels, statistics = 1, to_gray(statistics)
     own_size = (max(height, 32), max(width, 32)) if height and width else None
     size = image_size or own_size or VARIABLE_SIZES.get(name, (224, 224))
     shape = (*size, channels)
@@ -348,7 +347,7 @@ def _identity(builder: Any, test_split: str) -> Identity:
 
 
 def _features(name: str, builder: Any) -> tuple[tuple[int | None, int | None, int], tuple[str, ...]]:
-    """Return the pictures' height and width (None: they differ) and channels, and the classes' names."""
+    """Return the images' height and width (None: they differ) and channels, and the classes' names."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -356,7 +355,7 @@ def _features(name: str, builder: Any) -> tuple[tuple[int | None, int | None, in
     image, label = named.get("image"), named.get("label")
     if not (isinstance(image, tfds.features.Image) and isinstance(label, tfds.features.ClassLabel)):
         raise UserError(
-            f"--dataset {name}: a picture `image` and a class `label` are needed, and it has "
+            f"--dataset {name}: an image `image` and a class `label` are needed, and it has "
             f"{', '.join(f'{key} ({type(value).__name__})' for key, value in named.items())}; use another"
         )
     if not label.num_classes:
@@ -364,14 +363,14 @@ def _features(name: str, builder: Any) -> tuple[tuple[int | None, int | None, in
     height, width, channels = image.shape
     if channels not in (1, 3) or image.np_dtype != np.uint8:
         raise UserError(
-            f"--dataset {name}: pictures of 1 or 3 channels of uint8 are needed, and it has {channels} of "
+            f"--dataset {name}: images of 1 or 3 channels of uint8 are needed, and it has {channels} of "
             f"{np.dtype(image.np_dtype).name}; use another"
         )
     return (height, width, channels), tuple(label.names)
 
 
 def _has_bbox(builder: Any) -> bool:
-    """Whether every picture has one bounding box, `bbox`."""
+    """True if every image has one bounding box, `bbox`."""
     import tensorflow_datasets as tfds
 
     return isinstance(dict(builder.info.features).get("bbox"), tfds.features.BBoxFeature)

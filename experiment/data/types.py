@@ -25,14 +25,17 @@ Batch = dict[str, npt.NDArray[Any]]
 Labels = npt.NDArray[np.int32]
 
 Fit = Callable[["Image"], Pixels]
-"""Brings a picture of any size to the one shape of a source: `fit_picture`, its other arguments given."""
+"""Brings an image of any size to the one shape of a source: `fit_image`, its other arguments given."""
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation a channel, on the scale 0..1."""
 
+IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Those of ImageNet, by torchvision."""
+
 
 class Source(Protocol):
-    """Pictures by index. `read` may be called from several threads at once."""
+    """Images by index. `read` may be called from several threads at once."""
 
     def __len__(self) -> int: ...
 
@@ -40,8 +43,8 @@ class Source(Protocol):
         """Return the examples at `indices` [N], in that order, brought to one shape, as a new batch."""
         ...
 
-    def pictures(self, indices: npt.NDArray[np.int64]) -> tuple[list[Image], Labels]:
-        """Return the pictures at `indices` [N] in sizes of their own, mode `L` or `RGB`, and labels [N]."""
+    def images(self, indices: npt.NDArray[np.int64]) -> tuple[list[Image], Labels]:
+        """Return the images at `indices` [N] in sizes of their own, mode `L` or `RGB`, and labels [N]."""
         ...
 
 

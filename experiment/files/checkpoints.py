@@ -155,7 +155,12 @@ class Checkpoints:
 
     def verified(self) -> list[int]:
         """The steps of the checkpoints whose sums are right, ascending; reads all of them."""
-        return [step for step in self.steps() if _is_whole(self.directory / str(step))]
+        whole = []
+        for step in self.steps():
+            with suppress(CheckpointError):
+                _verify(self.directory / str(step))
+                whole.append(step)
+        return whole
 
     def remove_incomplete(self) -> None:
         """Delete what a killed process left half written."""
@@ -204,15 +209,15 @@ class Checkpoints:
     def _best_step(self, step: int) -> int | None:
         """Return the step of the best weights at a checkpoint, or None if there are none."""
         try:
-            found = json.loads((self.directory / str(step) / "run.json").read_text())["best"]["step"]
+            best = json.loads((self.directory / str(step) / "run.json").read_text())["best"]["step"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return found if isinstance(found, int) else None
+        return best if isinstance(best, int) else None
 
     def load_newest(self, report: Callable[[str], None]) -> tuple[int, Tree, dict[str, Any]] | None:
         """(step, tree, run) of the newest whole checkpoint, or None if there is none at all.
 
-        Damaged ones are told to `report`, one line each. Raises UserError if there are some and all are
+        Damaged ones are passed to `report`, one line each. Raises UserError if there are some and all are
         damaged.
         """
         steps = self.steps()
@@ -238,13 +243,13 @@ class Checkpoints:
         return tree, run
 
 
-def differences(expected: Tree, found: Tree) -> list[str]:
-    """What differs between two trees of arrays in names, shapes and types, a line each."""
-    wanted, got = dict(_leaves(expected)), dict(_leaves(found))
-    lines = [f"{name} is missing" for name in wanted if name not in got]
-    lines += [f"{name} is surplus" for name in got if name not in wanted]
-    for name in wanted.keys() & got.keys():
-        old, new = wanted[name], got[name]
+def differences(expected: Tree, given: Tree) -> list[str]:
+    """Return the differences between two trees of arrays in names, shapes and types, a line for each."""
+    old_leaves, new_leaves = dict(_leaves(expected)), dict(_leaves(given))
+    lines = [f"{name} is missing" for name in old_leaves.keys() - new_leaves.keys()]
+    lines += [f"{name} is unexpected" for name in new_leaves.keys() - old_leaves.keys()]
+    for name in old_leaves.keys() & new_leaves.keys():
+        old, new = old_leaves[name], new_leaves[name]
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             lines.append(f"{name} is {new.dtype}{list(new.shape)}, not {old.dtype}{list(old.shape)}")
     return sorted(lines)
@@ -270,7 +275,7 @@ def _save_arrays(path: Path, tree: Tree) -> None:
 
 @contextmanager
 def _closed_loops_unreported() -> Iterator[None]:
-    """Keep quiet that TensorStore, after a failed write, tells of others to an event loop that is closed.
+    """Suppress the tracebacks of TensorStore, which after a failed write reports to a closed event loop.
 
     The failure itself is raised. The tracebacks may come late, so that the hook stays after a failure.
     """
@@ -294,10 +299,10 @@ def _load_arrays(path: Path) -> Tree:
 
 
 def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments); where JAX has joined several processes, in a further one that it has not.
+    """Return function(*arguments); where JAX has joined several processes, from another one.
 
-    Orbax saves with all of them together, and even if told of one alone asks the others whether they mean
-    the same path: in the midst of their steps, from our background thread.
+    Orbax saves with all of them together. Even with one alone it asks the others if they mean the same path:
+    in the midst of their steps, from our background thread.
     """
     import jax
 
@@ -332,7 +337,7 @@ def _verify(folder: Path) -> None:
         raise CheckpointError(f"{MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST} cannot be read: {error}") from None
-    for name, wanted in files.items():
+    for name, listed_file in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{name} is missing")
@@ -340,24 +345,16 @@ def _verify(folder: Path) -> None:
             size, sha256 = path.stat().st_size, _sha256(path)
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read: {error}") from None
-        if size != wanted["bytes"]:
-            raise CheckpointError(f"{name} has {size} bytes, not {wanted['bytes']}")
-        if sha256 != wanted["sha256"]:
+        if size != listed_file["bytes"]:
+            raise CheckpointError(f"{name} has {size} bytes, not {listed_file['bytes']}")
+        if sha256 != listed_file["sha256"]:
             raise CheckpointError(f"{name} differs from its SHA-256")
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        _verify(folder)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _errno(error: Exception) -> int | None:
     """The number of the system's error. TensorStore raises no OSError, and has it in its text."""
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(found[1]) if found else getattr(error, "errno", None)
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(code[1]) if code else getattr(error, "errno", None)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -21,6 +21,7 @@ IMAGENET = {  # name: (has bottlenecks, blocks of each stage)
 }
 PARTS = {f"{kind}{i}" for kind in ("conv", "bn") for i in (1, 2, 3)} | {"downsample"}  # of a block
 PART_NAMES = {"se": "SE modules", "aa": "anti-aliasing filters", "shortcut": "shortcuts"}
+HEAD_NAMES = ("fc", "linear")  # the last layer: torchvision's name, and that of many CIFAR checkpoints
 LISTED = 4  # how many single tensors `summary` names
 
 # Blocks of each stage.
@@ -29,12 +30,12 @@ CIFAR = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 
 
 @dataclass(frozen=True)
 class Network:
-    """A network in plain values, as the builders of all three rooms take them."""
+    """A network in plain values, as the builders of all three implementations take them."""
 
     model: str
     num_classes: int
     in_channels: int
-    image_size: tuple[int, int]  # what pictures of it usually have; of a `cnn`, what they must have
+    image_size: tuple[int, int]  # what images of it usually have; of a `cnn`, what they must have
     options: dict[str, Any]
 
     @property
@@ -51,21 +52,27 @@ class Network:
         )
 
 
+def torchvision_name(name: str) -> str:
+    """Return torchvision's name of a tensor: `fc.*` for `linear.*`, any other as it is."""
+    head, dot, rest = name.partition(".")
+    return HEAD_NAMES[0] + dot + rest if head in HEAD_NAMES else name
+
+
 def identify(shapes: Shapes, model: str | None = None, *, stride_in_1x1: bool = False) -> Network:
     """The network whose state dict has tensors of these shapes.
 
     Args:
         shapes: {name: shape}; `linear.*` is read as `fc.*`.
         model: the model's name, where it is known; the list of blocks is then not looked at.
-        stride_in_1x1: of the two places of a bottleneck's stride the first; no tensor tells which.
+        stride_in_1x1: the place of a bottleneck's stride, which no tensor shows.
 
     Raises:
         UserError: the tensors are those of no network that this project knows; what it lacks is named (SE
             modules, grouped or wider convolutions).
     """
-    shapes = {re.sub(r"^linear\.", "fc.", name): shape for name, shape in shapes.items()}
+    shapes = {torchvision_name(name): shape for name, shape in shapes.items()}
     if model is None:
-        model, options = _recognise(shapes)
+        model, options = _recognize(shapes)
     else:
         options = {}
     _check_blocks(shapes)
@@ -75,7 +82,7 @@ def identify(shapes: Shapes, model: str | None = None, *, stride_in_1x1: bool = 
     if model == "cnn":
         side = math.isqrt(head[1] // kernel[0])
         if side * side * kernel[0] != head[1]:
-            raise UserError(f"fc.weight has {head[1]} columns, of no square picture of {kernel[0]} channels")
+            raise UserError(f"fc.weight has {head[1]} columns, of no square image of {kernel[0]} channels")
         size = options["image_size"] = (side, side)
     else:
         options["batch_norm"] = "bn1.weight" in shapes
@@ -86,16 +93,16 @@ def identify(shapes: Shapes, model: str | None = None, *, stride_in_1x1: bool = 
 
 
 def summary(names: Iterable[str]) -> str:
-    """Return in words which tensors these are: blocks by their number, what recurs in blocks, others by name.
+    """Summarize tensor names: whole blocks, parts that recur in blocks, other tensors by name.
 
     `layer1.0.se.fc1.weight`, `layer1.1.se.fc1.weight`, ... are "SE modules (se) in 8 blocks".
     """
     single: list[str] = []
     blocks: dict[tuple[int, int], dict[str, set[str]]] = {}  # of each block {part: names in it}
     for name in names:
-        if found := re.match(r"layer(\d+)\.(\d+)\.(\w+)\.?(.*)", name):
-            block = blocks.setdefault((int(found[1]), int(found[2])), {})
-            block.setdefault(found[3], set()).add(found[4])
+        if match := re.match(r"layer(\d+)\.(\d+)\.(\w+)\.?(.*)", name):
+            block = blocks.setdefault((int(match[1]), int(match[2])), {})
+            block.setdefault(match[3], set()).add(match[4])
         else:
             single.append(name)
     whole: list[str] = []
@@ -125,7 +132,7 @@ def _check_blocks(shapes: Shapes) -> None:
     foreign = [
         name
         for name in shapes
-        if (found := re.match(r"layer\d+\.\d+\.(\w+)", name)) and found[1] not in PARTS
+        if (match := re.match(r"layer\d+\.\d+\.(\w+)", name)) and match[1] not in PARTS
     ]
     if foreign:
         raise UserError(f"it has {summary(foreign)}, which no network here has")
@@ -146,23 +153,23 @@ def _shape(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
     """The shape of a tensor that every network has."""
     shape = shapes.get(name)
     if shape is None or len(shape) != ndim or 0 in shape:
-        found = "missing" if shape is None else f"of shape {list(shape)}"
-        raise UserError(f"{name} is {found}: these are not the weights of a network that is known here")
+        fault = "missing" if shape is None else f"of shape {list(shape)}"
+        raise UserError(f"{name} is {fault}: these are not the weights of a network that is known here")
     return shape
 
 
-def _recognise(shapes: Shapes) -> tuple[str, dict[str, Any]]:
+def _recognize(shapes: Shapes) -> tuple[str, dict[str, Any]]:
     """The model by its list of blocks, and `stage_sizes` where no model has that list."""
     if "conv.weight" in shapes and "conv1.weight" not in shapes:
         return "cnn", {}
     _shape(shapes, "conv1.weight", 4)
     blocks = [
-        tuple(map(int, found.groups()))
+        tuple(map(int, match.groups()))
         for name in shapes
-        if (found := re.match(r"layer(\d+)\.(\d+)\.", name))
+        if (match := re.match(r"layer(\d+)\.(\d+)\.", name))
     ]
     stages = sorted({stage for stage, _ in blocks})
-    sizes = tuple(len({index for stage, index in blocks if stage == each}) for each in stages)
+    sizes = tuple(len({index for block_stage, index in blocks if block_stage == stage}) for stage in stages)
     if not sizes or stages != list(range(1, len(sizes) + 1)):
         raise UserError("there are no residual blocks layer1.0, ...: give the model with --model")
     bottleneck = "layer1.0.conv3.weight" in shapes

@@ -1,59 +1,54 @@
-"""metrics.jsonl: one JSON object a line, appended as training goes, cut back to a checkpoint on resume."""
+"""metrics.jsonl: one JSON object a line, appended as training goes, cut back to a checkpoint on resume.
+
+{"split": "train" | "val" | "test", "scope": "step" | "epoch", "step": int, "epoch": int, "loss": ..., ...};
+null stands for a number that is not finite.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
 from experiment.files.run_folder import finite
 
+NAME = "metrics.jsonl"
+KINDS = {"split": str, "scope": str, "step": int}
+Line = dict[str, Any]
 
-class History:
-    """The lines of `path`, and the length and SHA-256 of what is written so far; `validations` are the
-    (step, loss) of those that were there at the start.
+
+class MetricsLog:
+    """The lines of `path`, and the length and SHA-256 of what is written so far.
 
     The lines hold nothing that depends on the clock, so that a resumed run writes the same bytes as one that
     was never stopped.
     """
 
-    def __init__(
-        self, path: Path, *, length: int = 0, sha256: str | None = None, writes: bool = True
-    ) -> None:
+    def __init__(self, path: Path, *, length: int = 0, sha256: str | None = None) -> None:
         """Open `path` for appending after its first `length` bytes; whatever follows them is cut off.
-
-        Without `writes` nothing is: another process writes the file.
 
         Raises UserError if those bytes are not the ones with the hash `sha256`.
         """
-        kept = unchanged_start(path, length, sha256)
-        lines = (json.loads(line) for line in kept.splitlines() if b'"split": "val"' in line)
-        self.validations: list[tuple[int, float]] = [
-            (line["step"], math.nan if line["loss"] is None else line["loss"]) for line in lines
-        ]
-        self._hash = hashlib.sha256(kept)
+        self._hash = hashlib.sha256(unchanged_start(path, length, sha256))
         self.length = length
-        self._writes = writes
-        self._file = open(path if writes else os.devnull, "ab")  # noqa: SIM115 - closed by close()
-        if writes:
-            self._file.truncate(length)
+        self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
+        self._file.truncate(length)
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Write one line. Not-a-number becomes null: JSON has no word for it."""
+    def append(self, line: Line) -> None:
+        """Write one line. NaN and infinity become null: JSON has no word for them."""
         content = (json.dumps(finite(line)) + "\n").encode()
         self._file.write(content)
         self._hash.update(content)
         self.length += len(content)
 
     def sync(self) -> dict[str, Any]:
-        """Bring every line to the disk; returns {"length", "sha256"} of the file for a checkpoint to keep."""
+        """Bring every line to the disk; return {"length", "sha256"} of the file for a checkpoint."""
         self._file.flush()
-        if self._writes:
-            os.fsync(self._file.fileno())
+        os.fsync(self._file.fileno())
         return {"length": self.length, "sha256": self._hash.hexdigest()}
 
     def flush(self) -> None:
@@ -66,12 +61,48 @@ class History:
 
 
 def unchanged_start(path: Path, length: int = 0, sha256: str | None = None) -> bytes:
-    """The first `length` bytes of `path`. Raises UserError if their hash is not `sha256`."""
+    """Return the first `length` bytes of `path`. Raises UserError if their hash is not `sha256`."""
     if not length:
         return b""
-    kept = path.read_bytes()[:length] if path.exists() else b""
-    if hashlib.sha256(kept).hexdigest() != sha256:
+    start = path.read_bytes()[:length] if path.exists() else b""
+    if hashlib.sha256(start).hexdigest() != sha256:
         raise UserError(
             f"{path}: its first {length} bytes were changed since the checkpoint; restore the file"
         )
-    return kept
+    return start
+
+
+def read(path: Path, split: str | None = None, scope: str | None = None) -> Iterator[Line]:
+    """Yield the whole lines of a file, of one split and scope if they are given; none if it is absent."""
+    return select(parse(raw_lines(path)), split, scope)
+
+
+def select(lines: Iterable[Line], split: str | None, scope: str | None = None) -> Iterator[Line]:
+    """Yield the lines of a split and a scope; None stands for any."""
+    return (line for line in lines if split in (None, line["split"]) and scope in (None, line["scope"]))
+
+
+def best(lines: Iterable[Line]) -> Line | None:
+    """Return the first line with the lowest validation loss, or None if no such loss is finite."""
+    finite_ones = (line for line in select(lines, "val") if line.get("loss") is not None)
+    return min(finite_ones, key=lambda line: line["loss"], default=None)
+
+
+def raw_lines(path: Path) -> list[bytes]:
+    """Return the lines of a file as they are; none if it is absent."""
+    return path.read_bytes().splitlines() if path.is_file() else []
+
+
+def parse(lines: Iterable[bytes]) -> Iterator[Line]:
+    """Yield the lines that are whole: the last one of a run that was killed, or goes on, may not be."""
+    for text in lines:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if (
+            isinstance(line, dict)
+            and all(isinstance(line.get(name), kind) for name, kind in KINDS.items())
+            and all(v is None or isinstance(v, int | float) for k, v in line.items() if k not in KINDS)
+        ):
+            yield line

@@ -1,4 +1,4 @@
-"""predictions.npz: what a run's network says of every test picture, and a few of the pictures themselves."""
+"""predictions.npz: the predicted class of every test image, and a few of the images themselves."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from experiment.data.augmentation import picture_of, pixels_of
+from experiment.data.augmentation import image_of, pixels_of
 from experiment.data.types import Pixels
 from experiment.errors import UserError
 from experiment.files.run_folder import write_file
+from experiment.metrics import softmax
 
 FILE = "predictions.npz"
+ARRAYS = ("labels", "predictions", "confidences", "shown")
 SAMPLES = 32
 MISTAKES = 32
 THUMBNAIL = 96
-"""Pixels of the longer side, at most, of a picture that is kept."""
+"""Pixels of the longer side, at most, of an image that is kept."""
 
 Integers = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What `Collector` collects and predictions.npz holds.
+    """The content of predictions.npz, as `Collector` collects it.
 
     Attributes:
         step: the step the weights are of.
@@ -35,9 +37,9 @@ class Predictions:
         labels: the true classes, int32 [N].
         predictions: the predicted ones, int32 [N].
         confidences: the probabilities given to those, float32 [N].
-        shown: which examples are among the pictures, int32 [K]; the first `samples` are spread evenly over
+        shown: which examples are among the images, int32 [K]; the first `samples` are spread evenly over
             the test set, the rest are mistakes, the most confident first.
-        pictures: these, uint8 [K, h, w, C].
+        images: uint8 [K, h, w, C].
         samples: how many are samples.
     """
 
@@ -47,7 +49,7 @@ class Predictions:
     predictions: Integers
     confidences: npt.NDArray[np.float32]
     shown: Integers
-    pictures: Pixels
+    images: Pixels
     samples: int
 
     def save(self, path: Path) -> None:
@@ -57,11 +59,8 @@ class Predictions:
             file,
             step=np.array(self.step),
             class_names=np.array(self.class_names, np.str_),
-            labels=self.labels,
-            predictions=self.predictions,
-            confidences=self.confidences,
-            shown=self.shown,
-            pictures=self.pictures,
+            **{name: getattr(self, name) for name in ARRAYS},
+            pictures=self.images,  # the name in the file is of the first version
             samples=np.array(self.samples),
         )
         write_file(path, file.getvalue())
@@ -71,33 +70,32 @@ def load(path: Path) -> Predictions:
     """Read what `Predictions.save` wrote. Raises UserError if the file is absent, damaged or another."""
     try:
         with np.load(path) as file:
-            found = Predictions(
+            loaded = Predictions(
                 step=int(file["step"]),
                 class_names=tuple(map(str, file["class_names"])),
                 samples=int(file["samples"]),
-                **{
-                    name: file[name] for name in ("labels", "predictions", "confidences", "shown", "pictures")
-                },
+                images=file["pictures"],
+                **{name: file[name] for name in ARRAYS},
             )
-        n, classes = len(found.labels), len(found.class_names)
+        n, classes = len(loaded.labels), len(loaded.class_names)
         if not (
-            found.labels.shape == found.predictions.shape == found.confidences.shape == (n,)
-            and all(((a >= 0) & (a < classes)).all() for a in (found.labels, found.predictions))
-            and ((found.shown >= 0) & (found.shown < n)).all()
-            and found.pictures.dtype == np.uint8
-            and found.pictures.ndim == 4
-            and len(found.pictures) == len(found.shown) >= found.samples
+            loaded.labels.shape == loaded.predictions.shape == loaded.confidences.shape == (n,)
+            and all(((a >= 0) & (a < classes)).all() for a in (loaded.labels, loaded.predictions))
+            and ((loaded.shown >= 0) & (loaded.shown < n)).all()
+            and loaded.images.dtype == np.uint8
+            and loaded.images.ndim == 4
+            and len(loaded.images) == len(loaded.shown) >= loaded.samples
         ):
             raise ValueError("its arrays do not fit together")
     except FileNotFoundError:
         raise UserError(f"{path}: not found; a run writes it when it tests, at its end") from None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: is not what a run writes ({error}); test the run again") from None
-    return found
+    return loaded
 
 
 class Collector:
-    """Collects `Predictions` of a part of the data, batch by batch in its order, few pictures in memory.
+    """Collects `Predictions` of a part of the data, batch by batch in its order, few images in memory.
 
     Args:
         size: how many examples there will be.
@@ -106,31 +104,28 @@ class Collector:
     def __init__(self, size: int) -> None:
         self._parts: list[tuple[Integers, Integers, npt.NDArray[np.float32]]] = []
         self._seen = 0
-        self._wanted = np.unique(np.linspace(0, size - 1, min(SAMPLES, size)).round().astype(np.int32))
+        self._sampled = np.unique(np.linspace(0, size - 1, min(SAMPLES, size)).round().astype(np.int32))
         self._samples: list[tuple[int, Pixels]] = []
         self._mistakes: list[tuple[float, int, Pixels]] = []
 
     def update(self, images: Pixels, logits: np.ndarray, labels: Integers) -> None:
-        """Add a batch: pictures uint8 [N, H, W, C], logits [N, num_classes], labels [N]."""
+        """Add a batch: images uint8 [N, H, W, C], logits [N, num_classes], labels [N]."""
         predictions = logits.argmax(1).astype(np.int32)
-        z = logits.astype(np.float64)
-        with np.errstate(invalid="ignore"):  # logits that are not finite: a confidence that is no number
-            scores = np.exp(z - z.max(1, keepdims=True))
-        confidences = (1 / scores.sum(1)).astype(np.float32)  # the largest score is 1
+        confidences = softmax(logits).max(1).astype(np.float32)  # NaN for logits that are not finite
         self._parts.append((labels.astype(np.int32), predictions, confidences))
-        here = self._wanted[(self._wanted >= self._seen) & (self._wanted < self._seen + len(labels))]
+        here = self._sampled[(self._sampled >= self._seen) & (self._sampled < self._seen + len(labels))]
         self._samples += [(int(i), _thumbnail(images[i - self._seen])) for i in here]
         (wrong,) = np.nonzero(predictions != labels)
         for i in wrong[np.argsort(-confidences[wrong], kind="stable")][:MISTAKES]:
             if len(self._mistakes) < MISTAKES or confidences[i] > self._mistakes[-1][0]:
                 self._mistakes.append((float(confidences[i]), self._seen + int(i), _thumbnail(images[i])))
-                self._mistakes.sort(key=lambda each: (-each[0], each[1]))
+                self._mistakes.sort(key=lambda mistake: (-mistake[0], mistake[1]))
                 del self._mistakes[MISTAKES:]
         self._seen += len(labels)
 
     def finish(self, step: int, class_names: Sequence[str]) -> Predictions:
-        """Everything that was added."""
-        pictures = [*self._samples, *(each[1:] for each in self._mistakes)]
+        """Return everything that was added."""
+        images = [*self._samples, *(mistake[1:] for mistake in self._mistakes)]
         labels, predictions, confidences = map(np.concatenate, zip(*self._parts, strict=True))
         return Predictions(
             step=step,
@@ -138,16 +133,16 @@ class Collector:
             labels=labels,
             predictions=predictions,
             confidences=confidences,
-            shown=np.array([index for index, _ in pictures], np.int32),
-            pictures=np.stack([picture for _, picture in pictures]),
+            shown=np.array([index for index, _ in images], np.int32),
+            images=np.stack([image for _, image in images]),
             samples=len(self._samples),
         )
 
 
 def _thumbnail(image: Pixels) -> Pixels:
-    """The picture [H, W, C], made smaller if it is larger than a report shows."""
+    """Return an image [H, W, C], made smaller if it is larger than a report shows."""
     if max(image.shape[:2]) <= THUMBNAIL:
         return image.copy()
-    picture = picture_of(image)
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return pixels_of(picture)
+    thumbnail = image_of(image)
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+    return pixels_of(thumbnail)

@@ -6,24 +6,21 @@ predictions of a step that is not its last any more, until it writes them again.
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
-from experiment.files import run_folder, weights
+from experiment.files import metrics_log, run_folder, weights
 
 WEIGHTS = {"final": "weights.safetensors", "best": "weights-best.safetensors"}
-HISTORY = "metrics.jsonl"
 SUMMARY = "summary.json"
 PREDICTIONS = "predictions.npz"
 
 
 def last_step(run_dir: Path) -> int | None:
     """Return the step of the last whole line of metrics.jsonl, or None if there is no such line."""
-    steps = (_step_and_loss(line)[0] for line in reversed(_lines(run_dir)))
-    return next((step for step in steps if step is not None), None)
+    newest = metrics_log.parse(reversed(metrics_log.raw_lines(run_dir / metrics_log.NAME)))
+    return next((line["step"] for line in newest), None)
 
 
 def best_step(run_dir: Path) -> int | None:
@@ -31,27 +28,8 @@ def best_step(run_dir: Path) -> int | None:
 
     The run takes its best weights from the same step.
     """
-    found = (_step_and_loss(line) for line in _lines(run_dir) if b'"split": "val"' in line)
-    losses = [(loss, step) for step, loss in found if step is not None and loss is not None]
-    return min(losses, key=lambda pair: pair[0])[1] if losses else None
-
-
-def _lines(run_dir: Path) -> list[bytes]:
-    path = run_dir / HISTORY
-    return path.read_bytes().splitlines() if path.is_file() else []
-
-
-def _step_and_loss(line: bytes) -> tuple[int | None, float | None]:
-    """Return step and loss of a line of metrics.jsonl; None for what a damaged line does not have."""
-    try:
-        values = json.loads(line)
-        step, loss = values.get("step"), values.get("loss")
-    except (ValueError, AttributeError):
-        return None, None
-    return (
-        step if isinstance(step, int) else None,
-        loss if isinstance(loss, int | float) and math.isfinite(loss) else None,
-    )
+    line = metrics_log.best(metrics_log.read(run_dir / metrics_log.NAME))
+    return line["step"] if line else None
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
@@ -107,7 +85,7 @@ def check_startable(run_dir: Path, record: dict[str, Any]) -> None:
     interval = record["config"].get("checkpoint_every") or record["resolved"].get("steps_per_epoch")
     before_first = 2 * interval if isinstance(interval, int) else 0
     resumed = [session.get("step", 0) for session in record["sessions"] if isinstance(session, dict)]
-    limits = {HISTORY: before_first, WEIGHTS["best"]: before_first}
+    limits = {metrics_log.NAME: before_first, WEIGHTS["best"]: before_first}
     steps = {name: _step_of(run_dir / name) for name in (*limits, *WEIGHTS.values(), SUMMARY, PREDICTIONS)}
     steps["config.json"] = max(resumed, default=0)
     for name, step in steps.items():
@@ -123,7 +101,7 @@ def _step_of(path: Path) -> int | None:
     """Return the step that a file of a run belongs to: 0 without such a file, None if it does not say."""
     if not path.exists():
         return 0
-    if path.name == HISTORY:
+    if path.name == metrics_log.NAME:
         return last_step(path.parent) or 0
     if path.name == SUMMARY:
         try:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment.errors import FolderLostError, UserError
-from experiment.options.config import Config, is_changeable
+from experiment.options.config import Config
+from experiment.options.resolving import is_changeable
 
 if TYPE_CHECKING:
     from experiment.data.loading import Data
@@ -76,7 +77,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:
-    """What config.json of a run holds: {"config", "resolved", "sessions"}.
+    """Return the content of config.json of a run: {"config", "resolved", "sessions"}.
 
     Raises UserError if it is none, or if a newer version wrote it and this one would ignore something in it.
     """
@@ -230,7 +231,7 @@ def create(run_dir: Path | None, name: str) -> Path:
 def lock(run_dir: Path) -> Iterator[Callable[[], None]]:
     """Hold the folder for this process; the operating system lets go when the process ends, however.
 
-    Yields a function that raises FolderLostError if the lock that is held is not the one in the folder any
+    Yields a function that raises FolderLostError if the file that was locked is not the one in the folder any
     more: the folder was removed, moved, or removed and made again, maybe by another run.
     """
     import filelock
@@ -245,7 +246,7 @@ def lock(run_dir: Path) -> Iterator[Callable[[], None]]:
         return status.st_dev, status.st_ino
 
     def check() -> None:
-        if inode() != held:
+        if inode() != locked:
             raise FolderLostError(
                 f"{run_dir} was removed, moved or replaced while the run went on; nothing more is written "
                 "there; put the folder back and continue with --resume, or start a fresh run"
@@ -255,7 +256,7 @@ def lock(run_dir: Path) -> Iterator[Callable[[], None]]:
         raise UserError(f"--run-dir: {run_dir} was removed meanwhile; name another folder")
     try:
         with filelock.FileLock(path, timeout=0):
-            held = inode()
+            locked = inode()
             yield check
     except filelock.Timeout:
         raise UserError(
@@ -264,7 +265,7 @@ def lock(run_dir: Path) -> Iterator[Callable[[], None]]:
 
 
 def session(step: int, device: str, argv: list[str]) -> dict[str, Any]:
-    """What a start or a resume runs on: for config.json, so that every number can be traced."""
+    """Describe a start or resume for config.json, so that every number can be traced."""
     return {
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -290,6 +291,6 @@ def git_commit() -> str | None:
 
 
 def short_commit(commit: Any) -> str:
-    """What `git_commit` said, in ten digits."""
+    """Return a commit from `git_commit` in ten digits."""
     words = str(commit or "unknown")
     return words[:10] + ("-dirty" if words.endswith("-dirty") else "")

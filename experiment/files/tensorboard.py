@@ -1,16 +1,17 @@
-"""RUN/tensorboard: the lines of metrics.jsonl, the options and the pictures, as TensorBoard reads them.
+"""RUN/tensorboard: the lines of metrics.jsonl, the options and the images, as TensorBoard reads them.
 
-Written with TensorBoard's own record writer, which needs no TensorFlow, in the thread of the run: what goes
-wrong with the disk is told where it happens.
+Written with TensorBoard's own record writer, which needs no TensorFlow, in the thread of the run: an error of
+the disk is raised where it happens.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+from experiment.files import metrics_log
 
 FOLDER = "tensorboard"
 METRICS = ("loss", "accuracy", "f1", "top5")
@@ -34,7 +35,7 @@ class EventFile:
         old = _files(run_dir)
         # TensorBoard reads the files in the order of their names, which begin with a time in seconds.
         times = [path.name.split(".")[3] for path in old]
-        begun = max([int(time.time()), *(int(each) + 1 for each in times if each.isdigit())])
+        begun = max([int(time.time()), *(int(seconds) + 1 for seconds in times if seconds.isdigit())])
         self._records = _Records(folder / f"events.out.tfevents.{begun:010d}.run", "xb")
         for path in old:
             path.unlink()
@@ -46,9 +47,8 @@ class EventFile:
         self._records.write(step=0, summary=hparams.hparams_pb(plain, trial_id=run_dir.name))
         declared = [hparams.HParam(name) for name in plain], [hparams.Metric(tag) for tag in RESULTS]
         self._records.write(step=0, summary=hparams.hparams_config_pb(*declared))
-        history = run_dir / "metrics.jsonl"
-        for line in history.read_bytes().splitlines() if history.exists() else ():
-            self.append(json.loads(line))
+        for line in metrics_log.read(run_dir / metrics_log.NAME):
+            self.append(line)
         self.flush()
 
     def append(self, line: Mapping[str, Any]) -> None:
@@ -72,12 +72,12 @@ class EventFile:
         self._records.close()
 
 
-def add_pictures(run_dir: Path, pictures: Mapping[str, bytes], step: int) -> None:
+def add_images(run_dir: Path, images: Mapping[str, bytes], step: int) -> None:
     """Add PNG files, by name, to the event file of a run that has just ended at `step`."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     records = _Records(max(_files(run_dir)), "ab")
-    for name, content in pictures.items():
+    for name, content in images.items():
         width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
         image = Summary.Image(encoded_image_string=content, width=width, height=height, colorspace=4)
         value = Summary.Value(tag=f"report/{name}", image=image)

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from experiment.errors import UserError
+from experiment.files.identify import HEAD_NAMES, Shapes
 from experiment.files.run_folder import write_file
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?"}
 TYPES |= {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)}
@@ -21,7 +20,7 @@ TYPES |= {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for siz
 
 # What torch.compile, FSDP and checkpointing of activations put into names, wherever a wrapped part begins.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-HEADS = ("fc.", "linear.", "head.fc.", "head.", "classifier.")  # beside a backbone: its last layer
+HEADS = (*HEAD_NAMES, "head.fc", "head", "classifier")  # beside a backbone: its last layer
 LARGEST = np.finfo(np.float32).max
 
 
@@ -83,7 +82,7 @@ def load_network(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     rest = sorted(tensors.keys() - set(names.values()))
-    return {name: tensors[found] for name, found in names.items()}, rest
+    return {name: tensors[original] for name, original in names.items()}, rest
 
 
 def network_names(shapes: Shapes) -> dict[str, str]:
@@ -99,11 +98,11 @@ def network_names(shapes: Shapes) -> dict[str, str]:
     Raises:
         UserError: several networks, or two tensors that would have one name.
     """
-    found = {WRAPPERS.sub("", name): name for name in shapes}
-    if len(found) < len(shapes):
-        twice = next(name for name in shapes if found[WRAPPERS.sub("", name)] != name)
+    originals = {WRAPPERS.sub("", name): name for name in shapes}
+    if len(originals) < len(shapes):
+        twice = next(name for name in shapes if originals[WRAPPERS.sub("", name)] != name)
         raise UserError(f"it holds {WRAPPERS.sub('', twice)} twice, with and without the name of a wrapper")
-    prefixes = _prefixes(found.keys())
+    prefixes = _prefixes(originals.keys())
     if len(prefixes) > 1:
         words = ", ".join(sorted(prefix.removesuffix(".") for prefix in prefixes))
         raise UserError(
@@ -112,15 +111,17 @@ def network_names(shapes: Shapes) -> dict[str, str]:
     if prefixes:
         prefix = prefixes[0]
     else:
-        started = [re.findall(r"^(?:module\.)*", name)[0] for name in found if shapes[found[name]]]
-        prefix = min(started, default="", key=len)
-    names = {name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)}
-    if prefixes and prefix and not {"fc.weight", "linear.weight"} & names.keys():
+        wrapped = [re.findall(r"^(?:module\.)*", name)[0] for name in originals if shapes[originals[name]]]
+        prefix = min(wrapped, default="", key=len)
+    names = {name.removeprefix(prefix): originals[name] for name in originals if name.startswith(prefix)}
+    if prefixes and prefix and not {f"{head}.weight" for head in HEAD_NAMES} & names.keys():
         outer = re.sub(r"[^.]+\.$", "", prefix)
-        for head in (f"{outer}{head}" for head in HEADS):
-            if len(shapes.get(found.get(f"{head}weight", ""), ())) == 2:
+        for head in (f"{outer}{head}." for head in HEADS):
+            if len(shapes.get(originals.get(f"{head}weight", ""), ())) == 2:
                 names |= {
-                    f"fc.{name.removeprefix(head)}": found[name] for name in found if name.startswith(head)
+                    f"fc.{name.removeprefix(head)}": originals[name]
+                    for name in originals
+                    if name.startswith(head)
                 }
                 break
     return names
@@ -134,7 +135,7 @@ def _prefixes(names: Set[str]) -> list[str]:
             prefix = name.removesuffix(end)
             if prefix == name or prefix[-1:] not in ("", "."):
                 continue
-            if end != "conv.bias" or names & {f"{prefix}fc.weight", f"{prefix}linear.weight"}:
+            if end != "conv.bias" or names & {f"{prefix}{head}.weight" for head in HEAD_NAMES}:
                 prefixes.append(prefix)
     return [p for p in prefixes if not any(p != other and p.startswith(other) for other in prefixes)]
 
@@ -142,8 +143,8 @@ def _prefixes(names: Set[str]) -> list[str]:
 def check(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Raise UserError, naming the tensor, if values are none that a trained network has; see `fault`."""
     for name, values in tensors.items():
-        if found := fault(name, values):
-            raise UserError(f"{path}: {found}")
+        if problem := fault(name, values):
+            raise UserError(f"{path}: {problem}")
 
 
 def fault(name: str, values: np.ndarray) -> str | None:

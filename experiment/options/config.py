@@ -1,19 +1,15 @@
-"""The options of a run: one frozen dataclass holds the defaults, and the parser is made from it."""
+"""The options of a run: one frozen dataclass holds defaults, help and ranges; the parser is made from it."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import operator
 import re
-import types
-import typing
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from experiment.errors import UserError
-from experiment.options.paths import local_path
 
 FRAMEWORKS = ("jax", "numpy")
 MODELS = (
@@ -26,185 +22,118 @@ PRECISIONS = ("float32", "bfloat16", "float64")
 AUGMENTATIONS = ("none", "crop-flip", "crop-flip-pca", "autoaugment", "autoaugment-cifar10")
 MIN_IMAGE_SIZE = 32
 
-# Options that count for some values of another alone.
-USED_BY = {
-    **dict.fromkeys(("final_lr", "gamma"), ("optimizer", ("adabound", "amsbound", "adaboundw", "sgdbound"))),
-    "beta1": ("optimizer", tuple(name for name in OPTIMIZERS if name != "sgd")),
-    **dict.fromkeys(("beta2", "eps"), ("optimizer", tuple(name for name in OPTIMIZERS if name[:3] != "sgd"))),
-    "momentum": ("optimizer", ("sgd",)),
-    "decay_factor": ("schedule", ("multistep", "plateau")),
-    **dict.fromkeys(("patience", "cooldown"), ("schedule", ("plateau",))),
-}
-
-PATHS = ("data_dir", "init_from", "run_dir")  # options that name a local file or folder
-
-# The published defaults: PyTorch's, and for AdaBound those of the reference code.
-DEFAULT_LR = {"sgd": 0.1}
-DEFAULT_WEIGHT_DECAY = {"adamw": 0.01}
 # As many epochs as reach 0.97 on digits in a few minutes of two CPU cores; one epoch of a larger set is
 # longer.
 DEFAULT_EPOCHS = {"digits": 7}
-
-# What a resumed run may change: nothing here moves a number of a step that both runs take.
-CHANGEABLE = frozenset(
-    {
-        *("framework", "steps", "epochs", "data_dir", "run_dir", "resume", "distributed"),
-        *("checkpoint_every", "eval_every", "log_every", "keep_checkpoints", "report", "test"),
-        "early_stopping_patience",  # like steps: when the run ends
-        "schedule_steps",  # train.py sees to it that the schedule stays as long as it was
-    }
-)
-
-
-def is_changeable(name: str, schedule: str) -> bool:
-    """Return True if a resumed run may change an option."""
-    # A plateau is counted in validations: other intervals would change the rates.
-    return name in CHANGEABLE and not (name == "eval_every" and schedule == "plateau")
 
 
 def option(
     default: Any,
     help: str,
     *,
-    group: str,
     choices: Sequence[str] | None = None,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
     flag: str | None = None,
+    **limits: float,
 ) -> Any:
-    """A field of Config: its default, its help, and the range or choices that `Config.check` enforces."""
-    limits = {"above": above, "least": least, "below": below, "most": most}
-    metadata = {"help": help, "group": group, "choices": choices, "limits": limits, "flag": flag}
+    """A field of Config: its default, its help, and the choices or limits (see `LIMITS`) of its values."""
+    metadata = {"help": help, "choices": choices, "limits": limits, "flag": flag}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+GROUPS = {
+    "framework": "model",
+    "dataset": "data",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
+    "init_from": "transfer",
+    "epochs": "run",
+    "recipe": "output",
+}
+"""The first option of each group in the help, and the name of the group."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every option of `python train.py`. `None` stands for a default that depends on other options."""
 
-    framework: str = option("jax", "engine that trains", group="model", choices=FRAMEWORKS)
-    model: str = option("resnet101", "network", group="model", choices=MODELS)
-    batch_norm: bool = option(
-        True, "batch norm; without it convolutions get biases", group="model", flag="no-batch-norm"
-    )
-    stride_in_1x1: bool = option(
-        False, "a bottleneck's stride on its first 1x1, as in the paper", group="model"
-    )
+    framework: str = option("jax", "engine that trains", choices=FRAMEWORKS)
+    model: str = option("resnet101", "network", choices=MODELS)
+    batch_norm: bool = option(True, "batch norm; without it convolutions get biases", flag="no-batch-norm")
+    stride_in_1x1: bool = option(False, "a bottleneck's stride on its first 1x1, as in the paper")
     residual_scale: float = option(
-        0.2, "initial weight of each block's last batch norm; torchvision's is 1", group="model", least=0
+        0.2, "initial weight of each block's last batch norm; torchvision's is 1", least=0
     )
-    small_images: bool = option(False, "3x3 stride-1 stem without pooling", group="model")
-    precision: str = option(
-        "float32", "compute type; state stays float32 or wider", group="model", choices=PRECISIONS
-    )
+    small_images: bool = option(False, "3x3 stride-1 stem without pooling")
+    precision: str = option("float32", "compute type; state stays float32 or wider", choices=PRECISIONS)
 
-    dataset: str = option("digits", "digits, synthetic, or any plain TFDS name", group="data")
-    data_dir: str | None = option(None, "where TFDS keeps its data (default: TFDS' own)", group="data")
-    train_subset: float = option(
-        1.0, "seeded fraction of the training split to use", group="data", above=0, most=1
-    )
-    val_fraction: float = option(0.1, "part of it kept for validation", group="data", least=0, below=1)
-    image_size: str | None = option(None, "96, or 64x96 (height x width); at least 32", group="data")
+    dataset: str = option("digits", "digits, synthetic, or any plain TFDS name")
+    data_dir: str | None = option(None, "where TFDS keeps its data (default: TFDS' own)")
+    train_subset: float = option(1.0, "seeded fraction of the training split to use", above=0, most=1)
+    val_fraction: float = option(0.1, "part of it kept for validation", least=0, below=1)
+    image_size: str | None = option(None, "96, or 64x96 (height x width); at least 32")
     resize: tuple[int, ...] = option(
         (),
         "shorter side before the crop to --image-size; of two, training draws from between them",
-        group="data",
         least=MIN_IMAGE_SIZE,
     )
-    grayscale: bool = option(False, "pictures of one channel from a set of colour", group="data")
-    crop_to_bbox: bool = option(False, "only what is inside a picture's bounding box", group="data")
-    mean_only: bool = option(
-        False, "subtract the mean, do not divide by the standard deviation", group="data"
-    )
-    augment: str = option(
-        "none", "random changes of the training pictures", group="data", choices=AUGMENTATIONS
-    )
+    grayscale: bool = option(False, "images of one channel from a set of color")
+    crop_to_bbox: bool = option(False, "only what is inside an image's bounding box")
+    mean_only: bool = option(False, "subtract the mean, do not divide by the standard deviation")
+    augment: str = option("none", "random changes of the training images", choices=AUGMENTATIONS)
 
-    optimizer: str = option("adam", "optimizer", group="optimizer", choices=OPTIMIZERS)
-    lr: float | None = option(None, "learning rate (default 0.001; sgd 0.1)", group="optimizer", above=0)
-    final_lr: float = option(
-        0.1, "AdaBound: the SGD learning rate its bounds close in on", group="optimizer", above=0
-    )
-    gamma: float = option(1e-3, "AdaBound: how fast the bounds close in", group="optimizer", above=0)
-    beta1: float = option(0.9, "decay of the first moment", group="optimizer", least=0, below=1)
-    beta2: float = option(0.999, "decay of the second moment", group="optimizer", least=0, below=1)
-    eps: float = option(1e-8, "added to the root of the second moment", group="optimizer", least=0)
-    momentum: float = option(0.9, "momentum of sgd", group="optimizer", least=0, below=1)
+    optimizer: str = option("adam", "optimizer", choices=OPTIMIZERS)
+    lr: float | None = option(None, "learning rate (default 0.001; sgd 0.1)", above=0)
+    final_lr: float = option(0.1, "AdaBound: the SGD learning rate its bounds close in on", above=0)
+    gamma: float = option(1e-3, "AdaBound: how fast the bounds close in", above=0)
+    beta1: float = option(0.9, "decay of the first moment", least=0, below=1)
+    beta2: float = option(0.999, "decay of the second moment", least=0, below=1)
+    eps: float = option(1e-8, "added to the root of the second moment", least=0)
+    momentum: float = option(0.9, "momentum of sgd", least=0, below=1)
     weight_decay: float | None = option(
-        None,
-        "L2 on all parameters; decoupled for adamw (default 0.01) and adaboundw; else 0",
-        group="optimizer",
-        least=0,
+        None, "L2 on all parameters; decoupled for adamw (default 0.01) and adaboundw; else 0", least=0
     )
 
-    schedule: str = option("cosine", "learning-rate schedule", group="schedule", choices=SCHEDULES)
-    milestones: tuple[int, ...] = option(
-        (), "multistep: steps at which the rate is multiplied", group="schedule", least=1
-    )
-    decay_factor: float = option(0.1, "multistep, plateau: the factor", group="schedule", above=0, most=1)
-    patience: int = option(
-        10, "plateau: validations without a better loss before the factor", group="schedule", least=0
-    )
-    cooldown: int = option(0, "plateau: validations after it that do not count", group="schedule", least=0)
+    schedule: str = option("cosine", "learning-rate schedule", choices=SCHEDULES)
+    milestones: tuple[int, ...] = option((), "multistep: steps at which the rate is multiplied", least=1)
+    decay_factor: float = option(0.1, "multistep, plateau: the factor", above=0, most=1)
+    patience: int = option(10, "plateau: validations without a better loss before the factor", least=0)
+    cooldown: int = option(0, "plateau: validations after it that do not count", least=0)
     warmup_steps: int | None = option(
-        None,
-        "linear warm-up before any schedule (default: an epoch at most, never over a tenth)",
-        group="schedule",
-        least=0,
+        None, "linear warm-up before any schedule (default: an epoch at most, never over a tenth)", least=0
     )
-    schedule_steps: int | None = option(
-        None, "length of the schedule (default: the run's)", group="schedule", least=1
-    )
+    schedule_steps: int | None = option(None, "length of the schedule (default: the run's)", least=1)
 
     init_from: str | None = option(
-        None, "begin from the weights in a safetensors file of torchvision's names", group="transfer"
+        None, "begin from the weights in a safetensors file of torchvision's names"
     )
-    freeze_backbone: bool = option(
-        False, "train the head alone, batch statistics frozen too", group="transfer"
-    )
+    freeze_backbone: bool = option(False, "train the head alone, batch statistics frozen too")
 
     epochs: int | None = option(
-        None,
-        "passes over the training data (default 7 on digits, else 1)",
-        group="run",
-        least=0,
-        most=2**31 - 1,
+        None, "passes over the training data (default 7 on digits, else 1)", least=0, most=2**31 - 1
     )
-    steps: int | None = option(
-        None, "optimizer steps; wins over --epochs", group="run", least=0, most=2**31 - 1
-    )
-    batch_size: int = option(32, "training batch", group="run", least=1)
-    eval_batch_size: int = option(128, "evaluation batch", group="run", least=1)
+    steps: int | None = option(None, "optimizer steps; wins over --epochs", least=0, most=2**31 - 1)
+    batch_size: int = option(32, "training batch", least=1)
+    eval_batch_size: int = option(128, "evaluation batch", least=1)
     early_stopping_patience: int | None = option(
-        None, "end the run after so many validations without a new lowest loss", group="run", least=1
+        None, "end the run after so many validations without a new lowest loss", least=1
     )
-    seed: int = option(0, "seed of weights, split and order", group="run", least=0, most=2**32 - 1)
-    accumulate: int = option(
-        1, "JAX: micro-batches that a batch is taken in, for the memory of one", group="run", least=1
-    )
-    remat: bool = option(False, "JAX: less memory, residual blocks computed twice", group="run")
+    seed: int = option(0, "seed of weights, split and order", least=0, most=2**32 - 1)
+    accumulate: int = option(1, "JAX: micro-batches that a batch is taken in, for the memory of one", least=1)
+    remat: bool = option(False, "JAX: less memory, residual blocks computed twice")
     distributed: bool = option(
-        False, "JAX: one of several processes, see docs/scaling.md for how they are started", group="run"
+        False, "JAX: one of several processes, see docs/scaling.md for how they are started"
     )
-    deterministic: bool = option(False, "bit-exact GPU kernels (slower)", group="run")
+    deterministic: bool = option(False, "bit-exact GPU kernels (slower)")
 
-    recipe: str | None = option(None, "options of recipes/NAME.toml; flags override them", group="output")
-    run_dir: str | None = option(None, "folder of the run (default: a fresh one under runs/)", group="output")
-    resume: bool = option(False, "continue the run in --run-dir", group="output")
-    checkpoint_every: int | None = option(
-        None, "steps between checkpoints (default: an epoch)", group="output", least=1
-    )
-    eval_every: int | None = option(
-        None, "steps between validations (default: an epoch)", group="output", least=1
-    )
-    log_every: int = option(10, "steps between updates of the metrics", group="output", least=1)
-    keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", group="output", least=1)
-    test: bool = option(True, "evaluate the test set after the last step", group="output", flag="no-test")
-    report: bool = option(
-        True, "a report at the end, and TensorBoard files", group="output", flag="no-report"
-    )
+    recipe: str | None = option(None, "options of recipes/NAME.toml; flags override them")
+    run_dir: str | None = option(None, "folder of the run (default: a fresh one under runs/)")
+    resume: bool = option(False, "continue the run in --run-dir")
+    checkpoint_every: int | None = option(None, "steps between checkpoints (default: an epoch)", least=1)
+    eval_every: int | None = option(None, "steps between validations (default: an epoch)", least=1)
+    log_every: int = option(10, "steps between updates of the metrics", least=1)
+    keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", least=1)
+    test: bool = option(True, "evaluate the test set after the last step", flag="no-test")
+    report: bool = option(True, "a report at the end, and TensorBoard files", flag="no-report")
 
     def check(self) -> None:
         """Raise UserError, naming the flag and the remedy, for the first option that is out of range."""
@@ -217,7 +146,7 @@ class Config:
                 )
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not isinstance(number, bool):
-                    _check_limits(flag_of(field), number, field.metadata["limits"])
+                    check_limits(flag_of(field), number, **field.metadata["limits"])
         if self.image_size is not None:
             parse_image_size(self.image_size)
         if len(self.resize) > 2 or list(self.resize) != sorted(self.resize):
@@ -278,8 +207,8 @@ class Config:
         if self.small_images and self.model not in MODELS[:5]:
             raise UserError(f"--small-images: {self.model} has a 3x3 stem already; leave the flag out")
 
-    def check_pictures(self, height: int, width: int) -> None:
-        """Raise UserError if pictures of this size leave batch norm a single value, whose variance is 0."""
+    def check_batch_norm(self, height: int, width: int) -> None:
+        """Raise UserError if images of this size leave batch norm a single value, whose variance is 0."""
         shrinks = self.model in MODELS[:5] and not self.small_images  # by 32
         single = self.batch_size == self.accumulate and not self.freeze_backbone
         if single and self.batch_norm and shrinks and max(height, width) <= 32:
@@ -288,7 +217,7 @@ class Config:
             )
             raise UserError(
                 f"{flag} is too few for batch norm, as {self.model} brings {height}x{width} "
-                "pictures down to 1x1; use 2 or more"
+                "images down to 1x1; use 2 or more"
             )
 
     def data_options(self) -> dict[str, Any]:
@@ -336,11 +265,17 @@ def parse_image_size(text: str) -> tuple[int, int]:
     if not match:
         raise UserError(f"--image-size: {text!r} is no size; write 96, or 64x96 for height x width")
     height, width = int(match[1]), int(match[2] or match[1])
-    if min(height, width) < MIN_IMAGE_SIZE:
-        raise UserError(
-            f"--image-size: {text} is too small; the network halves it five times, give at least 32"
-        )
+    check_image_size(height, width)
     return height, width
+
+
+def check_image_size(height: int, width: int) -> None:
+    """Raise UserError for a size that is too small for a network."""
+    if min(height, width) < MIN_IMAGE_SIZE:
+        size = str(height) if height == width else f"{height}x{width}"
+        raise UserError(
+            f"--image-size: {size} is too small; the network halves it five times, give at least 32"
+        )
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:
@@ -348,7 +283,7 @@ def flag_of(field: dataclasses.Field[Any]) -> str:
     return "--" + (field.metadata["flag"] or field.name.replace("_", "-"))
 
 
-RULES = {
+LIMITS = {
     "above": ("above", operator.gt),
     "least": ("at least", operator.ge),
     "below": ("below", operator.lt),
@@ -356,158 +291,9 @@ RULES = {
 }
 
 
-def _check_limits(flag: str, value: float, limits: dict[str, float | None]) -> None:
-    rules = [(*RULES[name], limit) for name, limit in limits.items() if limit is not None]
+def check_limits(flag: str, value: float, **limits: float) -> None:
+    """Raise UserError, naming the flag, if a value is not finite or not within the limits (see `LIMITS`)."""
+    rules = [(*LIMITS[name], limit) for name, limit in limits.items()]
     if not math.isfinite(value) or not all(holds(value, limit) for _, holds, limit in rules):
-        wanted = " and ".join(f"{words} {limit:g}" for words, _, limit in rules)
-        raise UserError(f"{flag}: {value} is out of range; give a number {wanted}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.replace('argument ', '')} (python train.py --help lists the flags)")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line of train.py, made from Config. Flags that are not given are absent from its result."""
-    parser = _Parser(
-        prog="train.py",
-        description="Train a ResNet with JAX or with NumPy.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    hints = typing.get_type_hints(Config)
-    fields = dataclasses.fields(Config)
-    for name in dict.fromkeys(field.metadata["group"] for field in fields):
-        group = parser.add_argument_group(name)
-        for field in fields:
-            if field.metadata["group"] == name:
-                _add_argument(group, field, hints[field.name])
-    return parser
-
-
-def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
-    text = field.metadata["help"].replace("%", "%%")
-    if isinstance(field.default, bool):
-        on = flag_of(field).replace("--no-", "--")
-        action = "store_true" if field.name == "resume" else argparse.BooleanOptionalAction
-        group.add_argument(
-            on, dest=field.name, action=action, help=text + (" (default: on)" if field.default else "")
-        )
-        return
-    many = isinstance(field.default, tuple)
-    kind = next(t for t in (typing.get_args(hint) or (hint,)) if t is not types.NoneType)
-    if field.metadata["choices"]:
-        text += ": " + ", ".join(field.metadata["choices"])
-    if field.default is not None and not many:
-        text += f" (default {field.default})"
-    group.add_argument(
-        flag_of(field),
-        dest=field.name,
-        type=kind,
-        nargs="+" if many else None,
-        metavar={int: "N", float: "X", str: "NAME"}[kind],
-        help=text,
-    )
-
-
-def parse(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The flags that were given, as {name of the field: value}. Raises UserError."""
-    given = vars(make_parser().parse_args(argv))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return with_local_paths(given)
-
-
-def with_local_paths(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options with `~` expanded in their paths. Raises UserError for a path that is not local."""
-    paths = {name: options[name] for name in PATHS if isinstance(options.get(name), str)}
-    return options | {name: local_path("--" + name.replace("_", "-"), path) for name, path in paths.items()}
-
-
-def refuse_unused(given: dict[str, Any], config: Config) -> None:
-    """Raise UserError for a flag that was given and that the run has no use for."""
-    for name in (name for name in given if name in USED_BY):
-        decides, values = USED_BY[name]
-        if getattr(config, decides) not in values:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{flag}: {decides} {getattr(config, decides)} has none; leave it out, or choose "
-                f"--{decides} {', '.join(values)}"
-            )
-
-
-def flags(options: dict[str, Any]) -> list[str]:
-    """The inverse of `parse`: the flags that give these options, None left out."""
-    words: list[str] = []
-    for field in dataclasses.fields(Config):
-        value = options.get(field.name)
-        if isinstance(field.default, bool):
-            words += [flag_of(field)] if value is not None and value != field.default else []
-        elif value is not None and value != ():
-            words += [flag_of(field), *map(str, value if isinstance(value, tuple) else (value,))]
-    return words
-
-
-def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Config:
-    """A checked Config, its learning rate and weight decay filled in, from the flags that were given and, on
-    resume, the options stored with the run.
-
-    Raises UserError for an option out of range, and on resume for one that differs from the stored one and
-    may not.
-    """
-    given = with_local_paths(given)
-    if stored is None:
-        config = Config(**given)
-    else:
-        hints = typing.get_type_hints(Config)
-        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-        for name, value in stored.items():
-            if name not in hints:
-                raise UserError(f"config.json: unknown option {name!r}, of a newer version; use that version")
-            if not fits(value, hints[name]):
-                raise UserError(
-                    f"config.json: {name} cannot be {value!r}; restore the file, or start a fresh run"
-                )
-        stored = with_local_paths(stored)
-        if "epochs" in given and "steps" not in given:
-            stored["steps"] = None
-        config = Config(**{**stored, **given})
-        for field in dataclasses.fields(Config):
-            old, new = stored.get(field.name, field.default), getattr(config, field.name)
-            if not is_changeable(field.name, config.schedule) and old != new:
-                remedy = "leave the flag out, or start a fresh run"
-                raise UserError(f"{flag_of(field)}: the run has {old}, not {new}; {remedy}")
-    config.check()
-    return dataclasses.replace(
-        config,
-        lr=DEFAULT_LR.get(config.optimizer, 1e-3) if config.lr is None else config.lr,
-        weight_decay=(
-            DEFAULT_WEIGHT_DECAY.get(config.optimizer, 0.0)
-            if config.weight_decay is None
-            else config.weight_decay
-        ),
-    )
-
-
-def argv_of(config: Config) -> list[str]:
-    """The flags that give a resolved `config`, but for where its run is and whether it is resumed."""
-    usual = resolve({"optimizer": config.optimizer})  # its learning rate, its decay
-    argv = []
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        default = field.default if field.name == "optimizer" else getattr(usual, field.name)
-        # A recipe is no option of its own: what it says is in the others.
-        if field.name in ("run_dir", "resume", "recipe") or value == default:
-            continue
-        argv.append(flag_of(field))
-        if not isinstance(field.default, bool):
-            argv += map(str, value if isinstance(value, tuple) else (value,))
-    return argv
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value that was read from JSON or TOML is of the type that its field is annotated with."""
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(type(item) is int for item in value)
-    kinds = typing.get_args(hint) or (hint,)
-    return type(value) in kinds or (type(value) is int and float in kinds)
+        allowed = " and ".join(f"{words} {limit:g}" for words, _, limit in rules)
+        raise UserError(f"{flag}: {value} is out of range; give a number {allowed}")

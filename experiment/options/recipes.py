@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
-from experiment.options.config import Config, fits
+from experiment.options.config import Config
+from experiment.options.resolving import fits
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-OWN = frozenset({"recipe", "run_dir", "resume", "data_dir"})  # of a run or a machine, in no recipe
+NOT_IN_RECIPES = frozenset({"recipe", "run_dir", "resume", "data_dir"})  # of a run or a machine, in no recipe
 
 
 def names() -> list[str]:
@@ -51,22 +52,20 @@ def _load(name: str) -> dict[str, Any]:
         raise UserError(f"--recipe: unknown recipe {name!r}; choose one of {', '.join(names())}")
     path = FOLDER / f"{name}.toml"
     try:
-        options = tomllib.loads(path.read_text(encoding="utf-8"))
+        return checked(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"--recipe: {path} cannot be read ({error}); restore the file") from None
-    try:
-        return checked(options)
     except UserError as error:
-        raise UserError(f"--recipe: {path}: {error}; mend the file, or choose another") from None
+        raise UserError(f"--recipe: {path}: {error}; fix the file, or choose another") from None
 
 
 def checked(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as TOML has them, lists made tuples. Raises UserError for an unknown or misshapen one.
+    """Return options read from TOML, lists made tuples. Raises UserError for an unknown name or another type.
 
     Ranges are for `Config.check`.
     """
     hints = typing.get_type_hints(Config)
-    known = {field.name for field in dataclasses.fields(Config)} - OWN
+    known = {field.name for field in dataclasses.fields(Config)} - NOT_IN_RECIPES
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     for key, value in options.items():
         if key not in known or not fits(value, hints[key]):

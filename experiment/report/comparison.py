@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from experiment.report.figures import METRICS, ReportFigure, is_wide, smooth, thin
 from experiment.report.page import duration, ratio, render, state, value_words
-from experiment.report.pictures import METRICS, Picture, is_wide, smooth, thin
 from experiment.report.reading import Floats, RunFiles
 from experiment.report.style import CYCLE, legend, panel, png, style, svg
 
@@ -39,21 +39,21 @@ class Column(NamedTuple):
         return self.better(known) if self.better and len(set(known)) > 1 else None
 
 
-def render_comparison(runs: Sequence[RunFiles]) -> tuple[str, dict[str, Picture]]:
-    """The page, and the pictures in it."""
+def render_comparison(runs: Sequence[RunFiles]) -> tuple[str, dict[str, ReportFigure]]:
+    """The page, and the figures in it."""
     names = labels(runs)
-    pictures = draw(runs, names)
+    figures = draw(runs, names)
     page = render(
         "compare.html",
         title=f"{len(runs)} runs compared",
         runs=[{"name": name, "title": run.title, "state": state(run)} for name, run in named(runs, names)],
         names=names,
-        pictures=list(pictures.values()),
+        figures=list(figures.values()),
         columns=results(runs),
         differences=differences(runs),
         commands=[(name, run.words) for name, run in named(runs, names)],
     )
-    return page, pictures
+    return page, figures
 
 
 def named(runs: Sequence[RunFiles], names: Sequence[str]) -> list[tuple[str, RunFiles]]:
@@ -62,7 +62,7 @@ def named(runs: Sequence[RunFiles], names: Sequence[str]) -> list[tuple[str, Run
 
 
 def labels(runs: Sequence[RunFiles]) -> list[str]:
-    """A name for each run, its folder's; with as much of the path before it as tells it from the others."""
+    """Return a name for each run: its folder's, with as much of its path as no other run has."""
     parts = [run.folder.resolve().parts for run in runs]
     depth = 1
     while depth < max(map(len, parts)) and len({part[-depth:] for part in parts}) < len(set(parts)):
@@ -77,17 +77,17 @@ def labels(runs: Sequence[RunFiles]) -> list[str]:
     return names
 
 
-def draw(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, Picture]:
+def draw(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, ReportFigure]:
     """Loss, accuracy and F1 in training and validation, a curve for each run."""
-    pictures = {}
+    figures = {}
     with style():
         for (split, words), (key, title) in itertools.product(SPLITS.items(), METRICS.items()):
             figure = _curves(runs, names, key, split, f"{title}, {words}")
             if figure is not None:
                 name = f"{key}-{split}"
                 alt = f"{title} in {words} of {', '.join(names)}"
-                pictures[name] = Picture(name, alt, svg(figure), png(figure))
-    return pictures
+                figures[name] = ReportFigure(name, alt, svg(figure), png(figure))
+    return figures
 
 
 def _curves(
@@ -130,9 +130,9 @@ def results(runs: Sequence[RunFiles]) -> list[Column]:
     summaries = [run.summary or {} for run in runs]
 
     def column(
-        title: str, found: Sequence[Mapping[str, Any] | None], key: str, words: Any, better: Any
+        title: str, lines: Sequence[Mapping[str, Any] | None], key: str, words: Any, better: Any
     ) -> Column:
-        values = [number(line.get(key)) if line else None for line in found]
+        values = [number(line.get(key)) if line else None for line in lines]
         return Column(title, values, ["–" if value is None else words(value) for value in values], better)
 
     return [
@@ -144,7 +144,7 @@ def results(runs: Sequence[RunFiles]) -> list[Column]:
         column("its loss", bests, "loss", ratio, min),
         column("its step", bests, "step", lambda value: f"{value:,.0f}", None),
         column("steps", [{"step": run.step} for run in runs], "step", lambda value: f"{value:,.0f}", None),
-        column("pictures/s", summaries, "images_per_second", lambda value: f"{value:,.0f}", max),
+        column("images/s", summaries, "images_per_second", lambda value: f"{value:,.0f}", max),
         column("compiling", summaries, "compile_seconds", duration, min),
         column("time", summaries, "wall_seconds", duration, min),
         column("parameters", summaries, "parameters", lambda value: f"{value:,.0f}", None),
@@ -174,6 +174,6 @@ def _facts(run: RunFiles) -> dict[str, Any]:
 
 
 def is_comparison(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a comparison writes."""
-    own = {"index.html", *(f"{key}-{split}.png" for split, key in itertools.product(SPLITS, METRICS))}
-    return all(path.name in own for path in folder.iterdir())
+    """True if a folder holds nothing but files that a comparison writes."""
+    written = {"index.html", *(f"{key}-{split}.png" for split, key in itertools.product(SPLITS, METRICS))}
+    return all(path.name in written for path in folder.iterdir())

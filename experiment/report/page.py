@@ -1,4 +1,4 @@
-"""The pages themselves: templates of this folder, filled in. Every value is escaped, pictures are inside."""
+"""Fill in the templates of this folder. Every value is escaped, and images are part of the page."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiment.data.augmentation import picture_of
+from experiment.data.augmentation import image_of
 from experiment.data.types import Pixels
 from experiment.files.predictions import Predictions
 from experiment.files.run_folder import short_commit
-from experiment.options.config import Config, resolve
-from experiment.report.pictures import SHEETS, Picture, caption, chosen
+from experiment.options.config import Config
+from experiment.options.resolving import resolve
+from experiment.report.figures import SHEETS, ReportFigure, caption, chosen
 from experiment.report.reading import RunFiles
 from experiment.report.tables import class_table, most_confused
 
@@ -25,11 +26,11 @@ LOG_BYTES = 30_000
 CLASSES_IN_ORDER = 20
 """Classes up to which their table keeps their order; of more, the worst come first."""
 SHARP = 64
-"""Pixels up to which a picture is shown with its pixels, and kept without loss."""
+"""Pixels up to which an image is shown with its pixels, and kept without loss."""
 
 
 def render(template: str, **values: Any) -> str:
-    """The page that a template of this folder makes of `values`."""
+    """Return the page of a template of this folder, filled in with `values`."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -39,7 +40,8 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "ratio": ratio, "svg_uri": svg_uri, "commit": short_commit}
+    filters = {"percent": percent, "ratio": ratio, "svg_uri": svg_uri, "png_uri": png_uri}
+    environment.filters |= {**filters, "commit": short_commit}
     return environment.get_template(template).render(values)
 
 
@@ -54,20 +56,25 @@ def ratio(value: float | None) -> str:
 
 
 def svg_uri(content: bytes) -> str:
-    """A picture as the address that contains it."""
+    """An SVG figure as the address that contains it."""
     return "data:image/svg+xml;base64," + base64.b64encode(content).decode()
 
 
+def png_uri(content: bytes) -> str:
+    """A PNG image as the address that contains it."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
 def thumbnail_uri(pixels: Pixels) -> str:
-    """A picture [h, w, C] as the address that contains it: small ones as they are, others compressed."""
+    """An image [h, w, C] as the address that contains it: small ones as they are, others compressed."""
     file = io.BytesIO()
-    picture_of(pixels).save(file, "WEBP", lossless=max(pixels.shape) <= SHARP, quality=85)
+    image_of(pixels).save(file, "WEBP", lossless=max(pixels.shape) <= SHARP, quality=85)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def render_report(run: RunFiles, pictures: Mapping[str, Picture]) -> str:
+def render_report(run: RunFiles, figures: Mapping[str, ReportFigure]) -> str:
     """The report of a run."""
-    found = run.predictions
+    predictions = run.predictions
     newest = run.sessions[-1] if run.sessions else {}
     commit = str(newest.get("git_commit") or "")
     log, log_cut = _log(run.folder / "log.txt")
@@ -80,18 +87,18 @@ def render_report(run: RunFiles, pictures: Mapping[str, Picture]) -> str:
         tiles=_tiles(run),
         commit=commit.removesuffix("-dirty"),
         dirty=commit.endswith("-dirty"),
-        curves=[pictures[name] for name in pictures if name not in ("confusion", *SHEETS)],
-        pictures=pictures,
-        found=found,
-        stale=found is not None and found.step != run.step,
+        curves=[figures[name] for name in figures if name not in ("confusion", *SHEETS)],
+        figures=figures,
+        predictions=predictions,
+        stale=predictions is not None and predictions.step != run.step,
         versions=newest.get("versions") or {},
         sessions=[_session(session) for session in run.sessions],
         changed=_changed(run.config),
         options=[(name, value_words(value)) for name, value in _options(run)],
         log=log,
-        last_words=log.rstrip().rpartition("\n")[2] if not run.finished else "",
+        last_line=log.rstrip().rpartition("\n")[2] if not run.finished else "",
         log_cut=log_cut,
-        **(_classes(found) if found is not None else {}),
+        **(_classes(predictions) if predictions is not None else {}),
     )
 
 
@@ -99,7 +106,7 @@ def state(run: RunFiles) -> str:
     """How far the run is, in words."""
     steps = f"step {run.step:,}"
     if run.step == 0:
-        return "finished without a step: the network as it was initialised" if run.finished else "no step yet"
+        return "finished without a step: the network as it was initialized" if run.finished else "no step yet"
     if run.finished:
         return f"finished at {steps}"
     total = f" of {run.total_steps:,}" if run.total_steps else ""
@@ -125,7 +132,7 @@ def _tiles(run: RunFiles) -> list[dict[str, str]]:
         add("training accuracy", ratio(train.get("accuracy")), f"epoch {train.get('epoch')}")
     summary = run.summary or {}
     if isinstance(speed := summary.get("images_per_second"), float) and speed:
-        add("speed", f"{speed:,.0f}", "training pictures a second")
+        add("speed", f"{speed:,.0f}", "training images a second")
     if isinstance(seconds := summary.get("wall_seconds"), float):
         before = summary.get("compile_seconds")
         note = f"{duration(before)} before the first step" if isinstance(before, float) else ""
@@ -139,7 +146,7 @@ def _tiles(run: RunFiles) -> list[dict[str, str]]:
 def _sizes(run: RunFiles) -> str:
     train, val, test = (run.resolved.get(f"{part}_size") for part in ("train", "val", "test"))
     shape = "x".join(map(str, run.resolved.get("image_shape") or ()))
-    return f"{train} training, {val} validation and {test} test pictures of {shape}."
+    return f"{train} training, {val} validation and {test} test images of {shape}."
 
 
 def duration(seconds: float) -> str:
@@ -165,7 +172,7 @@ def _session(session: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changed(config: Config) -> list[dict[str, str]]:
-    """The options that are not at their defaults."""
+    """Return the options that are not at their defaults."""
     usual = dataclasses.asdict(resolve({}))
     return [
         {"name": name, "value": value_words(value), "default": value_words(usual[name])}
@@ -189,21 +196,21 @@ def value_words(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def _classes(found: Predictions) -> dict[str, Any]:
-    """What the page shows of predictions."""
-    table = class_table(found)
+def _classes(predictions: Predictions) -> dict[str, Any]:
+    """Return the part of the page that needs predictions."""
+    table = class_table(predictions)
     many = len(table) > CLASSES_IN_ORDER
     if many:
         table.sort(key=lambda row: (math.isnan(row.f1), row.f1, row.name))
-    samples, mistakes = chosen(found)
-    _, height, width, _ = found.pictures.shape
+    samples, mistakes = chosen(predictions)
+    _, height, width, _ = predictions.images.shape
     return {
         "classes": table,
         "sorted": many,
-        "confused": most_confused(found),
+        "confused": most_confused(predictions),
         "sheets": [
-            ("The most confident mistakes", [_thumbnail(found, k) for k in mistakes]),
-            ("Samples", [_thumbnail(found, k) for k in samples]),
+            ("The most confident mistakes", [_thumbnail(predictions, k) for k in mistakes]),
+            ("Samples", [_thumbnail(predictions, k) for k in samples]),
         ],
         "pixels": max(height, width) <= SHARP,
         "width": width,
@@ -211,11 +218,11 @@ def _classes(found: Predictions) -> dict[str, Any]:
     }
 
 
-def _thumbnail(found: Predictions, k: int) -> dict[str, Any]:
-    true, predicted, confidence = caption(found, k)
+def _thumbnail(predictions: Predictions, k: int) -> dict[str, Any]:
+    true, predicted, confidence = caption(predictions, k)
     return {
-        "uri": thumbnail_uri(found.pictures[k]),
-        "index": int(found.shown[k]),
+        "uri": thumbnail_uri(predictions.images[k]),
+        "index": int(predictions.shown[k]),
         "true": true,
         "predicted": predicted,
         "right": true == predicted,

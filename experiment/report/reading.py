@@ -1,8 +1,7 @@
-"""What the folder of a run says, for a report: whatever of it is there."""
+"""Read the folder of a run for a report, however much of it is there."""
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.errors import UserError
-from experiment.files import predictions, run_folder
-from experiment.options.config import Config, argv_of, resolve
+from experiment.files import metrics_log, predictions, results, run_folder
+from experiment.options.command_line import argv_of
+from experiment.options.config import Config
+from experiment.options.resolving import resolve
 
 Floats = npt.NDArray[np.float64]
-
-BOUNDS = ("lower_bound", "upper_bound")
-CLIPPED = ("at_lower", "at_upper")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +50,7 @@ class RunFiles:
 
     @property
     def title(self) -> str:
-        """What was trained, in a line."""
+        """The model, the data set and the optimizer, in a line."""
         return f"{self.config.model} on {self.config.dataset}, {self.config.optimizer}"
 
     @property
@@ -79,7 +77,7 @@ class RunFiles:
 
     @property
     def finished(self) -> bool:
-        """Whether it has come to its end, and was not continued after that."""
+        """True if it has come to its end, and was not continued after that."""
         return self.summary is not None
 
     @property
@@ -89,27 +87,23 @@ class RunFiles:
         return [step for step in steps if isinstance(step, int)]
 
     def curve(self, split: str, scope: str, key: str) -> tuple[Floats, Floats]:
-        """The steps and the values [n] of a number in the lines; what was not finite is not-a-number."""
-        found = [
+        """Return the steps and the values [n] of a number in the lines; NaN where it was not finite."""
+        pairs = [
             (line["step"], np.nan if line[key] is None else line[key])
-            for line in self.lines
-            if line["split"] == split and line["scope"] == scope and key in line
+            for line in metrics_log.select(self.lines, split, scope)
+            if key in line
         ]
-        pairs = np.array(found, np.float64).reshape(-1, 2)
-        return pairs[:, 0], pairs[:, 1]
+        points = np.array(pairs, np.float64).reshape(-1, 2)
+        return points[:, 0], points[:, 1]
 
     def last(self, split: str) -> dict[str, Any] | None:
         """The newest line of a split over a whole epoch or part."""
-        return next(
-            (line for line in reversed(self.lines) if (line["split"], line["scope"]) == (split, "epoch")),
-            None,
-        )
+        return next(metrics_log.select(reversed(self.lines), split, "epoch"), None)
 
     @property
     def best(self) -> dict[str, Any] | None:
         """The line of the lowest validation loss."""
-        found = [line for line in self.lines if line["split"] == "val" and line.get("loss") is not None]
-        return min(found, key=lambda line: line["loss"], default=None)
+        return metrics_log.best(self.lines)
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -125,72 +119,44 @@ def read_run(folder: Path) -> RunFiles:
     if not all(isinstance(session, dict) for session in sessions):
         raise UserError(f"{folder / 'config.json'}: its sessions are not what a run writes; restore it")
     absent: list[str] = []
-    lines = _read_lines(folder / "metrics.jsonl", absent)
+    lines = _read_lines(folder / metrics_log.NAME, absent)
     return RunFiles(
         folder=folder,
         config=resolve({}, record["config"]),
         resolved=record["resolved"],
         sessions=sessions,
         lines=lines,
-        summary=_read_summary(folder / "summary.json", lines, absent),
+        summary=_read_summary(folder, lines, absent),
         predictions=_read_predictions(folder / predictions.FILE, absent),
         absent=absent,
     )
 
 
-def _read_lines(path: Path, absent: list[str]) -> list[dict[str, Any]]:
-    """The lines that are whole: of a run that was killed, or goes on, the last may not be."""
-    try:
-        texts = path.read_text(errors="replace").splitlines()
-    except OSError:
+def _read_lines(path: Path, absent: list[str]) -> list[metrics_log.Line]:
+    """Return the whole lines of metrics.jsonl; note in `absent` if others are left out."""
+    if not path.is_file():
         absent.append("metrics.jsonl is absent: no step was taken, or the file was removed.")
-        return []
-    lines, bad = [], 0
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if _is_line(line):
-            lines.append(line)
-        else:
-            bad += 1
-    if bad:
-        absent.append(f"{bad} of the {len(texts)} lines of metrics.jsonl cannot be read and are left out.")
+    texts = metrics_log.raw_lines(path)
+    lines = list(metrics_log.parse(texts))
+    if len(lines) < len(texts):
+        bad = f"{len(texts) - len(lines)} of the {len(texts)} lines"
+        absent.append(f"{bad} of metrics.jsonl cannot be read and are left out.")
     return lines
 
 
-def _is_line(line: Any) -> bool:
-    kinds = {"split": str, "scope": str, "step": int}
-    return (
-        isinstance(line, dict)
-        and all(isinstance(line.get(name), kind) for name, kind in kinds.items())
-        and all(
-            value is None or isinstance(value, int | float)
-            for name, value in line.items()
-            if name not in kinds
-        )
-    )
-
-
-def _read_summary(path: Path, lines: list[dict[str, Any]], absent: list[str]) -> dict[str, Any] | None:
+def _read_summary(folder: Path, lines: list[metrics_log.Line], absent: list[str]) -> dict[str, Any] | None:
     """Read summary.json; one of another step than the last line's is that of an earlier end of the run."""
-    if not path.is_file():
-        absent.append("summary.json is absent: the run has not come to its end.")
-        return None
     try:
-        summary = run_folder.read_json(path)
-        if isinstance(summary, dict) and isinstance(summary.get("steps"), int):
-            if not lines or summary["steps"] == lines[-1]["step"]:
-                return summary
-            absent.append(
-                f"summary.json is of step {summary['steps']:,}, and the run is at step {lines[-1]['step']:,}."
-            )
-            return None
+        summary = results.read_summary(folder)
     except UserError:
-        pass
-    absent.append("summary.json is damaged.")
-    return None
+        absent.append("summary.json is damaged.")
+        return None
+    if summary is None and (folder / results.SUMMARY).is_file():
+        step = run_folder.read_json(folder / results.SUMMARY)["steps"]
+        absent.append(f"summary.json is of step {step:,}, and the run is at step {lines[-1]['step']:,}.")
+    elif summary is None:
+        absent.append("summary.json is absent: the run has not come to its end.")
+    return summary
 
 
 def _read_predictions(path: Path, absent: list[str]) -> predictions.Predictions | None:

@@ -1,4 +1,4 @@
-"""How pictures look: one style, colours that the colour-blind tell apart, SVG for light and dark, PNG."""
+"""How figures look: one style, colors that the color-blind can distinguish, SVG for light and dark, PNG."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ _SETTINGS: dict[Any, Any] = {
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
     "svg.fonttype": "path",
-    "svg.hashsalt": "threeway-resnet",  # equal pictures, equal bytes
+    "svg.hashsalt": "threeway-resnet",  # equal figures, equal bytes
     "svg.image_inline": True,
 }
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Everything is drawn and saved inside of this."""
+    """Apply the style; everything is drawn and saved inside of this context."""
     import matplotlib
 
     # Settings and warnings are the process's: of several runs that end at once, one at a time
@@ -80,7 +80,7 @@ def style() -> Iterator[None]:
 def panel(
     title: str, width: float = 5.2, height: float = 2.9, *, fitted: bool = False
 ) -> tuple[Figure, Axes]:
-    """A picture of `width` x `height` inches with one pair of axes.
+    """A figure of `width` x `height` inches with one pair of axes.
 
     Margins are fixed, which draws twice as fast, unless they are `fitted` to what stands in them.
     """
@@ -120,7 +120,7 @@ def legend(axes: Axes, columns: int = 3) -> None:
 
 
 def svg(figure: Figure) -> bytes:
-    """The picture as SVG whose colours follow the reader's light or dark."""
+    """The figure as SVG whose colors follow the reader's light or dark."""
     file = io.BytesIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue().decode()
@@ -133,7 +133,7 @@ def svg(figure: Figure) -> bytes:
 
 
 def png(figure: Figure) -> bytes:
-    """The picture as PNG on white ground."""
+    """The figure as PNG on white ground."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""A run that is over, opened for use: its options, and its network with what it learned, on either engine."""
+"""A completed run, opened for use: its options, and its network with the weights, on either engine."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 
 from experiment.engines import Engine, load_engine, set_environment
-from experiment.errors import UserError
+from experiment.errors import UserError, first_of
 from experiment.files import results, run_folder, weights
 from experiment.files.checkpoints import differences
 from experiment.files.results import WEIGHTS
-from experiment.options.config import FRAMEWORKS, Config, resolve
+from experiment.options.config import FRAMEWORKS, Config
 from experiment.options.paths import path_type
+from experiment.options.resolving import resolve
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """What `open_run` gives.
+class CompletedRun:
+    """A completed run, as `open_run` returns it.
 
     Attributes:
         config: the run's options.
@@ -37,12 +38,12 @@ class FinishedRun:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of the pictures it was trained on."""
+        """Height, width and channels of the images it was trained on."""
         height, width, channels = self.resolved["image_shape"]
         return height, width, channels
 
     def logits(self, images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """The logits [N, num_classes] of each batch of pictures, uint8 [N, H, W, C]."""
+        """The logits [N, num_classes] of each batch of images, uint8 [N, H, W, C]."""
         return self.engine.evaluate(self.state, ({"image": image} for image in images))
 
 
@@ -56,7 +57,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def open_run(
     run_dir: Path, *, which: str = "final", framework: str | None = None, data_dir: str | None = None
-) -> FinishedRun:
+) -> CompletedRun:
     """Open the folder of a run; nothing in it is changed.
 
     Args:
@@ -109,10 +110,9 @@ def open_run(
         ) from None
     tree = engine.to_tree(engine.init())
     network = {name: tree[name] for name in ("params", "batch_stats")}
-    found = {part: {name: tensors[name] for name in network[part] if name in tensors} for part in network}
-    surplus = tensors.keys() - weights.from_tree(network).keys()
-    lines = [*differences(network, found), *(f"{name} is surplus" for name in sorted(surplus))]
+    loaded = {part: {name: tensors[name] for name in network[part] if name in tensors} for part in network}
+    unexpected = tensors.keys() - weights.from_tree(network).keys()
+    lines = [*differences(network, loaded), *(f"{name} is unexpected" for name in sorted(unexpected))]
     if lines:
-        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise UserError(f"{path}: is of another network: {'; '.join(lines[:3])}{more}; restore the file")
-    return FinishedRun(config, resolved, engine, engine.from_tree({**tree, **found}))
+        raise UserError(f"{path}: is of another network: {first_of(lines, 3)}; restore the file")
+    return CompletedRun(config, resolved, engine, engine.from_tree({**tree, **loaded}))

@@ -1,14 +1,18 @@
-"""What a person sees while a run goes on: lines, kept in log.txt too, and a progress bar."""
+"""The output of a run on the terminal: lines, kept in log.txt too, and a progress bar."""
 
 from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+from experiment.errors import UserError
 
 PLAIN_LINE_SECONDS = 5.0
 
@@ -40,6 +44,30 @@ def release_streams() -> None:
                 os.close(null)
 
 
+def exit_status(command: Callable[[], int], name: str = "", interrupted: str = "interrupted") -> int:
+    """Run a command; return its exit status: 0, 2 for a user's mistake, 1 for a failure of the system.
+
+    Mistakes and failures are one line on stderr, after `name`. The status is 141 if the reader of the output
+    has gone (`| head`), 130 if the command was interrupted.
+    """
+    prepare_streams()
+    try:
+        return command()
+    except UserError as error:
+        print(f"{name}error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except (OSError, MemoryError) as error:
+        print(f"{name}error: {str(error) or 'out of memory'}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{name}{interrupted}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        release_streams()
+
+
 class Console:
     """Lines on `stream` and in a log; on a terminal a bar with loss, accuracy, images/s and time left."""
 
@@ -56,7 +84,7 @@ class Console:
         self._terminal = _is_terminal(self._stream)
         self._last_line = 0.0
 
-    def say(self, text: str) -> None:
+    def report(self, text: str) -> None:
         """One line, above the bar if there is one. A terminal that is gone or a full disk is no error."""
         with suppress(OSError, ValueError):
             if self._bar is not None:
@@ -104,7 +132,7 @@ class Console:
         elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS or step == total:
             self._last_line = time.monotonic()
             left = (total - step) * self._batch_size / speed if speed else 0.0
-            self.say(
+            self.report(
                 f"step {step}/{total}, epoch {epoch}: loss {loss:.4f}, accuracy {accuracy:.3f}, "
                 f"{speed:.0f} images/s, {left:.0f} s left"
             )
@@ -142,17 +170,17 @@ def describe(record: dict[str, Any], device: str, run_dir: Path, console: Consol
     """Say what is going to be trained; `record` is what config.json holds."""
     config, resolved = record["config"], record["resolved"]
     height, width, channels = resolved["image_shape"]
-    console.say(
+    console.report(
         f"{config['model']} on {config['dataset']}: {resolved['train_size']} training, "
-        f"{resolved['val_size']} validation and {resolved['test_size']} test pictures "
+        f"{resolved['val_size']} validation and {resolved['test_size']} test images "
         f"of {height}x{width}x{channels}, {resolved['num_classes']} classes"
     )
-    console.say(
+    console.report(
         f"{config['optimizer']}, learning rate {config['lr']:g} ({config['schedule']}, "
         f"{resolved['warmup_steps']} steps of warm-up), batch {config['batch_size']}, "
         f"{resolved['total_steps']} steps of {resolved['steps_per_epoch']} an epoch"
     )
-    console.say(f"{config['framework']}, {config['precision']}, on {device}; everything goes to {run_dir}")
+    console.report(f"{config['framework']}, {config['precision']}, on {device}; everything goes to {run_dir}")
 
 
 def conclude(summary: dict[str, Any], run_dir: Path, console: Console) -> None:
@@ -165,13 +193,13 @@ def conclude(summary: dict[str, Any], run_dir: Path, console: Console) -> None:
             f"test: accuracy {test['accuracy']:.4f}, macro F1 {test['f1']:.4f}, top-5 {test['top5']:.4f}, "
             f"loss {test['loss']:.4f}"
         )
-    console.say(
+    console.report(
         f"{result}; {count} after {summary['steps']} steps, "
         f"{summary['images_per_second']:.0f} images/s, {summary['wall_seconds']:.0f} s"
     )
     if best:
-        console.say(
+        console.report(
             f"best on validation: accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} "
             f"at step {best['step']}"
         )
-    console.say(f"weights, metrics, summary and checkpoints are in {run_dir}")
+    console.report(f"weights, metrics, summary and checkpoints are in {run_dir}")

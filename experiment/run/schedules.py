@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions of the step, in Python floats, the same for every engine.
 
 `plateau` and early stopping look at the run's validations too: a list of (step, loss) that grows as the run
-goes on. What they say of a step depends on the validations up to it and on nothing else, so that a resumed
+goes on. The rate of a step depends on the validations up to it and on nothing else, so that a resumed
 run, which reads them back, goes on as if it had never stopped.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 Schedule = Callable[[int], float]
-Validations = Sequence[tuple[int, float]]
+Validations = Iterable[tuple[int, float]]
 """The step, and the loss on the validation part after so many steps; in order."""
 
 THRESHOLD = 1e-4  # PyTorch's: plateau takes a loss for better if it is lower by this fraction of the best
@@ -38,7 +38,7 @@ def multistep(lr: float, milestones: Sequence[int], factor: float) -> Schedule:
 
 
 def plateau(lr: float, validations: Validations, *, patience: int, factor: float, cooldown: int) -> Schedule:
-    """lr times factor for each time that validation has come to rest, as PyTorch's ReduceLROnPlateau has it.
+    """lr times factor for each plateau of the validation loss, as PyTorch's ReduceLROnPlateau.
 
     More than `patience` validations in a row whose loss is not below the best so far times (1 - THRESHOLD)
     are a plateau; the `cooldown` validations after one do not count. The rate of step s, which counts from 0,
@@ -50,7 +50,7 @@ def plateau(lr: float, validations: Validations, *, patience: int, factor: float
         for after, loss in validations:
             if after > step:
                 break
-            better = loss < best * (1 - THRESHOLD)  # never so for not-a-number
+            better = loss < best * (1 - THRESHOLD)  # never so for NaN
             best, bad = (loss, 0) if better else (best, bad + 1)
             if cooling:
                 cooling, bad = cooling - 1, 0
@@ -63,7 +63,7 @@ def plateau(lr: float, validations: Validations, *, patience: int, factor: float
 
 
 def has_converged(validations: Validations, patience: int) -> bool:
-    """Early stopping: whether the last `patience` validations brought no loss below all before them."""
+    """Early stopping: True if the last `patience` validations brought no loss below all before them."""
     losses = [loss if math.isfinite(loss) else math.inf for _, loss in validations]
     return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 

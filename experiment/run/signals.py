@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,3 +51,35 @@ def _ask_to_stop(number: int, frame: Any) -> None:
         _request.signal = signal.Signals(number)
     if number == signal.SIGINT:
         signal.signal(number, signal.default_int_handler)
+
+
+class StopSignal:
+    """The stop signal of a run, and of those that train in lockstep with it: all must stop at the same step.
+
+    Args:
+        all_reduce_max: the engine's, which brings the others' signals. All of them must ask at once, and an
+            answer takes a moment.
+        every: the steps between questions.
+    """
+
+    def __init__(self, all_reduce_max: Callable[[int], int], every: int) -> None:
+        self.signal: signal.Signals | None = None
+        self._all_reduce_max, self._every = all_reduce_max, every
+        self._request = StopRequest()
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Receive signals, as the function `listen`."""
+        with listen() as self._request:
+            yield
+
+    def requested(self) -> bool:
+        """True if any of the runs received a stop signal."""
+        if self.signal is None:
+            number = self._all_reduce_max(self._request.signal or 0)
+            self.signal = signal.Signals(number) if number else None
+        return self.signal is not None
+
+    def requested_at(self, step: int) -> bool:
+        """True if it is time to ask after `step`, and any of the runs received a stop signal."""
+        return step % self._every == 0 and self.requested()

@@ -1,4 +1,4 @@
-"""Transfer learning: a network that begins from the weights of another, trained elsewhere or on other data.
+"""Transfer learning: start from the weights of another network, trained elsewhere or on other data.
 
     python train.py --dataset fashion_mnist --model resnet18 --init-from weights.safetensors --freeze-backbone
 
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from experiment.engines import Engine
-from experiment.errors import UserError
+from experiment.errors import UserError, first_of
 from experiment.files import weights
-from experiment.files.identify import Shapes, identify, summary
+from experiment.files.identify import Shapes, identify, summary, torchvision_name
 from experiment.options.config import Config
 
 HEAD = "fc."
@@ -27,9 +27,9 @@ NAMES = 4  # how many shapes that do not fit a refusal names
 
 
 def initial_tree(
-    engine: Engine, config: Config, resolved: Mapping[str, Any], say: Callable[[str], None]
+    engine: Engine, config: Config, resolved: Mapping[str, Any], report: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """The engine's initial tree {params, batch_stats, optimizer, step} with the tensors of --init-from.
+    """Return the engine's initial tree {params, batch_stats, optimizer, step}, with tensors of --init-from.
 
     Args:
         engine: what is to be trained.
@@ -37,8 +37,8 @@ def initial_tree(
             (`weights.network_names`); `linear.*` is read as `fc.*`, and `num_batches_tracked` is passed over.
             Without one there is no such tree.
         resolved: its `init_from_sha256` is that of the file.
-        say: is told, in a line each, of tensors beside the network, of a new head, of a stem whose channels
-            were adapted, and of the numbers of trained and frozen parameters.
+        report: called with a line about each of these: tensors beside the network, a new head, a stem whose
+            channels were adapted, the numbers of trained and frozen parameters.
 
     Raises:
         UserError: the file is another than it was or no safetensors file; tensors are missing, unexpected or
@@ -58,24 +58,24 @@ def initial_tree(
     given = {}
     for name, array in tensors.items():
         if not name.endswith("num_batches_tracked"):
-            given["fc." + name.removeprefix("linear.") if name.startswith("linear.") else name] = array
-    own = weights.from_tree(tree)
+            given[torchvision_name(name)] = array
+    expected = weights.from_tree(tree)
     shapes = {name: array.shape for name, array in given.items()}
     if rest:
-        say(f"left out of {path}, as it lies beside the network: {summary(rest)}")
-    _adapt(own, given, say)
-    if problems := _problems(own, given):
-        what_to_do = remedy({name: array.shape for name, array in own.items()}, shapes)
+        report(f"left out of {path}, as it lies beside the network: {summary(rest)}")
+    _adapt(expected, given, report)
+    if problems := _problems(expected, given):
+        what_to_do = remedy({name: array.shape for name, array in expected.items()}, shapes)
         raise UserError(f"--init-from: {path} does not fit the network: {problems}; {what_to_do}")
     for part in ("params", "batch_stats"):
         tree[part] = {name: given[name].astype(array.dtype) for name, array in tree[part].items()}
     trained, frozen = count_parameters(tree["params"], freeze_backbone=config.freeze_backbone)
-    say(f"begun from {path}: {trained:,} parameters are trained, {frozen:,} are frozen")
+    report(f"begun from {path}: {trained:,} parameters are trained, {frozen:,} are frozen")
     return tree
 
 
 def sha256(path: str | None) -> str | None:
-    """The SHA-256 of the file of --init-from, in hexadecimal. Raises UserError if it cannot be read."""
+    """Return the SHA-256 of the file of --init-from, in hexadecimal. Raises UserError if it is unreadable."""
     if path is None:
         return None
     try:
@@ -86,18 +86,18 @@ def sha256(path: str | None) -> str | None:
 
 
 def count_parameters(params: Mapping[str, np.ndarray], *, freeze_backbone: bool) -> tuple[int, int]:
-    """How many numbers of {name: array} are trained, and how many are frozen."""
+    """Return how many numbers of {name: array} are trained, and how many are frozen."""
     total = sum(array.size for array in params.values())
     head = sum(array.size for name, array in params.items() if name.startswith(HEAD))
     return (head, total - head) if freeze_backbone else (total, 0)
 
 
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """The first convolution's kernel [O, I, KH, KW] for pictures of other channels: 3 to 1, or 1 to 3.
+    """The first convolution's kernel [O, I, KH, KW] for images of other channels: 3 to 1, or 1 to 3.
 
-    With the sum over its input channels a kernel of three makes of a grey picture what it made of the same
-    picture in all three. A third of a kernel of one for each of three makes of a picture what it made of the
-    mean of the three. Any other change leaves the kernel as it is.
+    3 to 1: the sum over the input channels. A gray image then gives what it gave repeated in three channels.
+    1 to 3: a third of the kernel for each channel. An image then gives what the mean of its channels gave.
+    Any other change leaves the kernel as it is.
     """
     wide: np.ndarray = kernel.astype(np.float64)
     if (kernel.shape[1], channels) == (3, 1):
@@ -107,47 +107,48 @@ def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     return kernel
 
 
-def _adapt(own: Mapping[str, np.ndarray], given: dict[str, np.ndarray], say: Callable[[str], None]) -> None:
-    """Give `given` the head and the stem that `own` needs."""
-    head, wanted = given.get("fc.weight"), own["fc.weight"]
-    if head is not None and head.shape[1:] == wanted.shape[1:] and len(head) != len(wanted):
-        say(f"the head is new: {len(wanted)} classes, where the file has {len(head)}")
-        given |= {name: array for name, array in own.items() if name.startswith(HEAD)}
+def _adapt(
+    expected: Mapping[str, np.ndarray], given: dict[str, np.ndarray], report: Callable[[str], None]
+) -> None:
+    """Give `given` the head and the stem that `expected` needs."""
+    head, new_head = given.get("fc.weight"), expected["fc.weight"]
+    if head is not None and head.shape[1:] == new_head.shape[1:] and len(head) != len(new_head):
+        report(f"the head is new: {len(new_head)} classes, where the file has {len(head)}")
+        given |= {name: array for name, array in expected.items() if name.startswith(HEAD)}
     for name in STEMS:
-        if name in own and given.get(name, np.empty(0)).ndim == 4:
-            channels, before = own[name].shape[1], given[name].shape[1]
+        if name in expected and given.get(name, np.empty(0)).ndim == 4:
+            channels, before = expected[name].shape[1], given[name].shape[1]
             given[name] = adapt_channels(given[name], channels)
             if channels != before == 3:
-                say(f"{name}: summed over its 3 input channels, for pictures of 1")
+                report(f"{name}: summed over its 3 input channels, for images of 1")
             elif channels != before == 1:
-                say(f"{name}: a third of it for each of the 3 channels of the pictures")
+                report(f"{name}: a third of it for each of the 3 channels of the images")
 
 
-def _problems(own: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray]) -> str:
+def _problems(expected: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray]) -> str:
     """Return what is missing, unexpected and of another shape; empty if nothing is."""
-    both = [name for name in own if name in given and given[name].shape != own[name].shape]
-    shapes = [f"{name} {list(given[name].shape)}, not {list(own[name].shape)}" for name in both[:NAMES]]
-    more = f" and {len(both) - NAMES} more" if len(both) > NAMES else ""
+    both = [name for name in expected if name in given and given[name].shape != expected[name].shape]
+    shapes = [f"{name} {list(given[name].shape)}, not {list(expected[name].shape)}" for name in both]
     kinds = {
-        "missing": summary(name for name in own if name not in given),
-        "unexpected": summary(name for name in given if name not in own),
-        "shape mismatch": ", ".join(shapes) + more,
+        "missing": summary(name for name in expected if name not in given),
+        "unexpected": summary(name for name in given if name not in expected),
+        "shape mismatch": first_of(shapes, NAMES, ", "),
     }
     return "; ".join(f"{kind} {words}" for kind, words in kinds.items() if words)
 
 
-def remedy(own: Shapes, given: Shapes) -> str:
+def remedy(expected: Shapes, given: Shapes) -> str:
     """Return which network a file is of that does not fit, and what to do: the flags for it, if there are.
 
     Args:
-        own: {name: shape} of the network that the flags choose.
+        expected: {name: shape} of the network that the flags choose.
         given: those of the file.
     """
     try:
-        network, chosen = identify(given), identify(own)
+        network, chosen = identify(given), identify(expected)
     except UserError as error:
-        # Where names differ, they have told already what the file has and no network here does
-        return "name another file" if own.keys() != given.keys() else f"{error}; name another file"
+        # Where names differ, the list of names has shown which tensors no network here has
+        return "name another file" if expected.keys() != given.keys() else f"{error}; name another file"
     fixed = []
     if network.options.get("stage_sizes") not in (None, chosen.options.get("stage_sizes")):
         fixed.append("stage_sizes")

@@ -16,13 +16,13 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps [T], values [seeds, T]
 
 
 def draw(study: Json, folder: Path) -> list[Path]:
-    """Draw a PNG for each variant: training loss, validation accuracy, and what AdaBound's bounds hold.
+    """Draw a PNG for each variant: training loss, validation accuracy, and coordinates clipped by AdaBound.
 
-    Returns the files, in `folder`, which is the study's own.
+    Returns the files, in `folder`, which is that of the study.
     """
     return [
         _draw_variant(study, folder, variant)
-        for variant in dict.fromkeys(each["variant"] for each in study["contestants"].values())
+        for variant in dict.fromkeys(method["variant"] for method in study["contestants"].values())
     ]
 
 
@@ -30,16 +30,16 @@ def _draw_variant(study: Json, folder: Path, variant: str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    chosen = {name: each for name, each in study["contestants"].items() if each["variant"] == variant}
+    methods = {name: method for name, method in study["contestants"].items() if method["variant"] == variant}
     figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasAgg(figure)
     (loss, accuracy), (lower, upper) = figure.subplots(2, 2)
-    for index, (name, each) in enumerate(chosen.items()):
-        runs = [folder / "runs" / name / f"seed-{seed}" for seed in each["runs"]]
+    for index, (name, method) in enumerate(methods.items()):
+        runs = [folder / "runs" / name / f"seed-{seed}" for seed in method["runs"]]
         if not runs:
             continue
         color, style = f"C{index % 10}", "-" if index < 10 else "--"
-        label, planned = each["optimizer"], len(study["seeds"])
+        label, planned = method["optimizer"], len(study["seeds"])
         label += f" ({len(runs)} of {planned} seeds)" if len(runs) < planned else ""
         _band(loss, smooth(curve(runs, "train", "step", "loss")), color, style, label)
         _band(accuracy, curve(runs, "val", "epoch", "accuracy"), color, style, label)
@@ -68,24 +68,24 @@ def _draw_variant(study: Json, folder: Path, variant: str) -> Path:
 
 
 def curve(runs: Sequence[Path], split: str, scope: str, key: str) -> Curve:
-    """One number of all runs, as far as all of them have it; what is not finite is not-a-number."""
-    found = [[(line["step"], line[key]) for line in lines(run, split, scope)] for run in runs]
-    length = min(map(len, found))
-    steps = np.array([step for step, _ in found[0][:length]])
-    values = [[np.nan if value is None else value for _, value in each[:length]] for each in found]
+    """One number of all runs, as far as all of them have it; NaN where it is not finite."""
+    of_runs = [[(line["step"], line[key]) for line in lines(run, split, scope)] for run in runs]
+    length = min(map(len, of_runs))
+    steps = np.array([step for step, _ in of_runs[0][:length]])
+    values = [[np.nan if value is None else value for _, value in pairs[:length]] for pairs in of_runs]
     return steps, np.array(values, float).reshape(len(runs), length)
 
 
-def smooth(found: Curve) -> Curve:
-    """A running mean over a fiftieth of the curve."""
-    steps, values = found
+def smooth(curve: Curve) -> Curve:
+    """Running mean over a fiftieth of the curve."""
+    steps, values = curve
     width = max(1, len(steps) // 50)
     kernel = np.ones(width) / width
     return steps[width - 1 :], np.array([np.convolve(row, kernel, "valid") for row in values])
 
 
-def _band(axes: Any, found: Curve, color: str, style: str, label: str) -> None:
-    steps, values = found
+def _band(axes: Any, curve: Curve, color: str, style: str, label: str) -> None:
+    steps, values = curve
     if not len(steps):
         return
     mean = values.mean(0)

@@ -1,4 +1,4 @@
-"""What a study consists of: the contestants, their candidate settings and seeds, read from a TOML file.
+"""The plan of a study, read from a TOML file: methods, their candidate configurations, and seeds.
 
     seeds = [1, 2, 3, 4, 5]
     tuning_seeds = [101]                # none of `seeds`
@@ -33,30 +33,31 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
-from experiment.options.config import FRAMEWORKS, resolve
+from experiment.options.config import FRAMEWORKS
 from experiment.options.recipes import checked
+from experiment.options.resolving import resolve
 
 Options = dict[str, Any]
-OWN = {"seed", "test"}  # given by the study, not by its file
+GIVEN_BY_STUDY = {"seed", "test"}
 COMMON = {"framework", "deterministic"}  # of the process that makes all runs
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Method:
     """An optimizer in a variant: what is tuned, then run with every seed.
 
     Attributes:
-        name: of its folder, and in tables: "adam", or "adam-without-batch-norm".
+        name: for its folder and in tables: "adam", or "adam-without-batch-norm".
         optimizer, variant: the labels of the file; variant is "" where there is but one.
-        candidates: options of train.py, all of them, for each candidate setting.
-        settings: what is particular to each candidate, for tables.
+        candidates: all options of train.py, for each candidate.
+        configurations: the options in which the candidates differ, for tables.
     """
 
     name: str
     optimizer: str
     variant: str
     candidates: tuple[Options, ...]
-    settings: tuple[Options, ...]
+    configurations: tuple[Options, ...]
 
 
 @dataclass(frozen=True)
@@ -67,34 +68,24 @@ class Plan:
     seeds: tuple[int, ...]
     tuning_seeds: tuple[int, ...]
     compare_with: tuple[str, ...]
-    contestants: tuple[Contestant, ...]
+    methods: tuple[Method, ...]
 
     @property
-    def budget(self) -> int:
-        """Candidate settings of each contestant."""
-        return len(self.contestants[0].candidates)
+    def trials(self) -> int:
+        """The number of candidate configurations of each method."""
+        return len(self.methods[0].candidates)
 
     def comparisons(self) -> list[tuple[str, str]]:
-        """The pairs (contestant, what it is compared with): optimizers of `compare_with` in its variant, and
-        its own optimizer in the first variant."""
-        first = self.contestants[0].variant
-        pairs = [
-            (each.name, other.name)
-            for label in self.compare_with
-            for each in self.contestants
-            for other in self.contestants
-            if other != each and (other.optimizer, other.variant) == (label, each.variant)
-        ]
-        return pairs + [
-            (each.name, other.name)
-            for each in self.contestants
-            for other in self.contestants
-            if other != each and (other.optimizer, other.variant) == (each.optimizer, first)
-        ]
+        """Return the pairs (method, reference): a method is compared with the optimizers of `compare_with` in
+        its variant, and with its optimizer in the first variant."""
+        names = {(method.optimizer, method.variant): method.name for method in self.methods}
+        pairs = [(method, (label, method.variant)) for label in self.compare_with for method in self.methods]
+        pairs += [(method, (method.optimizer, self.methods[0].variant)) for method in self.methods]
+        return [(method.name, names[key]) for method, key in pairs if names[key] != method.name]
 
 
 def read(path: Path, given: Options) -> Plan:
-    """The study that the file at `path` describes.
+    """Return the study that the file at `path` describes.
 
     Args:
         path: TOML, as above.
@@ -109,9 +100,9 @@ def read(path: Path, given: Options) -> Plan:
     except FileNotFoundError:
         raise UserError(f"{path}: not found; name the file of a study, such as those in studies/") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); mend the file") from None
+        raise UserError(f"{path}: cannot be read ({error}); fix the file") from None
     except UserError as error:
-        raise UserError(f"{path}: {error}; mend the file") from None
+        raise UserError(f"{path}: {error}; fix the file") from None
 
 
 def _plan(name: str, table: dict[str, Any], given: Options) -> Plan:
@@ -126,37 +117,37 @@ def _plan(name: str, table: dict[str, Any], given: Options) -> Plan:
     optimizers = _named(table, "optimizers")
     if not optimizers:
         raise UserError("optimizers: there must be some")
-    contestants = []
+    methods = []
     for variant, changes in variants:
-        for label, own in optimizers:
-            own = {"optimizer": label, **own}
-            settings = own.pop("candidates", [{}])
-            if not isinstance(settings, list) or not all(isinstance(each, dict) for each in settings):
+        for label, entries in optimizers:
+            entries = {"optimizer": label, **entries}
+            configurations = entries.pop("candidates", [{}])
+            if not isinstance(configurations, list) or not all(isinstance(c, dict) for c in configurations):
                 raise UserError(f"optimizers: {label}: candidates must be a list of tables")
-            common = {"report": False, **base, **_options(changes, variant), **_options(own, label)}
-            particular = tuple(_options(each, label) for each in settings)
-            every = tuple({**common, **each, **given} for each in particular)
-            for options in every:
+            common = {"report": False, **base, **_options(changes, variant), **_options(entries, label)}
+            particular = tuple(_options(configuration, label) for configuration in configurations)
+            candidates = tuple({**common, **configuration, **given} for configuration in particular)
+            for options in candidates:
                 if 0 in (resolve(options).steps, resolve(options).epochs):
                     raise UserError(f"{label}: a run must have a step")
-            contestants.append(
-                Contestant("-".join(filter(None, (label, variant))), label, variant, every, particular)
+            methods.append(
+                Method("-".join(filter(None, (label, variant))), label, variant, candidates, particular)
             )
-    if len({each.name for each in contestants}) < len(contestants):
-        raise UserError("variants: two contestants have the same name, optimizer-variant")
-    counts = {each.optimizer: len(each.candidates) for each in contestants}
+    if len({method.name for method in methods}) < len(methods):
+        raise UserError("variants: two methods have the same name, optimizer-variant")
+    counts = {method.optimizer: len(method.candidates) for method in methods}
     if len(set(counts.values())) > 1 or not min(counts.values()):
         raise UserError(f"candidates: as many for each optimizer, and one at least, not {counts}")
-    budget = next(iter(counts.values()))
-    if budget > 1 and not tuning_seeds:
+    trials = next(iter(counts.values()))
+    if trials > 1 and not tuning_seeds:
         raise UserError("tuning_seeds: candidates are chosen between with seeds of their own; give some")
-    if budget > 1 and not all(resolve(each.candidates[0]).val_fraction for each in contestants):
+    if trials > 1 and not all(resolve(method.candidates[0]).val_fraction for method in methods):
         raise UserError("val_fraction: candidates are chosen between on validation; it must be above 0")
     labels = [label for label, _ in optimizers]
     compare_with = table.get("compare_with", labels[:1])
     if not isinstance(compare_with, list) or not all(label in labels for label in compare_with):
         raise UserError(f"compare_with: must be names of optimizers, not {compare_with!r}")
-    return Plan(name, seeds, tuning_seeds if budget > 1 else (), tuple(compare_with), tuple(contestants))
+    return Plan(name, seeds, tuning_seeds if trials > 1 else (), tuple(compare_with), tuple(methods))
 
 
 def _seeds(table: dict[str, Any], key: str) -> tuple[int, ...]:
@@ -168,16 +159,16 @@ def _seeds(table: dict[str, Any], key: str) -> tuple[int, ...]:
 
 
 def _named(table: dict[str, Any], key: str) -> list[tuple[str, Options]]:
-    """The tables under `key` with their names, which become those of folders."""
-    found = table.get(key, [])
-    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+    """Return the tables under `key` with their names, which become names of folders."""
+    entries = table.get(key, [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{key}: must be tables [[{key}]]")
     named = []
-    for each in found:
-        name = each.get("name")
+    for entry in entries:
+        name = entry.get("name")
         if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
             raise UserError(f"{key}: a name has small letters, digits, '-', '_' and '.'; not so {name!r}")
-        named.append((name, {option: value for option, value in each.items() if option != "name"}))
+        named.append((name, {option: value for option, value in entry.items() if option != "name"}))
     if len({name for name, _ in named}) < len(named):
         raise UserError(f"{key}: two have the same name")
     return named
@@ -186,9 +177,9 @@ def _named(table: dict[str, Any], key: str) -> list[tuple[str, Options]]:
 def _options(table: Any, where: str) -> Options:
     if not isinstance(table, dict):
         raise UserError(f"{where}: must be a table of options")
-    owned = OWN & table.keys()
-    if owned:
-        raise UserError(f"{where}: {min(owned)} is given by the study")
+    reserved = GIVEN_BY_STUDY & table.keys()
+    if reserved:
+        raise UserError(f"{where}: {min(reserved)} is given by the study")
     if where != "base" and COMMON & table.keys():
         raise UserError(f"{where}: {min(COMMON & table.keys())} is the same for all; name it under [base]")
     try:
@@ -198,5 +189,5 @@ def _options(table: Any, where: str) -> Options:
 
 
 def framework_of(plan: Plan) -> str:
-    """The engine of a study; all its runs have the same."""
-    return str(plan.contestants[0].candidates[0].get("framework", FRAMEWORKS[0]))
+    """Return the engine of a study; all its runs have the same."""
+    return str(plan.methods[0].candidates[0].get("framework", FRAMEWORKS[0]))

@@ -1,4 +1,8 @@
-"""What the runs of a study say: one JSON object, from which tables, and with the runs curves, are made."""
+"""The results of a study as one JSON object, from which tables are made, and with the runs curves.
+
+Its keys are those of the first version: "contestants" are methods, "setting" is a configuration, "budget" is
+the number of trials.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from experiment.files import run_folder
-from experiment.options.config import resolve
-from experiment.study.plan import Contestant, Plan
+from experiment.options.resolving import resolve
+from experiment.study.plan import Method, Plan
 from experiment.study.running import (
     Run,
     candidate,
@@ -27,7 +31,7 @@ Json = dict[str, Any]
 
 
 def collect(plan: Plan, folder: Path, command: Sequence[str]) -> Json:
-    """The results of all runs that have ended so far.
+    """Return the results of all runs that have ended so far.
 
     Returns:
         {"name", "command", "seeds", "tuning_seeds", "budget", "made_with", "contestants": {name: ...},
@@ -37,40 +41,39 @@ def collect(plan: Plan, folder: Path, command: Sequence[str]) -> Json:
     Raises:
         UserError: a folder holds a run of another study.
     """
-    contestants = {each.name: _contestant(plan, folder, each) for each in plan.contestants}
+    methods = {method.name: _method(plan, folder, method) for method in plan.methods}
     return {
         "name": plan.name,
         "command": list(command),
         "seeds": list(plan.seeds),
         "tuning_seeds": list(plan.tuning_seeds),
-        "budget": plan.budget,
+        "budget": plan.trials,
         "made_with": _made_with(folder),
-        "contestants": contestants,
+        "contestants": methods,
         "comparisons": [
-            {"of": of, "with": to, **_compared(contestants[of], contestants[to])}
-            for of, to in plan.comparisons()
+            {"of": of, "with": to, **_compared(methods[of], methods[to])} for of, to in plan.comparisons()
         ],
     }
 
 
-def _contestant(plan: Plan, folder: Path, contestant: Contestant) -> Json:
+def _method(plan: Plan, folder: Path, method: Method) -> Json:
     tuning = []
-    for k, setting in enumerate(contestant.settings):
-        runs = candidate(plan, folder, contestant, k)
+    for k, configuration in enumerate(method.configurations):
+        runs = candidate(plan, folder, method, k)
         if all(is_done(run) for run in runs):
-            found = [None if has_diverged(run.folder) else validation(run.folder)[0] for run in runs]
-            tuning.append({"setting": setting, "val_accuracy": found})
-    tuned = not plan.tuning_seeds or len(tuning) == plan.budget
-    chosen = choose(plan, folder, contestant) if tuned else None
-    runs = [] if chosen is None else final_runs(plan, folder, contestant, chosen)
+            accuracies = [None if has_diverged(run.folder) else validation(run.folder)[0] for run in runs]
+            tuning.append({"setting": configuration, "val_accuracy": accuracies})
+    tuned = not plan.tuning_seeds or len(tuning) == plan.trials
+    chosen = choose(plan, folder, method) if tuned else None
+    runs = [] if chosen is None else final_runs(plan, folder, method, chosen)
     runs = [run for run in runs if is_done(run)]
     ended = {str(run.options["seed"]): _test(run) for run in runs if not has_diverged(run.folder)}
     return {
-        "optimizer": contestant.optimizer,
-        "variant": contestant.variant,
+        "optimizer": method.optimizer,
+        "variant": method.variant,
         "tuning": tuning if plan.tuning_seeds else [],
         "chosen": chosen,
-        "setting": None if chosen is None else contestant.settings[chosen],
+        "setting": None if chosen is None else method.configurations[chosen],
         "diverged": [run.options["seed"] for run in runs if has_diverged(run.folder)],
         "runs": ended,
         **{name: in_json(summarize([run[name] for run in ended.values()])) for name in MEASURES},
@@ -78,10 +81,10 @@ def _contestant(plan: Plan, folder: Path, contestant: Contestant) -> Json:
 
 
 def _test(run: Run) -> Json:
-    """The test metrics of a run, the mean loss of its last training epoch, and its cost.
+    """Return the test metrics of a run, the mean loss of its last training epoch, and its cost.
 
     `wall_seconds` counts whatever else the machine did, `processor_seconds` the run alone. The latter is None
-    for runs of older versions and for seeds that trained in one program.
+    for runs of older versions and for seeds that trained in one process.
     """
     summary = run_folder.read_json(run.folder / "summary.json")
     epochs = [line["loss"] for line in lines(run.folder, "train")]
@@ -96,7 +99,7 @@ def _test(run: Run) -> Json:
 
 
 def _compared(ours: Json, theirs: Json) -> Json:
-    """The differences between two contestants' runs of the same seed, and the seeds of which one diverged."""
+    """Return the differences between two methods, seed by seed, and the seeds of which a run diverged."""
     both = [(run, theirs["runs"][seed]) for seed, run in ours["runs"].items() if seed in theirs["runs"]]
     return {
         "diverged": sorted({*ours["diverged"], *theirs["diverged"]}),
@@ -107,17 +110,17 @@ def _compared(ours: Json, theirs: Json) -> Json:
 
 
 def in_json(summary: Summary) -> Json:
-    """A summary with the ends of its interval."""
+    """Return a summary with the ends of its interval."""
     low, high = summary.mean - summary.half_width, summary.mean + summary.half_width
     return {**dataclasses.asdict(summary), "low": low, "high": high}
 
 
 def _made_with(folder: Path) -> list[Json]:
     """Versions, device and commit of all runs, each combination once."""
-    found: list[Json] = []
+    combinations: list[Json] = []
     for path in sorted(folder.glob("**/config.json")):
         for session in run_folder.read_record(path.parent)["sessions"]:
             known = {name: session[name] for name in ("device", "cpu_count", "versions", "git_commit")}
-            if known not in found:
-                found.append(known)
-    return found
+            if known not in combinations:
+                combinations.append(known)
+    return combinations

@@ -1,7 +1,7 @@
 """The runs of a study: each an ordinary run folder, made by the code of train.py; done ones are passed over.
 
-STUDY/tuning/NAME/candidate-K/seed-S    one for each candidate setting and tuning seed
-STUDY/runs/NAME/seed-S                  with the setting that validation has chosen
+STUDY/tuning/NAME/candidate-K/seed-S    one for each candidate configuration and tuning seed
+STUDY/runs/NAME/seed-S                  with the configuration that validation has chosen
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import contextlib
 import dataclasses
 import gc
 import io
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,15 +20,18 @@ from typing import Any
 
 from experiment.engines import load_module
 from experiment.errors import UserError
-from experiment.files import run_folder
+from experiment.files import metrics_log, run_folder
 from experiment.files.checkpoints import Checkpoints
 from experiment.files.results import read_summary
-from experiment.options.config import Config, flag_of, flags, resolve
-from experiment.run import signals
-from experiment.study.plan import Contestant, Options, Plan
+from experiment.options.command_line import flags
+from experiment.options.config import Config, flag_of
+from experiment.options.resolving import resolve
+from experiment.run import session, signals
+from experiment.run.outcome import End, Outcome
+from experiment.study.plan import Method, Options, Plan
 
-Start = Callable[..., int]  # train.start
-NOT_FINITE = "was not finite at step"  # what `training.Trainer` says of a run that has diverged
+STEP_CHECKS = ("loss", "grad_norm")  # a run ends where one of these is not finite
+
 # What may differ between a study and its runs: none of it moves a number
 HARMLESS = frozenset(
     {
@@ -49,53 +51,54 @@ class StudyStoppedError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study: its folder, its options, and what it is in words."""
+    """One run of a study: its folder, its options, and its name for the user."""
 
     folder: Path
     options: Options
     label: str
 
 
-def candidate(plan: Plan, folder: Path, contestant: Contestant, k: int) -> list[Run]:
-    """The tuning runs of setting number `k`, one for each tuning seed; they do not evaluate the test set."""
-    where = folder / "tuning" / contestant.name / f"candidate-{k + 1}"
-    return [_run(where, contestant, k, seed, test=False) for seed in plan.tuning_seeds]
+def candidate(plan: Plan, folder: Path, method: Method, k: int) -> list[Run]:
+    """Return the tuning runs of configuration `k`, one for each tuning seed; they are not tested."""
+    where = folder / "tuning" / method.name / f"candidate-{k + 1}"
+    return [_run(where, method, k, seed, test=False) for seed in plan.tuning_seeds]
 
 
-def final_runs(plan: Plan, folder: Path, contestant: Contestant, chosen: int) -> list[Run]:
-    """The runs of a contestant, one for each seed of the study."""
-    where = folder / "runs" / contestant.name
-    return [_run(where, contestant, chosen, seed, test=True) for seed in plan.seeds]
+def final_runs(plan: Plan, folder: Path, method: Method, chosen: int) -> list[Run]:
+    """Return the runs of a method, one for each seed of the study."""
+    where = folder / "runs" / method.name
+    return [_run(where, method, chosen, seed, test=True) for seed in plan.seeds]
 
 
-def _run(where: Path, contestant: Contestant, k: int, seed: int, *, test: bool) -> Run:
+def _run(where: Path, method: Method, k: int, seed: int, *, test: bool) -> Run:
     folder = where / f"seed-{seed}"
-    label = f"{contestant.name}, {words(contestant.settings[k])}, seed {seed}"
-    own = {"seed": seed, "test": test, "run_dir": str(folder)}
-    return Run(folder, {**contestant.candidates[k], **own}, label)
+    label = f"{method.name}, {words(method.configurations[k])}, seed {seed}"
+    options = {**method.candidates[k], "seed": seed, "test": test, "run_dir": str(folder)}
+    return Run(folder, options, label)
 
 
-def words(setting: Options) -> str:
-    """A setting in words: "lr 0.001, final_lr 0.1"."""
-    return ", ".join(f"{key} {value}" for key, value in setting.items()) or "as given"
+def words(configuration: Options) -> str:
+    """Return a configuration in words: "lr 0.001, final_lr 0.1"."""
+    return ", ".join(f"{key} {value}" for key, value in configuration.items()) or "as given"
 
 
-def choose(plan: Plan, folder: Path, contestant: Contestant) -> int:
-    """The index of the setting with the highest mean validation accuracy over the tuning seeds, ties by loss,
-    and then the first.
+def choose(plan: Plan, folder: Path, method: Method) -> int:
+    """Return the index of the configuration with the highest mean validation accuracy over the tuning seeds.
+
+    Ties are broken by loss, then by order.
 
     A diverged run has accuracy 0.
     """
 
     def score(k: int) -> tuple[float, float]:
-        found = [validation(run.folder) for run in candidate(plan, folder, contestant, k)]
-        return math.fsum(accuracy for accuracy, _ in found), -math.fsum(loss for _, loss in found)
+        results = [validation(run.folder) for run in candidate(plan, folder, method, k)]
+        return math.fsum(accuracy for accuracy, _ in results), -math.fsum(loss for _, loss in results)
 
-    return max(range(plan.budget), key=score) if plan.tuning_seeds else 0
+    return max(range(plan.trials), key=score) if plan.tuning_seeds else 0
 
 
 def validation(folder: Path) -> tuple[float, float]:
-    """Accuracy and loss of a run's last validation; (0, infinity) of a run that has diverged."""
+    """Return accuracy and loss of a run's last validation; (0, infinity) of a run that has diverged."""
     if has_diverged(folder):
         return 0.0, math.inf
     last = _last_validation(folder)
@@ -106,30 +109,23 @@ def _last_validation(folder: Path) -> dict[str, Any]:
     return list(lines(folder, "val"))[-1]
 
 
-def lines(folder: Path, split: str, scope: str = "epoch") -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl of one split and scope."""
-    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
-        for text in file:
-            line = json.loads(text)
-            if line["split"] == split and line["scope"] == scope:
-                yield line
+def lines(folder: Path, split: str, scope: str = "epoch") -> Iterator[metrics_log.Line]:
+    """Yield the lines of a run's metrics.jsonl of one split and scope."""
+    return metrics_log.read(folder / metrics_log.NAME, split, scope)
 
 
 def has_diverged(folder: Path) -> bool:
-    """Whether a run ended because its loss or gradient was not finite, or ended with a test loss that is not,
-    or a validation loss where it was not tested; the same would happen again."""
+    """True if the loss or gradient of a step was not finite, or at its end the test loss (the validation loss
+    of a run that was not tested); the same would happen again."""
     if summary := read_summary(folder):
         return (summary["test"] or _last_validation(folder))["loss"] is None
-    return NOT_FINITE in _log(folder)
-
-
-def _log(folder: Path) -> str:
-    log = folder / "log.txt"
-    return log.read_text(encoding="utf-8").rstrip() if log.exists() else ""
+    return any(
+        line[name] is None for line in lines(folder, "train", "step") for name in STEP_CHECKS & line.keys()
+    )
 
 
 def is_done(run: Run) -> bool:
-    """Whether a run has ended, at its last step or by diverging.
+    """True if a run has ended, at its last step or by diverging.
 
     Raises UserError if its folder holds a run of other options: the study's file was changed, or a default.
     """
@@ -146,28 +142,27 @@ def is_done(run: Run) -> bool:
     return read_summary(run.folder) is not None or has_diverged(run.folder)
 
 
-def carry_out(run: Run, start: Start) -> None:
-    """Make or continue a run by `train.start`; its lines go to its log.txt alone.
+def carry_out(run: Run) -> None:
+    """Make or continue a run; its lines go to its log.txt alone.
 
     Raises StudyStoppedError if it was interrupted, or failed in another way than by diverging.
     """
     with _quiet():
-        status = _begin(run, start)
+        outcome = _start(run)
     gc.collect()  # the engine's processes and memory end with it
-    if status and not has_diverged(run.folder):
-        last_words = _log(run.folder).rpartition("\n")[2].partition(" ")[2]
-        raise StudyStoppedError(f"{run.label}: {last_words}", status)
+    if outcome.end not in (End.COMPLETED, End.DIVERGED):
+        raise StudyStoppedError(f"{run.label}: {outcome.reason}", outcome.status)
 
 
 def can_go_together(runs: Sequence[Run]) -> bool:
-    """Whether runs of one contestant can train in one program: they stand at the same step, and none may end
-    before the others."""
+    """True if runs of one method can train in lockstep: they are at the same step, and none may end before
+    the others."""
     steps = {max(Checkpoints(run.folder / "checkpoints", 1).steps(), default=0) for run in runs}
     return len(runs) > 1 and len(steps) == 1 and "early_stopping_patience" not in runs[0].options
 
 
-def carry_out_together(runs: Sequence[Run], start: Start) -> None:
-    """Make or continue runs that differ in the seed alone, in one program of JAX's.
+def carry_out_together(runs: Sequence[Run]) -> None:
+    """Make or continue runs that differ in the seed alone, with one compiled function for all of them.
 
     When one of them fails all stop: they can be continued one by one. At a signal all stop at one step.
     Raises what one of them raised, and StudyStoppedError at a signal.
@@ -176,18 +171,18 @@ def carry_out_together(runs: Sequence[Run], start: Start) -> None:
     errors: list[Exception] = []
 
     def drive(index: int, run: Run) -> None:
-        status = 1
+        end = End.FAILED
         try:
-            status = _begin(run, start, partial(rendezvous.wrap, index))
+            end = _start(run, partial(rendezvous.wrap, index)).end
         except BrokenBarrierError:
             pass
         except Exception as error:
             errors.append(error)
         finally:
-            if 0 < status < 128:  # at a signal the others end by themselves
+            if end in (End.FAILED, End.DIVERGED):  # at a signal the others end by themselves
                 rendezvous.leave()
 
-    threads = [Thread(target=drive, args=each) for each in enumerate(runs)]
+    threads = [Thread(target=drive, args=numbered) for numbered in enumerate(runs)]
     with signals.listen() as request, _quiet():
         for thread in threads:
             thread.start()
@@ -212,11 +207,11 @@ def check_signal(request: signals.StopRequest) -> None:
         raise StudyStoppedError(f"stopped by {request.signal.name}", 128 + request.signal)
 
 
-def _begin(run: Run, start: Start, *join: Any) -> int:
+def _start(run: Run, *join: Any) -> Outcome:
     options = dict(run.options)
     if (run.folder / "config.json").exists():
         options["resume"] = True
-    return start(options, flags(options), *join)
+    return session.start(options, flags(options), *join)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 class Summary:
     """A sample: its size, mean, standard deviation, and half the width of the mean's 95 % interval.
 
-    With fewer than two values neither deviation nor interval is known: not-a-number.
+    With fewer than two values neither deviation nor interval is known: NaN.
     """
 
     n: int
@@ -25,7 +25,7 @@ class Summary:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether 0 lies outside of the interval."""
+        """True if 0 lies outside of the interval."""
         return abs(self.mean) > self.half_width
 
 

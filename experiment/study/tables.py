@@ -1,31 +1,20 @@
-"""A study's results as tables, in Markdown and in one HTML file with the pictures inside."""
+"""A study's results as tables, in Markdown and in one HTML file with the figures inside."""
 
 from __future__ import annotations
 
-import base64
-import html
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiment.files.run_folder import short_commit
+from experiment.report.page import render
 from experiment.study.running import words
 
 Json = dict[str, Any]
-STYLE = """
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: auto; padding: 1rem }
-div { overflow-x: auto }
-table { border-collapse: collapse }
-th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } tr { border-bottom: 1px solid #8884 }
-img { max-width: 100%; background: white }
-"""
 
 
 class Table(NamedTuple):
-    """A heading, what is to be known of the numbers, the columns' names and the rows."""
+    """A heading, a text about the numbers, the names of the columns, and the rows."""
 
     title: str
     text: str
@@ -34,15 +23,15 @@ class Table(NamedTuple):
 
 
 def tables(study: Json) -> Iterator[Table]:
-    """Results, comparisons and tuning; `study` is what `results.collect` gives."""
-    contestants = study["contestants"]
+    """Results, comparisons and tuning; `study` is that of `results.collect`."""
+    methods = study["contestants"]
     yield Table(
         "Test results",
         "Mean over the seeds, in brackets the standard deviation over them; and Student's 95 % interval of "
-        "the mean, for this setting and test set. Each of these runs evaluated the test set once, after its "
-        "last step.",
+        "the mean, for this configuration and test set. Each run evaluated the test set once, after its last "
+        "step.",
         ("", "setting", "seeds", "accuracy, %", "interval", "macro F1, %", "loss", "training loss"),
-        [_result(name, each, len(study["seeds"])) for name, each in contestants.items()],
+        [_result(name, method, len(study["seeds"])) for name, method in methods.items()],
     )
     if study["comparisons"]:
         yield Table(
@@ -51,16 +40,17 @@ def tables(study: Json) -> Iterator[Table]:
             "interval with 0 in it does not show a difference. Nothing is corrected for the number of "
             "comparisons.",
             ("", "compared with", "seeds", "accuracy, points", "interval", "", "F1, points", "loss"),
-            [_comparison(each, len(study["seeds"])) for each in study["comparisons"]],
+            [_comparison(pair, len(study["seeds"])) for pair in study["comparisons"]],
         )
     if study["tuning_seeds"]:
         yield Table(
             "Tuning",
-            f"{study['budget']} settings each, each run in full with {len(study['tuning_seeds'])} "
-            "tuning seed(s); taken is the setting with the highest validation accuracy, here in %; ties go "
-            "by loss, then to the first. Where an end of the list was taken, better ones may lie beyond.",
-            ("", *(f"setting {k + 1}" for k in range(study["budget"])), "taken"),
-            [_tuning(name, each, study["budget"]) for name, each in contestants.items()],
+            f"{study['budget']} configurations of each method, all run in full with "
+            f"{len(study['tuning_seeds'])} tuning seed(s); taken is the configuration with the highest "
+            "validation accuracy, here in %; ties go by loss, then to the first. Where an edge of the range "
+            "was taken, better ones may lie beyond.",
+            ("", *(f"configuration {k + 1}" for k in range(study["budget"])), "taken"),
+            [_tuning(name, method, study["budget"]) for name, method in methods.items()],
         )
 
 
@@ -79,51 +69,51 @@ def _interval(summary: Json, sign: str = "") -> str:
 
 
 def _seeds(n: int, planned: int, diverged: Sequence[int]) -> str:
-    """How many seeds are in a mean, and which are not since they diverged."""
+    """The number of seeds in a mean, and those left out because they diverged."""
     gone = f" (diverged: {', '.join(map(str, diverged))})" if diverged else ""
     return f"{n}{f' of {planned}' if n < planned else ''}{gone}"
 
 
-def _result(name: str, each: Json, planned: int) -> list[str]:
-    training = [run["train_loss"] for run in each["runs"].values() if run["train_loss"] is not None]
+def _result(name: str, method: Json, planned: int) -> list[str]:
+    training = [run["train_loss"] for run in method["runs"].values() if run["train_loss"] is not None]
     return [
         name,
-        words(each["setting"]) if each["setting"] is not None else "-",
-        _seeds(each["accuracy"]["n"], planned, each["diverged"]),
-        _mean_sd(each["accuracy"], 2, 100),
-        _interval(each["accuracy"]),
-        _mean_sd(each["f1"], 2, 100),
-        _mean_sd(each["loss"], 4),
+        words(method["setting"]) if method["setting"] is not None else "-",
+        _seeds(method["accuracy"]["n"], planned, method["diverged"]),
+        _mean_sd(method["accuracy"], 2, 100),
+        _interval(method["accuracy"]),
+        _mean_sd(method["f1"], 2, 100),
+        _mean_sd(method["loss"], 4),
         _number(sum(training) / len(training) if training else None, 4),
     ]
 
 
-def _comparison(each: Json, planned: int) -> list[str]:
-    accuracy = each["accuracy"]
+def _comparison(pair: Json, planned: int) -> list[str]:
+    accuracy = pair["accuracy"]
     low, high = accuracy["low"], accuracy["high"]
     verdict = ""
-    if each["diverged"]:
+    if pair["diverged"]:
         verdict = "-"  # of those that did not diverge alone, nothing follows
     elif low is not None and not low <= 0 <= high:
         verdict = "better" if low > 0 else "worse"
     return [
-        each["of"],
-        each["with"],
-        _seeds(accuracy["n"], planned, each["diverged"]),
+        pair["of"],
+        pair["with"],
+        _seeds(accuracy["n"], planned, pair["diverged"]),
         _mean_sd(accuracy, 2, 100, "+"),
         _interval(accuracy, "+"),
         verdict,
-        _mean_sd(each["f1"], 2, 100, "+"),
-        _mean_sd(each["loss"], 4, 1, "+"),
+        _mean_sd(pair["f1"], 2, 100, "+"),
+        _mean_sd(pair["loss"], 4, 1, "+"),
     ]
 
 
-def _tuning(name: str, each: Json, budget: int) -> list[str]:
-    cells = [f"{words(tried['setting'])}: {_percent(tried['val_accuracy'])}" for tried in each["tuning"]]
-    taken = "-" if each["chosen"] is None else str(each["chosen"] + 1)
-    if budget > 2 and each["chosen"] in (0, budget - 1):
-        taken += ", an end"
-    return [name, *cells, *["-"] * (budget - len(cells)), taken]
+def _tuning(name: str, method: Json, trials: int) -> list[str]:
+    cells = [f"{words(tried['setting'])}: {_percent(tried['val_accuracy'])}" for tried in method["tuning"]]
+    taken = "-" if method["chosen"] is None else str(method["chosen"] + 1)
+    if trials > 2 and method["chosen"] in (0, trials - 1):
+        taken += ", edge of the range"
+    return [name, *cells, *["-"] * (trials - len(cells)), taken]
 
 
 def _percent(accuracies: Sequence[float | None]) -> str:
@@ -146,29 +136,21 @@ def in_markdown(table: Table, level: str) -> str:
     return f"{level} {table.title}\n\n{table.text}\n\n" + "\n".join(f"| {line} |" for line in lines)
 
 
-def page(study: Json, pictures: Sequence[Path]) -> str:
+def page(study: Json, figures: Sequence[Path]) -> str:
     """The tables, and PNG files, as one HTML file."""
-    title = html.escape(f"Study: {study['name']}")
-    made = re.sub("`(.*?)`", r"<code>\1</code>", html.escape(head(study)))
-    parts = [f"<h1>{title}</h1>", f"<p>{made}</p>"]
-    for table in tables(study):
-        names = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
-        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table.rows]
-        body = "".join(f"<tr>{row}</tr>" for row in [names, *rows])
-        parts += [f"<h2>{html.escape(table.title)}</h2>", f"<p>{html.escape(table.text)}</p>"]
-        parts.append(f"<div><table>{body}</table></div>")
-    for path in pictures:
-        data = base64.b64encode(path.read_bytes()).decode()
-        parts.append(f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>')
-    viewport = '<meta name="viewport" content="width=device-width">'
-    meta = f'<meta charset="utf-8">{viewport}<title>{title}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{meta}</head><body>{"".join(parts)}</body></html>\n'
+    return render(
+        "study.html",
+        title=f"Study: {study['name']}",
+        head=head(study).split("`"),
+        tables=list(tables(study)),
+        figures=[(path.stem, path.read_bytes()) for path in figures],
+    )
 
 
 def head(study: Json) -> str:
-    """The command, and what the runs were made with."""
-    found = study["made_with"]
-    devices = "; ".join(sorted({f"{each['device']}, {each['cpu_count']} cores" for each in found}))
-    commits = ", ".join(sorted({short_commit(each["git_commit"]) for each in found}))
+    """The command, devices and commits of the runs, as a sentence."""
+    sessions = study["made_with"]
+    devices = "; ".join(sorted({f"{s['device']}, {s['cpu_count']} cores" for s in sessions}))
+    commits = ", ".join(sorted({short_commit(session["git_commit"]) for session in sessions}))
     command = " ".join(["python -m experiment study", *study["command"]])
     return f"Made again by `{command}`. Runs on {devices or '-'}, of commit {commits or '-'}."

@@ -1,4 +1,4 @@
-"""The pictures of a run's report."""
+"""The figures of a run's report."""
 
 from __future__ import annotations
 
@@ -8,19 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from experiment.files.predictions import Predictions
-from experiment.report.reading import BOUNDS, CLIPPED, Floats, RunFiles
-from experiment.report.style import (
-    BLUE,
-    GREEN,
-    INK,
-    ORANGE,
-    PINK,
-    legend,
-    panel,
-    png,
-    style,
-    svg,
-)
+from experiment.report.reading import Floats, RunFiles
+from experiment.report.style import BLUE, GREEN, INK, ORANGE, PINK, legend, panel, png, style, svg
 from experiment.report.tables import confusion
 
 if TYPE_CHECKING:
@@ -28,18 +17,28 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRICS = {"loss": "Loss", "accuracy": "Accuracy", "f1": "Macro F1"}
+LINES = {  # title, label of each number, whether a logarithmic scale may be used
+    "lr": ("Learning rate", {"lr": "learning rate"}, False),
+    "norms": ("Norms", {"grad_norm": "gradient", "update_norm": "update"}, True),
+    "bounds": ("AdaBound's bounds of the step size", {"lower_bound": "lower", "upper_bound": "upper"}, True),
+    "clipped": (
+        "Coordinates clipped to a bound",
+        {"at_lower": "at the lower", "at_upper": "at the upper"},
+        False,
+    ),
+}
 SHEETS = ("samples", "mistakes")
-"""Pictures of which a page shows the parts, each for itself."""
+"""Figures that the page shows as single images."""
 MOST_POINTS = 500
-"""Of a curve; one with more is drawn as means of equal parts."""
+"""Points of a curve; one with more is drawn as means of equal parts."""
 MOST_NAMED = 40
 """Classes up to which a confusion matrix has their names at its sides."""
 MOST_COUNTED = 20
 """Classes up to which it has the counts in its cells."""
 
 
-class Picture(NamedTuple):
-    """A picture of a report, drawn."""
+class ReportFigure(NamedTuple):
+    """A figure of a report, drawn."""
 
     name: str  # of its PNG file, without the suffix
     alt: str  # what it shows, for those who cannot see it
@@ -47,26 +46,12 @@ class Picture(NamedTuple):
     png: bytes
 
 
-def draw(run: RunFiles) -> dict[str, Picture]:
-    """Every picture for which the run has numbers, by name."""
+def draw(run: RunFiles) -> dict[str, ReportFigure]:
+    """Every figure for which the run has numbers, by name."""
     with style():
         figures = {
             **{key: _metric(run, key) for key in METRICS},
-            "lr": _lines(run, "Learning rate", {"lr": "learning rate"}),
-            "norms": _lines(
-                run, "Norms", {"grad_norm": "gradient", "update_norm": "update"}, logarithmic=True
-            ),
-            "bounds": _lines(
-                run,
-                "AdaBound's bounds of the step size",
-                dict(zip(BOUNDS, ("lower", "upper"), strict=True)),
-                logarithmic=True,
-            ),
-            "clipped": _lines(
-                run,
-                "Coordinates held at a bound",
-                dict(zip(CLIPPED, ("at the lower", "at the upper"), strict=True)),
-            ),
+            **{name: _lines(run, *curves) for name, curves in LINES.items()},
         }
         if run.predictions is not None:
             figures["confusion"] = _confusion(run.predictions)
@@ -74,26 +59,26 @@ def draw(run: RunFiles) -> dict[str, Picture]:
             figures["samples"] = _sheet(run.predictions, samples, "Samples")
             figures["mistakes"] = _sheet(run.predictions, mistakes, "The most confident mistakes")
         return {
-            name: Picture(name, _alt(run, name), b"" if name in SHEETS else svg(figure), png(figure))
+            name: ReportFigure(name, _alt(run, name), b"" if name in SHEETS else svg(figure), png(figure))
             for name, figure in figures.items()
             if figure is not None
         }
 
 
-def chosen(found: Predictions) -> tuple[range, range]:
-    """Which of its pictures are samples, and which mistakes."""
-    return range(found.samples), range(found.samples, len(found.shown))
+def chosen(predictions: Predictions) -> tuple[range, range]:
+    """Return which of the stored images are samples, and which mistakes."""
+    return range(predictions.samples), range(predictions.samples, len(predictions.shown))
 
 
-def caption(found: Predictions, k: int) -> tuple[str, str, float]:
-    """Of picture `k`: true class, predicted class, confidence."""
-    i = found.shown[k]
-    names = found.class_names
-    return names[found.labels[i]], names[found.predictions[i]], float(found.confidences[i])
+def caption(predictions: Predictions, k: int) -> tuple[str, str, float]:
+    """Return the true class, the predicted class and the confidence of stored image `k`."""
+    i = predictions.shown[k]
+    names = predictions.class_names
+    return names[predictions.labels[i]], names[predictions.predictions[i]], float(predictions.confidences[i])
 
 
 def thin(steps: Floats, values: Floats, most: int = MOST_POINTS) -> tuple[Floats, Floats]:
-    """At most `most` points: the means of equal parts of a curve, whose parts may hold not-a-number."""
+    """At most `most` points: the means of equal parts of a curve, whose parts may hold NaN."""
     if len(steps) <= most:
         return steps, values
     parts = np.array_split(np.arange(len(steps)), most)
@@ -113,7 +98,7 @@ def smooth(values: Floats, window: int) -> Floats:
 
 
 def is_wide(values: Floats) -> bool:
-    """Whether a scale of powers of ten shows positive values better."""
+    """True if a logarithmic scale shows positive values better."""
     values = values[np.isfinite(values)]
     return bool(len(values) and values.min() > 0 and values.max() > 20 * values.min())
 
@@ -156,7 +141,7 @@ def _metric(run: RunFiles, key: str) -> Figure | None:
     return figure
 
 
-def _lines(run: RunFiles, title: str, labels: dict[str, str], *, logarithmic: bool = False) -> Figure | None:
+def _lines(run: RunFiles, title: str, labels: dict[str, str], logarithmic: bool) -> Figure | None:
     """Numbers that are in the lines of steps, one curve each."""
     curves = {key: thin(*run.curve("train", "step", key)) for key in labels}
     if not any(len(steps) for steps, _ in curves.values()):
@@ -183,14 +168,14 @@ def _finish(run: RunFiles, axes: Axes) -> None:
     legend(axes)
 
 
-def _confusion(found: Predictions) -> Figure:
-    """Rows are the true classes; the colour is the share of the row, errors in another colour.
+def _confusion(predictions: Predictions) -> Figure:
+    """Rows are the true classes; the color is the share of the row, errors in another color.
 
     Classes that occur neither among the labels nor the predictions are left out.
     """
     from matplotlib.colors import to_rgb
 
-    matrix = confusion(found)
+    matrix = confusion(predictions)
     present = np.flatnonzero(matrix.sum(0) + matrix.sum(1))
     matrix, k = matrix[np.ix_(present, present)], len(present)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -202,14 +187,14 @@ def _confusion(found: Predictions) -> Figure:
     image[diagonal, :3] = to_rgb("#2a8fd0")
     image[diagonal, 3] = share[diagonal] * 0.6
     side = 5.2 if k <= MOST_COUNTED else 6.4
-    of_all = f" of {len(found.class_names)}" if k < len(found.class_names) else ""
+    of_all = f" of {len(predictions.class_names)}" if k < len(predictions.class_names) else ""
     figure, axes = panel(f"Confusion of {k}{of_all} classes", side, side, fitted=True)
     axes.imshow(image, interpolation="none")
     axes.grid(False)
     axes.set(xlabel="predicted", ylabel="true")
     if k <= MOST_NAMED:
         size = 8 if k <= MOST_COUNTED else 6
-        names = [_short(found.class_names[i]) for i in present]
+        names = [_short(predictions.class_names[i]) for i in present]
         turn = 0 if max(map(len, names)) <= 2 else 90
         axes.set_xticks(range(k), names, rotation=turn, fontsize=size, parse_math=False)
         axes.set_yticks(range(k), names, fontsize=size, parse_math=False)
@@ -219,32 +204,25 @@ def _confusion(found: Predictions) -> Figure:
     return figure
 
 
-def _sheet(found: Predictions, which: Sequence[int], title: str) -> Figure | None:
-    """Pictures in rows, true and predicted class above each."""
+def _sheet(predictions: Predictions, which: Sequence[int], title: str) -> Figure | None:
+    """Images in rows, true and predicted class above each."""
     if not len(which):
         return None
     columns = 8
     rows = -(-len(which) // columns)
-    _, height, width, _ = found.pictures.shape
+    _, height, width, _ = predictions.images.shape
     gap_x, gap_y = round(width * 0.25) + 1, round(height * 0.6) + 1
     mosaic = np.zeros((rows * (height + gap_y), columns * (width + gap_x), 4), np.uint8)
     figure, axes = panel(title, 10, 10 * len(mosaic) / mosaic.shape[1] + 0.4)
     for place, k in enumerate(which):
         row, column = divmod(place, columns)
         y, x = row * (height + gap_y) + gap_y, column * (width + gap_x)
-        mosaic[y : y + height, x : x + width, :3] = found.pictures[k]  # grey goes to all three
+        mosaic[y : y + height, x : x + width, :3] = predictions.images[k]  # gray goes to all three
         mosaic[y : y + height, x : x + width, 3] = 255
-        true, predicted, confidence = caption(found, k)
+        true, predicted, confidence = caption(predictions, k)
         right = true == predicted
         text = f"{confidence:.2f} {_short(true)}" + ("" if right else f"\nnot {_short(predicted)}")
-        axes.text(
-            x,
-            y - gap_y * 0.1,
-            text,
-            color=INK if right else ORANGE,
-            fontsize=6.5,
-            parse_math=False,
-        )
+        axes.text(x, y - gap_y * 0.1, text, color=INK if right else ORANGE, fontsize=6.5, parse_math=False)
     axes.imshow(mosaic, interpolation="none")
     axes.set_axis_off()
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01)
@@ -256,7 +234,7 @@ def _short(name: str, most: int = 16) -> str:
 
 
 def _alt(run: RunFiles, name: str) -> str:
-    """What a picture shows, in words."""
+    """Describe a figure, for those who cannot see it."""
     words = {
         **{key: f"{title} against the step" for key, title in METRICS.items()},
         "lr": "learning rate against the step",
@@ -264,7 +242,7 @@ def _alt(run: RunFiles, name: str) -> str:
         "bounds": "lower and upper bound of AdaBound against the step",
         "clipped": "fraction of coordinates at each bound against the step",
         "confusion": "confusion matrix of the test set",
-        "samples": "pictures of the test set with true and predicted class",
+        "samples": "images of the test set with true and predicted class",
         "mistakes": "the most confident mistakes on the test set",
     }
     return f"{run.title}: {words[name]}"

@@ -1,0 +1,296 @@
+"""A run from its options to its summary: resolve, open, restore or begin, fit, conclude."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shlex
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from threading import BrokenBarrierError
+from typing import Any
+
+from experiment.data import loading
+from experiment.data.loading import Data
+from experiment.engines import Engine, load_engine, set_environment
+from experiment.errors import DivergedError, FolderLostError, RunFailedError, UserError
+from experiment.files import run_folder
+from experiment.files.results import check_startable
+from experiment.files.tensorboard import add_images
+from experiment.options.config import Config
+from experiment.options.recipes import with_recipe
+from experiment.options.resolving import resolve, with_local_paths
+from experiment.processes import SINGLE_PROCESS, connect
+from experiment.report import write_report
+from experiment.run.console import Console, conclude, describe
+from experiment.run.outcome import End, Outcome, describe_failure, resume_command, what_is_safe
+from experiment.run.output import RunOutput, open_output
+from experiment.run.restoring import Start, restore
+from experiment.run.schedules import Validations, make_schedule
+from experiment.run.trainer import Trainer
+from experiment.run.transfer import initial_tree, sha256
+from experiment.run.validations import ValidationHistory
+
+
+class Session:
+    """A start or resume of a run. Its constructor resolves the options; only `run` writes.
+
+    Args:
+        given: {field of Config: value}, as `parse` makes them of flags.
+        argv: those flags, for config.json.
+        join: returns the engine to use in place of the run's, for runs that train together.
+
+    Attributes:
+        config: the options.
+        stored: the content of config.json; None for a fresh run.
+        resolved: what follows from the options and the data.
+        data: the splits.
+        engine: what computes.
+        validations: those that the engine's schedule reads.
+        tree: the engine's initial tree with the weights of --init-from; None without them.
+        notes: lines for the user, which are logged once there is a log.
+        process: which of several processes this is.
+
+    Raises:
+        UserError: the run is refused.
+    """
+
+    def __init__(self, given: dict[str, Any], argv: list[str], join: Callable[[Engine], Engine]) -> None:
+        given = with_local_paths(given)
+        self.argv, self.stored = argv, None
+        if given.get("resume") and given.get("run_dir"):
+            self.stored = run_folder.read_record(Path(given["run_dir"]))
+        if self.stored is None:  # a resumed run has its options, whatever has become of the recipe
+            given = with_recipe(given)
+        self.config = config = resolve(given, self.stored and self.stored["config"])
+        if config.run_dir is not None:
+            self._check(Path(config.run_dir))
+        set_environment(config.framework, deterministic=config.deterministic)
+        data = loading.load(config.dataset, **config.data_options())
+        note = self.stored and run_folder.check_same_data(self.stored["resolved"], data)
+        self.notes = [note] if note else []
+        self.resolved = resolve_lengths(config, data, self.stored, given)
+        self.process = connect() if config.distributed else SINGLE_PROCESS
+        self.data = dataclasses.replace(data, place=self.process)
+        self.validations = ValidationHistory(config.eval_every or data.steps_per_epoch)
+        self.engine = join(make_engine(config, self.data, self.resolved, self.validations))
+        self.tree = self._initial_tree() if self.stored is None else None
+
+    def run(self) -> Outcome:
+        """Open what is written, restore or begin, fit, conclude; return how the run ended.
+
+        Raises:
+            UserError: the run is refused, as another process trains in its folder.
+        """
+        config, is_main = self.config, self.process.is_main
+        folder = Path(config.run_dir) if config.run_dir is not None else None
+        if is_main and self.stored is None:
+            folder = run_folder.create(folder, f"{config.model}-{config.dataset}-{config.optimizer}")
+        with open_output(
+            folder, is_main=is_main, keep_checkpoints=config.keep_checkpoints, check=self._check
+        ) as output:
+            return self._drive(output)
+
+    def _check(self, folder: Path) -> None:
+        """Raise UserError if the run cannot begin in `folder`, or config.json has changed."""
+        if self.stored is None:
+            run_folder.check_fresh(folder)
+        elif run_folder.read_record(folder) != self.stored:
+            raise UserError(f"--run-dir: another process has trained in {folder} meanwhile; start again")
+        else:
+            check_startable(folder, self.stored)
+
+    def _drive(self, output: RunOutput) -> Outcome:
+        """Restore or begin, fit, conclude; log how the run ended."""
+        console, folder = output.console, output.folder
+        draws_report = self.config.report and output.is_main
+        try:
+            identity = run_folder.identity(self.config, self.resolved)
+            start = self._restore_or_begin(output, identity)
+            options = self._record(output, start)
+            with output.writing_metrics(start.history, options if draws_report else None):
+                trainer = Trainer(
+                    config=self.config,
+                    data=self.data,
+                    engine=self.engine,
+                    output=output,
+                    validations=self.validations,
+                    start=start,
+                    total_steps=self.resolved["total_steps"],
+                    identity=identity,
+                )
+                summary = trainer.fit()
+            outcome = _conclude(trainer, summary, output)
+            page = write_the_report(folder, trainer.step, console) if draws_report else None
+            if page and summary is not None:
+                console.report(f"report: {page}")
+            return outcome
+        except RunFailedError as error:
+            outcome = _failed(console, error, "")
+            if draws_report and not isinstance(error, FolderLostError):
+                write_the_report(folder, trainer.step, console)
+            return outcome
+        except (UserError, BrokenBarrierError):  # the second: another of the runs that train together ended
+            raise
+        except Exception as error:
+            if not isinstance(error, OSError | MemoryError):
+                console.log(traceback.format_exc())
+            return _failed(console, error, describe_failure(error, output.checkpoints, folder))
+        except KeyboardInterrupt:  # before the first step, or the second Ctrl-C
+            reason = f"interrupted at once; {what_is_safe(output.checkpoints, folder)}"
+            console.fail(reason, label="")
+            return Outcome(End.INTERRUPTED, 128 + signal.SIGINT, reason)
+
+    def _initial_tree(self) -> dict[str, Any] | None:
+        return initial_tree(self.engine, self.config, self.resolved, self.notes.append)
+
+    def _restore_or_begin(self, output: RunOutput, identity: dict[str, Any]) -> Start:
+        if self.stored is not None:
+            total_steps = self.resolved["total_steps"]
+            start = restore(self.engine, output, self.validations, total_steps, identity)
+            if start is not None:
+                return start
+        tree = self.tree or self._initial_tree()  # fresh, or killed before its first checkpoint
+        return Start(self.engine.init() if tree is None else self.engine.from_tree(tree))
+
+    def _record(self, output: RunOutput, start: Start) -> dict[str, Any]:
+        """Write config.json and describe the run; return the options as config.json has them."""
+        config = dataclasses.replace(self.config, resume=False, run_dir=None, distributed=False)
+        newest = run_folder.session(start.step, self.engine.device, self.argv)
+        sessions = [*(self.stored["sessions"] if self.stored else []), newest]
+        record = {"config": dataclasses.asdict(config), "resolved": self.resolved, "sessions": sessions}
+        output.write_json("config.json", record)
+        describe(record, self.engine.device, output.folder, output.console)
+        for line in self.notes:
+            output.console.report(line)
+        return dataclasses.asdict(config)
+
+
+def start(
+    given: dict[str, Any], argv: list[str], join: Callable[[Engine], Engine] = lambda engine: engine
+) -> Outcome:
+    """Begin or resume the run of the options that were given; return how it ended. Arguments as of `Session`.
+
+    Raises:
+        UserError: the run is refused; what can be refused is refused before the disk is touched.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what we report in a line
+    return Session(given, argv, join).run()
+
+
+def _conclude(trainer: Trainer, summary: dict[str, Any] | None, output: RunOutput) -> Outcome:
+    """Write the summary, or log which signal stopped the run."""
+    if summary is not None:
+        if output.is_main:
+            output.check_folder()
+        output.write_json("summary.json", summary)
+        conclude(summary, output.folder, output.console)
+        return Outcome(End.COMPLETED, 0)
+    number = trainer.stop.signal
+    assert number is not None
+    reason = (
+        f"stopped by {number.name} at step {trainer.step}; everything is saved: "
+        f"continue with {resume_command(output.folder)}"
+    )
+    output.console.report(reason)
+    return Outcome(End.STOPPED, 128 + number, reason)
+
+
+def _failed(console: Console, error: Exception, reason: str) -> Outcome:
+    reason = f"the run failed: {reason or error}"
+    console.fail(reason)
+    return Outcome(End.DIVERGED if isinstance(error, DivergedError) else End.FAILED, 1, reason)
+
+
+def write_the_report(run_dir: Path, step: int, console: Console) -> Path | None:
+    """Write the report; return the page. Whatever goes wrong with it, the run itself is done and saved."""
+    try:
+        page, images = write_report(run_dir)
+        add_images(run_dir, {name: image.png for name, image in images.items()}, step)
+        return page
+    except Exception as error:  # of a library that draws
+        console.report(
+            f"the run is saved, but its report could not be made ({type(error).__name__}: {error}); "
+            f"try python -m experiment report {shlex.quote(str(run_dir))}"
+        )
+        return None
+
+
+def resolve_lengths(
+    config: Config, data: Data, stored: dict[str, Any] | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what follows from the options and the data together, for config.json.
+
+    Raises UserError if a resumed run would change the length of its schedule without --schedule-steps.
+    """
+    total_steps = config.total_steps(data.steps_per_epoch)
+    length = config.schedule_steps or total_steps
+    if stored is not None:
+        old = stored["resolved"]["schedule_steps"]
+        if old != length and "schedule_steps" in given:
+            raise UserError(
+                f"--schedule-steps: the run has {old}, not {length}; leave the flag out, or start a fresh run"
+            )
+        if old != length and config.schedule == "cosine":
+            flag = "--steps" if "steps" in given else "--epochs"
+            raise UserError(
+                f"{flag}: would change the cosine schedule's length from {old} to {length} steps; "
+                f"add --schedule-steps {old} to keep it"
+            )
+        length = old
+    initial = stored["resolved"].get("init_from_sha256") if stored else sha256(config.init_from)
+    warmup = min(data.steps_per_epoch, length // 10) if config.warmup_steps is None else config.warmup_steps
+    if config.schedule == "cosine" and config.warmup_steps and warmup >= length > 0:
+        raise UserError(
+            f"--warmup-steps: {warmup} leaves nothing of the cosine schedule's {length} steps; give fewer"
+        )
+    return {
+        "total_steps": total_steps,
+        "steps_per_epoch": data.steps_per_epoch,
+        "schedule_steps": length,
+        "warmup_steps": warmup,
+        "optimizer_options": config.optimizer_options(),
+        "init_from_sha256": initial,
+        **run_folder.data_facts(data),
+    }
+
+
+def make_engine(
+    config: Config, data: Data, resolved: dict[str, Any], validations: Validations = ()
+) -> Engine:
+    """Return the engine of a run. Raises UserError for a batch that the devices cannot share."""
+    config.check_batch_norm(*data.image_shape[:2])
+    memory = {"accumulate": config.accumulate, "remat": config.remat} if config.framework == "jax" else {}
+    engine = load_engine(config.framework)(
+        model=config.model,
+        model_options=config.model_options(),
+        num_classes=data.num_classes,
+        image_shape=data.image_shape,
+        mean=data.mean,
+        std=data.std,
+        optimizer=config.optimizer,
+        optimizer_options=resolved["optimizer_options"],
+        learning_rate=make_schedule(
+            config.schedule,
+            resolved["optimizer_options"]["base_lr"],
+            length=resolved["schedule_steps"],
+            milestones=config.milestones,
+            factor=config.decay_factor,
+            patience=config.patience,
+            cooldown=config.cooldown,
+            validations=validations,
+            warmup_steps=resolved["warmup_steps"],
+        ),
+        precision=config.precision,
+        seed=config.seed,
+        freeze_backbone=config.freeze_backbone,
+        **memory,
+    )
+    if config.batch_size // config.accumulate % engine.device_count:
+        parts = f" in {config.accumulate} micro-batches" if config.accumulate > 1 else ""
+        raise UserError(
+            f"--batch-size: {config.batch_size}{parts} is no multiple of the {engine.device_count} devices"
+        )
+    return engine

@@ -76,7 +76,7 @@ def write(
 
 
 def collect(class_names: tuple[str, ...], shape: tuple[int, int, int], rng: np.random.Generator) -> Collector:
-    """Eight pictures of each class, of which about a tenth are mistaken."""
+    """Eight images of each class, of which about a tenth are mistaken."""
     k = len(class_names)
     labels = np.repeat(np.arange(k, dtype=np.int32), 8)
     logits = rng.normal(size=(len(labels), k)) + np.where(labels % 3, 6, 3)[:, None] * np.eye(k)[labels]

@@ -1,4 +1,4 @@
-"""Writes a small TFDS data directory, of given pictures, without TensorFlow."""
+"""Writes a small TFDS data directory, of given images, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 from PIL import Image
 
 Example = tuple[bytes, int] | Mapping[str, Any]
-"""The bytes of a picture's file and its label; or by name what the features have: bytes, an int, floats."""
+"""The bytes of an image's file and its label; or by name what the features have: bytes, an int, floats."""
 
 
-def encoded(picture: Any, form: str = "png") -> bytes:
-    """The bytes of a PNG or JPEG file: of a Pillow picture, or of a uint8 array [H, W] or [H, W, 3]."""
-    if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(picture)
+def encoded(image: Any, form: str = "png") -> bytes:
+    """The bytes of a PNG or JPEG file: of a Pillow image, or of a uint8 array [H, W] or [H, W, 3]."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
     buffer = io.BytesIO()
-    picture.save(buffer, form)
+    image.save(buffer, form)
     return buffer.getvalue()
 
 
-def pictures(count: int, shape: tuple[int, ...], seed: int = 0) -> list[tuple[bytes, int]]:
-    """Random pictures, the first two bytes of which are their number; labels 0, 1, 0, 1, ..."""
+def images(count: int, shape: tuple[int, ...], seed: int = 0) -> list[tuple[bytes, int]]:
+    """Random images, the first two bytes of which are their number; labels 0, 1, 0, 1, ..."""
     images = np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
     for number, image in enumerate(images):
         image.reshape(-1)[:2] = divmod(number, 256)
@@ -48,8 +48,8 @@ def write(
         root: the TFDS data directory.
         name: the data set's name; TFDS need not know it.
         splits: for each split, its examples.
-        shape: what the features say of the pictures; None for sizes that differ.
-        features: instead of a picture `image` and a class `label`.
+        shape: what the features say of the images; None for sizes that differ.
+        features: instead of an image `image` and a class `label`.
         version: the data set's.
         config: the name of its configuration, if it has several.
     """

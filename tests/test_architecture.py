@@ -1,6 +1,6 @@
-"""The import rules between the rooms, held by reading every file's syntax tree.
+"""The import rules between the packages, held by reading every file's syntax tree.
 
-`ROOMS` is the table. The snippets in `BROKEN` show that each rule can fail, those in `KEPT` what may pass.
+`PACKAGES` is the table. The snippets in `BROKEN` show that each rule can fail, those in `KEPT` what may pass.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ HEAVY = frozenset(
 
 
 @dataclass(frozen=True)
-class Room:
-    """What the files of one room may import beside the standard library and the room itself."""
+class Rules:
+    """What the files of one package may import beside the standard library and the package itself."""
 
     libraries: frozenset[str] | None  # None: everything that is not forbidden
     forbidden: frozenset[str] = frozenset()
     lazily: dict[str, frozenset[str]] = field(default_factory=dict)  # by file, inside functions: these too
 
 
-ROOMS = {
-    "numpy_ref": Room(frozenset({"numpy"})),
-    "jax_resnet": Room(frozenset({"jax", "flax", "optax", "numpy", "jaxtyping"})),
-    "torch_oracle": Room(frozenset({"torch", "numpy", "safetensors"})),
-    "experiment": Room(
+PACKAGES = {
+    "numpy_ref": Rules(frozenset({"numpy"})),
+    "jax_resnet": Rules(frozenset({"jax", "flax", "optax", "numpy", "jaxtyping"})),
+    "torch_oracle": Rules(frozenset({"torch", "numpy", "safetensors"})),
+    "experiment": Rules(
         HEAVY | {"filelock", "numpy", "rich", "safetensors", "tqdm"},
         lazily={
             "experiment/commands/parity.py": TORCH,
@@ -65,9 +65,9 @@ ROOMS = {
             "experiment/commands/prepare.py": TENSORFLOW | {"importlib_resources"},
         },
     ),
-    "train.py": Room(None, forbidden=TORCH | TENSORFLOW),
-    "tests": Room(None, forbidden=TENSORFLOW),
-    "benchmarks": Room(None, forbidden=TENSORFLOW),
+    "train.py": Rules(None, forbidden=TORCH | TENSORFLOW),
+    "tests": Rules(None, forbidden=TENSORFLOW),
+    "benchmarks": Rules(None, forbidden=TENSORFLOW),
 }
 
 
@@ -105,7 +105,7 @@ def imports(path: str, source: str) -> list[Import]:
     package = PurePosixPath(path).parent.parts
 
     def root(module: str) -> str:
-        """The first part of a name; of one that begins with a dot or is empty, the room's own."""
+        """The first part of a name; of one that begins with a dot or is empty, the package's own."""
         return module.split(".")[0] or package[0]
 
     def visit(node: ast.AST, function: str | None, types_only: bool) -> Iterator[Import]:
@@ -136,26 +136,26 @@ def imports(path: str, source: str) -> list[Import]:
 
 
 def import_violations(path: str, source: str) -> Iterator[str]:
-    """What in one file breaks the table of rooms."""
-    room = path.split("/")[0]
-    rules = ROOMS[room]
+    """What in one file breaks the table of packages."""
+    package = path.split("/")[0]
+    rules = PACKAGES[package]
     for found in imports(path, source):
         root, where = found.root, f"{path}:{found.line}"
         lazy = found.function is not None or found.types_only
-        if root is None or root in ENGINES - {room}:
+        if root is None or root in ENGINES - {package}:
             # `engine_lookups` counts those of `experiment`, where one function may do this.
             if rules.libraries is not None and not (
-                room == "experiment" and found.by_name and found.function
+                package == "experiment" and found.by_name and found.function
             ):
-                yield f"{where}: {room} must not import {root or 'a module that only the run can name'}"
-        elif root in sys.stdlib_module_names or root == room:
+                yield f"{where}: {package} must not import {root or 'a module that only the run can name'}"
+        elif root in sys.stdlib_module_names or root == package:
             continue
         elif root in rules.lazily.get(path, ()):
             if not lazy:
                 yield f"{where}: imports {root} outside a function"
         elif root in rules.forbidden or (rules.libraries is not None and root not in rules.libraries):
-            yield f"{where}: {room} must not import {root}"
-        elif room == "experiment" and root in HEAVY and not lazy:
+            yield f"{where}: {package} must not import {root}"
+        elif package == "experiment" and root in HEAVY and not lazy:
             yield f"{where}: imports {root} outside a function"
 
 
@@ -230,7 +230,10 @@ def engine_lookups(path: str, source: str) -> set[str]:
     return {f"{path}:{found.function}" for found in by_name if found.root is None or found.root in ENGINES}
 
 
-FILES = [ROOT / "train.py", *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")))]
+FILES = [
+    ROOT / "train.py",
+    *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))),
+]
 SOURCES = {f.relative_to(ROOT).as_posix(): f.read_text(encoding="utf-8") for f in FILES if f.is_file()}
 MODULES = {
     path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
@@ -245,13 +248,13 @@ def test_file_keeps_the_rules(path: str) -> None:
 
 
 def test_files_were_found() -> None:
-    rooms = {path.split("/")[0] for path in SOURCES}
-    assert rooms >= {"jax_resnet", "torch_oracle", "experiment", "tests", "train.py"}
+    packages = {path.split("/")[0] for path in SOURCES}
+    assert packages >= {"jax_resnet", "torch_oracle", "experiment", "tests", "train.py"}
 
 
 def test_experiment_looks_engines_up_in_one_function() -> None:
-    room = [path for path in SOURCES if path.startswith("experiment/")]
-    lookups = {found for path in room for found in engine_lookups(path, SOURCES[path])}
+    package = [path for path in SOURCES if path.startswith("experiment/")]
+    lookups = {found for path in package for found in engine_lookups(path, SOURCES[path])}
     assert len(lookups) <= 1, lookups
 
 
@@ -276,7 +279,7 @@ def test_what_is_imported_is_declared() -> None:
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     declared = {normal(requirement) for group in groups for requirement in group}
     installed = {**importlib.metadata.packages_distributions(), "tensorflow": ["tensorflow-cpu"]}
-    known = sys.stdlib_module_names | {room.removesuffix(".py") for room in ROOMS}
+    known = sys.stdlib_module_names | {package.removesuffix(".py") for package in PACKAGES}
     undeclared = {
         f"{path}:{found.line}: {found.root}"
         for path, source in SOURCES.items()

@@ -370,7 +370,7 @@ def test_a_full_disk_costs_only_the_checkpoint_being_written(copy, failure):
     assert sorted(path.name for path in copy.iterdir()) == ["1", "2"]
     for step in (1, 2):
         assert_same(checkpoints.load(step)[0], make_tree(step))
-    # With room again it goes on.
+    # With space again it goes on.
     checkpoints.save(3, make_tree(3), RUN)
     checkpoints.close()
     assert checkpoints.steps() == [2, 3]

@@ -94,7 +94,7 @@ FRESH = {
         ["--warmup-steps: 9", "fewer"],
     ),
     "a rate of another optimizer": (["--momentum", "0.5"], ["--momentum", "--optimizer sgd"]),
-    "small pictures": (["--image-size", "31"], ["--image-size", "32"]),
+    "small images": (["--image-size", "31"], ["--image-size", "32"]),
     "batch over the training part": (["--batch-size", "1294"], ["--batch-size", "1294", "1293"]),
     "batch norm over one value": (
         ["--model", "resnet18", "--batch-size", "1"],

@@ -1,6 +1,6 @@
 """The data pipeline: splits, order, coverage, pixels and messages.
 
-Order and coverage are tested on sources whose pictures are their own numbers, reading on TFDS directories
+Order and coverage are tested on sources whose images are their own numbers, reading on TFDS directories
 made here (no TensorFlow, no network), and the real data sets where THREEWAY_DATA_DIR names them.
 """
 
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Numbered:
-    """A source whose pictures of 32x32 hold their own number, in their first four bytes."""
+    """A source whose images of 32x32 hold their own number, in their first four bytes."""
 
     def __init__(self, count: int, delay: Callable[[], float] = lambda: 0.0) -> None:
         self.count, self.delay = count, delay
@@ -65,7 +65,7 @@ class Numbered:
 
 
 def numbers(batch: Batch) -> list[int]:
-    """The numbers that the pictures of a batch hold."""
+    """The numbers that the images of a batch hold."""
     found: list[int] = np.ascontiguousarray(batch["image"][:, 0, :4, 0]).view("<u4")[:, 0].tolist()
     assert batch["label"].tolist() == [number % 7 for number in found]
     return found
@@ -81,7 +81,7 @@ def flat(lists: Iterable[list[int]]) -> list[int]:
 
 @pytest.fixture
 def load_numbered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Data]:
-    """`load`, of a data set of numbered pictures: (train, test, delay) and the arguments of `load`."""
+    """`load`, of a data set of numbered images: (train, test, delay) and the arguments of `load`."""
 
     def load_it(
         train: int, test: int = 5, *, delay: Callable[[], float] = lambda: 0.0, **options: Any
@@ -110,7 +110,7 @@ def test_an_epoch_has_no_example_twice(
     for epoch in epochs:
         assert [len(batch) for batch in epoch] == [batch_size] * steps
         assert len(set(flat(epoch))) == steps * batch_size
-    # Every epoch is shuffled anew, and the remainder that is dropped is not always the same.
+    # Every epoch is shuffled again, and the remainder that is dropped is not always the same.
     assert len({tuple(flat(epoch)) for epoch in epochs}) >= min(12, train)
     assert set(flat(flat(epoch) for epoch in epochs)) == set(range(train))
 
@@ -270,7 +270,7 @@ def test_small_data_sets(
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("digits", 1e-3), ("synthetic", 5e-3)])
-def test_statistics_are_those_of_the_pictures(small: dict[str, Data], name: str, tolerance: float) -> None:
+def test_statistics_are_those_of_the_images(small: dict[str, Data], name: str, tolerance: float) -> None:
     source, _ = small[name].parts["train"]
     images = source.read(np.arange(len(source)))["image"] / 255
     np.testing.assert_allclose(images.mean((0, 1, 2)), small[name].mean, atol=tolerance)
@@ -280,14 +280,14 @@ def test_statistics_are_those_of_the_pictures(small: dict[str, Data], name: str,
 def test_digits_are_scikit_learns(small: dict[str, Data]) -> None:
     from sklearn.datasets import load_digits
 
-    pictures, labels = load_digits(return_X_y=True)
+    images, labels = load_digits(return_X_y=True)
     parts = [everything(small["digits"], split) for split in ("train", "val", "test")]
     together = np.concatenate([part["label"] for part in parts])
     assert np.bincount(together).tolist() == np.bincount(labels).tolist()
     # Resizing by an integer factor keeps the mean, but for rounding and the edges.
     images = np.concatenate([part["image"] for part in parts])
     assert images.max() == 255
-    assert images.mean() == pytest.approx(pictures.mean() / 16 * 255, abs=0.5)
+    assert images.mean() == pytest.approx(images.mean() / 16 * 255, abs=0.5)
 
 
 def test_digits_test_part_is_a_stratified_fifth_for_every_seed(small: dict[str, Data]) -> None:
@@ -345,27 +345,27 @@ def test_28_is_padded_to_32() -> None:
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (50, 200), (224, 224)])
 @pytest.mark.parametrize("shape", [(100, 60), (60, 100), (33, 33), (24, 24), (400, 37), (1, 1)])
-def test_fitted_picture_covers_the_target(shape: tuple[int, int], size: tuple[int, int]) -> None:
+def test_fitted_image_covers_the_target(shape: tuple[int, int], size: tuple[int, int]) -> None:
     fitted = fit_image(Image.fromarray(np.full((*shape, 3), 200, np.uint8)), size)
     np.testing.assert_array_equal(fitted, np.full((*size, 3), 200))
 
 
 def test_the_centre_is_kept() -> None:
-    """A wide picture of three stripes, red, green and blue: fitted to a square, only green is left."""
-    picture = np.zeros((60, 180, 3), np.uint8)
+    """A wide image of three stripes, red, green and blue: fitted to a square, only green is left."""
+    image = np.zeros((60, 180, 3), np.uint8)
     for stripe in range(3):
-        picture[:, 60 * stripe : 60 * stripe + 60, stripe] = 255
-    fitted = fit_image(Image.fromarray(picture), (32, 32))
+        image[:, 60 * stripe : 60 * stripe + 60, stripe] = 255
+    fitted = fit_image(Image.fromarray(image), (32, 32))
     np.testing.assert_array_equal(fitted[:, 1:-1], np.broadcast_to(np.array([0, 255, 0]), (32, 30, 3)))
-    turned = fit_image(Image.fromarray(picture.transpose(1, 0, 2)), (32, 32))
+    turned = fit_image(Image.fromarray(image.transpose(1, 0, 2)), (32, 32))
     np.testing.assert_array_equal(turned, fitted.transpose(1, 0, 2))
 
 
 def test_fitting_is_resizing_then_cropping() -> None:
     """Also at the edges of the crop, where the filter reaches beyond them."""
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 180, 3), dtype=np.uint8))
-    resized = np.asarray(picture.resize((96, 32), Image.Resampling.BILINEAR))
-    np.testing.assert_allclose(fit_image(picture, (32, 32)).astype(int), resized[:, 32:64], atol=1)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 180, 3), dtype=np.uint8))
+    resized = np.asarray(image.resize((96, 32), Image.Resampling.BILINEAR))
+    np.testing.assert_allclose(fit_image(image, (32, 32)).astype(int), resized[:, 32:64], atol=1)
 
 
 def test_shrinking_is_antialiased() -> None:
@@ -435,7 +435,7 @@ def pixels(data: Data, split: Split) -> list[npt.NDArray[np.uint8]]:
 
 
 def test_made_grey_28(root: Path) -> None:
-    train, test = made_tfds.pictures(30, (28, 28)), made_tfds.pictures(9, (28, 28), seed=1)
+    train, test = made_tfds.images(30, (28, 28)), made_tfds.images(9, (28, 28), seed=1)
     made_tfds.write(root, "made", {"train": train, "test": test}, shape=(28, 28, 1))
     cases: list[dict[str, Any]] = [{}, {"image_size": (32, 32)}]
     for options in cases:
@@ -481,7 +481,7 @@ def test_every_kind_of_file_becomes_rgb(root: Path) -> None:
 
 
 def test_one_transform_for_every_part(root: Path) -> None:
-    files = made_tfds.pictures(6, (50, 70, 3))
+    files = made_tfds.images(6, (50, 70, 3))
     made_tfds.write(root, "made", {"train": files, "test": files})
     data = load_made(root, image_size=(33, 44))
     for trained, tested in zip(pixels(data, "train"), pixels(data, "test"), strict=True):
@@ -501,7 +501,7 @@ def test_one_transform_for_every_part(root: Path) -> None:
 def test_default_sizes(
     root: Path, name: str, shape: Any, stored: tuple[int, ...], want: tuple[int, int, int]
 ) -> None:
-    files = made_tfds.pictures(4, stored)
+    files = made_tfds.images(4, stored)
     made_tfds.write(root, name, {"train": files, "test": files}, shape=shape)
     data = load_made(root, name)
     assert data.image_shape == want
@@ -518,7 +518,7 @@ def test_default_sizes(
     ],
 )
 def test_which_split_is_test(root: Path, name: str, splits: dict[str, int], tested: int) -> None:
-    files = {split: made_tfds.pictures(count, (32, 32, 3)) for split, count in splits.items()}
+    files = {split: made_tfds.images(count, (32, 32, 3)) for split, count in splits.items()}
     made_tfds.write(root, name, files)
     data = load_made(root, name)
     assert (data.train_size + data.val_size, data.test_size) == (8, tested)
@@ -534,7 +534,7 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
 
 
 def test_splits_that_do_not_fit(root: Path) -> None:
-    files = made_tfds.pictures(4, (32, 32, 3))
+    files = made_tfds.images(4, (32, 32, 3))
     for name, splits in (
         ("a", {"train": files}),
         ("b", {"test": files}),
@@ -556,7 +556,7 @@ def test_splits_that_do_not_fit(root: Path) -> None:
 
 def test_configurations(root: Path) -> None:
     """The default one is used; an error names those there are."""
-    files = made_tfds.pictures(4, (32, 32, 3))
+    files = made_tfds.images(4, (32, 32, 3))
     parts = {"train": files, "test": files}
     for name in ("made", "half"):
         made_tfds.write(root, name, parts if name == "made" else {"train": files}, config="large")
@@ -581,7 +581,7 @@ def test_features_that_do_not_fit(root: Path) -> None:
 
     features = tfds.features
     image, label = features.Image(shape=(32, 32, 3)), features.ClassLabel(num_classes=2)
-    files = made_tfds.pictures(4, (32, 32, 3))
+    files = made_tfds.images(4, (32, 32, 3))
     cases: dict[str, tuple[dict[str, Any], str]] = {
         "a": ({"image": image, "objects": label}, "objects (ClassLabel)"),
         "b": ({"image": image, "label": features.Scalar(np.int64)}, "label (Scalar)"),
@@ -600,7 +600,7 @@ def test_features_that_do_not_fit(root: Path) -> None:
 
 def test_hidden_test_labels(root: Path) -> None:
     """Validation is the test part where there is one; else the message says that labels are hidden."""
-    files = made_tfds.pictures(4, (32, 32, 3))
+    files = made_tfds.images(4, (32, 32, 3))
     hidden = [(file, -1) for file, _ in files]
     made_tfds.write(root, "made", {"train": files, "validation": files[:3], "test": hidden})
     data = load_made(root)
@@ -628,7 +628,7 @@ def test_hidden_test_labels(root: Path) -> None:
     ("label", "fault"), [(-1, "has no label (-1)"), (2, "has the label 2, which is none of its 2 classes")]
 )
 def test_a_label_that_is_no_class_names_its_record(root: Path, label: int, fault: str) -> None:
-    files = made_tfds.pictures(9, (32, 32, 3))
+    files = made_tfds.images(9, (32, 32, 3))
     files[3] = (files[3][0], label)
     directory = made_tfds.write(root, "made", {"train": files, "test": files[:3]})
     data = load_made(root, val_fraction=0)
@@ -667,7 +667,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_noticed_before_a_run_begins(root: Path, damage: str) -> None:
-    files = made_tfds.pictures(64, (32, 32, 3))
+    files = made_tfds.images(64, (32, 32, 3))
     directory = made_tfds.write(root, "made", {"train": files, "test": files})
     DAMAGE[damage](directory)
     with pytest.raises(UserError) as caught:
@@ -677,10 +677,10 @@ def test_damage_is_noticed_before_a_run_begins(root: Path, damage: str) -> None:
 
 
 def test_a_flipped_bit_is_noticed_when_it_is_read(root: Path) -> None:
-    files = made_tfds.pictures(64, (32, 32, 3))
+    files = made_tfds.images(64, (32, 32, 3))
     directory = made_tfds.write(root, "made", {"train": files, "test": files})
     path = data_file(directory, "train")
-    # The records are the first 64 pictures' bytes; the end of the file is the index and padding.
+    # The records are the first 64 images' bytes; the end of the file is the index and padding.
     place = sum(len(file) for file, _ in files) // 2
     flip(path, place / path.stat().st_size)
     starts = [path.read_bytes().find(file[:60]) for file, _ in files]
@@ -692,9 +692,9 @@ def test_a_flipped_bit_is_noticed_when_it_is_read(root: Path) -> None:
         one_line(caught, f"record {damaged} of made (train)", "cannot be read", "move that folder away")
 
 
-@pytest.mark.parametrize("file", [b"", b"no picture", made_tfds.encoded(np.zeros((40, 40), np.uint8))[:45]])
-def test_a_broken_picture_is_noticed(root: Path, file: bytes) -> None:
-    files = made_tfds.pictures(8, (32, 32, 3))
+@pytest.mark.parametrize("file", [b"", b"no image", made_tfds.encoded(np.zeros((40, 40), np.uint8))[:45]])
+def test_a_broken_image_is_noticed(root: Path, file: bytes) -> None:
+    files = made_tfds.images(8, (32, 32, 3))
     made_tfds.write(root, "made", {"train": [*files, (file, 0)], "test": files})
     data = load_made(root, val_fraction=0)
     with pytest.raises(UserError) as caught:
@@ -714,7 +714,7 @@ def test_a_record_is_named_as_the_data_set_names_it(root: Path) -> None:
     }
     examples: list[dict[str, Any]] = [
         {"image": file, "label": label, "file_name": b"a\n%d.png" % label, "bbox": (0.0, 0.0, 1.0, 1.0)}
-        for file, label in made_tfds.pictures(3, (32, 32, 3))
+        for file, label in made_tfds.images(3, (32, 32, 3))
     ]
     examples[1]["image"] = b"no image"
     examples[2]["bbox"] = (0.5, 0.0, 0.5, 1.0)
@@ -732,7 +732,7 @@ def test_a_record_is_named_as_the_data_set_names_it(root: Path) -> None:
 
 
 def test_other_formats_are_refused(root: Path) -> None:
-    files = made_tfds.pictures(4, (32, 32, 3))
+    files = made_tfds.images(4, (32, 32, 3))
     directory = made_tfds.write(root, "made", {"train": files, "test": files})
     info = directory / "dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
@@ -744,7 +744,7 @@ def test_other_formats_are_refused(root: Path) -> None:
 
 
 def test_the_newest_version_is_read(root: Path) -> None:
-    files = made_tfds.pictures(4, (32, 32, 3))
+    files = made_tfds.images(4, (32, 32, 3))
     old = made_tfds.write(root, "made", {"train": files, "test": files})
     old.rename(old.with_name("0.9.0"))
     made_tfds.write(root, "made", {"train": files * 2, "test": files})
@@ -752,7 +752,7 @@ def test_the_newest_version_is_read(root: Path) -> None:
 
 
 def test_an_unfinished_preparation_is_no_data_set(root: Path) -> None:
-    files = made_tfds.pictures(4, (32, 32, 3))
+    files = made_tfds.images(4, (32, 32, 3))
     directory = made_tfds.write(root, "mnist", {"train": files, "test": files})
     directory.rename(directory.with_name("incomplete.ABC123_1.0.0"))
     with pytest.raises(UserError) as caught:
@@ -872,7 +872,7 @@ def quiet_load(name: str, data_dir: Path, home: Path) -> None:
 
 
 def test_loading_is_quiet_and_needs_no_tensorflow(root: Path, tmp_path: Path) -> None:
-    files = made_tfds.pictures(40, (28, 28))
+    files = made_tfds.images(40, (28, 28))
     made_tfds.write(root, "made", {"train": files, "test": files}, shape=(28, 28, 1))
     quiet_load("made", root, tmp_path / "home")
 

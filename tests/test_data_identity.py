@@ -17,7 +17,7 @@ from experiment.data import builtin
 from experiment.data.loading import load
 from tests import made_tfds
 
-FILES = made_tfds.pictures(8, (32, 32, 3))
+FILES = made_tfds.images(8, (32, 32, 3))
 FIELDS = ("data_version", "data_config", "data_test_split", "data_sha256")
 
 

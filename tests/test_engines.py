@@ -62,7 +62,7 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(home, monkeypatch
     assert cache_after() is None
 
 
-def test_programs_that_are_damaged_in_the_cache_are_compiled_anew(tmp_path):
+def test_programs_that_are_damaged_in_the_cache_are_compiled_again(tmp_path):
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [getattr(jax.config, name) for name in names]
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))

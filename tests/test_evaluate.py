@@ -97,15 +97,15 @@ def test_ten_crops_by_hand() -> None:
         (60, 87, (96, 128)),
     ],
 )
-def test_a_whole_picture_is_all_of_it(height: int, width: int, size: tuple[int, int]) -> None:
+def test_a_whole_image_is_all_of_it(height: int, width: int, size: tuple[int, int]) -> None:
     """Squares stay so. Of a shorter side of 96, the longer one would be 96, 150, 150, 109 and 139."""
-    picture = Image.fromarray(noise(height, width, 3))
-    want = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(whole_image(picture, min(size), STRIDE), want)
+    image = Image.fromarray(noise(height, width, 3))
+    want = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(whole_image(image, min(size), STRIDE), want)
 
 
 def test_ten_shifts_are_of_the_size_that_was_trained() -> None:
-    """Of a picture padded by an eighth: the middle one is itself, a corner one misses an eighth."""
+    """Of an image padded by an eighth: the middle one is itself, a corner one misses an eighth."""
     image = noise(32, 40, 3)
     views = ten_shifts(image, (1, 2, 3))
     np.testing.assert_array_equal(views[4], image)
@@ -115,7 +115,7 @@ def test_ten_shifts_are_of_the_size_that_was_trained() -> None:
     np.testing.assert_array_equal(views[5:], views[:5, :, ::-1])
 
 
-def test_ten_crops_of_small_pictures_are_shifts(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ten_crops_of_small_images_are_shifts(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a run without --resize. With all ten views worked out by hand the loss is the same."""
     capsys.readouterr()
     assert main(["evaluate", str(finished), "--crops", "10", "--batch-size", "70"]) == 0
@@ -159,7 +159,7 @@ def test_what_is_left_over_of_a_shape_is_no_shape_of_its_own() -> None:
 
 
 def test_scores_of_all_views_are_averaged(tmp_path: Path) -> None:
-    """Pictures of four shapes in turns, a made network: against one picture at a time, in plain NumPy."""
+    """Images of four shapes in turns, a made network: against one image at a time, in plain NumPy."""
     shapes = [(60, 90, 3), (90, 60, 3), (64, 64, 3), (60, 130, 3)]
     files = [(made_tfds.encoded(noise(*shapes[n % 4], seed=n)), n % 2) for n in range(22)]
     made_tfds.write(tmp_path, "made", {"train": files, "test": files})
@@ -179,8 +179,8 @@ def test_scores_of_all_views_are_averaged(tmp_path: Path) -> None:
         return mean
 
     views: list[Callable[[Any], Pixels]] = [
-        lambda picture: ten_crops(picture, (48, 48), 52),
-        lambda picture: whole_image(picture, 64, 32)[None],
+        lambda image: ten_crops(image, (48, 48), 52),
+        lambda image: whole_image(image, 64, 32)[None],
     ]
     groups = [by_shape(data, "test", view, pixels=5 * 64 * 96) for view in views]
     scores, labels = average(logits, groups, 22, 2)
@@ -194,8 +194,8 @@ def test_scores_of_all_views_are_averaged(tmp_path: Path) -> None:
     }
     assert max(np.prod(shape[:3]) for shape in calls) <= 5 * 64 * 96
     for number, score in enumerate(scores):
-        picture = Image.fromarray(noise(*shapes[number % 4], seed=number))
-        want = np.mean([probabilities(view(picture)) for view in views], axis=0)
+        image = Image.fromarray(noise(*shapes[number % 4], seed=number))
+        want = np.mean([probabilities(view(image)) for view in views], axis=0)
         np.testing.assert_allclose(np.exp(score), want, rtol=1e-12, err_msg=str(number))
 
 
@@ -206,8 +206,8 @@ SIDE, CROP, DRAWN = 88, 80, 8
 
 
 @pytest.mark.parametrize("framework", ["numpy", "jax"])
-def test_ten_crops_of_a_centred_picture_score_as_one(framework: str, tmp_path: Path) -> None:
-    """The pictures are mirror-symmetric and constant outside the centre; but for the last."""
+def test_ten_crops_of_a_centred_image_score_as_one(framework: str, tmp_path: Path) -> None:
+    """The images are mirror-symmetric and constant outside the centre; but for the last."""
     files = []
     for number in range(4):
         image = np.full((SIDE, SIDE, 3), 80 * number, np.uint8)
@@ -243,11 +243,11 @@ def test_ten_crops_of_a_centred_picture_score_as_one(framework: str, tmp_path: P
     scores, _ = average(logits, [views], 4, 2)
     apart = np.abs(np.exp(scores) - one).max(1)
     assert apart[:3].max() < 1e-6
-    assert apart[3] > 1e-3, "nor does the last picture's score depend on the crop"
-    assert np.ptp(one[:3, 0]) > 1e-3, "the pictures score alike"
+    assert apart[3] > 1e-3, "nor does the last image's score depend on the crop"
+    assert np.ptp(one[:3, 0]) > 1e-3, "the images score alike"
 
 
-def test_whole_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_whole_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Twice one scale counts as once; two scales differ from both."""
     files = [(made_tfds.encoded(noise(40, 50, 3, seed=number)), number % 2) for number in range(6)]
     made_tfds.write(tmp_path, "made", {"train": files, "test": files})
@@ -348,7 +348,7 @@ def test_weights_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str])
     assert "--weights final" in refusal(["predict", "run", "a.png", "--weights", "best"], here, capsys)
 
 
-# Pictures in files
+# Images in files
 
 
 def test_predictions_are_the_softmax_of_the_logits(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

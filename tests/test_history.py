@@ -80,7 +80,7 @@ def test_a_resumed_history_has_the_same_bytes(path, tmp_path, cut):
     assert end == write(tmp_path / "again.jsonl", LINES)
 
 
-def test_a_torn_last_line_is_mended(path, tmp_path):
+def test_a_torn_last_line_is_repaired(path, tmp_path):
     position = write(path, LINES[:3])
     whole = path.read_bytes()
     for torn in (b"{", b'{"split": "tr', b'{"split": "train"}', b"\0" * 40):  # zeros: a journal replayed

@@ -68,7 +68,7 @@ def test_what_needs_no_preparation(capsys: pytest.CaptureFixture[str], tmp_path:
 
 
 def test_already_prepared(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    files = made_tfds.pictures(4, (28, 28))
+    files = made_tfds.images(4, (28, 28))
     directory = made_tfds.write(tmp_path, "mnist", {"train": files, "test": files}, shape=(28, 28, 1))
     status, out, err = told(capsys, "prepare", "mnist", "--data-dir", str(tmp_path))
     assert (status, err) == (0, "")
@@ -154,7 +154,7 @@ def python_with_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def write_idx(directory: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Write the four files of MNIST, with pictures made here; return those and the labels of each split."""
+    """Write the four files of MNIST, with images made here; return those and the labels of each split."""
     directory.mkdir()
     rng = np.random.default_rng(0)
     parts = {}
@@ -222,7 +222,7 @@ def test_mnist_through_the_builder_of_tfds(python_with_tensorflow: str, tmp_path
 
 
 def rows(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The pictures with their labels, one a row [N, H * W + 1], in an order of nothing but themselves."""
+    """The images with their labels, one a row [N, H * W + 1], in an order of nothing but themselves."""
     together = np.concatenate([images.reshape(len(images), -1), labels[:, None].astype(np.uint8)], axis=1)
     ordered = b"".join(sorted(map(bytes, together)))
     return np.frombuffer(ordered, np.uint8).reshape(together.shape)

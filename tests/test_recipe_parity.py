@@ -96,7 +96,7 @@ def test_each_of_fifty_steps_of_the_recipe(data_dir, monkeypatch, framework):
     with the last bit of one weight changed, the losses of PyTorch itself are apart by 2e-15 after 5 steps,
     5e-10 after 11 and 1e-3 after 20.
     """
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of NumPy's processes: each step begins anew
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of NumPy's processes: each step begins again
     config = recipe("--data-dir", str(data_dir), "--framework", framework)
     data = experiment.data.loading.load(config.dataset, **config.data_options())
     resolved = {"optimizer_options": config.optimizer_options(), "schedule_steps": 64000, "warmup_steps": 0}

@@ -58,7 +58,7 @@ def report_of(run: Path) -> tuple[str, Elements]:
 
 
 def assert_self_contained(elements: Elements) -> None:
-    """Every picture is inside, whole, and has words for those who cannot see it; nothing is loaded or run."""
+    """Every image is inside, whole, and has words for those who cannot see it; nothing is loaded or run."""
     for tag, attributes in elements.found:
         assert tag not in {"script", "iframe", "object", "embed", "base"}
         assert not [name for name in attributes if name.startswith("on")]
@@ -175,7 +175,7 @@ def test_up_to_twenty_names_of_classes_stand_in_the_matrix(tmp_path: Path) -> No
     found = made_run.collect(names, (8, 8, 1), np.random.default_rng(0)).finish(0, names)
     with style.style():
         drawn = [style.svg(figures._confusion(found)) for _ in range(2)]
-    assert drawn[0] == drawn[1], "the same picture, other bytes"
+    assert drawn[0] == drawn[1], "the same image, other bytes"
     ElementTree.fromstring(drawn[0])
 
 
@@ -236,7 +236,7 @@ def test_predictions_by_hand(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.shown[32:], wrong[np.argsort(-chance.max(1)[wrong])][:32])
 
 
-def test_large_pictures_are_kept_small() -> None:
+def test_large_images_are_kept_small() -> None:
     collector = predictions.Collector(1)
     collector.update(np.zeros((1, 224, 448, 3), np.uint8), np.array([[0.0, np.nan]]), np.array([0], np.int32))
     found = collector.finish(0, ("a", "b"))

@@ -56,7 +56,7 @@ session.make_engine = thin
 sys.exit(main())
 """
 LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n"
-# 258 pictures: 32 steps an epoch, so that most checkpoints lie within one.
+# 258 images: 32 steps an epoch, so that most checkpoints lie within one.
 FLAGS = (
     *("--steps", str(STEPS), "--train-subset", "0.2", "--batch-size", "8"),
     *("--checkpoint-every", "7", "--eval-every", "50", "--no-report"),
@@ -425,7 +425,7 @@ def test_ctrl_c_before_training_is_one_line_and_the_folder_can_be_used(reference
         check_fresh(run.run_dir)
 
 
-def test_a_torn_last_line_is_mended(references, tmp_path):
+def test_a_torn_last_line_is_repaired(references, tmp_path):
     reference = references["adam"]
     run = reference.copy(tmp_path / "run", newest=147)
     length = load_newest(run)[1]["history"]["length"]
@@ -534,7 +534,7 @@ def check_full_disk(run: Run, process: subprocess.Popen[str], reason: str = "") 
 
 
 def test_a_full_disk_costs_at_most_the_checkpoint_being_written(references, tmp_path):
-    """There is no room for the next checkpoint; not even for a line of metrics.jsonl; for nothing at all."""
+    """There is no space for the next checkpoint; not even for a line of metrics.jsonl; for nothing at all."""
     adam, adabound = references["adam"], references["adabound"]
     line = len(adam.metrics()) * 147 // STEPS + 1_000
     cases = [(adabound, 70_000, "checkpoint 154 could not be written"), (adam, line, ""), (adam, 100, "")]

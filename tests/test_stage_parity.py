@@ -39,7 +39,7 @@ def write_weights(path: Path, model: str = "resnet18", channels: int = 3, **opti
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of a small network, and a picture."""
+    """Weights of a small network, and an image."""
     directory = tmp_path_factory.mktemp("parity")
     write_weights(directory / "a.safetensors", **SMALL)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
@@ -143,10 +143,10 @@ def test_a_state_dict_of_pytorchs_kind_is_taken_as_it_is(tmp_path: Path, told: T
     assert told(tmp_path / "a.safetensors", "--model", "resnet20")[0] == 0
 
 
-# The picture
+# The image
 
 
-def test_pictures_are_resized_and_normalised(place: Path, tmp_path: Path, told: Told) -> None:
+def test_images_are_resized_and_normalised(place: Path, tmp_path: Path, told: Told) -> None:
     argv = [place / "a.safetensors", place / "a.png", "--layout", "NHWC", "--precision", "float64"]
     told(*argv, "--dump", tmp_path / "a", "--image-size", "40x50")
     told(*argv, "--dump", tmp_path / "b", "--image-size", "40x50", "--mean", 0.5, "--std", 0.25, 0.5, 1)
@@ -156,7 +156,7 @@ def test_pictures_are_resized_and_normalised(place: Path, tmp_path: Path, told: 
     assert_close("given", load_file(tmp_path / "b")["input"], ((pixels - 0.5) / [0.25, 0.5, 1])[None], 1e-15)
 
 
-def test_a_grey_network_sees_any_picture_in_grey(place: Path, tmp_path: Path, told: Told) -> None:
+def test_a_grey_network_sees_any_image_in_grey(place: Path, tmp_path: Path, told: Told) -> None:
     path = write_weights(tmp_path / "a.safetensors", channels=1, **SMALL)
     _, lines = told(
         path, place / "a.png", "--image-size", "40x50", "--dump", tmp_path / "b", "--layout", "NHWC"
@@ -170,7 +170,7 @@ def test_training_mode_is_that_of_a_batch(place: Path, tmp_path: Path, told: Tol
     told(place / "a.safetensors", place / "a.png", "--dump", tmp_path / "a")
     told(place / "a.safetensors", place / "a.png", "--train", "--dump", tmp_path / "b")
     one, four = load_file(tmp_path / "a"), load_file(tmp_path / "b")
-    assert_close("the picture", four["input"][:1], one["input"], 0)
+    assert_close("the image", four["input"][:1], one["input"], 0)
     noise = four["input"][1:] - four["input"][:1]
     assert noise.std() == pytest.approx(1, abs=0.05)
     assert not np.allclose(four["logits"][:1], one["logits"], atol=1e-3)
@@ -313,18 +313,18 @@ def refused(capsys: pytest.CaptureFixture[str], directory: Path, *argv: object) 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "nothing": ([], ["WEIGHTS", "parity --help"]),
     "no file": (["absent"], ["absent: cannot be read"]),
-    "a picture for weights": (["a.png"], ["a.png: no safetensors file", "experiment convert"]),
+    "an image for weights": (["a.png"], ["a.png: no safetensors file", "experiment convert"]),
     "stages for weights": (["stages"], ["stages: conv1.weight is missing"]),
     "unknown model": (["a.safetensors", "--model", "resnet99"], ["--model", "resnet99"]),
     "another model": (
         ["a.safetensors", "--model", "resnet101"],
         ["as resnet101: ", "fc.weight has shape [5, 4], not [5, 64]", " more"],
     ),
-    "no picture": (["a.safetensors", "absent.png"], ["absent.png: not found"]),
-    "weights for a picture": (["a.safetensors", "stages"], ["stages: no image that Pillow reads"]),
-    "half a picture": (["a.safetensors", "half.png"], ["half.png: no image that Pillow reads"]),
-    "channels of no picture": (["two.safetensors", "a.png"], ["IMAGE", "2 channels"]),
-    "small pictures": (["a.safetensors", "--image-size", "31"], ["--image-size: 31 is too small"]),
+    "no image": (["a.safetensors", "absent.png"], ["absent.png: not found"]),
+    "weights for an image": (["a.safetensors", "stages"], ["stages: no image that Pillow reads"]),
+    "half an image": (["a.safetensors", "half.png"], ["half.png: no image that Pillow reads"]),
+    "channels of no image": (["two.safetensors", "a.png"], ["IMAGE", "2 channels"]),
+    "small images": (["a.safetensors", "--image-size", "31"], ["--image-size: 31 is too small"]),
     "no size": (["a.safetensors", "--image-size", "big"], ["--image-size: 'big'"]),
     "another size": (["cnn.safetensors", "--image-size", "40"], ["--image-size", "32"]),
     "two means": (["a.safetensors", "a.png", "--mean", "0", "1"], ["--mean: 2 numbers for 3 channels"]),
@@ -374,7 +374,7 @@ def test_a_mistake_is_one_line(case: str, mistaken: Path, capsys: pytest.Capture
     assert len(error) < 800
 
 
-def test_a_model_whose_pictures_it_cannot_hold(
+def test_a_model_whose_images_it_cannot_hold(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What an engine refuses is told as it says it."""

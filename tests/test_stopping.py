@@ -316,7 +316,7 @@ def test_data_that_cannot_be_read_fails_the_run_in_one_line(
 def test_an_unreadable_image_in_the_midst_of_a_tfds_set_is_named(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    examples = made_tfds.pictures(64, (32, 32))
+    examples = made_tfds.images(64, (32, 32))
     directory = made_tfds.write(
         tmp_path, "made", {"train": examples, "test": examples[:8]}, shape=(32, 32, 1)
     )

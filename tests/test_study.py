@@ -434,8 +434,8 @@ def test_tables_and_curves_of_a_study_that_has_hardly_begun(tmp_path: Path) -> N
     study = json.loads(json.dumps(run_folder.finite(results.collect(plan, tmp_path, ["tiny.toml"]))))
     text = tables.markdown(study)
     assert "| adam | - | 0 of 2 | - | - |" in text
-    (picture,) = curves.draw(study, tmp_path)
-    assert picture.stat().st_size > 0
+    (image,) = curves.draw(study, tmp_path)
+    assert image.stat().st_size > 0
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)

@@ -1,6 +1,6 @@
 """A whole run of the training loop in this process: what it leaves on the disk, and whether that is true.
 
-Numbers are checked by PyTorch, from the weights and the pictures alone.
+Numbers are checked by PyTorch, from the weights and the images alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from experiment.options.config import Config
 from experiment.run.schedules import make_schedule
 from tests.tolerances import FLOAT32_LAYER, FLOAT64_LAYER
 
-# 130 pictures to train on, 14 to validate: eight steps an epoch. An evaluation batch that divides nothing.
+# 130 images to train on, 14 to validate: eight steps an epoch. An evaluation batch that divides nothing.
 SMALL = ["--model", "cnn", "--train-subset", "0.1", "--batch-size", "16", "--eval-batch-size", "77"]
 SMALL += ["--no-report"]
 STEPS = ["--steps", "20", "--eval-every", "5", "--checkpoint-every", "6", "--keep-checkpoints", "2"]
@@ -87,8 +87,8 @@ def untrained(tmp_path_factory) -> Run:
     return start(tmp_path_factory.mktemp("runs") / "untrained", "--steps", "0")
 
 
-def pictures(split, seed=0):
-    """(pictures, labels) of a part of the data that SMALL names, as PyTorch takes them."""
+def images(split, seed=0):
+    """(images, labels) of a part of the data that SMALL names, as PyTorch takes them."""
     data = experiment.data.loading.load("digits", data_dir=None, batch_size=16, seed=seed, train_subset=0.1)
     return as_tensors(data, next(iter(data.eval_batches(split, 10_000))))
 
@@ -98,17 +98,17 @@ def as_tensors(data, batch):
     return torch.tensor(image.transpose(0, 3, 1, 2)), torch.tensor(batch["label"].astype(np.int64))
 
 
-def judge(weights):
+def reference_model(weights):
     """The network in PyTorch, in float64."""
     model = torch_oracle.cnn(10, 1).double().eval()
     torch_oracle.load_state_dict(model, weights)
     return model
 
 
-def judged(weights, image, label):
+def reference_metrics(weights, image, label):
     """The four metrics by PyTorch and scikit-learn."""
     with torch.no_grad():
-        logits = judge(weights)(image)
+        logits = reference_model(weights)(image)
     classes = range(10)
     return {
         "loss": torch.nn.functional.cross_entropy(logits, label).item(),
@@ -202,7 +202,7 @@ def test_the_first_step_by_pytorch(run, untrained):
     """Loss and gradient norm of the first batch, from the weights of a run that took no step."""
     data = experiment.data.loading.load("digits", data_dir=None, batch_size=16, seed=0, train_subset=0.1)
     image, label = as_tensors(data, next(data.train_batches(0)))
-    model = judge(untrained.weights())
+    model = reference_model(untrained.weights())
     loss = torch.nn.functional.cross_entropy(model(image), label)
     loss.backward()
     norm = math.sqrt(sum((p.grad**2).sum().item() for p in model.parameters()))
@@ -230,14 +230,14 @@ def test_the_summary(run):
 
 
 def test_the_final_weights_give_the_test_result(run):
-    expected = judged(run.weights(), *pictures("test"))
+    expected = reference_metrics(run.weights(), *images("test"))
     assert run.summary["test"] == pytest.approx(expected, rel=FLOAT32_LAYER)
 
 
 def test_the_best_weights_give_the_best_validation_result(run):
     best = run.summary["best"]
     assert best["step"] in (5, 10, 15, 20)
-    expected = judged(run.weights("weights-best"), *pictures("val"))
+    expected = reference_metrics(run.weights("weights-best"), *images("val"))
     assert only_metrics(best) == pytest.approx(expected, rel=FLOAT32_LAYER)
     (line,) = [line for line in run.lines("val") if line["step"] == best["step"]]
     assert only_metrics(best) == only_metrics(line)
@@ -267,7 +267,7 @@ def test_best_is_not_last(tmp_path):
     best = run.summary["best"]
     assert 2 < best["step"] < 12
     assert best["loss"] == losses[best["step"]] == min(losses.values())
-    expected = judged(run.weights("weights-best"), *pictures("val"))
+    expected = reference_metrics(run.weights("weights-best"), *images("val"))
     assert best["loss"] == pytest.approx(expected["loss"], rel=FLOAT32_LAYER)
 
 
@@ -321,7 +321,7 @@ def test_without_validation_nothing_is_called_best(tmp_path):
 def test_evaluation_counts_each_test_example_once(untrained, tmp_path, size):
     run = start(tmp_path / "run", "--steps", "0", "--eval-batch-size", str(size))
     assert run.weights()["fc.weight"].tobytes() == untrained.weights()["fc.weight"].tobytes()
-    expected = judged(run.weights(), *pictures("test"))
+    expected = reference_metrics(run.weights(), *images("test"))
     result = run.summary["test"]
     assert result["loss"] == pytest.approx(expected["loss"], rel=FLOAT32_LAYER)
     for name in ("accuracy", "f1", "top5"):  # of counts: one example more or less would show
@@ -334,7 +334,9 @@ def test_no_steps(untrained):
     summary = untrained.summary
     assert (summary["steps"], summary["epochs"], summary["images_per_second"]) == (0, 0, 0)
     assert summary["best"] is None
-    assert summary["test"] == pytest.approx(judged(untrained.weights(), *pictures("test")), rel=FLOAT32_LAYER)
+    assert summary["test"] == pytest.approx(
+        reference_metrics(untrained.weights(), *images("test")), rel=FLOAT32_LAYER
+    )
 
 
 def test_the_same_seed_gives_the_same_bytes(run, tmp_path):
@@ -407,7 +409,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, every, kept):
 
 
 def test_what_is_poisoned_later_leaves_the_good_checkpoints(tmp_path, capsys, monkeypatch):
-    """A picture of no numbers in step 8, between two checkpoints and two updates of the metrics."""
+    """An image of no numbers in step 8, between two checkpoints and two updates of the metrics."""
 
     class Poisoned(experiment.data.loading.Data):
         def train_batches(self, start_step=0):
@@ -525,9 +527,11 @@ def test_early_stopping_keeps_the_best_weights(tmp_path, capsys):
     assert run.summary["best"]["step"] == steps - 6
     assert run.checkpoints[-1] == steps
     assert f"step {steps}: no better validation loss for 3 validations, the run ends early" in out
-    expected = judged(run.weights("weights-best"), *pictures("val"))
+    expected = reference_metrics(run.weights("weights-best"), *images("val"))
     assert run.summary["best"]["loss"] == pytest.approx(expected["loss"], rel=FLOAT32_LAYER)
-    assert run.summary["test"] == pytest.approx(judged(run.weights(), *pictures("test")), rel=FLOAT32_LAYER)
+    assert run.summary["test"] == pytest.approx(
+        reference_metrics(run.weights(), *images("test")), rel=FLOAT32_LAYER
+    )
 
     # Resumed, it has come to its end; with more patience it goes on as a run that had it from the start
     before = run.content("metrics.jsonl")

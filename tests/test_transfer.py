@@ -85,12 +85,12 @@ def test_the_head_alone_is_trained_as_by_pytorch(framework, model, optimizer):
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name.startswith("fc."))
     head = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    judge = torch_oracle.make_optimizer(optimizer, head, 1e-3, **OPTIONS)
+    reference = torch_oracle.make_optimizer(optimizer, head, 1e-3, **OPTIONS)
 
     state, metrics = take_steps(engine, state, batches)
     for step, (batch, found) in enumerate(zip(batches, metrics, strict=True)):
-        judge.param_groups[0]["lr"] = engine.learning_rate(step)
-        judge.zero_grad()
+        reference.param_groups[0]["lr"] = engine.learning_rate(step)
+        reference.zero_grad()
         logits = network(torch.from_numpy(nchw(batch["image"])))
         loss = F.cross_entropy(logits, torch.from_numpy(batch["label"]).long())
         loss.backward()
@@ -98,7 +98,7 @@ def test_the_head_alone_is_trained_as_by_pytorch(framework, model, optimizer):
         assert_close("loss", found["loss"], loss.detach(), FLOAT64_NETWORK)
         norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in head if p.grad is not None]))
         assert_close("grad_norm", found["grad_norm"], norm, FLOAT64_NETWORK)
-        judge.step()
+        reference.step()
 
     after = engine.to_tree(state)
     changed = torch_oracle.state_dict(network)
@@ -150,7 +150,7 @@ def test_there_is_no_backward_through_the_frozen_part(monkeypatch):
         take_steps(whole := make_numpy_engine(), whole.init(), make_batches(1))
 
 
-def test_a_grey_picture_gets_the_response_it_had_in_three_channels():
+def test_a_grey_image_gets_the_response_it_had_in_three_channels():
     rng = np.random.default_rng(0)
     grey = torch.from_numpy(rng.normal(size=(2, 1, 9, 9)))
     kernel = rng.normal(size=(4, 3, 3, 3))

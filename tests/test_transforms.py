@@ -1,4 +1,4 @@
-"""Transforms of pictures: each against Pillow's own operation, NumPy's, or a value worked out by hand; and
+"""Transforms of images: each against Pillow's own operation, NumPy's, or a value worked out by hand; and
 that what is random is a function of (seed, epoch, example)."""
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def noise(*shape: int, seed: int = 0) -> Pixels:
 
 
 def smooth(height: int, width: int) -> Pixels:
-    """A colour picture that changes slowly, so that a pixel's place can be told from its value."""
+    """A colour image that changes slowly, so that a pixel's place can be told from its value."""
     down, across = np.mgrid[:height, :width]
     return np.stack([down * 255 // height, across * 255 // width, (down + across) % 256], -1).astype(np.uint8)
 
@@ -99,23 +99,23 @@ def test_numbers_are_spread_evenly() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(60, 90), (90, 60), (50, 50)])
 def test_the_shorter_side_is_resized_and_the_centre_cut(height: int, width: int) -> None:
-    picture = Image.fromarray(noise(height, width, 3))
+    image = Image.fromarray(noise(height, width, 3))
     scale = 40 / min(height, width)
-    whole = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
+    whole = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
     left, top = (whole.width - 32) // 2, (whole.height - 36) // 2
     want = np.asarray(whole)[top : top + 36, left : left + 32]
-    found = fit_image(picture, (36, 32), shorter_side=40)
+    found = fit_image(image, (36, 32), shorter_side=40)
     np.testing.assert_allclose(found.astype(int), want.astype(int), atol=1)
 
 
 def test_what_is_made_to_fit_inside_is_surrounded() -> None:
     """30x60 in 40x80 fills 40x80; in 80x80 it fills the middle 40 rows."""
-    picture = Image.fromarray(np.full((30, 60, 3), 200, np.uint8))
-    np.testing.assert_array_equal(fit_image(picture, (40, 80), fill=(1, 2, 3)), 200)
+    image = Image.fromarray(np.full((30, 60, 3), 200, np.uint8))
+    np.testing.assert_array_equal(fit_image(image, (40, 80), fill=(1, 2, 3)), 200)
     want = np.full((80, 80, 3), (1, 2, 3))
     want[20:60] = 200
-    np.testing.assert_array_equal(fit_image(picture, (80, 80), fill=(1, 2, 3)), want)
-    grey = fit_image(picture.convert("L"), (80, 80), fill=(9,))
+    np.testing.assert_array_equal(fit_image(image, (80, 80), fill=(1, 2, 3)), want)
+    grey = fit_image(image.convert("L"), (80, 80), fill=(9,))
     np.testing.assert_array_equal(grey, np.where(want[..., :1] == 200, 200, 9))
 
 
@@ -143,7 +143,7 @@ def test_a_box_outside_is_an_error(box: list[float]) -> None:
 
 
 def test_grey_statistics() -> None:
-    """The mean is that of Pillow's grey picture; the deviation too, where channels rise and fall together."""
+    """The mean is that of Pillow's grey image; the deviation too, where channels rise and fall together."""
     grey = noise(64, 64).astype(float)
     image = np.stack([grey, 0.5 * grey, 0.25 * grey], -1).astype(np.uint8)
     (mean,), (std,) = to_gray((tuple(image.mean((0, 1))), tuple(image.std((0, 1)))))
@@ -156,7 +156,7 @@ def test_grey_statistics() -> None:
 # Crops and flips
 
 
-def test_pad_crop_is_a_window_of_the_padded_picture() -> None:
+def test_pad_crop_is_a_window_of_the_padded_image() -> None:
     image = noise(32, 48, 3)
     padded = np.full((40, 60, 3), (1, 2, 3), np.uint8)
     padded[4:36, 6:54] = image
@@ -170,30 +170,30 @@ def test_pad_crop_is_a_window_of_the_padded_picture() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(60, 90), (90, 60)])
 def test_random_crop_is_resizing_then_cropping(height: int, width: int) -> None:
-    picture = Image.fromarray(noise(height, width, 3))
+    image = Image.fromarray(noise(height, width, 3))
     for draw, side, part in (
         ((0.0, 0.0, 0.0), 40, 0.0),
         ((0.9999,) * 3, 48, 1.0),
         ((0.5, 0.5, 0.5), 44, 0.5),
     ):
         scale = side / 60
-        whole = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
+        whole = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
         top, left = int(part * (whole.height - 32)), int(part * (whole.width - 36))
-        found = random_crop(picture, (32, 36), (40, 48), scripted(*draw))
+        found = random_crop(image, (32, 36), (40, 48), scripted(*draw))
         want = np.asarray(whole)[top : top + 32, left : left + 36]
         np.testing.assert_allclose(found.astype(int), want.astype(int), atol=1)
 
 
 def test_every_size_and_place_is_drawn() -> None:
     """A shorter side of 32 to 34 of a square: the crop of 32 has 1, 4 and 9 places."""
-    picture = Image.fromarray(smooth(240, 240))
+    image = Image.fromarray(smooth(240, 240))
     crops = {
-        random_crop(picture, (32, 32), (32, 34), rng).tobytes() for rng in generators(0, 0, np.arange(300))
+        random_crop(image, (32, 32), (32, 34), rng).tobytes() for rng in generators(0, 0, np.arange(300))
     }
     assert len(crops) == 1 + 4 + 9
 
 
-def test_flip_mirrors_every_other_picture() -> None:
+def test_flip_mirrors_every_other_image() -> None:
     image = noise(32, 40, 3)
     mirrored = np.asarray(ImageOps.mirror(Image.fromarray(image)))
     np.testing.assert_array_equal(flip(image, scripted(0.49)), mirrored)
@@ -301,10 +301,10 @@ def test_an_operation_is_what_it_is_by_hand(name: str, strength: float) -> None:
 
 
 def test_sharpness_is_pillows_between_0_1_and_1_9() -> None:
-    picture = image_of(noise(32, 32, 3))
+    image = image_of(noise(32, 32, 3))
     for strength, factor in ((0.0, 0.1), (0.5, 1.0), (1.0, 1.9)):
-        want = ImageEnhance.Sharpness(picture).enhance(factor)
-        np.testing.assert_array_equal(apply("Sharpness", picture, strength, False, 0.5, FILL), want)
+        want = ImageEnhance.Sharpness(image).enhance(factor)
+        np.testing.assert_array_equal(apply("Sharpness", image, strength, False, 0.5, FILL), want)
 
 
 @pytest.mark.parametrize("policy", [CIFAR10, IMAGENET])
@@ -341,9 +341,9 @@ def test_rows_of_the_published_tables() -> None:
 
 def test_autoaugment_does_the_steps_whose_probability_is_met() -> None:
     """The second row of Table 7: Rotate with 0.7 at 2, then TranslateX with 0.3 at 9, which is 10 pixels."""
-    picture = image_of(noise(32, 32, 3))
+    image = image_of(noise(32, 32, 3))
     row = 1.5 / 25
-    turned = picture.rotate(30 * 2 / 9, fillcolor=FILL)
+    turned = image.rotate(30 * 2 / 9, fillcolor=FILL)
 
     def shifted(of: Image.Image, by: int) -> Image.Image:
         out = Image.new("RGB", of.size, FILL)
@@ -351,12 +351,12 @@ def test_autoaugment_does_the_steps_whose_probability_is_met() -> None:
         return out
 
     for draws, want in (
-        ((row, 0.7, 0.9, 0.3, 0.9), picture),
+        ((row, 0.7, 0.9, 0.3, 0.9), image),
         ((row, 0.69, 0.9, 0.3, 0.9), turned),
         ((row, 0.69, 0.9, 0.29, 0.9), shifted(turned, 10)),
-        ((row, 0.7, 0.9, 0.29, 0.1), shifted(picture, -10)),
+        ((row, 0.7, 0.9, 0.29, 0.1), shifted(image, -10)),
     ):
-        np.testing.assert_array_equal(autoaugment(picture, CIFAR10, FILL, scripted(*draws)), want)
+        np.testing.assert_array_equal(autoaugment(image, CIFAR10, FILL, scripted(*draws)), want)
 
 
 # The whole, in batches
@@ -411,7 +411,7 @@ def test_a_changed_batch_is_a_function_of_seed_and_step(
 
 
 @pytest.mark.parametrize("options", [CASES[0], CASES[-1]])
-def test_the_size_of_the_batch_changes_no_picture(options: dict[str, Any]) -> None:
+def test_the_size_of_the_batch_changes_no_image(options: dict[str, Any]) -> None:
     large, small = (by_example(made(**options, batch_size=size), 80 // size) for size in (16, 4))
     common = large.keys() & small.keys()
     assert len(common) >= 60
@@ -422,12 +422,12 @@ def test_the_size_of_the_batch_changes_no_picture(options: dict[str, Any]) -> No
         first[example] == pixels for (epoch, example), pixels in epochs.items() if epoch and example in first
     ]
     assert again
-    assert not all(again), "every epoch has the same pictures"
+    assert not all(again), "every epoch has the same images"
 
 
 @pytest.mark.parametrize("options", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_evaluation_is_not_changed(options: dict[str, Any]) -> None:
-    """Validation and test pictures, and the statistics that normalise them, are those without --augment."""
+    """Validation and test images, and the statistics that normalise them, are those without --augment."""
     changed = made(**options)
     resize = options.get("resize", ())[:1]
     plain = made(**(options | {"augment": "none", "resize": resize}))
@@ -442,7 +442,7 @@ def test_evaluation_is_not_changed(options: dict[str, Any]) -> None:
 
 
 def test_training_at_one_size_is_the_evaluations_transform() -> None:
-    """Without --augment, --resize 40 gives training pictures as evaluation has them."""
+    """Without --augment, --resize 40 gives training images as evaluation has them."""
     data = made(resize=(40,))
     batch = next(data.train_batches())
     fitted = {image.tobytes() for image in next(data.eval_batches("train", 1000))["image"]}
@@ -453,7 +453,7 @@ def test_training_at_one_size_is_the_evaluations_transform() -> None:
     ("name", "options", "fill"),
     [("digits", {}, (0,)), ("synthetic", {}, (128,) * 3), ("synthetic", {"grayscale": True}, (127,))],
 )
-def test_what_surrounds_a_picture(name: str, options: dict[str, Any], fill: tuple[int, ...]) -> None:
+def test_what_surrounds_an_image(name: str, options: dict[str, Any], fill: tuple[int, ...]) -> None:
     assert load(name, data_dir=None, batch_size=4, seed=0, **options).augmentation.fill == fill
 
 
@@ -467,7 +467,7 @@ def test_mean_only() -> None:
 
 @pytest.fixture
 def boxed(tmp_path: Path) -> Path:
-    """A data set `made` with a white box in each black picture, and its box; 6 to train, 3 to test."""
+    """A data set `made` with a white box in each black image, and its box; 6 to train, 3 to test."""
     import tensorflow_datasets as tfds
 
     features = {
@@ -497,7 +497,7 @@ def test_crop_to_bbox(boxed: Path) -> None:
     mean = [round(255 * value) for value in (0.485, 0.456, 0.406)]
     for rows in (slice(0, 6), slice(42, 48)):
         np.testing.assert_array_equal(batch["image"][:, rows], np.broadcast_to(mean, (3, 6, 48, 3)))
-    # With --resize the box is covered and cut, as any picture
+    # With --resize the box is covered and cut, as any image
     resized = load("made", **options, image_size=(48, 48), resize=(48, 56), augment="crop-flip")
     for batch in (next(resized.train_batches()), next(resized.eval_batches("test", 3))):
         np.testing.assert_array_equal(batch["image"], np.broadcast_to([250, 200, 150], batch["image"].shape))
@@ -509,7 +509,7 @@ def test_crop_to_bbox(boxed: Path) -> None:
 
 
 def test_crop_to_bbox_needs_boxes(tmp_path: Path) -> None:
-    files = made_tfds.pictures(4, (40, 40, 3))
+    files = made_tfds.images(4, (40, 40, 3))
     made_tfds.write(tmp_path, "made", {"train": files, "test": files})
     with pytest.raises(UserError, match=r"^--crop-to-bbox: made has no bounding boxes; .* cars196$"):
         load("made", data_dir=str(tmp_path), batch_size=2, seed=0, crop_to_bbox=True)
@@ -519,7 +519,7 @@ def test_crop_to_bbox_needs_boxes(tmp_path: Path) -> None:
 
 
 def write_as_tfds_does(root: Path, name: str, images: list[Pixels], **fields: Any) -> None:
-    """Write pictures as a data set with the features and splits that it has in TFDS."""
+    """Write images as a data set with the features and splits that it has in TFDS."""
     import tensorflow_datasets as tfds
 
     features = dict(tfds.builder(name, data_dir=root / "absent").info.features)
@@ -547,8 +547,8 @@ def test_cifar100(tmp_path: Path) -> None:
         np.testing.assert_array_equal(image, images[label])
 
 
-def test_imagenets_training_crops_come_from_the_whole_picture(tmp_path: Path) -> None:
-    """Pictures of several sizes in ImageNet's own features: each crop is a part at a drawn size."""
+def test_imagenets_training_crops_come_from_the_whole_image(tmp_path: Path) -> None:
+    """Images of several sizes in ImageNet's own features: each crop is a part at a drawn size."""
     sizes = [(300, 400), (375, 280), (256, 256), (500, 333)]
     write_as_tfds_does(tmp_path, "imagenet2012", [smooth(*size) for size in sizes], file_name=b"a.JPEG")
     data = load(

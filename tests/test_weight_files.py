@@ -2,7 +2,7 @@
 
 Both libraries' ResNets have the state dict of `torch_oracle`, whose names `test_torch_oracle.py` writes down
 from the publications, with PyTorch's count of batches beside every batch norm. What an engine says of names
-that are missing, surplus or misshapen: `test_resnet.py` and `test_numpy_resnet.py`.
+that are missing, unexpected or of another shape: `test_resnet.py` and `test_numpy_resnet.py`.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ FILES: dict[str, Callable[[torch.nn.Module, Path], None]] = {
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_file_of_pytorchs_loads_as_it_is(name: str, kind: str, engine: str, tmp_path: Path) -> None:
-    judge = torch_model(name)
-    FILES[kind](judge, tmp_path / "a.safetensors")
+    reference = torch_model(name)
+    FILES[kind](reference, tmp_path / "a.safetensors")
     found, rest = weights.load_network(tmp_path / "a.safetensors")
     assert rest == (["n_averaged"] if "average" in kind else [])
     assert found["bn1.num_batches_tracked"].dtype == np.int64
@@ -102,7 +102,7 @@ def test_a_file_of_pytorchs_loads_as_it_is(name: str, kind: str, engine: str, tm
     package, build = ENGINES[engine]
     model = build(name)
     package.load_state_dict(model, found)
-    assert_all_close(name, package.state_dict(model), torch_oracle.state_dict(judge), 0)
+    assert_all_close(name, package.state_dict(model), torch_oracle.state_dict(reference), 0)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -120,7 +120,7 @@ def test_an_engines_file_loads_in_pytorch(name: str, suffix: str, engine: str, t
         state = torch.load(tmp_path / "a.pth", weights_only=True)
     else:
         state = {key: torch.tensor(array) for key, array in weights.load(tmp_path / "a.safetensors").items()}
-    judge = torch_model(name)
-    judge.load_state_dict(state)
+    reference = torch_model(name)
+    reference.load_state_dict(state)
     expected = {key: array.astype(np.float32) for key, array in wanted.items()}
-    assert_all_close(name, torch_oracle.state_dict(judge), expected, 0)
+    assert_all_close(name, torch_oracle.state_dict(reference), expected, 0)

@@ -170,9 +170,9 @@ def test_the_sheet_of_augmented_pictures_can_be_drawn(tmp_path, monkeypatch):
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_the_pictures_of_convolution_can_be_drawn(tmp_path):
+def test_the_figures_of_convolution_can_be_drawn(tmp_path):
     script = runpy.run_path(str(ROOT / "docs" / "draw_convolution.py"))
-    for draw in ("draw_windows", "draw_columns"):
+    for draw in ("draw_windows", "draw_patches"):
         script[draw].__globals__["FOLDER"] = tmp_path
         script[draw]()
     for name in ("convolution.png", "im2col.png"):

@@ -13,7 +13,8 @@ from numpy_ref.fast.winograd import Winograd
 from numpy_ref.layers import Array, Pair, check_channels, output_size, promote
 from numpy_ref.memory import empty, empty_like
 
-WINOGRAD_CHANNELS, WINOGRAD_PIXELS = 64, 200  # the least that Winograd is worth, see `choose_algorithm`
+# The limits of `choose_algorithm`, which says where they come from
+WINOGRAD_CHANNELS, WINOGRAD_PIXELS = 64, 200
 SHIFTED_SHARE = 0.5
 
 
@@ -28,8 +29,9 @@ def choose_algorithm(
       and backward took 0.70 of the time of `Im2col` for 2 @ 28x28x128, 0.77 for 14x14x256, and 0.98 for
       4 @ 6x6x256, 144 pixels, which is left to `Im2col` (benchmarks/RESULTS.md, 25 and 26 November 2026).
     - `Shifted` where at most half of the products of `Im2col` would meet the image, the others its padding:
-      on 2x2 images, five of nine taps of a padded 3x3 kernel. Beyond that, one large product beats nine
-      small ones.
+      on 2x2 images, four of nine taps of a padded 3x3 kernel. It took 0.16 of the processor time of `Im2col`
+      for 16 @ 1x1x512 and 0.6 for 16 @ 2x2x512 (28 November 2026, one thread, on a busy machine). Half is a
+      cautious limit: at 4x4, 0.69 of the products inside, it took 0.7 to 0.8.
     - `Im2col` for all else.
     """
     n, h, w, _ = x_shape

@@ -30,7 +30,7 @@ from experiment.options.command_line import parse
 from experiment.options.config import Config
 from experiment.options.resolving import resolve
 from experiment.run.session import make_engine, resolve_lengths
-from tests import made_tfds
+from tests.helpers import made_tfds
 
 CIFAR = "--dataset cifar10 --train-subset 0.2 --model resnet20 --batch-size 128"
 CARS = "--dataset cars196 --crop-to-bbox --image-size 64x96 --model resnet101"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_oracle
-from tests.comparing import largest_error, nchw
+from tests.helpers.comparing import largest_error, nchw
 from tests.parity import cases, torch_side
 from tests.parity.case import group, make_inputs
 

@@ -23,8 +23,8 @@ from jax_resnet.adabound import (
     sgdbound,
 )
 from jax_resnet.optimizers import amsgrad, scale_by_amsgrad
-from tests.comparing import assert_close
-from tests.published_adabound import FINAL_LR, PEAK, SHAPES, STEPS, problem, published, warmup_cosine
+from tests.helpers.comparing import assert_close
+from tests.helpers.published_adabound import FINAL_LR, PEAK, SHAPES, STEPS, problem, published, warmup_cosine
 
 OPTIMIZERS = [adabound, amsbound, adaboundw]
 TRANSFORMATIONS = [scale_by_adabound, scale_by_amsbound]

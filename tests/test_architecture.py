@@ -269,6 +269,14 @@ def test_modules_of_experiment_import_in_no_circle() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
+def test_no_test_imports_from_the_file_of_another() -> None:
+    """What tests share is in tests/helpers/."""
+    imported = re.compile(
+        r"^\s*(?:from tests import test_|(?:from|import) tests\.test_)(?!distributed)", re.MULTILINE
+    )
+    assert [path for path in SOURCES if path.startswith("tests/") and imported.search(SOURCES[path])] == []
+
+
 def test_what_is_imported_is_declared() -> None:
     """A library that is only there because another one brings it may be gone tomorrow."""
 

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 import jax_resnet
-from tests.comparing import assert_all_close, assert_close, quick_jit, random_state
+from tests.helpers.comparing import assert_all_close, assert_close, quick_jit, random_state
 from tests.tolerances import FLOAT32_NETWORK
 
 CLASSES = 5

@@ -12,8 +12,8 @@ import pytest
 from jax_resnet.step import eval_step
 from jax_resnet.strategies.blockwise import Blockwise
 from jax_resnet.strategies.whole import Whole
-from tests.comparing import assert_all_close, assert_close, quick_jit
-from tests.test_loop import FIELDS, THIN, flat, make_batches, make_engine, train
+from tests.helpers.comparing import assert_all_close, assert_close, quick_jit
+from tests.helpers.jax_engine import FIELDS, THIN, flat, make_batches, make_engine, train
 from tests.tolerances import FLOAT64_NETWORK
 
 if jax.default_backend() != "cpu":

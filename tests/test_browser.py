@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from experiment.__main__ import main
-from tests import made_run
+from tests.helpers import made_run
 
 pytestmark = pytest.mark.browser
 

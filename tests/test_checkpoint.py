@@ -21,26 +21,7 @@ from experiment.errors import UserError
 from experiment.files import checkpoints
 from experiment.files.checkpoints import CheckpointError, Checkpoints, differences
 from experiment.files.run_folder import write_json
-
-
-def make_tree(step, seed=0):
-    """A tree with every kind of leaf that an engine may hand over."""
-    rng = np.random.default_rng([seed, step])
-    odd = np.array([np.nan, np.inf, -np.inf, -0.0, 5e-324, 1 / 3])
-    return {
-        "params": {
-            "conv1.weight": rng.normal(size=(4, 3, 3, 3)).astype(np.float32),
-            "layer1.0.bn1.weight": rng.normal(size=5),
-            "layer1.0.downsample.0.weight": rng.normal(size=(3, 5)).astype(np.float32).T,  # a view, strided
-            "fc.bias": odd,
-        },
-        "batch_stats": {},
-        "optimizer": {
-            "count": np.array(step, np.int32),
-            "mu": {"conv1.weight": np.zeros((4, 3, 3, 3), np.float32), "fc.bias": odd.astype(np.float32)},
-        },
-        "step": np.array(step, np.int32),
-    }
+from tests.helpers.checkpoint_trees import RUN, make_tree
 
 
 def leaves(tree, prefix=""):
@@ -67,9 +48,6 @@ def assert_same(found, expected):
 def copy_of(tree):
     """A copy that shares no memory."""
     return {k: copy_of(v) if isinstance(v, dict) else np.array(v) for k, v in tree.items()}
-
-
-RUN = {"history": {"length": 7, "sha256": "ab"}, "best": None, "clock": {"wall_seconds": 0.1 + 0.2}}
 
 
 def save(directory, steps, keep=3):

@@ -35,7 +35,7 @@ from experiment.data.builtin import CachedSource, SyntheticSource, cached
 from experiment.data.loading import Data, Split, load
 from experiment.data.types import IMAGENET, Batch, Dataset, Labels
 from experiment.errors import UserError
-from tests import made_tfds
+from tests.helpers import made_tfds
 
 ROOT = Path(__file__).parents[1]
 

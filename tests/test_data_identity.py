@@ -15,7 +15,7 @@ from experiment.__main__ import main
 from experiment.commands import train
 from experiment.data import builtin
 from experiment.data.loading import load
-from tests import made_tfds
+from tests.helpers import made_tfds
 
 FILES = made_tfds.images(8, (32, 32, 3))
 FIELDS = ("data_version", "data_config", "data_test_split", "data_sha256")

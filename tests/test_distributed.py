@@ -14,10 +14,10 @@ import pytest
 from experiment.commands import train
 from experiment.errors import UserError
 from experiment.processes import ProcessInfo, connect
-from tests import test_loop
-from tests.comparing import assert_all_close, assert_close
-from tests.test_loop import FLOAT64_DEVICES, flat, make_batches, make_engine
-from tests.test_training import Run
+from tests.helpers.comparing import assert_all_close, assert_close
+from tests.helpers.jax_engine import FLOAT64_DEVICES, flat, make_batches, make_engine
+from tests.helpers.jax_engine import train as take_steps
+from tests.helpers.runs import Run
 
 ROOT = Path(__file__).parents[1]
 FLOAT32_FIRST_STEPS = 1e-5  # later float32 steps part by chaos
@@ -83,8 +83,8 @@ def train_in_processes(place: ProcessInfo, precision: str) -> dict[str, np.ndarr
     tree, the logits of 5 images."""
     engine = make_engine(precision=precision)
     rows = [{k: v[place.rows(8)] for k, v in batch.items()} for batch in make_batches(20)]
-    state, metrics = test_loop.train(engine, engine.init(), rows[:10])
-    state, more = test_loop.train(engine, engine.from_tree(engine.to_tree(state)), rows[10:])
+    state, metrics = take_steps(engine, engine.init(), rows[:10])
+    state, more = take_steps(engine, engine.from_tree(engine.to_tree(state)), rows[10:])
     metrics += more
     (logits,) = engine.evaluate(state, make_batches(1, size=5, seed=1))
     found = np.array([step["loss"] for step in metrics])

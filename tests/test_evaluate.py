@@ -21,7 +21,7 @@ from experiment.data.augmentation import ten_crops, ten_shifts, whole_image
 from experiment.data.loading import load
 from experiment.engines import load_engine
 from experiment.run.completed_run import open_run
-from tests import made_tfds
+from tests.helpers import made_tfds
 
 Pixels = npt.NDArray[np.uint8]
 

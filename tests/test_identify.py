@@ -11,17 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import torch_oracle
 from experiment.errors import UserError
 from experiment.files import weights
 from experiment.files.identify import CIFAR, IMAGENET, Shapes, identify, summary
 from experiment.options.config import MODELS
-
-
-def shapes_of(model: str, classes: int = 7, channels: int = 3, **options: Any) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        network = torch_oracle.MODELS[model](classes, channels, **options)
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+from tests.helpers.state_dicts import shapes_of, with_se
 
 
 def assert_builds(shapes: Shapes, **arguments: Any) -> None:
@@ -94,17 +88,6 @@ def test_a_given_model_is_taken() -> None:
 
 def without(shapes: Shapes, *names: str) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if not name.startswith(names)}
-
-
-def with_se(model: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of a network with squeeze and excitation, as timm names them."""
-    shapes = shapes_of(model)
-    for name in list(shapes):
-        if re.fullmatch(r"layer\d+\.\d+\.conv2\.weight", name):
-            block = name.removesuffix("conv2.weight")
-            for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
-                shapes[f"{block}se.{part}"] = (4,)
-    return shapes
 
 
 def changed(model: str, names: str, factors: tuple[int, int]) -> dict[str, tuple[int, ...]]:

@@ -25,7 +25,7 @@ from experiment.data.images import read_image
 from experiment.data.loading import load
 from experiment.errors import UserError
 from experiment.options.resolving import resolve
-from tests import made_tfds
+from tests.helpers import made_tfds
 
 ROOT = Path(__file__).parents[1]
 SIDE = 40

@@ -21,7 +21,7 @@ from jax_resnet.state_dict import (
     split,
     state_dict,
 )
-from tests.comparing import assert_all_close, assert_close, quick_jit
+from tests.helpers.comparing import assert_all_close, assert_close, quick_jit
 from tests.tolerances import BFLOAT16_LAYER, FLOAT32_LAYER
 
 

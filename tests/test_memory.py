@@ -12,9 +12,9 @@ import torch.nn.functional as F
 import torch_oracle
 from experiment.commands import train as command
 from experiment.run.completed_run import open_run
-from tests.comparing import assert_all_close, assert_close, nchw, quick_jit
-from tests.test_loop import THIN, flat, learning_rate, make_batches, make_engine, oracle, train
-from tests.test_training import highest_precision
+from tests.helpers.comparing import assert_all_close, assert_close, nchw, quick_jit
+from tests.helpers.jax_engine import THIN, flat, learning_rate, make_batches, make_engine, oracle, train
+from tests.helpers.runs import highest_precision
 from tests.tolerances import FLOAT64_NETWORK
 
 __all__ = ["highest_precision"]  # the fixture, for every test here

@@ -18,7 +18,7 @@ from numpy_ref import fast, layers
 from numpy_ref.fast import blocks, convolution
 from numpy_ref.layers import Layer, cross_entropy, no_grad
 from numpy_ref.state_dict import load_state_dict, state_dict
-from tests.comparing import assert_all_close, assert_close, random_state
+from tests.helpers.comparing import assert_all_close, assert_close, random_state
 from tests.parity.case import Case
 from tests.parity.compare import check
 from tests.tolerances import FLOAT64_LAYER

@@ -15,7 +15,7 @@ import pytest
 import jax_resnet
 import numpy_ref
 from numpy_ref import OPTIMIZERS, Parameter, make_optimizer, optimizer_base
-from tests.comparing import assert_close
+from tests.helpers.comparing import assert_close
 
 STEPS = 1000
 SHAPES = {"weight": (7, 5), "bias": (5,), "kernel": (3, 3, 2, 4)}

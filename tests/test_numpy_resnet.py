@@ -20,7 +20,7 @@ import numpy_ref
 import torch_oracle
 from numpy_ref import cross_entropy, load_state_dict, parameter_count, state_dict
 from numpy_ref.layers import Layer
-from tests.comparing import assert_close, nchw
+from tests.helpers.comparing import assert_close, nchw
 from tests.tolerances import FLOAT32_NETWORK
 
 THIN: dict[str, Any] = {"width": 4, "stage_sizes": (1, 2, 1, 1)}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_resnet import layers
-from tests.comparing import assert_all_close, assert_all_near
+from tests.helpers.comparing import assert_all_close, assert_all_near
 from tests.parity import cases, jax_side
 from tests.parity.case import Case, make_inputs
 from tests.parity.compare import check, check_in_float32

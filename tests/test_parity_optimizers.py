@@ -10,7 +10,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from experiment.run.schedules import make_schedule
-from tests.comparing import assert_close
+from tests.helpers.comparing import assert_close
 from tests.parity import cases
 from tests.parity.case import Case
 from tests.parity.compare import check

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from experiment.metrics import Metrics
-from tests.comparing import assert_close
+from tests.helpers.comparing import assert_close
 from tests.parity import cases
 from tests.parity.case import CLASSES, Case, Results, make_inputs
 from tests.parity.compare import check

@@ -21,7 +21,7 @@ from experiment.__main__ import COMMANDS, main
 from experiment.commands import prepare
 from experiment.data.loading import load
 from experiment.errors import UserError
-from tests import made_tfds
+from tests.helpers import made_tfds
 
 ROOT = Path(__file__).parents[1]
 

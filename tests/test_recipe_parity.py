@@ -23,9 +23,9 @@ from experiment.options.config import Config
 from experiment.options.recipes import with_recipe
 from experiment.options.resolving import resolve
 from experiment.run.session import make_engine
-from tests.comparing import assert_all_close, assert_close
+from tests.helpers.comparing import assert_all_close, assert_close
+from tests.helpers.jax_engine import train as take_steps
 from tests.parity.recipe import Oracle
-from tests.test_loop import train as take_steps
 from tests.tolerances import FLOAT64_RECIPE, RECIPE_EPOCH
 
 STEPS, THIN_STEPS = 50, 20

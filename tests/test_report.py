@@ -26,7 +26,7 @@ from experiment.options.resolving import resolve
 from experiment.report import comparison, figures, page, style, tables
 from experiment.report.reading import read_run
 from experiment.run.console import Console
-from tests import made_run
+from tests.helpers import made_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE = "<script>alert('$1_{$')</script>"

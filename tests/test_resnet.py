@@ -28,7 +28,7 @@ from jax_resnet.state_dict import (
     state_dict,
     to_torch_layout,
 )
-from tests.comparing import (
+from tests.helpers.comparing import (
     assert_all_close,
     assert_close,
     quick_jit,

@@ -28,7 +28,7 @@ from experiment.files.run_folder import lock, write_json
 from experiment.report.figures import ReportFigure
 from experiment.report.page import render_report, state
 from experiment.report.reading import read_run
-from tests.test_checkpoint import RUN, make_tree
+from tests.helpers.checkpoint_trees import RUN, make_tree
 
 ROOT = Path(__file__).parents[1]
 FLAGS = (

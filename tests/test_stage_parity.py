@@ -20,7 +20,7 @@ import torch_oracle
 import torch_oracle.stages
 from experiment.__main__ import main
 from experiment.commands.parity import compare
-from tests.comparing import assert_close, random_state
+from tests.helpers.comparing import assert_close, random_state
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {"width": 2, "stage_sizes": (1, 1), "small_images": True}

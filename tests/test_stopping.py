@@ -7,27 +7,26 @@ one line, on stderr and in log.txt, what failed and which checkpoints are verifi
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-import experiment.data.loading
 from experiment.commands import train
 from experiment.errors import UserError
 from experiment.files import checkpoints
 from experiment.files.checkpoints import Checkpoints
 from experiment.run.output import MetricsWriter
 from experiment.run.trainer import Trainer
-from tests import made_tfds
-from tests.test_training import SMALL, Run, patch_data
+from tests.helpers import made_tfds
+from tests.helpers.runs import SMALL, Run
+from tests.helpers.stopping import Hook, hook_data, send
 
 # 14 validation images in batches of 5.
 FLAGS = [*SMALL, "--framework", "numpy", "--steps", "6", "--checkpoint-every", "3", "--eval-batch-size", "5"]
@@ -77,39 +76,7 @@ def expect_same(run: Run, whole: Run) -> None:
         np.testing.assert_array_equal(arrays[0][1], arrays[1][1], strict=True)
 
 
-Hook = Callable[[str, int, int], None]
 """Called with the part of the data, how often it was begun before (training: 0), and the batch's number."""
-
-
-def hook_data(patch: pytest.MonkeyPatch, hook: Hook) -> None:
-    """Have `hook` called before each batch that a run reads from here on."""
-
-    class Hooked(experiment.data.loading.Data):
-        def train_batches(self, start_step: int = 0) -> Iterator[Any]:
-            return self.hooked("train", 0, super().train_batches(start_step), start_step)
-
-        def eval_batches(self, split: Any, batch_size: int) -> Iterator[Any]:
-            begun[split] = begun.get(split, -1) + 1
-            return self.hooked(split, begun[split], super().eval_batches(split, batch_size), 0)
-
-        def hooked(self, part: str, time: int, batches: Iterator[Any], first: int) -> Iterator[Any]:
-            for number, batch in enumerate(batches, first):
-                hook(part, time, number)
-                yield batch
-
-    begun: dict[str, int] = {}
-    fields = dataclasses.fields(experiment.data.loading.Data)
-    patch_data(patch, lambda data: Hooked(**{field.name: getattr(data, field.name) for field in fields}))
-
-
-def send(number: signal.Signals, at: tuple[str, int, int]) -> Hook:
-    """A hook that sends this process a signal before one batch."""
-
-    def hook(*place: Any) -> None:
-        if place == at:
-            signal.raise_signal(number)
-
-    return hook
 
 
 MOMENTS = {  # signal, the batch before which it comes, the step at which the run then stops

@@ -32,7 +32,7 @@ from experiment.run.outcome import End, Outcome
 from experiment.study import curves, results, running, tables
 from experiment.study.plan import Plan, read
 from experiment.study.statistics import paired, summarize
-from tests.test_stopping import hook_data, send
+from tests.helpers.stopping import hook_data, send
 
 FOLDER = Path(__file__).parents[1] / "studies"
 STUDY = """

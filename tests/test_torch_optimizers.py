@@ -16,8 +16,8 @@ import torch
 from torch.optim.lr_scheduler import LinearLR, SequentialLR, StepLR
 
 import torch_oracle
-from tests.comparing import assert_close
-from tests.published_adabound import FINAL_LR, PEAK, SHAPES, STEPS, problem, published, warmup_cosine
+from tests.helpers.comparing import assert_close
+from tests.helpers.published_adabound import FINAL_LR, PEAK, SHAPES, STEPS, problem, published, warmup_cosine
 from torch_oracle import OPTIMIZERS, AdaBound, AdaBoundW, AMSBound, SGDBound, make_optimizer
 
 BOUNDED = [AdaBound, AMSBound, AdaBoundW]

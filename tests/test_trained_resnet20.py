@@ -22,7 +22,7 @@ import torch_oracle
 from experiment.__main__ import main
 from experiment.data.tfds import tfds_dataset
 from experiment.files import weights
-from tests.comparing import assert_all_close, assert_close, nchw
+from tests.helpers.comparing import assert_all_close, assert_close, nchw
 from tests.tolerances import FLOAT32_TRAINED
 
 CORRECT = {10_000: 8_103, 500: 399}  # measured with PyTorch; images between two classes may go either way

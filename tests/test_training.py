@@ -9,9 +9,6 @@ import dataclasses
 import json
 import math
 import signal
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,49 +24,10 @@ from experiment.commands import train
 from experiment.files.checkpoints import Checkpoints
 from experiment.options.config import Config
 from experiment.run.schedules import make_schedule
+from tests.helpers.runs import SMALL, Run, patch_data
 from tests.tolerances import FLOAT32_LAYER, FLOAT64_LAYER
 
-# 130 images to train on, 14 to validate: eight steps an epoch. An evaluation batch that divides nothing.
-SMALL = ["--model", "cnn", "--train-subset", "0.1", "--batch-size", "16", "--eval-batch-size", "77"]
-SMALL += ["--no-report"]
 STEPS = ["--steps", "20", "--eval-every", "5", "--checkpoint-every", "6", "--keep-checkpoints", "2"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def highest_precision() -> Iterator[None]:
-    """A GPU would multiply matrices in TF32."""
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-class Run(NamedTuple):
-    """What a run left in its folder."""
-
-    folder: Path
-
-    @property
-    def config(self) -> Any:
-        return json.loads((self.folder / "config.json").read_text())
-
-    @property
-    def summary(self) -> Any:
-        return json.loads((self.folder / "summary.json").read_text(), parse_constant=pytest.fail)
-
-    def lines(self, split=None, scope=None) -> list[Any]:
-        """The objects of metrics.jsonl."""
-        text = (self.folder / "metrics.jsonl").read_text()
-        lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
-        return [line for line in lines if split in (None, line["split"]) and scope in (None, line["scope"])]
-
-    def weights(self, name="weights") -> dict[str, np.ndarray]:
-        return safetensors.numpy.load_file(self.folder / f"{name}.safetensors")
-
-    def content(self, name) -> bytes:
-        return (self.folder / name).read_bytes()
-
-    @property
-    def checkpoints(self) -> list[int]:
-        return Checkpoints(self.folder / "checkpoints", 1).steps()
 
 
 def start(folder, *argv, status=0) -> Run:
@@ -269,14 +227,6 @@ def test_best_is_not_last(tmp_path):
     assert best["loss"] == losses[best["step"]] == min(losses.values())
     expected = reference_metrics(run.weights("weights-best"), *images("val"))
     assert best["loss"] == pytest.approx(expected["loss"], rel=FLOAT32_LAYER)
-
-
-def patch_data(monkeypatch, change):
-    """Every run from here on reads changed data."""
-    load = experiment.data.loading.load
-    monkeypatch.setattr(
-        experiment.data.loading, "load", lambda *args, **kwargs: change(load(*args, **kwargs))
-    )
 
 
 class Mislabelled:

@@ -25,13 +25,13 @@ from experiment.commands import train
 from experiment.files.checkpoints import Checkpoints
 from experiment.options.config import Config
 from experiment.run.transfer import adapt_channels, count_parameters, initial_tree, remedy, sha256
-from tests.comparing import assert_all_close, assert_close, nchw
-from tests.test_identify import shapes_of, with_se
-from tests.test_loop import CLASSES, THIN, assert_same_bits, make_batches
-from tests.test_loop import make_engine as make_jax_engine
-from tests.test_loop import train as take_steps
-from tests.test_numpy_loop import make_engine as make_numpy_engine
-from tests.test_training import highest_precision
+from tests.helpers.comparing import assert_all_close, assert_close, nchw
+from tests.helpers.jax_engine import CLASSES, THIN, assert_same_bits, make_batches
+from tests.helpers.jax_engine import make_engine as make_jax_engine
+from tests.helpers.jax_engine import train as take_steps
+from tests.helpers.numpy_engine import make_engine as make_numpy_engine
+from tests.helpers.runs import highest_precision
+from tests.helpers.state_dicts import shapes_of, with_se
 from tests.tolerances import FLOAT64_LAYER, FLOAT64_NETWORK
 
 __all__ = ["highest_precision"]  # the fixture, for every test here

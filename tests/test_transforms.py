@@ -34,7 +34,7 @@ from experiment.data.autoaugment import CIFAR10, IMAGENET, Policy, apply, autoau
 from experiment.data.loading import Data, load
 from experiment.errors import UserError
 from experiment.options.config import AUGMENTATIONS
-from tests import made_tfds
+from tests.helpers import made_tfds
 
 Pixels = npt.NDArray[np.uint8]
 

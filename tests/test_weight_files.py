@@ -23,7 +23,7 @@ import numpy_ref
 import torch_oracle
 from experiment.__main__ import main
 from experiment.files import weights
-from tests.comparing import assert_all_close, random_state
+from tests.helpers.comparing import assert_all_close, random_state
 
 # Full depth, every name there is; narrow, so that it takes no time.
 NETWORKS = {"resnet101": {"width": 4}, "resnet18": {"width": 4}, "resnet20": {"width": 4}}

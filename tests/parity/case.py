@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiment.run.schedules import make_schedule
-from tests.comparing import random_state
+from tests.helpers.comparing import random_state
 
 Inputs = dict[str, np.ndarray]
 """`x` and `target`, or what an optimizer or a trajectory needs; `state/NAME`: parameters and statistics."""

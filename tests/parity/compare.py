@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from tests import tolerances
-from tests.comparing import assert_close, largest_error
+from tests.helpers.comparing import assert_close, largest_error
 from tests.parity import dump
 from tests.parity.case import Case, Inputs, Results, make_inputs
 from tests.parity.engines import engines_for, run_all

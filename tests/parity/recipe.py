@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import torch_oracle
 from experiment.engines import Batch
-from tests.comparing import nchw
+from tests.helpers.comparing import nchw
 
 
 class Oracle:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_oracle
-from tests.comparing import nchw, nhwc
+from tests.helpers.comparing import nchw, nhwc
 from tests.parity.case import CLASSES, Case, Inputs, Results, group
 
 MOMENTS = {  # by the names of the checkpoint tree

@@ -15,23 +15,20 @@ import numpy as np
 import pytest
 
 from jax_resnet.optimizers import BOUNDED
-from numpy_ref import Engine
 from numpy_ref.parallel import split
-from tests.comparing import assert_all_close, assert_close
-from tests.test_loop import (
+from tests.helpers.comparing import assert_all_close, assert_close
+from tests.helpers.jax_engine import (
     CLASSES,
     FIELDS,
-    MEAN,
     SHAPE,
-    STD,
-    THIN,
     assert_same_bits,
     flat,
     learning_rate,
     make_batches,
     train,
 )
-from tests.test_loop import make_engine as make_jax_engine
+from tests.helpers.jax_engine import make_engine as make_jax_engine
+from tests.helpers.numpy_engine import make_engine
 
 ROOT = Path(__file__).parents[1]
 # Twenty steps of a thin ResNet in float64, as the project promises of runs that change engines.
@@ -44,22 +41,6 @@ def _no_processes_left():
     """Groups end when nothing refers to them: none outlives its test."""
     yield
     gc.collect()
-
-
-def make_engine(
-    model: str = "resnet18", optimizer: str = "adam", processes: int = 1, **options: Any
-) -> Engine:
-    defaults: dict[str, Any] = {
-        "model_options": THIN[model],
-        "num_classes": CLASSES,
-        "image_shape": SHAPE,
-        "mean": MEAN,
-        "std": STD,
-        "optimizer_options": {"base_lr": 1e-3},
-        "learning_rate": learning_rate,
-        "precision": "float64",
-    }
-    return Engine(model=model, optimizer=optimizer, processes=processes, **(defaults | options))
 
 
 @pytest.mark.parametrize("model", ["resnet50", "cnn"])
@@ -260,7 +241,8 @@ def test_processes_end_with_their_parent():
     """Even one that was killed leaves none behind."""
     program = """
 import sys, time
-from tests.test_numpy_loop import make_batches, make_engine, train
+from tests.helpers.jax_engine import make_batches, train
+from tests.helpers.numpy_engine import make_engine
 if __name__ == "__main__":
     engine = make_engine(processes=2)
     state, _ = train(engine, engine.init(), make_batches(1))
@@ -288,7 +270,8 @@ def test_a_process_that_waits_for_others_ends_with_its_parent():
     """The parent was killed after it had sent a step to one process, and not to the other."""
     program = """
 import os, signal
-from tests.test_numpy_loop import make_batches, make_engine, train
+from tests.helpers.jax_engine import make_batches, train
+from tests.helpers.numpy_engine import make_engine
 if __name__ == "__main__":
     engine = make_engine(processes=2)
     state, _ = train(engine, engine.init(), make_batches(1))

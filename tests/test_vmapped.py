@@ -10,8 +10,8 @@ import pytest
 
 from jax_resnet import Engine
 from jax_resnet.strategies.vmapped import Rendezvous, VmappedEngines
-from tests.comparing import assert_all_close, assert_close
-from tests.test_loop import CLASSES, SHAPE, flat, make_batches, make_engine, train
+from tests.helpers.comparing import assert_all_close, assert_close
+from tests.helpers.jax_engine import CLASSES, SHAPE, flat, make_batches, make_engine, train
 
 SEEDS = 5
 # Five runs beside each other and one after another differ in the order of sums: 20 steps in float64; the

@@ -14,9 +14,9 @@ from experiment.data.augmentation import Augmentation, fit_image
 from experiment.data.builtin import ArraySource
 from jax_resnet import Engine, engine
 from jax_resnet.strategies.chunked import gather_images
-from tests.comparing import assert_all_close, assert_close
-from tests.test_loop import assert_same_bits, learning_rate, make_batches, make_engine
-from tests.test_training import Run
+from tests.helpers.comparing import assert_all_close, assert_close
+from tests.helpers.jax_engine import assert_same_bits, learning_rate, make_batches, make_engine
+from tests.helpers.runs import Run
 from tests.tolerances import FLOAT64_NETWORK
 
 

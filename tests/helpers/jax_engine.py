@@ -1,0 +1,138 @@
+"""JAX engines of thin networks, batches for them, and the steps of any engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+import torch_oracle
+from jax_resnet import Engine
+
+# Another number of devices sums in another order: 1e-16 a step, and Adam in float64 keeps it at 1e-15 in 100.
+FLOAT64_DEVICES = 1e-11
+SHAPE = (16, 16, 3)
+CLASSES = 5
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+THIN: dict[str, dict[str, Any]] = {
+    "resnet18": {"width": 4, "stage_sizes": (1, 1)},
+    # Without pooling: after it all values are positive, and the gradient of bn1.bias is 0 but for rounding,
+    # which Adam makes a step of. Two layouts of PyTorch's own are then 1e-9 apart.
+    "resnet50": {"width": 4, "stage_sizes": (1, 1), "small_images": True},
+    "resnet20": {"width": 4},
+    "cnn": {"width": 4},
+}
+# What each optimizer has beside the parameters; those that are not {name: array} are scalars.
+FIELDS = {
+    "adam": {"count", "mu", "nu"},
+    "adamw": {"count", "mu", "nu"},
+    "amsgrad": {"count", "mu", "nu", "nu_max"},
+    "adabound": {"count", "mu", "nu"},
+    "amsbound": {"count", "mu", "nu", "nu_max"},
+    "adaboundw": {"count", "mu", "nu"},
+    "sgdbound": {"count", "mu"},
+    "sgd": {"trace"},
+}
+
+
+def learning_rate(step: int) -> float:
+    """Another one at every step, so that a step that is off by one is seen."""
+    return 1e-3 / (1 + 0.3 * step)
+
+
+def make_engine(model: str = "resnet18", optimizer: str = "adam", **options: Any) -> Engine:
+    defaults: dict[str, Any] = {
+        "model_options": THIN[model],
+        "num_classes": CLASSES,
+        "image_shape": SHAPE,
+        "mean": MEAN,
+        "std": STD,
+        "optimizer_options": {"base_lr": 1e-3},
+        "learning_rate": learning_rate,
+        "precision": "float64",
+        "chunk": 1,  # on a GPU too: tests/test_chunked.py has more
+    }
+    return Engine(model=model, optimizer=optimizer, **(defaults | options))
+
+
+def shared(model: str = "resnet18", optimizer: str = "adam") -> Engine:
+    """An engine that several tests may use: it holds no state but its compiled programs, after `init`."""
+    return _kept_engine(model, optimizer)
+
+
+@cache
+def _kept_engine(model: str, optimizer: str) -> Engine:
+    return make_engine(model, optimizer)
+
+
+def make_batches(count: int, size: int = 8, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "image": rng.normal(size=(size, *SHAPE)),
+            "label": rng.integers(CLASSES, size=size, dtype=np.int32),
+        }
+        for _ in range(count)
+    ]
+
+
+def train(engine: Any, state: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> tuple[Any, list[dict]]:
+    """All steps; the last state, and the metrics of each step as NumPy arrays."""
+    metrics = []
+    for latest in engine.train(state, batches):
+        state = latest[0]
+        metrics.append({name: np.asarray(value) for name, value in latest[1].items()})
+    return state, metrics
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, np.ndarray]:
+    leaves: dict[str, np.ndarray] = {}
+    for name, value in tree.items():
+        leaves |= flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
+    return leaves
+
+
+def nested(leaves: dict[str, np.ndarray]) -> dict:
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *folders, name = path.split("/")
+        inner = tree
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[name] = value
+    return tree
+
+
+def assert_same_bits(actual: dict, expected: dict) -> None:
+    found, wanted = flat(actual), flat(expected)
+    assert set(found) == set(wanted)
+    for name, array in wanted.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+def oracle(model: str, tree: dict) -> torch.nn.Module:
+    """The network in PyTorch with the parameters and statistics of a tree, in training mode."""
+    extra = {"image_size": SHAPE[:2]} if model == "cnn" else {}
+    network = torch_oracle.MODELS[model](CLASSES, SHAPE[2], **THIN[model], **extra).double()
+    torch_oracle.load_state_dict(network, {**tree["params"], **tree["batch_stats"]})
+    return network.train()
+
+
+def train_on_devices() -> dict[str, np.ndarray]:
+    """20 steps and an evaluation of 5 images: the losses, the tree after step 10, and the logits; then
+    losses of batches in two micro-batches."""
+    engine = shared()
+    batches = make_batches(20)
+    state, metrics = train(engine, engine.init(), batches[:10])
+    tree = engine.to_tree(state)
+    state, rest = train(engine, state, batches[10:])
+    (logits,) = engine.evaluate(state, make_batches(1, size=5, seed=1))
+    losses = np.array([step["loss"] for step in [*metrics, *rest]])
+    accumulating = make_engine(accumulate=2)
+    _, metrics = train(accumulating, accumulating.init(), make_batches(3, size=16))
+    parts = np.array([step["loss"] for step in metrics])
+    return {"losses": losses, "logits": logits, "parts": parts, **flat(tree)}

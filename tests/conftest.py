@@ -46,7 +46,13 @@ hypothesis.settings.load_profile("threeway")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test marked gpu that takes its device from `accelerator` runs on the CPU too; others need the GPU."""
+    """Skip tests that need a GPU; begin with test_resume.py.
+
+    A test marked gpu that takes its device from `accelerator` runs on the CPU too; others need the GPU.
+    The tests of test_resume.py share runs that take long to make. xdist gives the first tests to one worker,
+    so that they are made once.
+    """
+    items.sort(key=lambda item: item.path.name != "test_resume.py")
     if ON_GPU:
         return
     needs_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU: set THREEWAY_GPU=1 where there is one")

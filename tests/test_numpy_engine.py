@@ -112,7 +112,7 @@ def test_images_of_uint8_are_normalized_as_in_jax(precision):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, size=(6, *SHAPE), dtype=np.uint8)
     batch: dict[str, Any] = {"image": image, "label": rng.integers(CLASSES, size=6, dtype=np.int32)}
-    engines: list[Any] = [make_engine(precision=precision), make_jax_engine(precision=precision)]
+    engines: list[Any] = [make("cnn", precision=precision) for make in (make_engine, make_jax_engine)]
     first, second = (train(engine, engine.init(), [batch])[1][0] for engine in engines)
     tolerance = ENGINES if precision == "float64" else 1e-5
     assert_close("logits", first["logits"], second["logits"], tolerance)

@@ -22,6 +22,7 @@ THIN: dict[str, dict[str, Any]] = {
     # Without pooling: after it all values are positive, and the gradient of bn1.bias is 0 but for rounding,
     # which Adam makes a step of. Two layouts of PyTorch's own are then 1e-9 apart.
     "resnet50": {"width": 4, "stage_sizes": (1, 1), "small_images": True},
+    "resnet8": {"width": 4},
     "resnet20": {"width": 4},
     "cnn": {"width": 4},
 }

@@ -65,9 +65,8 @@ PARAMETERS = {
     "numpy_ref": {
         "rng": "source of the initial weights",
         "dtype": "in PyTorch a model is converted: model.double()",
-        "kit": "the kinds of layers of one network, plain or fast",
         "fast": "the readable layers or the fast ones",
-        "keep_columns": "memory for speed",
+        "keep_patches": "memory for speed",
         "batch_size": "of a part of a batch: a process's share",
     },
     "torch_oracle": {},
@@ -76,9 +75,6 @@ PARAMETERS = {
 OMITTED = {
     "make_optimizer": {"parameters": "an optimizer of optax is given its parameters at each update"},
     "parameter_count": {"frozen": "in NumPy and PyTorch each parameter has a flag"},
-    "BatchNorm": {"relu": "the fused form in NumPy"},
-    "BasicBlock": {"batch_norm": "in NumPy the kit knows"},
-    "Bottleneck": {"batch_norm": "in NumPy the kit knows"},
 }
 
 

@@ -35,6 +35,14 @@ PLATEAU = ["--schedule", "plateau", "--patience", "0", "--lr", "3"]  # the secon
 
 
 @pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """SIGINT as in a terminal: a background job of a shell ignores it, and so would the runs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
 def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the NumPy engine: the network is too small to start others for."""
     monkeypatch.setattr("numpy_ref.engine.core_count", lambda: 1)

@@ -272,41 +272,22 @@ def resnet_imagenet(
     num_classes: int,
     in_channels: int = 3,
     *,
-    width: int = 64,
     stage_sizes: Sequence[int] | None = None,
     small_images: bool = False,
-    stride_in_1x1: bool = False,
-    batch_norm: bool = True,
-    residual_scale: float = 1.0,
-    rng: np.random.Generator | None,
-    dtype: npt.DTypeLike = np.float32,
-    fast: bool = True,
-    keep_patches: bool = False,
+    **options: Any,
 ) -> ResNet:
     """The ImageNet family (table 1). `stage_sizes` replaces the family's, `small_images` the stem."""
     sizes = family_sizes if stage_sizes is None else stage_sizes
-    make = partial(ResNet, block, sizes, width=width, stem="small" if small_images else "imagenet")
-    make = partial(make, stride_in_1x1=stride_in_1x1, batch_norm=batch_norm, residual_scale=residual_scale)
-    return make(num_classes, in_channels, rng=rng, dtype=dtype, fast=fast, keep_patches=keep_patches)
+    stem = "small" if small_images else "imagenet"
+    return ResNet(block, sizes, num_classes, in_channels, stem=stem, **options)
 
 
 def resnet_cifar(
-    n: int,
-    num_classes: int,
-    in_channels: int = 3,
-    *,
-    width: int = 16,
-    batch_norm: bool = True,
-    residual_scale: float = 1.0,
-    rng: np.random.Generator | None,
-    dtype: npt.DTypeLike = np.float32,
-    fast: bool = True,
-    keep_patches: bool = False,
+    n: int, num_classes: int, in_channels: int = 3, *, width: int = 16, **options: Any
 ) -> ResNet:
     """The CIFAR family (section 4.2): three stages of `n` basic blocks, option-A shortcuts; 6n + 2 layers."""
     make = partial(ResNet, BasicBlock, (n, n, n), width=width, stem="small", shortcut="option-A")
-    make = partial(make, batch_norm=batch_norm, residual_scale=residual_scale)
-    return make(num_classes, in_channels, rng=rng, dtype=dtype, fast=fast, keep_patches=keep_patches)
+    return make(num_classes, in_channels, **options)
 
 
 cnn = CNN

@@ -1,1 +1,1 @@
-"""What an engine does not have: options, data, the files of a run, training, reports, studies."""
+"""Everything besides the engines: options, data, the files of a run, training, reports, studies."""

@@ -351,8 +351,8 @@ def adabound(
     \end{aligned} $$
 
     **Does the schedule move the bounds?** Yes. The learning rate multiplies the clipped step size, bounds
-    and all, as in the authors' code, whose `final_lr * lr / base_lr` this is with `lr` factored out: a rate
-    cut by ten cuts the bounds by ten, and a warm-up from zero starts with both bounds at zero. `final_lr` is
+    and all. The authors' code does the same: its `final_lr * lr / base_lr` is $r$ times `lr`. So a rate cut
+    by ten cuts the bounds by ten, and a warm-up from zero starts with both bounds at zero. `final_lr` is
     the last step size where the schedule stands at `base_lr`, and `final_lr * lr / base_lr` anywhere else;
     give the schedule's peak as `base_lr`. A schedule, or a rate injected at run time, does not
     reveal the rate it started from, and division by the current one would make the bounds ignore the

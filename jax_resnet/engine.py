@@ -196,9 +196,9 @@ class Engine:
 
         Raises ValueError, before the step, for labels [N] that are not integers in range(num_classes).
 
-        Of several processes each gives its share of the rows of a batch, in the order of their numbers, and
-        is given the metrics of the whole batch. They stay on the device until someone reads them, and the
-        state that went in is gone (donated).
+        With several processes, each passes its share of a batch's rows, ordered by process index, and gets
+        the metrics of the whole batch. The metrics stay on the device until someone reads them. The state
+        that went in is gone (donated).
         """
         step = int(state.step)
         for chunk in chunks_of(map(self._checked, batches), step, self._strategy.max_steps, needs_state):

@@ -1,7 +1,7 @@
 """The optimizer table: every optimizer by its name, with PyTorch's meaning of each argument.
 
-Adam, AdamW and SGD are optax's own. AMSGrad is PyTorch's, which optax's is not: optax keeps the maximum of
-the bias-corrected second moment. AdaBound and its variants are in `adabound.py`.
+Adam, AdamW and SGD are optax's own. AMSGrad is PyTorch's; optax's differs, as it keeps the maximum of the
+bias-corrected second moment. AdaBound and its variants are in `adabound.py`.
 
 `state_to_dict` and `state_from_dict` turn optax's nested tuples into plain data and back, so that none of
 optax's types reaches a checkpoint.

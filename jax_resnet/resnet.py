@@ -198,11 +198,11 @@ def _call_block(graphdef: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _call_block_twice(graphdef: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-    """`_call_block`, and once more in backward.
+    """`_call_block`, recomputed in backward.
 
-    This is the purpose of `jax.checkpoint`. But on a CPU, XLA drops the barriers of `jax.checkpoint` before
-    its last search for common subexpressions, and so computes the block only once. x + 0 * dy is another
-    expression to the compiler, and cannot be computed before dy.
+    `jax.checkpoint` is meant for this. But on a CPU, XLA drops its barriers before the last elimination of
+    common subexpressions, and so computes the block only once. Backward therefore starts from x + 0 * dy: to
+    the compiler it differs from x, and it cannot be computed before dy.
     """
     return _call_block(graphdef, state, x)
 

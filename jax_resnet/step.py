@@ -60,7 +60,7 @@ def train_step(
 def compute_gradient(network: Network, params: Arrays, batch_stats: Arrays, batch: Batch) -> Gradient:
     """Compute the loss of a batch and its gradient: forward, then backward.
 
-    Only trainable parameters are differentiated by: there is no backward pass through a frozen part.
+    The gradient is that of the trainable parameters only: there is no backward pass through a frozen part.
     """
     image = network.normalize(batch["image"])
 

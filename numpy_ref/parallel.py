@@ -157,8 +157,8 @@ class Group:
     """
 
     def __init__(self, size: int, memory: SharedMemory, make: MakeWorker) -> None:
-        # A process opens semaphores by name as it starts, so they must last as long as the group. The first
-        # one starts the process that cleans up after all.
+        # A process opens semaphores by name as it starts, so they must last as long as the group. To create
+        # the first one starts multiprocessing's resource tracker, the process that cleans up after all.
         with _signals_blocked():
             self._posts = posts = [[_spawn.Semaphore(0) for _ in range(size)] for _ in range(size)]
         self._ends: list[Connection] = []

@@ -30,7 +30,7 @@ from numpy_ref.network import Network
 
 
 class ResidualBlock(Layer):
-    """y = relu(branch(x) + shortcut(x))."""
+    """y = relu(branch(x) + shortcut(x)). With fast layers, `fast.FusedBlock` computes the same."""
 
     downsample: Layer | None
     relu: ReLU

@@ -75,7 +75,7 @@ STEPS: dict[str, Callable[..., Any]] = {"train": train_step, "evaluate": eval_st
 
 
 def run_step(replica: Replica, name: str, arguments: tuple[Any, ...]) -> Any:
-    """Take the step of that name, in `STEPS`."""
+    """Take the step of that name, in `STEPS`, for `Engine.train` and `Engine.evaluate`."""
     return STEPS[name](replica, *arguments)
 
 

@@ -35,8 +35,6 @@ def make_optimizer(
     `torch.optim`. A schedule sets `param_groups[i]["lr"]`. Raises ValueError if the name is unknown or an
     argument is out of its range.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
     if weight_decay is None:
         weight_decay = 0.01 if name == "adamw" else 0.0
     check_hyperparameters(lr=learning_rate, weight_decay=weight_decay)
@@ -58,5 +56,6 @@ def make_optimizer(
             return SGDBound(parameters, learning_rate, **bound)
         case "adamw":
             return torch.optim.AdamW(parameters, learning_rate, **adam)
-        case _:
+        case "adam" | "amsgrad":
             return torch.optim.Adam(parameters, learning_rate, **adam, amsgrad=name == "amsgrad")
+    raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")

@@ -1,8 +1,8 @@
 """`python -m experiment evaluate RUN`: loss, top-1, top-5 and macro F1 of a completed run, on either engine.
 
-One crop of each image, as in training's own test; ten crops; or whole images at several scales. What is
-averaged over crops and scales are class probabilities, as AlexNet averages them: no crop counts for more
-because its logits are large, and the mean is a distribution again, of which the loss is taken.
+One crop of each image, as in training's own test; ten crops; or whole images at several scales. Class
+probabilities are averaged over crops and scales, as in AlexNet. No crop counts for more because its logits
+are large, and the mean is again a distribution, from which the loss is computed.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Group = tuple[Sequence[int], np.ndarray, Sequence[int]]
 """Views of one shape, uint8 [N, V, H, W, C], the places of their images in the part, and their labels."""
 
 STRIDE = 32
-"""Pixels of the input to one of the last map of most networks: the longer side of a whole image becomes a
-multiple of it, so that there are few shapes to compile for."""
+"""Input pixels per pixel of the last feature map, for most networks. The longer side of a whole image becomes
+a multiple of it, so that there are few shapes to compile for."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -158,14 +158,14 @@ def average(
     count: int,
     num_classes: int,
 ) -> tuple[np.ndarray, Labels]:
-    """The logarithm of the mean of all views' class probabilities, of each image of a part, and labels.
+    """Return the log of each image's class probabilities, averaged over all views, and the labels.
 
     Fully convolutional testing (He et al. 2015, arXiv 1512.03385, section 4.1) is the network on the whole
     image: its average pooling takes a map of any size.
 
     Args:
         logits: gives the logits [N, num_classes] of batches of images, uint8 [N, H, W, C].
-        views: one or more ways to look at all images, each of which counts the same.
+        views: for each way to crop or scale the images, its groups; all ways have the same weight.
         count: how many images there are.
         num_classes: how many classes.
 
@@ -174,7 +174,7 @@ def average(
     """
     total = np.full((count, num_classes), -np.inf)
     labels = np.empty(count, np.int32)
-    sizes: dict[tuple[int, ...], int] = {}  # JAX compiles for each: what is left over of a shape is padded
+    sizes: dict[tuple[int, ...], int] = {}  # by image shape; smaller batches are padded: JAX compiles each
     for groups in views:
         for places, images, group_labels in groups:
             flat = images.reshape(-1, *images.shape[2:])

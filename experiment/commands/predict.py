@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Take RUN for an image where it is a file, and refuse what can be refused before anything is opened."""
+    """Treat RUN as an image if it is a file. Raise UserError, where possible, before anything is opened."""
     check_limits("--top", options.top, least=1)
     first: Path = options.run
     if not first.exists():

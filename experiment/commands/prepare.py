@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from experiment.data.builtin import BUILTIN
 from experiment.data.tfds import check_known, check_name, data_root, find_prepared, prepare_command
 from experiment.errors import UserError, named_line, one_line
 from experiment.options.command_line import Parser
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     name, data_dir = options.name, options.data_dir
 
-    if name in ("digits", "synthetic"):
+    if name in BUILTIN:
         print(f"{name} needs no preparation")
         return 0
     check_name(name, data_dir)

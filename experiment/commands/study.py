@@ -97,8 +97,10 @@ def _on_gpu(plan: Plan) -> bool:
 
 
 def _carry_out(plan: Plan, folder: Path, request: signals.StopRequest, *, together: bool) -> None:
-    """Tuning, then seed by seed all methods, so that a study that was stopped half way is balanced; with
-    `together` method by method all seeds."""
+    """Tune, then run all methods for one seed after another: a study stopped half way is balanced.
+
+    With `together`, run all seeds of one method after another instead.
+    """
     configurations = [
         running.candidate(plan, folder, method, k)
         for method in plan.methods

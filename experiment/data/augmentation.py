@@ -36,8 +36,8 @@ POLICIES = {"autoaugment": IMAGENET, "autoaugment-cifar10": CIFAR10}
 def to_gray(statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> tuple[tuple[float], tuple[float]]:
     """Mean and deviation of gray images from those of the three channels.
 
-    The mean is exact. The deviation is that of channels which rise and fall together; CIFAR-10's own is 3 %
-    smaller.
+    The mean is exact. The deviation assumes perfectly correlated channels; that of CIFAR-10's gray images is
+    3 % smaller.
     """
     mean, std = (sum(w * x for w, x in zip(LUMA, values, strict=True)) for values in statistics)
     return (mean,), (std,)
@@ -141,8 +141,8 @@ def generators(seed: int, epoch: int, examples: npt.NDArray[np.int64]) -> Iterat
     example, k).
 
     Philox hashes a counter, which here begins with epoch and example (Salmon et al. 2011, "Parallel random
-    numbers: as easy as 1, 2, 3"). One object is moved from example to example: draw what an example needs
-    before asking for the next.
+    numbers: as easy as 1, 2, 3"). The same object is yielded each time, reset for the next example: draw all
+    numbers of an example before asking for the next.
     """
     bits = np.random.Philox(key=[seed, 0])
     state, generator = bits.state, np.random.Generator(bits)

@@ -1,7 +1,8 @@
 """Images by index: the interface of a source, and the data sets that need no files.
 
 A source hands out uint8 images of one fixed shape and knows nothing of splits by seed, shuffling or
-batches, which are in `experiment.data.loading`. The data sets of TFDS are in `experiment.data.tfds`.
+batches, which are in `experiment.data.loading`: `open_dataset` there chooses a data set by its name. The data
+sets of TFDS are in `experiment.data.tfds`.
 """
 
 import hashlib
@@ -17,6 +18,9 @@ from experiment.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+BUILTIN = ("digits", "synthetic")
+"""The names of the data sets below, which TFDS does not have."""
 
 # The training part at 32x32, by:
 #   python -c "from experiment.data.builtin import digits; d = digits(None).train;

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.data.augmentation import Augmentation, fill_color
-from experiment.data.builtin import CACHE_BYTES, digits, gray_already, no_boxes, synthetic
+from experiment.data.builtin import BUILTIN, CACHE_BYTES, digits, gray_already, no_boxes, synthetic
 from experiment.data.tfds import tfds_dataset
 from experiment.data.types import Batch, Dataset, Identity, Labels, Pixels, Size, Source
 from experiment.errors import UserError
@@ -33,7 +33,7 @@ Part = tuple[Source, npt.NDArray[np.int64]]
 """A source, and the indices [n] of its examples that belong to the part."""
 
 _SMALL_IMAGE = 64 * 64
-"""Pixels up to which one thread reads fastest: the work is Python's, and a second one only fights for its
+"""One thread reads fastest up to this many pixels: the work is Python's, and a second one only waits for its
 lock. On two cores a first pass over MNIST took 7,900 images/s with one thread and 5,300 with two. Larger
 images are decoded and resized outside of the lock: 500x375 JPEGs to 224x224, 520 a second with one thread,
 850 with two."""
@@ -140,9 +140,9 @@ class Data:
     def eval_images(
         self, split: Split, change: Callable[["Image"], Pixels], batch_size: int
     ) -> Iterator[tuple[list[Pixels], Labels]]:
-        """Yield what `change` makes of every image of a part, each once, in a fixed order; and labels [N].
+        """Yield `change(image)` for every image of a part, each once, in a fixed order, and labels [N].
 
-        It is given the images before they are brought to size; what it makes may differ in shape.
+        `change` gets the images before they are resized; its results may differ in shape.
         """
 
         def read(source: Source, indices: npt.NDArray[np.int64]) -> tuple[list[Pixels], Labels]:
@@ -204,8 +204,8 @@ def load(
         train_subset: the fraction of the training split to use, in (0, 1].
         val_fraction: the fraction of that to keep for validation, in [0, 1).
         image_size: height and width in pixels, each at least 32; None is the data set's default.
-        resize: the shorter side before the image is cropped to that size, and up to which it is drawn at
-            random for training; empty: what covers the size.
+        resize: the shorter side before the image is cropped to `image_size`; two numbers are the range it is
+            drawn from for training. Empty: as small as covers the size.
         grayscale: images of one channel from a set of color.
         crop_to_bbox: only the part of an image inside its bounding box.
         mean_only: the engines subtract the mean and do not divide by the standard deviation.
@@ -266,7 +266,7 @@ def open_dataset(
     """Open a data set by the name that `--dataset` takes, unsplit; the arguments are those of `load`."""
     if image_size is not None:
         check_image_size(*image_size)
-    if name not in ("digits", "synthetic"):
+    if name not in BUILTIN:
         return tfds_dataset(
             name, data_dir, image_size, resize, grayscale=grayscale, crop_to_bbox=crop_to_bbox
         )

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.data.augmentation import fill_color, to_gray
-from experiment.data.builtin import cached, fit_to, gray_already, identity, no_boxes
+from experiment.data.builtin import BUILTIN, cached, fit_to, gray_already, identity, no_boxes
 from experiment.data.images import ImageError, decode_image
 from experiment.data.types import IMAGENET, Batch, Dataset, Fit, Identity, Labels, Size, Source, Statistics
 from experiment.errors import UserError, one_line
@@ -88,7 +88,7 @@ def check_known(name: str) -> None:
 
     known = tfds.list_builders(with_community_datasets=False)
     if name not in known:
-        close = difflib.get_close_matches(name, ["digits", "synthetic", *known])
+        close = difflib.get_close_matches(name, [*BUILTIN, *known])
         hint = (
             f"did you mean {' or '.join(close)}?" if close else "use digits, synthetic, mnist, cifar10, ..."
         )

@@ -1,8 +1,8 @@
 """Checkpoints: Orbax for the arrays, a manifest of SHA-256 sums so that no flipped bit is ever loaded.
 
 A checkpoint is a folder `checkpoints/STEP` with
-    state/         the engine-neutral tree {params, batch_stats, optimizer, step, ...}, written by Orbax
-    run.json       what the run itself needs: history length and hash, best validation, options, ...
+    state/         the engine-neutral tree {params, batch_stats, optimizer, step} (`Engine.to_tree`), by Orbax
+    run.json       history, epoch_metrics, best, clock, identity (the options): see `Trainer._save`
     manifest.json  the size and SHA-256 of every other file; written last
 It is made as `checkpoints/STEP.incomplete` and renamed when all of it has reached the disk, so that a folder
 whose name is a number is complete. Beside them, `weights-best-STEP.safetensors` are earlier best weights that
@@ -121,10 +121,10 @@ class Checkpoints:
             failure = OSError(f"checkpoint {step} could not be written: {reason}")
             failure.errno = _errno(error)
             raise failure from error
-        # Damaged ones that resume has stepped over are newer than this one; they do not push out whole ones.
+        # Damaged checkpoints that resume skipped are newer than this one; they do not count toward `keep`.
         older = [old for old in self.steps() if old < step]
         for old in older[: max(len(older) + 1 - self.keep, 0)]:
-            # Under this name, so that a kill does not leave half of it under its number.
+            # Rename it first: a kill must not leave half of a checkpoint whose name marks it as complete.
             removed = self.directory / f"{old}.incomplete"
             os.rename(self.directory / str(old), removed)
             shutil.rmtree(removed)
@@ -299,10 +299,10 @@ def _load_arrays(path: Path) -> Tree:
 
 
 def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return function(*arguments); where JAX has joined several processes, from another one.
+    """Return function(*arguments); if JAX has joined several processes, call it in a new process.
 
-    Orbax saves with all of them together. Even with one alone it asks the others if they mean the same path:
-    in the midst of their steps, from our background thread.
+    Orbax saves from all joined processes together. Even when only one of them saves, it asks the others to
+    confirm the path. It would ask in the middle of their steps, and from our background thread.
     """
     import jax
 
@@ -352,7 +352,7 @@ def _verify(folder: Path) -> None:
 
 
 def _errno(error: Exception) -> int | None:
-    """The number of the system's error. TensorStore raises no OSError, and has it in its text."""
+    """Return the errno of an error. TensorStore raises no OSError; its message contains the number."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return int(code[1]) if code else getattr(error, "errno", None)
 

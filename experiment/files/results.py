@@ -1,7 +1,7 @@
-"""Files of a run outside its checkpoints: the step that each belongs to, so that none is taken for another.
+"""The step that each file of a run outside its checkpoints belongs to, so that outdated files are noticed.
 
-A run that is continued after its end, or is resumed from an older checkpoint, keeps weights, summary and
-predictions of a step that is not its last any more, until it writes them again.
+After a run is continued past its end, or resumed from an older checkpoint, its weights, summary and
+predictions no longer belong to its last step. They do again when the run has rewritten them.
 """
 
 from __future__ import annotations

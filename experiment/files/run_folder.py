@@ -43,7 +43,7 @@ FIXED = RESOLVED - {"total_steps", "steps_per_epoch", "optimizer_options"}
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write `content` beside `path`, reach the disk, then take the place of `path`: never half a file."""
+    """Replace `path` atomically: write `content` to a file beside it, fsync, then rename that file."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(content)
@@ -124,7 +124,7 @@ def identity(config: Config, resolved: dict[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint_steps(directory: Path) -> list[int]:
-    """Return the steps of the complete checkpoints in `directory`, ascending: of the folders named by one."""
+    """Return the steps of the complete checkpoints, ascending: `directory`'s folders named by a number."""
     if not directory.is_dir():
         return []
     names = (path.name for path in directory.iterdir() if path.is_dir())
@@ -201,7 +201,7 @@ def check_fresh(run_dir: Path) -> None:
 
 
 def other_files(run_dir: Path) -> list[str]:
-    """The names of files in a folder that a run which was killed at its start does not leave."""
+    """Return the names in a folder, except those of files that a run killed at its start leaves."""
     names = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
     return sorted(names - BEFORE_CONFIG)
 

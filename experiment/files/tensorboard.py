@@ -22,11 +22,11 @@ class EventFile:
     """The one file of a run's newest session.
 
     It begins with all that metrics.jsonl holds already, and the files of earlier sessions are removed: no
-    step comes twice, wherever the run was stopped. A TensorBoard that looks on drops what it had of them.
+    step comes twice, wherever the run was stopped. A running TensorBoard drops the data of removed files.
     """
 
     def __init__(self, run_dir: Path, options: Mapping[str, Any]) -> None:
-        """Start the file of a run with these options, whose metrics.jsonl is cut back to where it goes on."""
+        """Start the file. `options` are the run's; metrics.jsonl is already cut back to the resumed step."""
         from tensorboard.compat.proto import event_pb2
         from tensorboard.plugins.hparams import summary_v2 as hparams
 

@@ -88,9 +88,9 @@ def load_network(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
 def network_names(shapes: Shapes) -> dict[str, str]:
     """Return {torchvision's name: name in the file} for the tensors of the network in a file.
 
-    A network of the families here is found under any prefix by its first block. What lies beside it is left
-    out (`n_averaged`, weights of a loss), but for a head beside a backbone, which becomes `fc`. Of another
-    network only the prefix `module.` is removed, once or more, where every tensor but scalars has it.
+    A network of the families here is found by its first block, under any prefix. Other tensors in the file
+    (`n_averaged`, weights of a loss) are left out, except a head next to a backbone, which becomes `fc`. For
+    any other network, only the prefix `module.` is removed, as often as every tensor but scalars has it.
 
     Args:
         shapes: {name in the file: shape}.

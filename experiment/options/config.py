@@ -16,14 +16,16 @@ MODELS = (
     *("resnet101", "resnet18", "resnet34", "resnet50", "resnet152"),
     *("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "cnn"),
 )
+# A new optimizer also goes into `OPTIMIZERS` and `make_optimizer` of jax_resnet, numpy_ref and torch_oracle,
+# into `USED_BY` and the defaults of resolving.py, tests/parity/cases.py and the table of docs/training.md.
 OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "sgdbound", "amsgrad", "adamw", "sgd")
 SCHEDULES = ("cosine", "constant", "multistep", "plateau")
 PRECISIONS = ("float32", "bfloat16", "float64")
 AUGMENTATIONS = ("none", "crop-flip", "crop-flip-pca", "autoaugment", "autoaugment-cifar10")
 MIN_IMAGE_SIZE = 32
 
-# As many epochs as reach 0.97 on digits in a few minutes of two CPU cores; one epoch of a larger set is
-# longer.
+# Enough epochs to reach an accuracy of 0.97 on digits, in a few minutes on two CPU cores. The default for
+# other sets is 1: an epoch of a larger set takes longer.
 DEFAULT_EPOCHS = {"digits": 7}
 
 

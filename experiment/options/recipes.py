@@ -27,10 +27,10 @@ def names() -> list[str]:
 
 
 def with_recipe(given: dict[str, Any]) -> dict[str, Any]:
-    """The flags that were given, {field of Config: value}, and below them those of their recipe.
+    """Return the given flags, {field of Config: value}, over the options of the recipe they name.
 
-    A length that is given, --epochs or --steps, takes the place of the recipe's, and with another --schedule
-    its milestones go.
+    A given length, --epochs or --steps, replaces the recipe's. If another --schedule than multistep is given,
+    the recipe's milestones are dropped.
 
     Raises:
         UserError: there is no such recipe, or it is no TOML, or it has an unknown option or one of another

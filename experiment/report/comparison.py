@@ -119,7 +119,10 @@ def _curve(run: RunFiles, key: str, split: str) -> tuple[Floats, Floats]:
 
 
 def _short(name: str, most: int = 34) -> str:
-    """The end of a name, as the label of a curve: no mathematics between dollars, no underscore first."""
+    """Return the end of a name as the label of a curve, escaped for Matplotlib.
+
+    Text between dollars would be typeset as mathematics, and a label with a leading underscore be hidden.
+    """
     name = name if len(name) <= most else "…" + name[1 - most :]
     return name.replace("$", r"\$").replace("_", "\u200a_", 1) if name[0] == "_" else name.replace("$", r"\$")
 

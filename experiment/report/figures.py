@@ -111,7 +111,7 @@ def _metric(run: RunFiles, key: str) -> Figure | None:
     if not any(len(x) for x, _ in ((steps, values), validation, test)):
         return None
     figure, axes = panel(METRICS[key])
-    points = "." if len(steps) < 10 else ""  # else one alone, or beside what is not finite, is not seen
+    points = "." if len(steps) < 10 else ""  # a line does not show a point alone or between NaN values
     axes.plot(steps, values, color=BLUE, lw=0.8, alpha=0.4, marker=points, label="training, a step")
     if len(epochs[0]) > 1:
         axes.plot(*epochs, "o-", color=BLUE, ms=3.5, label="training, an epoch")

@@ -26,7 +26,7 @@ LOG_BYTES = 30_000
 CLASSES_IN_ORDER = 20
 """Classes up to which their table keeps their order; of more, the worst come first."""
 SHARP = 64
-"""Pixels up to which an image is shown with its pixels, and kept without loss."""
+"""Longer side, in pixels, up to which an image is shown without smoothing and stored without loss."""
 
 
 def render(template: str, **values: Any) -> str:

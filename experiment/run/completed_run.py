@@ -76,7 +76,7 @@ def open_run(
         raise UserError(f"{run_dir}: is not the folder of a run (it has no config.json); name another")
     record = run_folder.read_record(run_dir)
     given = {"framework": framework, "data_dir": data_dir}
-    stored = {**record["config"], "accumulate": 1, "remat": False}  # of training, and in one engine alone
+    stored = {**record["config"], "accumulate": 1, "remat": False}  # training options that one engine lacks
     config = resolve({name: value for name, value in given.items() if value is not None}, stored)
     set_environment(config.framework, deterministic=config.deterministic)
     path = run_dir / WEIGHTS[which]

@@ -20,8 +20,9 @@ PLAIN_LINE_SECONDS = 5.0
 def prepare_streams() -> None:
     """Make the standard streams safe to print to.
 
-    A closed one (`>&-`) becomes the null device, so that no file that is opened later takes its number. What
-    the encoding of a stream does not have, and file names that are no text, are printed as escapes.
+    A closed stream (`>&-`) is replaced by the null device, so that no file opened later takes its file
+    descriptor. Characters that a stream's encoding lacks, and file names that are not valid text, are printed
+    as escapes.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
@@ -33,7 +34,7 @@ def prepare_streams() -> None:
 
 
 def release_streams() -> None:
-    """Flush the standard streams; what nobody reads any more is dropped, where Python would complain."""
+    """Flush the standard streams; drop output whose reader has gone, where Python would print an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

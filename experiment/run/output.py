@@ -64,11 +64,11 @@ class RunOutput:
     def writing_metrics(
         self, position: Mapping[str, Any], options: Mapping[str, Any] | None
     ) -> Iterator[None]:
-        """Let `metrics` write, after the first bytes of metrics.jsonl.
+        """Context in which `metrics` writes, after the start of metrics.jsonl that a checkpoint refers to.
 
         Args:
-            position: {"length", "sha256"} of these, as `sync` returned them; empty for a fresh run.
-            options: the run's, for TensorBoard; None for none of its files.
+            position: {"length", "sha256"} of that start, as `sync` returned them; empty for a fresh run.
+            options: the run's options, for the TensorBoard file; None to write no such file.
         """
         with ExitStack() as stack:
             stack.callback(self.console.stop)

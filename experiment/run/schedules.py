@@ -15,7 +15,7 @@ Schedule = Callable[[int], float]
 Validations = Iterable[tuple[int, float]]
 """The step, and the loss on the validation part after so many steps; in order."""
 
-THRESHOLD = 1e-4  # PyTorch's: plateau takes a loss for better if it is lower by this fraction of the best
+THRESHOLD = 1e-4  # PyTorch's: for plateau, a loss is better if it is below the best by this fraction of it
 SMALLEST_CHANGE = 1e-8  # PyTorch's `eps`: plateau leaves the rate where it is if it would fall by less
 
 
@@ -69,10 +69,9 @@ def has_converged(validations: Validations, patience: int) -> bool:
 
 
 def warmup(schedule: Schedule, steps: int) -> Schedule:
-    """The first `steps` steps rise linearly to the schedule's value there; step s takes (s + 1) / (steps +
-    1) of it.
+    """Rise linearly to schedule(steps): step s of the first `steps` takes (s + 1) / (steps + 1) of it.
 
-    Goyal et al. 2017, arXiv 1706.02677, section 2.2. The schedule's own clock does not wait for the warm-up.
+    Goyal et al. 2017, arXiv 1706.02677, section 2.2. The schedule itself counts the warm-up steps, too.
     """
     return lambda step: schedule(step) if step >= steps else schedule(steps) * (step + 1) / (steps + 1)
 

@@ -57,9 +57,9 @@ class StopSignal:
     """The stop signal of a run, and of those that train in lockstep with it: all must stop at the same step.
 
     Args:
-        all_reduce_max: the engine's, which brings the others' signals. All of them must ask at once, and an
-            answer takes a moment.
-        every: the steps between questions.
+        all_reduce_max: the engine's method; it returns the largest signal number of all runs. All of them
+            must call it at the same step, and each call takes a moment.
+        every: the number of steps between calls.
     """
 
     def __init__(self, all_reduce_max: Callable[[int], int], every: int) -> None:
@@ -81,5 +81,5 @@ class StopSignal:
         return self.signal is not None
 
     def requested_at(self, step: int) -> bool:
-        """True if it is time to ask after `step`, and any of the runs received a stop signal."""
+        """True if `step` is a multiple of `every`, and any of the runs received a stop signal."""
         return step % self._every == 0 and self.requested()

@@ -91,7 +91,7 @@ class Trainer:
         """
         with self.stop.listen():
             if self.config.init_from is not None and not self.start.history:
-                self._save()  # so that resume has no need of the file
+                self._save()  # so that a resumed run does not need the --init-from file
             self._train()
             if self.stop.signal is None and self._converged():
                 self.console.report(
@@ -122,7 +122,7 @@ class Trainer:
                 self.timer.resume()
             else:
                 self.timer.count_step()
-            if state is None:  # others follow in the same call
+            if state is None:  # more steps follow in the same call of the compiled function
                 continue
             self.state = state
             self.timer.end_call()
@@ -154,7 +154,7 @@ class Trainer:
         if not (last or converged or self.step % self.checkpoint_every == 0 or self.stop.signal is not None):
             return False
         self._save(validation_due=not validated)
-        stop = self.stop.requested()  # also while the save before this one was waited for
+        stop = self.stop.requested()  # a signal may have come while `_save` waited for the previous save
         return stop or converged
 
     def _batches(self, start_step: int) -> Iterator[Any]:
@@ -228,7 +228,7 @@ class Trainer:
         self.log.append({**self._line("val", "epoch", self.step), **result})
         self.console.report(f"step {self.step}: validation {_metrics_text(result)}")
         if result["loss"] < (self.best["loss"] if self.best else math.inf):  # never so for NaN
-            self.log.flush()  # else a kill leaves weights of a step that metrics.jsonl lacks
+            self.log.flush()  # else a kill could leave weights of a step not in metrics.jsonl
             if self.best is not None and self.best["step"] <= self._saved_step:  # a checkpoint's best
                 self.checkpoints.keep_best(self.output.folder / WEIGHTS["best"], self.best["step"])
             self.best = {"step": self.step, **result}
@@ -262,7 +262,7 @@ class Trainer:
             test = self._evaluate("test", collector)
             if test is None:
                 return None
-        self.checkpoints.wait()  # whoever finds a result finds a checkpoint of its step
+        self.checkpoints.wait()  # a checkpoint of this step must exist before its results do
         if test is not None:
             self.log.append({**self._line("test", "epoch", self.step), **test})
         self.log.sync()
@@ -305,7 +305,7 @@ class Trainer:
 
     @contextmanager
     def _reading(self, part: str) -> Iterator[None]:
-        """Inside, whatever a reader of data raises becomes a RunFailedError."""
+        """Context that turns exceptions of a data reader, except MemoryError, into RunFailedError."""
         try:
             yield
         except MemoryError:

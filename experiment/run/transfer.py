@@ -23,7 +23,7 @@ from experiment.options.config import Config
 
 HEAD = "fc."
 STEMS = ("conv1.weight", "conv.weight")  # the first convolution: of the ResNets, of the CNN
-NAMES = 4  # how many shapes that do not fit a refusal names
+NAMES = 4  # at most so many shape mismatches are listed in an error message
 
 
 def initial_tree(
@@ -95,8 +95,9 @@ def count_parameters(params: Mapping[str, np.ndarray], *, freeze_backbone: bool)
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     """The first convolution's kernel [O, I, KH, KW] for images of other channels: 3 to 1, or 1 to 3.
 
-    3 to 1: the sum over the input channels. A gray image then gives what it gave repeated in three channels.
-    1 to 3: a third of the kernel for each channel. An image then gives what the mean of its channels gave.
+    3 to 1: the sum over the input channels. The output for a gray image is that of the given kernel for the
+    image repeated in three channels. 1 to 3: a third of the kernel for each channel. The output for an image
+    is that of the given kernel for the mean of its channels.
     Any other change leaves the kernel as it is.
     """
     wide: np.ndarray = kernel.astype(np.float64)
@@ -138,7 +139,7 @@ def _problems(expected: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray
 
 
 def remedy(expected: Shapes, given: Shapes) -> str:
-    """Return which network a file is of that does not fit, and what to do: the flags for it, if there are.
+    """Return which network a file that does not fit holds, and what to do: the flags to set, if any.
 
     Args:
         expected: {name: shape} of the network that the flags choose.

@@ -21,7 +21,8 @@
     name = "without-batch-norm"
     batch_norm = false
 
-By default all are compared with the first optimizer. Of variants each is compared with the first.
+By default, all optimizers are compared with the first one. Each variant is also compared with the first
+variant.
 """
 
 from __future__ import annotations

@@ -115,8 +115,10 @@ def lines(folder: Path, split: str, scope: str = "epoch") -> Iterator[metrics_lo
 
 
 def has_diverged(folder: Path) -> bool:
-    """True if the loss or gradient of a step was not finite, or at its end the test loss (the validation loss
-    of a run that was not tested); the same would happen again."""
+    """True if the loss or gradient of a step, or the final test loss, was not finite.
+
+    For a run that was not tested, the final validation loss counts. A repeated run would diverge again.
+    """
     if summary := read_summary(folder):
         return (summary["test"] or _last_validation(folder))["loss"] is None
     return any(

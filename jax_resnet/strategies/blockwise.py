@@ -37,7 +37,7 @@ from jax_resnet.step import (
     merge_metrics,
 )
 
-# XLA compiles in a tenth less time so, and the result is no slower: most of it is calls of libraries
+# XLA compiles in a tenth less time at this level, and the code is no slower: most of it is library calls
 jit_for_cpu = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
 
@@ -82,8 +82,8 @@ class Blocks:
 class Blockwise:
     """See the module. Equal to a whole step but for rounding.
 
-    The optimizer must treat all numbers alike, whatever they are a part of, as all of ours do: it is given
-    the vectors of a block as one (`pack_vectors`).
+    The optimizer must be element-wise, as all of ours are: it gets the vectors of a block as one array
+    (`pack_vectors`).
     """
 
     max_steps = 1

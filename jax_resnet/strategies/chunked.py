@@ -133,7 +133,7 @@ def gather_images(images: Any, fill: Any, batch: Mapping[str, Any]) -> jax.Array
 
 
 class LazyRow:
-    """Row `index` of an array on the device, which is fetched when it is read: once for all its rows."""
+    """Row `index` of a device array. The whole array is fetched once, when any of its rows is first read."""
 
     def __init__(self, array: jax.Array, index: int) -> None:
         self._array, self._index = array, index

@@ -1,4 +1,4 @@
-"""The interface that the algorithms of convolution have in common."""
+"""The interface of the algorithms of convolution; `convolution.choose_algorithm` chooses one."""
 
 from __future__ import annotations
 

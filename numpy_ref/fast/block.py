@@ -9,7 +9,7 @@ from numpy_ref.layers import Array, Layer, ReLU
 
 
 class FusedBlock(Layer):
-    """The passes of a block of `resnet.py` whose norms are all `BatchNormAddRelu`; a base before its class.
+    """Mixin for a block of `resnet.py` whose norms are all `BatchNormAddRelu`; comes before the block class.
 
     Each norm computes the ReLU after it, and the last one the sum with the shortcut, too.
     """
@@ -35,6 +35,6 @@ class FusedBlock(Layer):
         return dx
 
     def _layers(self) -> tuple[list[Layer], BatchNormAddRelu]:
-        """The layers of the branch, without the ReLUs: all but the last, and that, a norm."""
+        """Return the branch's layers without the ReLUs: all but the last, and the last, which is a norm."""
         *layers, last_norm = [layer for layer in self.branch() if not isinstance(layer, ReLU)]
         return layers, last_norm

@@ -21,7 +21,7 @@ SHIFTED_SHARE = 0.5
 def choose_algorithm(
     x_shape: tuple[int, ...], weight_shape: tuple[int, ...], stride: Pair, padding: Pair
 ) -> type[Algorithm]:
-    """Return the fastest algorithm for images [N, H, W, I] and a kernel [KH, KW, I, O].
+    """Return the fastest algorithm for images [N, H, W, I] and a kernel [KH, KW, I, O]; the first that fits:
 
     - `Pointwise` for 1x1 kernels without padding: the patches are the pixels, so there is nothing to copy.
     - `Winograd` for 3x3 kernels with stride 1 and padding 1, given enough channels and pixels. It saves 20 of

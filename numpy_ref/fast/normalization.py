@@ -79,7 +79,7 @@ class BatchNorm(layers.BatchNorm):
     def _input_gradient(self, d: Array, sums: Array, centered: Array, inverse_std: Array, n: int) -> Array:
         """Add the gradients of weight and bias, and return dL/dx, from d = dL/dy.
 
-        `sums` are those of d and of d (x - mean) over the rows.
+        `sums` are those of d and of d (x - mean) over the rows. Derived in `layers.BatchNorm.backward`.
         """
         fold = d.shape[1] // len(inverse_std)
         dbias, dscale = sums = fold_sums(sums, fold)

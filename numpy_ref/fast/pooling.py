@@ -30,7 +30,7 @@ class MaxPool2d(layers.MaxPool2d):
         return y
 
     def backward(self, dy: Array) -> Array:
-        """Return dL/dx. The first tap that equals the maximum takes the gradient, and leaves none."""
+        """Return dL/dx. The first tap that equals the maximum gets all of the gradient, later ones none."""
         x, y, taps = self.saved
         dx = empty_like(x)
 

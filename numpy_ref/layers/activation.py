@@ -28,7 +28,7 @@ class Sigmoid(Layer):
     """y = 1 / (1 + exp(-x))."""
 
     def forward(self, x: Array, train: bool = False) -> Array:
-        """Map x of any shape to the same shape. exp of a number up to 0, as here, cannot overflow."""
+        """Map x of any shape to the same shape. exp gets only numbers <= 0, and so cannot overflow."""
         small = np.exp(-np.abs(x))
         y = np.where(x >= 0, 1 / (1 + small), small / (1 + small))
         self.save_for_backward(y)

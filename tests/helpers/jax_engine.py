@@ -44,8 +44,9 @@ def learning_rate(step: int) -> float:
     return 1e-3 / (1 + 0.3 * step)
 
 
-def make_engine(model: str = "resnet18", optimizer: str = "adam", **options: Any) -> Engine:
-    defaults: dict[str, Any] = {
+def thin_options(model: str) -> dict[str, Any]:
+    """The arguments that both engines have for a thin network in float64."""
+    return {
         "model_options": THIN[model],
         "num_classes": CLASSES,
         "image_shape": SHAPE,
@@ -54,9 +55,12 @@ def make_engine(model: str = "resnet18", optimizer: str = "adam", **options: Any
         "optimizer_options": {"base_lr": 1e-3},
         "learning_rate": learning_rate,
         "precision": "float64",
-        "chunk": 1,  # on a GPU too: tests/test_chunked.py has more
     }
-    return Engine(model=model, optimizer=optimizer, **(defaults | options))
+
+
+def make_engine(model: str = "resnet18", optimizer: str = "adam", **options: Any) -> Engine:
+    chunk = 1  # on a GPU too: tests/test_chunked.py has more
+    return Engine(model=model, optimizer=optimizer, **{**thin_options(model), "chunk": chunk, **options})
 
 
 def shared(model: str = "resnet18", optimizer: str = "adam") -> Engine:

@@ -157,6 +157,10 @@ class Group:
     """
 
     def __init__(self, size: int, memory: SharedMemory, make: MakeWorker) -> None:
+        # A process that still imports the script cannot start others. The attribute is the one that
+        # `multiprocessing` looks at; it does so only after the semaphores below, which would be leaked.
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise RuntimeError(NOT_STARTED)
         # A process opens semaphores by name as it starts, so they must last as long as the group. To create
         # the first one starts multiprocessing's resource tracker, the process that cleans up after all.
         with _signals_blocked():

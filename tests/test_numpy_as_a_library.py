@@ -388,6 +388,12 @@ if child == 0:
     os._exit(int(not np.allclose(parameter.value, 0.8)))
 print(os.waitpid(child, 0)[1], next(engine.train(state, [batch]))[0].step)
 """
+# The second process is still ending when the first one's failure makes the parent kill it.
+ENDS_LATE = """
+import multiprocessing, sys, time
+if multiprocessing.current_process().name == "SpawnProcess-2":
+    sys.excepthook = lambda *_: time.sleep(3)
+"""
 
 
 def python(*arguments: str, program: str = "") -> subprocess.CompletedProcess[str]:
@@ -407,9 +413,11 @@ def test_a_fork_takes_steps_and_leaves_its_parents_processes_alone() -> None:
 @pytest.mark.parametrize("source", ["file", "standard input"])
 def test_a_script_without_a_guard_gets_a_reason(source: str, tmp_path: Path) -> None:
     path = tmp_path / "script.py"
-    path.write_text(ENGINE)
-    done = python(str(path)) if source == "file" else python("-", program=ENGINE)
+    program = ENDS_LATE + ENGINE.replace("processes=2", "processes=3")
+    path.write_text(program)
+    done = python(str(path)) if source == "file" else python("-", program=program)
     assert done.returncode == 1
+    assert "leaked" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("RuntimeError: a process of the NumPy engine could not start")
     assert 'if __name__ == "__main__":' in last

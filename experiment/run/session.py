@@ -176,7 +176,8 @@ def start(
     Raises:
         UserError: the run is refused; what can be refused is refused before the disk is touched.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what we report in a line
+    for name in ("absl", "asyncio"):  # Orbax logs what we report in a line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return Session(given, argv, join).run()
 
 

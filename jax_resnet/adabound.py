@@ -18,6 +18,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 Scalar = float | jax.Array  # a hyperparameter: a Python number, or a scalar array, tracers among them
+Step = Callable[[optax.Updates, optax.Updates, optax.Updates, jax.Array], optax.Updates]
 
 _POSITIVE = (lambda x: 0 < x < math.inf, "positive and finite")
 _NON_NEGATIVE = (lambda x: 0 <= x < math.inf, "non-negative and finite")
@@ -179,9 +180,43 @@ def unclipped_size(
     return correction.astype(nu.dtype) / (jnp.sqrt(nu) + eps)
 
 
+def scale_by_moments(
+    state_type: type[Any], step: Step, b1: Scalar, b2: Scalar, mu_dtype: DTypeLike | None
+) -> optax.GradientTransformation:
+    """Rescale updates by both moments: the common form of AdaBound, AMSBound and AMSGrad.
+
+    Args:
+        state_type: the type of the state, of `count`, `mu`, `nu` and perhaps `nu_max`, which then replaces
+            `nu` in the step.
+        step: the rule (grads, mu, nu, count) -> updates.
+        b1, b2, mu_dtype: as in :func:`scale_by_adabound`.
+    """
+    mu_dtype = check_mu_dtype(mu_dtype)
+    has_maximum = "nu_max" in state_type._fields
+
+    def init_fn(params: optax.Params) -> Any:
+        # A call for each field: one buffer in two fields could not be donated
+        seconds = [zero_moments(params) for _ in range(1 + has_maximum)]
+        return state_type(jnp.zeros([], jnp.int32), zero_moments(params, mu_dtype), *seconds)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu, nu = update_moments(updates, state.mu, state.nu, b1, b2)
+        seconds = [nu]
+        if has_maximum:
+            seconds.append(jax.tree.map(jnp.maximum, state.nu_max, nu))
+        scaled = step(updates, mu, seconds[-1], count)
+        return scaled, state_type(count, optax.tree.cast(mu, mu_dtype), *seconds)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
 def _clipped_step(
     ratio: Scalar, b1: Scalar, b2: Scalar, gamma: Scalar, eps: Scalar, eps_root: Scalar
-) -> Callable[[optax.Updates, optax.Updates, optax.Updates, jax.Array], optax.Updates]:
+) -> Step:
     """The rule (grads, mu, nu, count) -> clip(c_t / (sqrt(nu + eps_root) + eps), lower_t, upper_t) * mu."""
     check_hyperparameters(ratio=ratio, b1=b1, b2=b2, gamma=gamma, eps=eps, eps_root=eps_root)
 
@@ -229,22 +264,7 @@ def scale_by_adabound(
             parameter is not of a real floating-point type.
     """
     step = _clipped_step(ratio, b1, b2, gamma, eps, eps_root)
-    mu_dtype = check_mu_dtype(mu_dtype)
-
-    def init_fn(params: optax.Params) -> ScaleByAdaBoundState:
-        mu, nu = zero_moments(params, mu_dtype), zero_moments(params)
-        return ScaleByAdaBoundState(jnp.zeros([], jnp.int32), mu, nu)
-
-    def update_fn(
-        updates: optax.Updates, state: ScaleByAdaBoundState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, ScaleByAdaBoundState]:
-        del params
-        count = optax.safe_increment(state.count)
-        mu, nu = update_moments(updates, state.mu, state.nu, b1, b2)
-        scaled = step(updates, mu, nu, count)
-        return scaled, ScaleByAdaBoundState(count, optax.tree.cast(mu, mu_dtype), nu)
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    return scale_by_moments(ScaleByAdaBoundState, step, b1, b2, mu_dtype)
 
 
 def scale_by_amsbound(
@@ -263,24 +283,7 @@ def scale_by_amsbound(
     its place. Arguments, result and errors are the same.
     """
     step = _clipped_step(ratio, b1, b2, gamma, eps, eps_root)
-    mu_dtype = check_mu_dtype(mu_dtype)
-
-    def init_fn(params: optax.Params) -> ScaleByAmsBoundState:
-        # Three calls: one buffer in two fields could not be donated
-        mu, nu, nu_max = zero_moments(params, mu_dtype), zero_moments(params), zero_moments(params)
-        return ScaleByAmsBoundState(jnp.zeros([], jnp.int32), mu, nu, nu_max)
-
-    def update_fn(
-        updates: optax.Updates, state: ScaleByAmsBoundState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, ScaleByAmsBoundState]:
-        del params
-        count = optax.safe_increment(state.count)
-        mu, nu = update_moments(updates, state.mu, state.nu, b1, b2)
-        nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
-        scaled = step(updates, mu, nu_max, count)
-        return scaled, ScaleByAmsBoundState(count, optax.tree.cast(mu, mu_dtype), nu, nu_max)
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    return scale_by_moments(ScaleByAmsBoundState, step, b1, b2, mu_dtype)
 
 
 def scale_by_sgdbound(
@@ -385,13 +388,10 @@ def adabound(
         <https://arxiv.org/abs/1902.09843>`_, 2019
     """
     check_hyperparameters(weight_decay=weight_decay)
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask),
-        scale_by_adabound(
-            bound_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps, eps_root, mu_dtype=mu_dtype
-        ),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    ratio = bound_ratio(learning_rate, final_lr, base_lr)
+    scale = scale_by_adabound(ratio, b1, b2, gamma, eps, eps_root, mu_dtype=mu_dtype)
+    l2 = optax.add_decayed_weights(weight_decay, mask)
+    return optax.chain(l2, scale, optax.scale_by_learning_rate(learning_rate))
 
 
 def amsbound(
@@ -414,13 +414,10 @@ def amsbound(
     of :func:`adabound`.
     """
     check_hyperparameters(weight_decay=weight_decay)
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask),
-        scale_by_amsbound(
-            bound_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps, eps_root, mu_dtype=mu_dtype
-        ),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    ratio = bound_ratio(learning_rate, final_lr, base_lr)
+    scale = scale_by_amsbound(ratio, b1, b2, gamma, eps, eps_root, mu_dtype=mu_dtype)
+    l2 = optax.add_decayed_weights(weight_decay, mask)
+    return optax.chain(l2, scale, optax.scale_by_learning_rate(learning_rate))
 
 
 def adaboundw(
@@ -451,13 +448,10 @@ def adaboundw(
         <https://arxiv.org/abs/1711.05101>`_, 2019
     """
     check_hyperparameters(weight_decay=weight_decay)
-    return optax.chain(
-        scale_by_adabound(
-            bound_ratio(learning_rate, final_lr, base_lr), b1, b2, gamma, eps, eps_root, mu_dtype=mu_dtype
-        ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    ratio = bound_ratio(learning_rate, final_lr, base_lr)
+    scale = scale_by_adabound(ratio, b1, b2, gamma, eps, eps_root, mu_dtype=mu_dtype)
+    decay = optax.add_decayed_weights(weight_decay, mask)
+    return optax.chain(scale, decay, optax.scale_by_learning_rate(learning_rate))
 
 
 def sgdbound(
@@ -485,8 +479,6 @@ def sgdbound(
         <https://arxiv.org/abs/1908.04457>`_, 2019, whose idea this follows
     """
     check_hyperparameters(weight_decay=weight_decay)
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask),
-        scale_by_sgdbound(bound_ratio(learning_rate, final_lr, base_lr), b1, gamma, mu_dtype=mu_dtype),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    scale = scale_by_sgdbound(bound_ratio(learning_rate, final_lr, base_lr), b1, gamma, mu_dtype=mu_dtype)
+    l2 = optax.add_decayed_weights(weight_decay, mask)
+    return optax.chain(l2, scale, optax.scale_by_learning_rate(learning_rate))

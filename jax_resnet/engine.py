@@ -65,6 +65,8 @@ class Engine:
         chunk: the most steps that one call of a compiled function takes; None is what suits the back end.
     """
 
+    compiles = True  # the first step waits for XLA
+
     def __init__(
         self,
         *,
@@ -147,11 +149,6 @@ class Engine:
     def device_count(self) -> int:
         """Number of devices that share a batch; its size must be a multiple of it."""
         return jax.device_count()
-
-    @property
-    def compiles(self) -> bool:
-        """True: the first step waits for XLA."""
-        return True
 
     @property
     def is_synchronized(self) -> bool:

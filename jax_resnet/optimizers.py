@@ -24,13 +24,11 @@ from jax_resnet.adabound import (
     amsbound,
     bound_ratio,
     check_hyperparameters,
-    check_mu_dtype,
     is_zero,
     one_minus_power,
+    scale_by_moments,
     sgdbound,
     unclipped_size,
-    update_moments,
-    zero_moments,
 )
 
 OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "sgdbound", "amsgrad", "adamw", "sgd")
@@ -86,19 +84,10 @@ def scale_by_amsgrad(
         Reddi et al, `On the Convergence of Adam and Beyond <https://arxiv.org/abs/1904.09237>`_, 2018
     """
     check_hyperparameters(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-    mu_dtype = check_mu_dtype(mu_dtype)
 
-    def init_fn(params: optax.Params) -> ScaleByAmsgradState:
-        mu, nu, nu_max = zero_moments(params, mu_dtype), zero_moments(params), zero_moments(params)
-        return ScaleByAmsgradState(jnp.zeros([], jnp.int32), mu, nu, nu_max)
-
-    def update_fn(
-        updates: optax.Updates, state: ScaleByAmsgradState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, ScaleByAmsgradState]:
-        del params
-        count = optax.safe_increment(state.count)
-        mu, nu = update_moments(updates, state.mu, state.nu, b1, b2)
-        nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
+    def step(
+        grads: optax.Updates, mu: optax.Updates, nu_max: optax.Updates, count: jax.Array
+    ) -> optax.Updates:
         correction1, correction2 = one_minus_power(b1, count), jnp.sqrt(one_minus_power(b2, count))
 
         def leaf(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
@@ -108,10 +97,9 @@ def scale_by_amsgrad(
             denominator = jnp.sqrt(v) / root + eps
             return (m / correction1.astype(m.dtype) / denominator).astype(g.dtype)
 
-        scaled = jax.tree.map(leaf, updates, mu, nu_max)
-        return scaled, ScaleByAmsgradState(count, optax.tree.cast(mu, mu_dtype), nu, nu_max)
+        return jax.tree.map(leaf, grads, mu, nu_max)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return scale_by_moments(ScaleByAmsgradState, step, b1, b2, mu_dtype)
 
 
 def amsgrad(
@@ -139,11 +127,9 @@ def amsgrad(
         The optimizer. `update` needs `params`.
     """
     check_hyperparameters(learning_rate=learning_rate, weight_decay=weight_decay)
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask),
-        scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype=mu_dtype),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    scale = scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype=mu_dtype)
+    l2 = optax.add_decayed_weights(weight_decay, mask)
+    return optax.chain(l2, scale, optax.scale_by_learning_rate(learning_rate))
 
 
 def make_optimizer(
@@ -193,22 +179,14 @@ def make_optimizer(
     )
     l2 = optax.add_decayed_weights(weight_decay)
     adam: dict[str, Any] = {"b1": b1, "b2": b2, "eps": eps}
-    bound: dict[str, Any] = {
-        **adam,
-        "final_lr": final_lr,
-        "base_lr": base_lr,
-        "gamma": gamma,
-        "weight_decay": weight_decay,
-    }
+    bound: dict[str, Any] = {"final_lr": final_lr, "base_lr": base_lr, "gamma": gamma}
+    bound |= {**adam, "weight_decay": weight_decay}
     match name:
         case "adam":
             return optax.chain(l2, optax.adam(learning_rate, **adam))
-        case "adabound":
-            return adabound(learning_rate, **bound)
-        case "amsbound":
-            return amsbound(learning_rate, **bound)
-        case "adaboundw":
-            return adaboundw(learning_rate, **bound)
+        case "adabound" | "amsbound" | "adaboundw":
+            make = {"adabound": adabound, "amsbound": amsbound, "adaboundw": adaboundw}[name]
+            return make(learning_rate, **bound)
         case "sgdbound":
             return sgdbound(learning_rate, **{k: v for k, v in bound.items() if k not in ("b2", "eps")})
         case "amsgrad":
@@ -320,17 +298,12 @@ def state_from_dict(template: optax.OptState, mapping: Mapping[str, Any]) -> opt
     if problems:
         raise ValueError(f"the optimizer state does not fit: {'; '.join(problems)}")
 
-    def fill(field: str, like: Any) -> Any:
-        # Copies, by NumPy: an alias of the caller's memory must not be donated to a training step, and JAX
+    def fill(path: Any, like: Any) -> jax.Array:
+        # The path without the positions in the tuples of the chain: (mu, fc.weight)
+        names = tuple(key for key in path if not isinstance(key, jax.tree_util.SequenceKey))
+        entry = given[jax.tree_util.keystr(names, simple=True, separator=".")]
+        # A copy, by NumPy: an alias of the caller's memory must not be donated to a training step, and JAX
         # would compile a function for each shape
-        if isinstance(like, Mapping):
-            entries = {name: np.array(mapping[field][name], leaf.dtype) for name, leaf in like.items()}
-            return {name: jax.device_put(entry) for name, entry in entries.items()}
-        return jax.device_put(np.array(mapping[field], like.dtype))
+        return jax.device_put(np.array(entry, like.dtype))
 
-    def rebuild(state: optax.OptState) -> optax.OptState:
-        if hasattr(state, "_fields"):
-            return type(state)(*(fill(field, like) for field, like in zip(state._fields, state, strict=True)))
-        return tuple(rebuild(inner) for inner in state)
-
-    return rebuild(template)
+    return jax.tree_util.tree_map_with_path(fill, template)

@@ -1,102 +1,54 @@
 """ResNets, their optimizers and the loop that trains them, in plain NumPy."""
 
-from numpy_ref.adabound import AdaBound, AdaBoundW, AMSBound, SGDBound, adabound_bounds
-from numpy_ref.engine import Engine
-from numpy_ref.layers import (
-    AvgPool2d,
-    BatchNorm,
-    Conv2d,
-    Flatten,
-    GlobalAvgPool2d,
-    Layer,
-    Linear,
-    LoopConv2d,
-    MaxPool2d,
-    NoNorm,
-    OptionA,
-    Parameter,
-    ReLU,
-    Sequential,
-    Sigmoid,
-    cross_entropy,
-    no_grad,
-)
-from numpy_ref.optimizer_base import Optimizer
-from numpy_ref.optimizers import OPTIMIZERS, SGD, Adam, AdamW, AMSGrad, make_optimizer
-from numpy_ref.resnet import (
-    CNN,
-    MODELS,
-    BasicBlock,
-    Bottleneck,
-    ResNet,
-    cnn,
-    resnet8,
-    resnet18,
-    resnet20,
-    resnet32,
-    resnet34,
-    resnet44,
-    resnet50,
-    resnet56,
-    resnet101,
-    resnet110,
-    resnet152,
-    resnet_cifar,
-    resnet_imagenet,
-)
-from numpy_ref.state_dict import load_state_dict, parameter_count, state_dict
-
-__all__ = [
-    "CNN",
-    "MODELS",
-    "OPTIMIZERS",
-    "SGD",
-    "AMSBound",
-    "AMSGrad",
-    "AdaBound",
-    "AdaBoundW",
-    "Adam",
-    "AdamW",
-    "AvgPool2d",
-    "BasicBlock",
-    "BatchNorm",
-    "Bottleneck",
-    "Conv2d",
-    "Engine",
-    "Flatten",
-    "GlobalAvgPool2d",
-    "Layer",
-    "Linear",
-    "LoopConv2d",
-    "MaxPool2d",
-    "NoNorm",
-    "Optimizer",
-    "OptionA",
-    "Parameter",
-    "ReLU",
-    "ResNet",
-    "SGDBound",
-    "Sequential",
-    "Sigmoid",
-    "adabound_bounds",
-    "cnn",
-    "cross_entropy",
-    "load_state_dict",
-    "make_optimizer",
-    "no_grad",
-    "parameter_count",
-    "resnet8",
-    "resnet18",
-    "resnet20",
-    "resnet32",
-    "resnet34",
-    "resnet44",
-    "resnet50",
-    "resnet56",
-    "resnet101",
-    "resnet110",
-    "resnet152",
-    "resnet_cifar",
-    "resnet_imagenet",
-    "state_dict",
-]
+from numpy_ref.adabound import AdaBound as AdaBound
+from numpy_ref.adabound import AdaBoundW as AdaBoundW
+from numpy_ref.adabound import AMSBound as AMSBound
+from numpy_ref.adabound import SGDBound as SGDBound
+from numpy_ref.adabound import adabound_bounds as adabound_bounds
+from numpy_ref.engine import Engine as Engine
+from numpy_ref.layers import AvgPool2d as AvgPool2d
+from numpy_ref.layers import BatchNorm as BatchNorm
+from numpy_ref.layers import Conv2d as Conv2d
+from numpy_ref.layers import Flatten as Flatten
+from numpy_ref.layers import GlobalAvgPool2d as GlobalAvgPool2d
+from numpy_ref.layers import Layer as Layer
+from numpy_ref.layers import Linear as Linear
+from numpy_ref.layers import LoopConv2d as LoopConv2d
+from numpy_ref.layers import MaxPool2d as MaxPool2d
+from numpy_ref.layers import NoNorm as NoNorm
+from numpy_ref.layers import OptionA as OptionA
+from numpy_ref.layers import Parameter as Parameter
+from numpy_ref.layers import ReLU as ReLU
+from numpy_ref.layers import Sequential as Sequential
+from numpy_ref.layers import Sigmoid as Sigmoid
+from numpy_ref.layers import cross_entropy as cross_entropy
+from numpy_ref.layers import no_grad as no_grad
+from numpy_ref.optimizer_base import Optimizer as Optimizer
+from numpy_ref.optimizers import OPTIMIZERS as OPTIMIZERS
+from numpy_ref.optimizers import SGD as SGD
+from numpy_ref.optimizers import Adam as Adam
+from numpy_ref.optimizers import AdamW as AdamW
+from numpy_ref.optimizers import AMSGrad as AMSGrad
+from numpy_ref.optimizers import make_optimizer as make_optimizer
+from numpy_ref.resnet import CNN as CNN
+from numpy_ref.resnet import MODELS as MODELS
+from numpy_ref.resnet import BasicBlock as BasicBlock
+from numpy_ref.resnet import Bottleneck as Bottleneck
+from numpy_ref.resnet import ResNet as ResNet
+from numpy_ref.resnet import cnn as cnn
+from numpy_ref.resnet import resnet8 as resnet8
+from numpy_ref.resnet import resnet18 as resnet18
+from numpy_ref.resnet import resnet20 as resnet20
+from numpy_ref.resnet import resnet32 as resnet32
+from numpy_ref.resnet import resnet34 as resnet34
+from numpy_ref.resnet import resnet44 as resnet44
+from numpy_ref.resnet import resnet50 as resnet50
+from numpy_ref.resnet import resnet56 as resnet56
+from numpy_ref.resnet import resnet101 as resnet101
+from numpy_ref.resnet import resnet110 as resnet110
+from numpy_ref.resnet import resnet152 as resnet152
+from numpy_ref.resnet import resnet_cifar as resnet_cifar
+from numpy_ref.resnet import resnet_imagenet as resnet_imagenet
+from numpy_ref.state_dict import load_state_dict as load_state_dict
+from numpy_ref.state_dict import parameter_count as parameter_count
+from numpy_ref.state_dict import state_dict as state_dict

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from numpy_ref.layers import Array, Parameter
-from numpy_ref.optimizer_base import Hyperparameter, Optimizer, update_moments
+from numpy_ref.optimizer_base import Hyperparameter, Optimizer, second_moment, update_moments
 
 
 def adabound_bounds(count: int, ratio: float = 100.0, gamma: float = 1e-3) -> tuple[float, float]:
@@ -96,7 +96,7 @@ class AdaBound(Optimizer):
     ) -> tuple[int, int]:
         """See the class."""
         update_moments(grad, moments[0], moments[1], h.b1, h.b2, delta)
-        size = np.sqrt(self.second_moment(moments), out=delta)
+        size = np.sqrt(second_moment(moments), out=delta)
         size += h.eps
         np.divide(h.correction, size, out=size)
         clipped = int(np.count_nonzero(size < h.lower)), int(np.count_nonzero(size > h.upper))
@@ -105,19 +105,11 @@ class AdaBound(Optimizer):
         size *= h.lr
         return clipped
 
-    def second_moment(self, moments: Sequence[Array]) -> Array:
-        """nu_t; in AMSBound its maximum."""
-        return moments[1]
-
 
 class AMSBound(AdaBound):
     """AMSBound: AdaBound with the maximum of all nu so far, before any bias correction, in nu's place."""
 
     fields = ("mu", "nu", "nu_max")
-
-    def second_moment(self, moments: Sequence[Array]) -> Array:
-        """max(nu_max, nu), which becomes nu_max."""
-        return np.maximum(moments[2], moments[1], out=moments[2])
 
 
 class AdaBoundW(AdaBound):

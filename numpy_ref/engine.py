@@ -78,6 +78,11 @@ class Engine:
         ValueError: if a name is unknown or a number out of its range.
     """
 
+    device_count = 1  # the size of a batch may be any number: processes may get parts of different sizes
+    compiles = False
+    holds_images = False  # the device is the host
+    is_synchronized = False  # the processes that share a batch are this engine's own
+
     def __init__(
         self,
         *,
@@ -120,26 +125,6 @@ class Engine:
     def device(self) -> str:
         """A description of the device."""
         return f"NumPy {np.__version__}, {self.processes} process{'es' if self.processes > 1 else ''}"
-
-    @property
-    def device_count(self) -> int:
-        """1: the size of a batch may be any number, since processes may get parts of different sizes."""
-        return 1
-
-    @property
-    def compiles(self) -> bool:
-        """False: there is no compilation."""
-        return False
-
-    @property
-    def holds_images(self) -> bool:
-        """False: the device is the host."""
-        return False
-
-    @property
-    def is_synchronized(self) -> bool:
-        """False: the processes that share a batch are this engine's own."""
-        return False
 
     def init(self) -> State:
         """The state before the first step."""

@@ -296,6 +296,13 @@ def update_moments(grad: Array, mu: Array, nu: Array, b1: float, b2: float, scra
     nu += scratch
 
 
+def second_moment(moments: Sequence[Array]) -> Array:
+    """nu_t of (mu, nu); of (mu, nu, nu_max) the maximum of all nu so far, which becomes nu_max."""
+    if len(moments) == 2:
+        return moments[1]
+    return np.maximum(moments[2], moments[1], out=moments[2])
+
+
 def _checked_values(group: Mapping[str, Any]) -> dict[str, float]:
     """Return the values of a group, as `check_hyperparameters` does."""
     return check_hyperparameters(**{name: value for name, value in group.items() if name != "params"})

@@ -15,7 +15,7 @@ import numpy as np
 
 from numpy_ref.adabound import AdaBound, AdaBoundW, AMSBound, SGDBound
 from numpy_ref.layers import Array, Parameter
-from numpy_ref.optimizer_base import Hyperparameter, Optimizer, update_moments
+from numpy_ref.optimizer_base import Hyperparameter, Optimizer, second_moment, update_moments
 
 
 class SGD(Optimizer):
@@ -79,14 +79,10 @@ class Adam(Optimizer):
     def update(self, grad: Array, moments: Sequence[Array], delta: Array, h: SimpleNamespace) -> None:
         """See the class."""
         update_moments(grad, moments[0], moments[1], h.b1, h.b2, delta)
-        np.sqrt(self.second_moment(moments), out=delta)
+        np.sqrt(second_moment(moments), out=delta)
         delta += h.scaled_eps
         np.divide(moments[0], delta, out=delta)
         delta *= h.rate
-
-    def second_moment(self, moments: Sequence[Array]) -> Array:
-        """nu_t; in AMSGrad its maximum."""
-        return moments[1]
 
 
 class AMSGrad(Adam):
@@ -96,10 +92,6 @@ class AMSGrad(Adam):
     """
 
     fields = ("mu", "nu", "nu_max")
-
-    def second_moment(self, moments: Sequence[Array]) -> Array:
-        """max(nu_max, nu), which becomes nu_max."""
-        return np.maximum(moments[2], moments[1], out=moments[2])
 
 
 class AdamW(Adam):
@@ -123,6 +115,8 @@ class AdamW(Adam):
 
 
 OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "sgdbound", "amsgrad", "adamw", "sgd")
+_ADAM: dict[str, type[Adam]] = {"adam": Adam, "amsgrad": AMSGrad, "adamw": AdamW}
+_BOUNDED = {"adabound": AdaBound, "amsbound": AMSBound, "adaboundw": AdaBoundW, "sgdbound": SGDBound}
 
 
 def make_optimizer(
@@ -149,22 +143,11 @@ def make_optimizer(
         weight_decay = 0.01 if name == "adamw" else 0.0
     decay = {"weight_decay": weight_decay}
     adam = {"b1": b1, "b2": b2, "eps": eps, **decay}
-    bound = {"final_lr": final_lr, "base_lr": base_lr, "gamma": gamma, **adam}
-    match name:
-        case "adam":
-            return Adam(parameters, learning_rate, **adam)
-        case "adabound":
-            return AdaBound(parameters, learning_rate, **bound)  # type: ignore[arg-type]
-        case "amsbound":
-            return AMSBound(parameters, learning_rate, **bound)  # type: ignore[arg-type]
-        case "adaboundw":
-            return AdaBoundW(parameters, learning_rate, **bound)  # type: ignore[arg-type]
-        case "sgdbound":
-            return SGDBound(parameters, learning_rate, **bound)  # type: ignore[arg-type]
-        case "amsgrad":
-            return AMSGrad(parameters, learning_rate, **adam)
-        case "adamw":
-            return AdamW(parameters, learning_rate, **adam)
-        case "sgd":
-            return SGD(parameters, learning_rate, momentum=momentum, **decay)
+    if name == "sgd":
+        return SGD(parameters, learning_rate, momentum=momentum, **decay)
+    if name in _ADAM:
+        return _ADAM[name](parameters, learning_rate, **adam)
+    if name in _BOUNDED:
+        bounds = {"final_lr": final_lr, "base_lr": base_lr, "gamma": gamma}
+        return _BOUNDED[name](parameters, learning_rate, **bounds, **adam)  # type: ignore[arg-type]
     raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")

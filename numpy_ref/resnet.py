@@ -22,7 +22,6 @@ from numpy_ref.layers import (
     Flatten,
     GlobalAvgPool2d,
     Layer,
-    NoNorm,
     ReLU,
     Sequential,
 )
@@ -38,6 +37,11 @@ class ResidualBlock(Layer):
     def branch(self) -> Sequential:
         """The layers of the residual branch."""
         raise NotImplementedError
+
+    @property
+    def last_norm(self) -> Layer:
+        """The batch norm that ends the residual branch."""
+        return self.branch().layers[-1]
 
     def shortcut(self) -> Sequential:
         """`downsample` where the shape changes; elsewhere no layer, which is the identity."""
@@ -81,11 +85,6 @@ class BasicBlock(ResidualBlock):
         self.downsample = make.shortcut(shortcut, in_channels, width, stride)
         self.relu = ReLU()
 
-    @property
-    def last_norm(self) -> BatchNorm | NoNorm:
-        """The batch norm that ends the residual branch."""
-        return self.bn2
-
     def branch(self) -> Sequential:
         """bn2(conv2(relu(bn1(conv1(x)))))."""
         return Sequential(self.conv1, self.bn1, self.relu1, self.conv2, self.bn2)
@@ -126,11 +125,6 @@ class Bottleneck(ResidualBlock):
         self.bn3 = make.norm(out_channels)
         self.downsample = make.shortcut(shortcut, in_channels, out_channels, stride)
         self.relu = ReLU()
-
-    @property
-    def last_norm(self) -> BatchNorm | NoNorm:
-        """The batch norm that ends the residual branch."""
-        return self.bn3
 
     def branch(self) -> Sequential:
         """bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x))))))))."""

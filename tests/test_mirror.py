@@ -97,13 +97,19 @@ def defined(package: str, name: str) -> dict[str, Any]:
     }
 
 
+def exports(package: str) -> set[str]:
+    """The names that a package re-exports: `from package.module import name as name`."""
+    values = vars(import_module(package)).items()
+    return {key for key, value in values if not key.startswith("_") and not inspect.ismodule(value)}
+
+
 def public_names(name: str) -> dict[str, list[str]]:
     """{public name of a module: the packages that have it}."""
     holders: dict[str, list[str]] = {}
     for package in PACKAGES:
         for key in defined(package, name):
             holders.setdefault(key, []).append(package)
-    exported = {key for package in PACKAGES for key in import_module(package).__all__}
+    exported = {key for package in PACKAGES for key in exports(package)}
     return {key: packages for key, packages in holders.items() if key in exported or len(packages) > 1}
 
 

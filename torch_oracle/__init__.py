@@ -1,60 +1,32 @@
 """The reference: the same networks and optimizers in plain PyTorch, NCHW. Both engines must agree with it."""
 
-from torch_oracle.adabound import AdaBound, AdaBoundW, AMSBound, SGDBound
-from torch_oracle.layers import OptionA
-from torch_oracle.optimizers import OPTIMIZERS, make_optimizer
-from torch_oracle.resnet import (
-    CNN,
-    MODELS,
-    BasicBlock,
-    Bottleneck,
-    ResNet,
-    cnn,
-    resnet8,
-    resnet18,
-    resnet20,
-    resnet32,
-    resnet34,
-    resnet44,
-    resnet50,
-    resnet56,
-    resnet101,
-    resnet110,
-    resnet152,
-    resnet_cifar,
-    resnet_imagenet,
-)
-from torch_oracle.state_dict import ParameterCount, load_state_dict, parameter_count, state_dict
-
-__all__ = [
-    "CNN",
-    "MODELS",
-    "OPTIMIZERS",
-    "AMSBound",
-    "AdaBound",
-    "AdaBoundW",
-    "BasicBlock",
-    "Bottleneck",
-    "OptionA",
-    "ParameterCount",
-    "ResNet",
-    "SGDBound",
-    "cnn",
-    "load_state_dict",
-    "make_optimizer",
-    "parameter_count",
-    "resnet8",
-    "resnet18",
-    "resnet20",
-    "resnet32",
-    "resnet34",
-    "resnet44",
-    "resnet50",
-    "resnet56",
-    "resnet101",
-    "resnet110",
-    "resnet152",
-    "resnet_cifar",
-    "resnet_imagenet",
-    "state_dict",
-]
+from torch_oracle.adabound import AdaBound as AdaBound
+from torch_oracle.adabound import AdaBoundW as AdaBoundW
+from torch_oracle.adabound import AMSBound as AMSBound
+from torch_oracle.adabound import SGDBound as SGDBound
+from torch_oracle.layers import OptionA as OptionA
+from torch_oracle.optimizers import OPTIMIZERS as OPTIMIZERS
+from torch_oracle.optimizers import make_optimizer as make_optimizer
+from torch_oracle.resnet import CNN as CNN
+from torch_oracle.resnet import MODELS as MODELS
+from torch_oracle.resnet import BasicBlock as BasicBlock
+from torch_oracle.resnet import Bottleneck as Bottleneck
+from torch_oracle.resnet import ResNet as ResNet
+from torch_oracle.resnet import cnn as cnn
+from torch_oracle.resnet import resnet8 as resnet8
+from torch_oracle.resnet import resnet18 as resnet18
+from torch_oracle.resnet import resnet20 as resnet20
+from torch_oracle.resnet import resnet32 as resnet32
+from torch_oracle.resnet import resnet34 as resnet34
+from torch_oracle.resnet import resnet44 as resnet44
+from torch_oracle.resnet import resnet50 as resnet50
+from torch_oracle.resnet import resnet56 as resnet56
+from torch_oracle.resnet import resnet101 as resnet101
+from torch_oracle.resnet import resnet110 as resnet110
+from torch_oracle.resnet import resnet152 as resnet152
+from torch_oracle.resnet import resnet_cifar as resnet_cifar
+from torch_oracle.resnet import resnet_imagenet as resnet_imagenet
+from torch_oracle.state_dict import ParameterCount as ParameterCount
+from torch_oracle.state_dict import load_state_dict as load_state_dict
+from torch_oracle.state_dict import parameter_count as parameter_count
+from torch_oracle.state_dict import state_dict as state_dict

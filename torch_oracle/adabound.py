@@ -67,7 +67,7 @@ class AdaBound(Optimizer):
     State of each parameter: `step`, `exp_avg` (m), `exp_avg_sq` (v) and, in AMSBound, `max_exp_avg_sq`.
     """
 
-    amsbound: ClassVar[bool] = False
+    moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     decoupled: ClassVar[bool] = False
 
     def __init__(
@@ -118,34 +118,37 @@ class AdaBound(Optimizer):
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
         """Update one tensor, of any shape; see the class."""
         assert p.grad is not None
-        lr, b1, b2, gamma = group["lr"], group["b1"], group["b2"], group["gamma"]
+        lr, b1, gamma = group["lr"], group["b1"], group["gamma"]
         state = self.state[p]
         if not state:
-            state["step"] = 0
-            moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if self.amsbound else [])]
-            state.update({name: torch.zeros_like(p) for name in moments})
+            state.update({"step": 0, **{name: torch.zeros_like(p) for name in self.moments}})
         state["step"] += 1
         t = state["step"]
 
         g = p.grad if self.decoupled else p.grad + group["weight_decay"] * p
         m = state["exp_avg"] = b1 * state["exp_avg"] + (1 - b1) * g
-        v = state["exp_avg_sq"] = b2 * state["exp_avg_sq"] + (1 - b2) * g * g
-        if self.amsbound:
-            v = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], v)
 
-        step_size = lr * math.sqrt(1 - b2**t) / (1 - b1**t)
         final_lr = group["final_lr"] * lr / group["base_lr"]
         lower = final_lr * (1 - 1 / (gamma * t + 1))
         upper = final_lr * (1 + 1 / (gamma * t))
-        size = torch.clamp(step_size / (v.sqrt() + group["eps"]), lower, upper)
+        size = self._size(g, state, group, lower, upper)
         decay = lr * group["weight_decay"] * p if self.decoupled else 0
         p.copy_(p - size * m - decay)
+
+    def _size(self, g: Tensor, state: dict[str, Any], group: dict[str, Any], lower: Any, upper: Any) -> Any:
+        """Update the second moment by the gradient g; return size_t, see the class."""
+        lr, b1, b2, t = group["lr"], group["b1"], group["b2"], state["step"]
+        v = state["exp_avg_sq"] = b2 * state["exp_avg_sq"] + (1 - b2) * g * g
+        if "max_exp_avg_sq" in self.moments:
+            v = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], v)
+        step_size = lr * math.sqrt(1 - b2**t) / (1 - b1**t)
+        return torch.clamp(step_size / (v.sqrt() + group["eps"]), lower, upper)
 
 
 class AMSBound(AdaBound):
     """AMSBound: AdaBound with the maximum of all v so far, before any bias correction, in v's place."""
 
-    amsbound = True
+    moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class AdaBoundW(AdaBound):
@@ -167,20 +170,8 @@ class SGDBound(AdaBound):
     After Savarese 2019, arXiv 1908.04457. Arguments are those of AdaBound; b2 and eps are not used.
     """
 
-    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Update one tensor, of any shape; see the class."""
-        assert p.grad is not None
-        lr, b1, gamma = group["lr"], group["b1"], group["gamma"]
-        state = self.state[p]
-        if not state:
-            state.update({"step": 0, "exp_avg": torch.zeros_like(p)})
-        state["step"] += 1
-        t = state["step"]
+    moments = ("exp_avg",)
 
-        g = p.grad + group["weight_decay"] * p
-        m = state["exp_avg"] = b1 * state["exp_avg"] + (1 - b1) * g
-
-        final_lr = group["final_lr"] * lr / group["base_lr"]
-        lower = final_lr * (1 - 1 / (gamma * t + 1))
-        upper = final_lr * (1 + 1 / (gamma * t))
-        p.copy_(p - min(max(lr, lower), upper) * m)
+    def _size(self, g: Tensor, state: dict[str, Any], group: dict[str, Any], lower: Any, upper: Any) -> Any:
+        """Return clip(alpha_t, lower_t, upper_t)."""
+        return min(max(group["lr"], lower), upper)

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torch_oracle.adabound import AdaBound, AdaBoundW, AMSBound, SGDBound, check_hyperparameters
 
 OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "sgdbound", "amsgrad", "adamw", "sgd")
+_BOUNDED = {"adabound": AdaBound, "amsbound": AMSBound, "adaboundw": AdaBoundW, "sgdbound": SGDBound}
 
 
 def make_optimizer(
@@ -45,17 +46,10 @@ def make_optimizer(
     adam: dict[str, Any] = {"betas": (b1, b2), "eps": eps, "weight_decay": weight_decay}
     bound: dict[str, Any] = {"final_lr": final_lr, "base_lr": base_lr, "gamma": gamma}
     bound |= {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
-    match name:
-        case "adabound":
-            return AdaBound(parameters, learning_rate, **bound)
-        case "amsbound":
-            return AMSBound(parameters, learning_rate, **bound)
-        case "adaboundw":
-            return AdaBoundW(parameters, learning_rate, **bound)
-        case "sgdbound":
-            return SGDBound(parameters, learning_rate, **bound)
-        case "adamw":
-            return torch.optim.AdamW(parameters, learning_rate, **adam)
-        case "adam" | "amsgrad":
-            return torch.optim.Adam(parameters, learning_rate, **adam, amsgrad=name == "amsgrad")
+    if name in _BOUNDED:
+        return _BOUNDED[name](parameters, learning_rate, **bound)
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, learning_rate, **adam)
+    if name in ("adam", "amsgrad"):
+        return torch.optim.Adam(parameters, learning_rate, **adam, amsgrad=name == "amsgrad")
     raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")

@@ -71,44 +71,32 @@ class _List:
         return []
 
 
+_OBJECTS = {
+    "argparse": "Namespace",
+    "builtins": "bool bytes dict float frozenset int list range slice str",
+    "datetime": "date datetime time timedelta timezone",
+    "numpy": "dtype ndarray",
+    **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), "scalar _reconstruct"),
+    "omegaconf.base": "ContainerMetadata Metadata",
+    "omegaconf.dictconfig": "DictConfig",
+    "omegaconf.listconfig": "ListConfig",
+    "omegaconf.nodes": "AnyNode BooleanNode FloatNode IntegerNode PathNode StringNode",
+    **dict.fromkeys(("pathlib", "pathlib._local"), "PosixPath PurePosixPath PureWindowsPath WindowsPath"),
+    "torch.torch_version": "TorchVersion",
+    "types": "SimpleNamespace",
+    "typing": "Any",
+}
+_DICTS = (
+    "collections.defaultdict",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "yacs.config.CfgNode",
+)
 BESIDE: dict[str, type] = {
-    **dict.fromkeys(("argparse.Namespace", "types.SimpleNamespace", "typing.Any"), _Object),
-    **{
-        f"builtins.{name}": _Object
-        for name in ("bool", "bytes", "dict", "float", "frozenset", "int", "list", "range", "slice", "str")
-    },
-    **{f"datetime.{name}": _Object for name in ("date", "datetime", "time", "timedelta", "timezone")},
-    **{
-        f"{module}.{name}Path": _Object
-        for module in ("pathlib", "pathlib._local")
-        for name in ("Posix", "Windows", "PurePosix", "PureWindows")
-    },
-    **dict.fromkeys(("numpy.dtype", "numpy.ndarray", "torch.torch_version.TorchVersion"), _Object),
-    **{
-        f"numpy.{core}.multiarray.{name}": _Object
-        for core in ("core", "_core")
-        for name in ("scalar", "_reconstruct")
-    },
-    **{
-        f"omegaconf.{name}": _Object
-        for name in (
-            *("dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata"),
-            *("nodes.AnyNode", "nodes.BooleanNode", "nodes.FloatNode", "nodes.IntegerNode"),
-            *("nodes.StringNode", "nodes.PathNode"),
-        )
-    },
+    **{f"{module}.{name}": _Object for module, names in _OBJECTS.items() for name in names.split()},
+    **dict.fromkeys(_DICTS, _Dict),
     "collections.deque": _List,
-    **dict.fromkeys(
-        (
-            *("collections.defaultdict", "yacs.config.CfgNode"),
-            "pytorch_lightning.utilities.parsing.AttributeDict",
-            *(
-                "lightning_fabric.utilities.data.AttributeDict",
-                "lightning.fabric.utilities.data.AttributeDict",
-            ),
-        ),
-        _Dict,
-    ),
 }
 """{the type of an object that training scripts save beside the weights: what is built in its place}.
 
@@ -136,7 +124,8 @@ def read(path: Path, key: str | None = None) -> dict[str, Tensor]:
         try:
             saved = safetensors.torch.load(content)
         except Exception as error:  # the library's own type, and KeyError for a dtype that it does not know
-            raise ValueError(f"no safetensors file, or a damaged one ({_one_line(error)})") from None
+            text = _shorten(str(error)) or type(error).__name__
+            raise ValueError(f"no safetensors file, or a damaged one ({text})") from None
     else:
         saved = _load(content)
     state = _state_dict(saved, key)
@@ -183,9 +172,7 @@ def _load(content: bytes) -> Any:
         with warnings.catch_warnings(), torch.serialization.safe_globals(beside):
             warnings.simplefilter("ignore")  # what it warns of is an error here, reported in one line
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # a damaged file ends in almost any type: KeyError, EOFError, RuntimeError, ...
+    except Exception as error:  # damaged files end in almost any type: KeyError, EOFError, RuntimeError, ...
         text = str(error)
     if "TorchScript archive" in text:
         raise ValueError("a TorchScript archive, which holds code; save the model's state_dict() instead")
@@ -254,10 +241,6 @@ def _fault(tensor: Tensor) -> str | None:
     if tensor.dtype not in DTYPES:
         return f"of type {str(tensor.dtype).removeprefix('torch.')}; save it as float32 instead"
     return None
-
-
-def _one_line(error: Exception) -> str:
-    return _shorten(str(error)) or type(error).__name__
 
 
 def _shorten(text: str) -> str:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax_resnet.state import Arrays
 from jax_resnet.step import Batch, Gradient, Network, compute_gradient
 
+Carry = tuple[tuple[jax.Array, Arrays], Arrays]  # (sums of loss and gradients), batch statistics
+
 
 def accumulate_gradient(
     micro_batches: int, network: Network, params: Arrays, batch_stats: Arrays, batch: Batch
@@ -22,9 +24,7 @@ def accumulate_gradient(
     """
     k = micro_batches
 
-    def add(
-        carry: tuple[tuple[jax.Array, Arrays], Arrays], micro_batch: Batch
-    ) -> tuple[tuple[tuple[jax.Array, Arrays], Arrays], jax.Array]:
+    def add(carry: Carry, micro_batch: Batch) -> tuple[Carry, jax.Array]:
         sums, batch_stats = carry
         gradient = compute_gradient(network, params, batch_stats, micro_batch)
         sums = jax.tree.map(jnp.add, sums, (gradient.loss, gradient.grads))

@@ -150,15 +150,13 @@ def _forward(
     The pullback is returned without its arguments, which the compiled function would copy: `_backward` puts
     them back. See "First-class VJPs" in JAX's documentation.
     """
+
+    def forward(params: Arrays, x: jax.Array = x) -> tuple[jax.Array, Arrays]:
+        return apply(graph, params, batch_stats, x)
+
+    inputs = (params, x) if needs_dx else (params,)
     pullback: Any  # with fields, of which `jax.vjp` declares none
-    if needs_dx:
-        y, pullback, new_batch_stats = jax.vjp(
-            lambda params, x: apply(graph, params, batch_stats, x), params, x, has_aux=True
-        )
-    else:
-        y, pullback, new_batch_stats = jax.vjp(
-            lambda params: apply(graph, params, batch_stats, x), params, has_aux=True
-        )
+    y, pullback, new_batch_stats = jax.vjp(forward, *inputs, has_aux=True)
     pullback.args_res = [None] * len(pullback.args_res)
     return y, pullback, new_batch_stats
 

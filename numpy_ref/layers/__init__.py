@@ -10,68 +10,32 @@ hold them equal. The derivations use one rule, the chain rule: dL/da = sum over 
 db/da.
 """
 
-from numpy_ref.layers.activation import Flatten, ReLU, Sigmoid
-from numpy_ref.layers.convolution import (
-    Conv2d,
-    LoopConv2d,
-    OptionA,
-    col2im,
-    im2col,
-    output_size,
-    pad2d,
-    taps,
-    unpad2d,
-)
-from numpy_ref.layers.linear import Linear
-from numpy_ref.layers.loss import check_labels, cross_entropy
-from numpy_ref.layers.module import (
-    Array,
-    Layer,
-    Pair,
-    Parameter,
-    Sequential,
-    check_channels,
-    draw,
-    no_grad,
-    pair,
-    promote,
-    sum_type,
-)
-from numpy_ref.layers.normalization import BatchNorm, NoNorm, check_count
-from numpy_ref.layers.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d, Pool2d
-
-__all__ = [
-    "Array",
-    "AvgPool2d",
-    "BatchNorm",
-    "Conv2d",
-    "Flatten",
-    "GlobalAvgPool2d",
-    "Layer",
-    "Linear",
-    "LoopConv2d",
-    "MaxPool2d",
-    "NoNorm",
-    "OptionA",
-    "Pair",
-    "Parameter",
-    "Pool2d",
-    "ReLU",
-    "Sequential",
-    "Sigmoid",
-    "check_channels",
-    "check_count",
-    "check_labels",
-    "col2im",
-    "cross_entropy",
-    "draw",
-    "im2col",
-    "no_grad",
-    "output_size",
-    "pad2d",
-    "pair",
-    "promote",
-    "sum_type",
-    "taps",
-    "unpad2d",
-]
+from numpy_ref.layers.activation import Flatten as Flatten
+from numpy_ref.layers.activation import ReLU as ReLU
+from numpy_ref.layers.activation import Sigmoid as Sigmoid
+from numpy_ref.layers.convolution import Conv2d as Conv2d
+from numpy_ref.layers.convolution import LoopConv2d as LoopConv2d
+from numpy_ref.layers.convolution import OptionA as OptionA
+from numpy_ref.layers.convolution import col2im as col2im
+from numpy_ref.layers.convolution import im2col as im2col
+from numpy_ref.layers.convolution import output_size as output_size
+from numpy_ref.layers.convolution import taps as taps
+from numpy_ref.layers.linear import Linear as Linear
+from numpy_ref.layers.loss import check_labels as check_labels
+from numpy_ref.layers.loss import cross_entropy as cross_entropy
+from numpy_ref.layers.module import Array as Array
+from numpy_ref.layers.module import Layer as Layer
+from numpy_ref.layers.module import Pair as Pair
+from numpy_ref.layers.module import Parameter as Parameter
+from numpy_ref.layers.module import Sequential as Sequential
+from numpy_ref.layers.module import check_channels as check_channels
+from numpy_ref.layers.module import draw as draw
+from numpy_ref.layers.module import no_grad as no_grad
+from numpy_ref.layers.module import promote as promote
+from numpy_ref.layers.normalization import BatchNorm as BatchNorm
+from numpy_ref.layers.normalization import NoNorm as NoNorm
+from numpy_ref.layers.normalization import check_count as check_count
+from numpy_ref.layers.pooling import AvgPool2d as AvgPool2d
+from numpy_ref.layers.pooling import GlobalAvgPool2d as GlobalAvgPool2d
+from numpy_ref.layers.pooling import MaxPool2d as MaxPool2d
+from numpy_ref.layers.pooling import Pool2d as Pool2d

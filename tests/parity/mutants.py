@@ -92,14 +92,14 @@ MUTANTS = [
     Mutant(
         "jax-amsbound-forgets-maximum",
         BOUND,
-        "nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)",
-        "nu_max = nu",
+        "jax.tree.map(jnp.maximum, state.nu_max, nu)",
+        "nu",
     ),
     Mutant(
-        "jax-amsgrad-forgets-maximum",
+        "jax-amsgrad-is-optax",
         JAX_OPTIMIZERS,
-        "nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)",
-        "nu_max = nu",
+        "return amsgrad(learning_rate, **adam, weight_decay=weight_decay)",
+        "return optax.chain(l2, optax.amsgrad(learning_rate, **adam))",
     ),
     Mutant(
         "jax-sgd-nesterov",
@@ -184,7 +184,7 @@ MUTANTS = [
     ),
     Mutant(
         "numpy-amsbound-forgets-maximum",
-        NUMPY_BOUND,
+        BASE,
         "return np.maximum(moments[2], moments[1], out=moments[2])",
         "return moments[1]",
     ),

@@ -168,8 +168,7 @@ def differences(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
 
 
 def _facts(run: RunFiles) -> dict[str, Any]:
-    newest = run.sessions[-1] if run.sessions else {}
-    options = dataclasses.asdict(run.config)
+    newest, options = run.newest_session, dataclasses.asdict(run.config)
     resolved = {name: value for name, value in run.resolved.items() if name != "optimizer_options"}
     facts = {name: newest.get(name) for name in ("device", "cpu_count", "python", "platform", "git_commit")}
     versions = newest.get("versions")

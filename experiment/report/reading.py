@@ -76,6 +76,11 @@ class RunFiles:
         return steps if isinstance(steps, int) and steps > 0 else None
 
     @property
+    def newest_session(self) -> dict[str, Any]:
+        """The last start or resume; empty if none is recorded."""
+        return self.sessions[-1] if self.sessions else {}
+
+    @property
     def finished(self) -> bool:
         """True if it has come to its end, and was not continued after that."""
         return self.summary is not None

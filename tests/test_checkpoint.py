@@ -18,8 +18,9 @@ import pytest
 
 import jax_resnet
 from experiment.errors import UserError
-from experiment.files import checkpoints
-from experiment.files.checkpoints import CheckpointError, Checkpoints, differences
+from experiment.files import arrays, checkpoints
+from experiment.files.arrays import differences
+from experiment.files.checkpoints import CheckpointError, Checkpoints
 from experiment.files.run_folder import write_json
 from tests.helpers.checkpoint_trees import RUN, make_tree
 
@@ -323,9 +324,9 @@ def half_the_arrays() -> Iterator[None]:
         write(path, {name: arrays for name, arrays in tree.items() if name != "params"})
         raise ValueError("OUT_OF_RANGE: Error writing \"params.fc.bias/c/0\"\n[os_error_code='28']")
 
-    write = checkpoints._save_arrays
+    write = arrays.save_arrays
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "_save_arrays", fail)
+        patch.setattr(checkpoints, "save_arrays", fail)
         yield
 
 

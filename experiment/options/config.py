@@ -229,6 +229,11 @@ class Config:
             options["residual_scale"] = self.residual_scale
         return options
 
+    def engine_options(self) -> dict[str, Any]:
+        """The keyword arguments of an engine that follow from the options alone, without its optimizer."""
+        names = ["model", "precision", "seed", *(["accumulate", "remat"] if self.framework == "jax" else [])]
+        return {"model_options": self.model_options(), **{name: getattr(self, name) for name in names}}
+
     def optimizer_options(self) -> dict[str, Any]:
         """The hyper-parameters of the optimizer, but for the learning rate."""
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -130,7 +130,7 @@ def _metric(run: RunFiles, key: str) -> Figure | None:
     axes.plot(*validation, "s-", color=ORANGE, ms=3.5, label="validation")
     axes.plot(*test, "D", color=GREEN, ms=6, label="test")
     if (best := run.best) and key in best:
-        ring = {"color": ORANGE, "mfc": "none", "ms": 9, "mew": 1.2}
+        ring: dict[str, Any] = {"color": ORANGE, "mfc": "none", "ms": 9, "mew": 1.2}
         axes.plot(best["step"], best[key], "o", label="lowest validation loss", **ring)
     if key == "loss" and is_wide(np.concatenate([values, validation[1], test[1]])):
         axes.set_yscale("log")

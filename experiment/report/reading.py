@@ -117,9 +117,7 @@ def read_run(folder: Path) -> RunFiles:
     Raises:
         UserError: it has no config.json, or one that is damaged. All else may be missing.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: is not the folder of a run (it has no config.json); name another")
-    record = run_folder.read_record(folder)
+    record = run_folder.read_named_record(folder)
     sessions = record["sessions"]
     if not all(isinstance(session, dict) for session in sessions):
         raise UserError(f"{folder / 'config.json'}: its sessions are not what a run writes; restore it")

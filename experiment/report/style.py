@@ -28,8 +28,9 @@ COLORS = {
     "amber": ("#e69f00", "#ffc247"),
     "sky": ("#56b4e9", "#b0def9"),
 }
-INK, _, _, *CYCLE = (light for light, _ in COLORS.values())
-BLUE, ORANGE, GREEN, PINK, *_ = CYCLE
+INK = COLORS["ink"][0]
+CYCLE = [COLORS[name][0] for name in ("blue", "orange", "green", "pink", "amber", "sky")]
+BLUE, ORANGE, GREEN, PINK = CYCLE[:4]
 
 STYLE = Path(__file__).with_name("report.mplstyle")
 PNG_DPI = 120

@@ -13,7 +13,7 @@ import numpy as np
 from experiment.engines import Engine, load_engine, set_environment
 from experiment.errors import UserError, first_of
 from experiment.files import results, run_folder, weights
-from experiment.files.checkpoints import differences
+from experiment.files.arrays import differences
 from experiment.files.results import WEIGHTS
 from experiment.options.config import FRAMEWORKS, Config
 from experiment.options.paths import path_type
@@ -72,9 +72,7 @@ def open_run(
     """
     if not run_dir.exists():
         raise UserError(f"{run_dir}: not found; name the folder of a run")
-    if not (run_dir / "config.json").is_file():
-        raise UserError(f"{run_dir}: is not the folder of a run (it has no config.json); name another")
-    record = run_folder.read_record(run_dir)
+    record = run_folder.read_named_record(run_dir)
     given = {"framework": framework, "data_dir": data_dir}
     stored = {**record["config"], "accumulate": 1, "remat": False}  # training options that one engine lacks
     config = resolve({name: value for name, value in given.items() if value is not None}, stored)
@@ -92,17 +90,12 @@ def open_run(
     resolved = record["resolved"]
     try:
         engine = load_engine(config.framework)(
-            model=config.model,
-            model_options=config.model_options(),
-            num_classes=resolved["num_classes"],
+            **config.engine_options(),
+            **{name: resolved[name] for name in run_folder.ENGINE_FACTS if name != "image_shape"},
             image_shape=tuple(resolved["image_shape"]),
-            mean=resolved["mean"],
-            std=resolved["std"],
             optimizer="sgd",  # none is needed
             optimizer_options={},
             learning_rate=lambda step: 0.0,
-            precision=config.precision,
-            seed=config.seed,
         )
     except (KeyError, TypeError) as error:
         raise UserError(

@@ -9,11 +9,11 @@ from typing import Any
 
 from experiment.engines import Engine
 from experiment.errors import UserError, first_of
-from experiment.files.checkpoints import differences
+from experiment.files.arrays import differences
 from experiment.files.metrics_log import NAME, parse, unchanged_start
 from experiment.files.results import WEIGHTS
 from experiment.run.output import RunOutput
-from experiment.run.validations import ValidationHistory
+from experiment.run.schedules import ValidationHistory
 
 
 @dataclasses.dataclass

@@ -248,7 +248,7 @@ def test_a_disk_that_cannot_read_is_damage_too(copy, monkeypatch):
     def fail(path):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr(checkpoints, "_sha256", fail)
+    monkeypatch.setattr(checkpoints, "file_sha256", fail)
     with pytest.raises(CheckpointError, match="Input/output error"):
         Checkpoints(copy, 3).load(2)
 

@@ -20,7 +20,8 @@ import pytest
 
 from experiment.commands import train
 from experiment.errors import UserError
-from experiment.files import arrays, checkpoints
+from experiment.files import checkpoints
+from experiment.files.arrays import save_arrays
 from experiment.files.checkpoints import Checkpoints
 from experiment.run.output import MetricsWriter
 from experiment.run.trainer import Trainer
@@ -376,7 +377,7 @@ def test_the_advice_to_free_space_is_for_a_full_disk_alone(
     inside: bool,
 ) -> None:
     """And a checkpoint that is damaged is not among those that are called verified."""
-    append, save = MetricsWriter.append, arrays.save_arrays
+    append, save = MetricsWriter.append, save_arrays
 
     def fail(*_: Any) -> None:
         flip(run, 2)

@@ -24,7 +24,6 @@ from experiment.files import run_folder
 from experiment.metrics import Metrics, log_softmax
 from experiment.options.command_line import Parser
 from experiment.options.config import MIN_IMAGE_SIZE, check_limits
-from experiment.options.paths import local_path
 from experiment.run.completed_run import CompletedRun, add_run, open_run
 
 if TYPE_CHECKING:
@@ -92,8 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--resize", type=int, metavar="N", help="shorter side before a crop (default: the run's)")
     add("--scales", type=int, metavar="N", nargs="+", help="whole images whose shorter sides are these")
     add("--batch-size", type=int, metavar="N", help="images of the run's size (default: the run's)")
-    data_dir = partial(local_path, "--data-dir")
-    add("--data-dir", metavar="DIR", type=data_dir, help="where TFDS keeps its data (default: the run's)")
+    parser.add_data_dir("where TFDS keeps its data (default: the run's)")
     return parser
 
 

@@ -24,7 +24,6 @@ from experiment.files import weights
 from experiment.files.identify import Network, identify
 from experiment.options.command_line import Parser
 from experiment.options.config import MODELS, check_limits, parse_image_size
-from experiment.options.paths import path_type
 
 Stages = Mapping[str, np.ndarray]
 
@@ -84,40 +83,21 @@ def _parser() -> argparse.ArgumentParser:
         "NumPy, JAX, PyTorch where it is installed, and with --reference your own program.",
         epilog="Exit status: 0 if all agree, 1 if a stage departs, 2 for a mistake in the arguments.",
     )
-    add = parser.add_argument
-    add(
-        "weights",
-        metavar="WEIGHTS",
-        type=path_type("WEIGHTS"),
-        help="a safetensors state dict: torchvision's, timm's or ours",
-    )
-    image_type = path_type("IMAGE")
-    add("image", metavar="IMAGE", type=image_type, nargs="?", help="an image; without one, random numbers")
+    add, add_path = parser.add_argument, parser.add_path
+    add_path("weights", metavar="WEIGHTS", help="a safetensors state dict: torchvision's, timm's or ours")
+    add_path("image", metavar="IMAGE", nargs="?", help="an image; without one, random numbers")
     add("--model", choices=MODELS, help="default: by the tensors")
     add("--stride-in-1x1", action="store_true", help="the paper's place of a bottleneck's stride (v1)")
-    add(
-        "--image-size",
-        metavar="SIZE",
-        help="96, or 64x96 (height x width); default 224, or 32 by the 3x3 stem",
-    )
+    size = "96, or 64x96 (height x width); default 224, or 32 by the 3x3 stem"
+    add("--image-size", metavar="SIZE", help=size)
     add("--mean", type=float, nargs="+", metavar="X", help="a channel, on the scale 0..1; default ImageNet's")
     add("--std", type=float, nargs="+", metavar="X", help="likewise; for other than three channels 0 and 1")
     add("--seed", type=int, default=0, help="of random numbers; default 0")
     add("--train", action="store_true", help="statistics of the batch: the image and noisy copies of it")
     add("--precision", choices=list(TOLERANCES), default="float32", help="default float32")
     add("--tolerance", type=float, help="of a tensor's largest magnitude; default by the precision and mode")
-    add(
-        "--reference",
-        type=path_type("--reference"),
-        metavar="FILE",
-        help="a safetensors file of stages that your program gave",
-    )
-    add(
-        "--dump",
-        type=path_type("--dump"),
-        metavar="FILE",
-        help="write the input and the NumPy engine's stages as such a file",
-    )
+    add_path("--reference", metavar="FILE", help="a safetensors file of stages that your program gave")
+    add_path("--dump", metavar="FILE", help="write the input and the NumPy engine's stages as such a file")
     add("--layout", choices=["NCHW", "NHWC"], default="NCHW", help="of both files; default PyTorch's NCHW")
     return parser
 

@@ -18,7 +18,6 @@ from experiment.errors import UserError
 from experiment.metrics import softmax
 from experiment.options.command_line import Parser
 from experiment.options.config import check_limits
-from experiment.options.paths import path_type
 from experiment.run.completed_run import add_run, open_run
 
 RELEASED = Path(__file__).parents[2] / "weights" / "digits-resnet8"
@@ -37,10 +36,9 @@ def main(argv: Sequence[str]) -> int:
         "to the run's size as its test images were; a run with --crop-to-bbox wants the object alone. "
         "Digits are light on black.",
     )
-    add = parser.add_argument
     add_run(parser)
-    add("images", metavar="IMAGE", type=path_type("IMAGE", any_bytes=True), nargs="*", help="a file")
-    add("--top", type=int, metavar="N", default=5, help="how many classes (default 5)")
+    parser.add_path("images", metavar="IMAGE", any_bytes=True, nargs="*", help="a file")
+    parser.add_argument("--top", type=int, metavar="N", default=5, help="how many classes (default 5)")
     options = parser.parse_args(argv)
     _check(options)
     run = open_run(options.run, which=options.weights, framework=options.framework)

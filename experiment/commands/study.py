@@ -10,7 +10,6 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 from experiment.engines import set_environment
@@ -18,7 +17,6 @@ from experiment.errors import UserError
 from experiment.files import run_folder
 from experiment.options.command_line import Parser
 from experiment.options.config import FRAMEWORKS
-from experiment.options.paths import local_path, path_type
 from experiment.run import signals
 from experiment.study import running
 from experiment.study.plan import Plan, framework_of, read
@@ -39,11 +37,10 @@ def main(argv: Sequence[str]) -> int:
         "same command again passes over what is finished and continues what was stopped.",
     )
     add = parser.add_argument
-    add("file", metavar="FILE", type=path_type("FILE"), help="the study, such as those in studies/")
-    add("--run-dir", metavar="DIR", type=path_type("--run-dir"), help="its folder (default: runs/study-NAME)")
+    parser.add_path("file", metavar="FILE", help="the study, such as those in studies/")
+    parser.add_path("--run-dir", metavar="DIR", help="its folder (default: runs/study-NAME)")
     add("--framework", choices=FRAMEWORKS, help="engine that trains (default: the file's)")
-    data_dir = partial(local_path, "--data-dir")
-    add("--data-dir", metavar="DIR", type=data_dir, help="where TFDS keeps its data (default: TFDS' own)")
+    parser.add_data_dir("where TFDS keeps its data (default: TFDS' own)")
     add(
         "--vmap",
         action=argparse.BooleanOptionalAction,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ from experiment.errors import UserError, first_of
 from experiment.files import results, run_folder, weights
 from experiment.files.arrays import differences
 from experiment.files.results import WEIGHTS
+from experiment.options.command_line import Parser
 from experiment.options.config import FRAMEWORKS, Config
-from experiment.options.paths import path_type
 from experiment.options.resolving import resolve
 
 
@@ -47,10 +46,10 @@ class CompletedRun:
         return self.engine.evaluate(self.state, ({"image": image} for image in images))
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
+def add_run(parser: Parser) -> None:
     """Add the arguments of a command that say which run it opens, and how: RUN, --framework, --weights."""
     add = parser.add_argument
-    add("run", metavar="RUN", type=path_type("RUN", any_bytes=True), help="the folder of a run")
+    parser.add_path("run", metavar="RUN", any_bytes=True, help="the folder of a run")
     add("--framework", choices=FRAMEWORKS, help="engine that computes (default: the run's)")
     add("--weights", choices=list(WEIGHTS), default="final", help="which of the run's (default final)")
 

@@ -23,11 +23,6 @@ class Summary:
     sd: float
     half_width: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        """True if 0 lies outside of the interval."""
-        return abs(self.mean) > self.half_width
-
 
 def summarize(values: Sequence[float]) -> Summary:
     """Student's interval of the mean: mean +- t_(0.975, n-1) sd / sqrt(n)."""

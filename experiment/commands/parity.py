@@ -10,7 +10,6 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,9 +70,9 @@ def main(argv: Sequence[str]) -> int:
     print(f"{options.weights}: {network}\ninput: {source}")
     if "torch" not in outputs:
         print("PyTorch is not installed (the extra `test` brings it): two engines, without the reference")
-    tolerances = TOLERANCES_TRAIN if options.train else TOLERANCES
+    mode, tolerances = ("training", TOLERANCES_TRAIN) if options.train else ("evaluation", TOLERANCES)
     tolerance = tolerances[options.precision] if options.tolerance is None else options.tolerance
-    return _report(outputs, tolerance, "training" if options.train else "evaluation", options.precision)
+    return _report(outputs, tolerance, mode, options.precision)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,49 +109,40 @@ def _input(options: argparse.Namespace, network: Network) -> tuple[np.ndarray, s
         if network.model == "cnn" and size != network.image_size:
             raise UserError(f"--image-size: the weights are for images of {network.image_size[0]} only")
     rng = np.random.default_rng(options.seed)
-    count = 1 + VARIATIONS if options.train else 1
-    shape = (*size, network.in_channels)
+    count, channels = 1 + VARIATIONS if options.train else 1, network.in_channels
+    shape = (*size, channels)
     if options.image is None:
         image = rng.normal(size=(count, *shape))
         return image.astype(options.precision), f"standard normal numbers of seed {options.seed}"
-    mean, std = _statistics(options, network.in_channels)
-    image = (_image(options.image, size, network.in_channels) / 255 - mean) / std
+    mean, std = _statistics(options, channels)
+    if channels not in (1, 3):
+        raise UserError(f"IMAGE: no image has {channels} channels; leave it out for random numbers")
+    image = (fit_image(read_image(options.image, channels), size) / 255 - mean) / std
     # Batch norm over copies of one image would divide by deviations of nearly nothing
     image = np.stack([image, *(image + rng.normal(size=(count - 1, *shape)))])
-    source = f"{options.image}, mean {_words(mean)}, std {_words(std)}"
+    mean_words, std_words = (" ".join(f"{number:g}" for number in numbers) for numbers in (mean, std))
+    source = f"{options.image}, mean {mean_words}, std {std_words}"
     if options.train:
         source += f", and {VARIATIONS} copies with standard normal noise of seed {options.seed}"
     return image.astype(options.precision), source
-
-
-def _words(numbers: Sequence[float]) -> str:
-    return " ".join(f"{number:g}" for number in numbers)
 
 
 def _statistics(options: argparse.Namespace, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel."""
     usual = IMAGENET if channels == 3 else ((0.0,) * channels, (1.0,) * channels)
     mean, std = (
-        given if given is None else tuple(given) * (channels if len(given) == 1 else 1)
-        for given in (options.mean, options.std)
+        tuple(given) * (channels if len(given) == 1 else 1) if given else default
+        for given, default in zip((options.mean, options.std), usual, strict=True)
     )
     for flag, values in (("--mean", mean), ("--std", std)):
-        if values is not None and len(values) != channels:
-            raise UserError(
-                f"{flag}: {len(values)} numbers for {channels} channels; give one, or one for each"
-            )
-    if not all(math.isfinite(value) for value in mean or ()):
+        if len(values) != channels:
+            fault = f"{len(values)} numbers for {channels} channels"
+            raise UserError(f"{flag}: {fault}; give one, or one for each")
+    if not all(map(math.isfinite, mean)):
         raise UserError("--mean: give finite numbers")
-    if not all(0 < value < math.inf for value in std or ()):
+    if not all(0 < value < math.inf for value in std):
         raise UserError("--std: give numbers above 0")
-    return mean or usual[0], std or usual[1]
-
-
-def _image(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
-    """The image of any format that Pillow reads, resized: uint8 [H, W, C]."""
-    if channels not in (1, 3):
-        raise UserError(f"IMAGE: no image has {channels} channels; leave it out for random numbers")
-    return fit_image(read_image(path, channels), size)
+    return mean, std
 
 
 def _outputs(
@@ -173,9 +163,8 @@ def _outputs(
         try:
             stages = run(network.model, tensors, image, network.num_classes, **arguments)
         except ValueError as error:  # names that do not fit, or batch norm over a single value
-            raise UserError(
-                f"{options.weights}: as {network.model}: {first_of(str(error).split('; '), 8)}"
-            ) from None
+            faults = first_of(str(error).split("; "), 8)
+            raise UserError(f"{options.weights}: as {network.model}: {faults}") from None
         outputs[name] = {"input": image, **stages}
     return outputs
 

@@ -41,16 +41,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_path("--run-dir", metavar="DIR", help="its folder (default: runs/study-NAME)")
     add("--framework", choices=FRAMEWORKS, help="engine that trains (default: the file's)")
     parser.add_data_dir("where TFDS keeps its data (default: TFDS' own)")
-    add(
-        "--vmap",
-        action=argparse.BooleanOptionalAction,
-        help="JAX: all seeds in one compiled function (default: on a GPU; on a CPU separate runs)",
-    )
-    add(
-        "--report",
-        action=argparse.BooleanOptionalAction,
-        help="a report and TensorBoard files of every run (default: none, which is faster)",
-    )
+    switch = argparse.BooleanOptionalAction
+    vmap = "JAX: all seeds in one compiled function (default: on a GPU; on a CPU separate runs)"
+    add("--vmap", action=switch, help=vmap)
+    report = "a report and TensorBoard files of every run (default: none, which is faster)"
+    add("--report", action=switch, help=report)
     add("--report-only", action="store_true", help="train nothing; tables of the runs that there are")
     options = parser.parse_args(argv)
     given = {"framework": options.framework, "data_dir": options.data_dir, "report": options.report}
@@ -59,9 +54,8 @@ def main(argv: Sequence[str]) -> int:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--run-dir: {folder} is a file; name a folder")
     if options.report_only and not folder.is_dir():
-        raise UserError(
-            f"--run-dir: there is no {folder}; name the study's folder, or leave --report-only out"
-        )
+        remedy = "name the study's folder, or leave --report-only out"
+        raise UserError(f"--run-dir: there is no {folder}; {remedy}")
     if options.vmap and framework_of(plan) != "jax":
         raise UserError("--vmap: needs --framework jax; add it, or leave the flag out")
     status = 0

@@ -142,9 +142,8 @@ class Config:
             value = getattr(self, field.name)
             choices = field.metadata["choices"]
             if choices and value not in choices:
-                raise UserError(
-                    f"{flag_of(field)}: unknown value {value!r}; choose one of {', '.join(choices)}"
-                )
+                fault = f"{flag_of(field)}: unknown value {value!r}"
+                raise UserError(f"{fault}; choose one of {', '.join(choices)}")
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not isinstance(number, bool):
                     check_limits(flag_of(field), number, **field.metadata["limits"])
@@ -204,13 +203,10 @@ class Config:
         shrinks = self.model in IMAGENET_MODELS and not self.small_images  # by 32
         single = self.batch_size == self.accumulate and not self.freeze_backbone
         if single and self.batch_norm and shrinks and max(height, width) <= 32:
-            flag = (
-                "--batch-size: 1" if self.batch_size == 1 else f"--accumulate: {self.batch_size} parts of 1"
-            )
-            raise UserError(
-                f"{flag} is too few for batch norm, as {self.model} brings {height}x{width} "
-                "images down to 1x1; use 2 or more"
-            )
+            many = f"--accumulate: {self.batch_size} parts of 1"
+            flag = "--batch-size: 1" if self.batch_size == 1 else many
+            reason = f"as {self.model} brings {height}x{width} images down to 1x1"
+            raise UserError(f"{flag} is too few for batch norm, {reason}; use 2 or more")
 
     def data_options(self) -> dict[str, Any]:
         """The keyword arguments of `data.load`, beside the data set's name."""
@@ -268,9 +264,8 @@ def check_image_size(height: int, width: int) -> None:
     """Raise UserError for a size that is too small for a network."""
     if min(height, width) < MIN_IMAGE_SIZE:
         size = str(height) if height == width else f"{height}x{width}"
-        raise UserError(
-            f"--image-size: {size} is too small; the network halves it five times, give at least 32"
-        )
+        remedy = "the network halves it five times, give at least 32"
+        raise UserError(f"--image-size: {size} is too small; {remedy}")
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:

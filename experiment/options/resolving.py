@@ -87,7 +87,7 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
                 remedy = "leave the flag out, or start a fresh run"
                 raise UserError(f"{flag_of(field)}: the run has {old}, not {new}; {remedy}")
     config.check()
-    usual = {
+    usual: dict[str, Any] = {
         "lr": DEFAULT_LR.get(config.optimizer, 1e-3),
         "weight_decay": DEFAULT_WEIGHT_DECAY.get(config.optimizer, 0.0),
     }

@@ -6,8 +6,6 @@ Each process runs the same command. All take the same steps in the same order, a
 goes (a non-finite step, a better validation, a signal) is the same for all; the first alone writes files.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """`python -m experiment compare RUN RUN...`: a page of runs side by side, and its figures as PNG."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 For whoever ports a model: the first stage that departs shows where to look.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import itertools

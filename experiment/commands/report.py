@@ -1,7 +1,5 @@
 """`python -m experiment report RUN...`: the report of runs, also of one that goes on or was killed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from experiment.errors import UserError

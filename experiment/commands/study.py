@@ -3,8 +3,6 @@
 Every run is an ordinary run folder; the same command again continues where it stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """Trees of arrays on the disk, by Orbax: the only file that knows it, as its v1 interface still moves."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys

@@ -9,8 +9,6 @@ whose name is a number is complete. Beside them, `weights-best-STEP.safetensors`
 a checkpoint still refers to.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """The command lines: the parser of every command, and train.py's, which is made from Config."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools
@@ -61,9 +59,8 @@ def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
     if isinstance(field.default, bool):
         on = flag_of(field).replace("--no-", "--")
         action = "store_true" if field.name == "resume" else argparse.BooleanOptionalAction
-        group.add_argument(
-            on, dest=field.name, action=action, help=text + (" (default: on)" if field.default else "")
-        )
+        text += " (default: on)" if field.default else ""
+        group.add_argument(on, dest=field.name, action=action, help=text)
         return
     many = isinstance(field.default, tuple)
     kind = next(t for t in (typing.get_args(hint) or (hint,)) if t is not types.NoneType)

@@ -1,7 +1,5 @@
 """The options of a run: one frozen dataclass holds defaults, help and ranges; the parser is made from it."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import operator

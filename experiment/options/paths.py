@@ -1,7 +1,5 @@
 """Paths as users give them: `~` stands for the home folder, and only local paths are taken."""
 
-from __future__ import annotations
-
 import os
 
 from experiment.errors import UserError

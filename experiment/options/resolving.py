@@ -1,7 +1,5 @@
 """A checked Config from the flags that were given, and on resume from the options stored with the run."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from typing import Any

@@ -1,7 +1,5 @@
 """Fill in the templates of this folder. Every value is escaped, and images are part of the page."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import io

@@ -1,7 +1,5 @@
 """Read the folder of a run for a report, however much of it is there."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path

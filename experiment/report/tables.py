@@ -1,7 +1,5 @@
 """Tables of classes from predictions: precision, recall, F1, and the pairs most often confused."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A completed run, opened for use: its options, and its network with the weights, on either engine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path

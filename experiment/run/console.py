@@ -1,7 +1,5 @@
 """The output of a run on the terminal: lines, kept in log.txt too, and a progress bar."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal

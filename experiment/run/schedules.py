@@ -5,8 +5,6 @@ goes on. The rate of a step depends on the validations up to it and on nothing e
 run, which reads them back, goes on as if it had never stopped.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence

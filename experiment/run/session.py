@@ -1,7 +1,5 @@
 """A run from its options to its summary: resolve, open, restore or begin, fit, conclude."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import shlex

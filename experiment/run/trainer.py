@@ -4,8 +4,6 @@ Metrics, validation, checkpoints, signals and the watch for numbers that are not
 run writes is a function of its options and the step alone, never of the clock or of where it was stopped.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -6,8 +6,6 @@ The head `fc` is kept if it has as many classes, else it is a new one, from the 
 in NumPy, on the engine-neutral tree, so that both engines begin from the same bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Means over seeds with their uncertainty."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

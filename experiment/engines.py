@@ -1,7 +1,5 @@
 """The interface between the experiment and an engine, and the only place that looks an engine up."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -6,8 +6,6 @@ Each process runs the same command. All take the same steps in the same order, a
 goes (a non-finite step, a better validation, a signal) is the same for all; the first alone writes files.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 from contextlib import suppress
@@ -50,25 +48,23 @@ def connect() -> ProcessInfo:
     Raises:
         UserError: the variables are incomplete or no numbers, or the processes cannot be joined.
     """
-    given = {name: os.environ.get(name) for name in (COORDINATOR, COUNT, INDEX)}
+    given = {name: os.environ.get(name, "") for name in (COORDINATOR, COUNT, INDEX)}
     known: dict[str, Any] = {}
     if any(given.values()):
         if missing := [name for name, value in given.items() if not value]:
             raise UserError(f"--distributed: {' and '.join(missing)} must be set too, or none of the three")
-        known["coordinator_address"] = given[COORDINATOR]
+        address, count, index = given.values()
         try:
-            known["num_processes"], known["process_id"] = int(given[COUNT] or ""), int(given[INDEX] or "")
+            known = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
         except ValueError:
             raise UserError(
-                f"--distributed: {COUNT} {given[COUNT]} and {INDEX} {given[INDEX]} must be whole numbers"
+                f"--distributed: {COUNT} {count} and {INDEX} {index} must be whole numbers"
             ) from None
-        if ":" not in str(given[COORDINATOR]):
-            raise UserError(f"--distributed: {COORDINATOR} {given[COORDINATOR]} has no port; write HOST:PORT")
-        if not 0 <= known["process_id"] < known["num_processes"]:
-            raise UserError(
-                f"--distributed: {INDEX} {given[INDEX]} is out of range; count the {given[COUNT]} processes "
-                "from 0"
-            )
+        if ":" not in address:
+            raise UserError(f"--distributed: {COORDINATOR} {address} has no port; write HOST:PORT")
+        if not 0 <= int(index) < int(count):
+            fault = f"{INDEX} {index} is out of range"
+            raise UserError(f"--distributed: {fault}; count the {count} processes from 0")
     import jax
 
     # On a CPU two compiled functions at once would mix up their messages, which bear no name.

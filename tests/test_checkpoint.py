@@ -18,8 +18,9 @@ import pytest
 
 import jax_resnet
 from experiment.errors import UserError
-from experiment.files import checkpoints
-from experiment.files.checkpoints import CheckpointError, Checkpoints, differences
+from experiment.files import arrays, checkpoints
+from experiment.files.arrays import differences
+from experiment.files.checkpoints import CheckpointError, Checkpoints
 from experiment.files.run_folder import write_json
 from tests.helpers.checkpoint_trees import RUN, make_tree
 
@@ -247,7 +248,7 @@ def test_a_disk_that_cannot_read_is_damage_too(copy, monkeypatch):
     def fail(path):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr(checkpoints, "_sha256", fail)
+    monkeypatch.setattr(checkpoints, "file_sha256", fail)
     with pytest.raises(CheckpointError, match="Input/output error"):
         Checkpoints(copy, 3).load(2)
 
@@ -323,9 +324,9 @@ def half_the_arrays() -> Iterator[None]:
         write(path, {name: arrays for name, arrays in tree.items() if name != "params"})
         raise ValueError("OUT_OF_RANGE: Error writing \"params.fc.bias/c/0\"\n[os_error_code='28']")
 
-    write = checkpoints._save_arrays
+    write = arrays.save_arrays
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "_save_arrays", fail)
+        patch.setattr(checkpoints, "save_arrays", fail)
         yield
 
 

@@ -88,9 +88,7 @@ def test_every_command_expands_the_home_folder(
         seen.append(expand(name, text, any_bytes=any_bytes))
         return seen[-1]
 
-    monkeypatch.setattr("experiment.options.paths.local_path", spy)
-    for command in ("evaluate", "prepare", "study"):
-        monkeypatch.setattr(f"experiment.commands.{command}.local_path", spy)
+    monkeypatch.setattr("experiment.options.command_line.local_path", spy)
     monkeypatch.setattr("experiment.commands.prepare.find_prepared", lambda name, data_dir: refuse(data_dir))
     _, argv = COMMANDS[what]
     refusal([each.replace("{}", "~/absent") for each in argv], capsys)

@@ -505,7 +505,7 @@ def test_a_run_whose_folder_is_gone_does_not_make_it_again(
     assert found.keys() - after.keys() <= {"moved/log.txt", "moved/metrics.jsonl"}
 
 
-@pytest.mark.parametrize("moment", ["_save_arrays", "_sums"])
+@pytest.mark.parametrize("moment", ["save_arrays", "_sums"])
 def test_a_folder_that_is_removed_during_a_save_is_not_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:

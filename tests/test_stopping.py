@@ -21,6 +21,7 @@ import pytest
 from experiment.commands import train
 from experiment.errors import UserError
 from experiment.files import checkpoints
+from experiment.files.arrays import save_arrays
 from experiment.files.checkpoints import Checkpoints
 from experiment.run.output import MetricsWriter
 from experiment.run.trainer import Trainer
@@ -376,7 +377,7 @@ def test_the_advice_to_free_space_is_for_a_full_disk_alone(
     inside: bool,
 ) -> None:
     """And a checkpoint that is damaged is not among those that are called verified."""
-    append, save = MetricsWriter.append, checkpoints._save_arrays
+    append, save = MetricsWriter.append, save_arrays
 
     def fail(*_: Any) -> None:
         flip(run, 2)
@@ -390,7 +391,7 @@ def test_the_advice_to_free_space_is_for_a_full_disk_alone(
 
     run = Run(tmp_path / "run")
     if inside:
-        monkeypatch.setattr(checkpoints, "_save_arrays", fail_in_save)
+        monkeypatch.setattr(checkpoints, "save_arrays", fail_in_save)
     else:
         monkeypatch.setattr(MetricsWriter, "append", fail_in_line)
     run_in(run.folder, "--checkpoint-every", "1", status=1)

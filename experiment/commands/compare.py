@@ -1,13 +1,10 @@
 """`python -m experiment compare RUN RUN...`: a page of runs side by side, and its figures as PNG."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiment.errors import UserError
 from experiment.options.command_line import Parser
-from experiment.options.paths import path_type
 from experiment.report import write_page
 from experiment.report.comparison import is_comparison, render_comparison
 from experiment.report.reading import read_run
@@ -24,10 +21,8 @@ def main(argv: Sequence[str]) -> int:
         description="Runs side by side, finished or not: their curves over one another, a table of final and "
         "best results and of speeds, and the options in which they differ.",
     )
-    add = parser.add_argument
-    add("runs", metavar="RUN", type=path_type("RUN"), nargs="+", help="the folder of a run; two or more")
-    out_type = path_type("--out")
-    add("--out", metavar="DIR", type=out_type, default=Path("comparison"), help="default: comparison")
+    parser.add_path("runs", metavar="RUN", nargs="+", help="the folder of a run; two or more")
+    parser.add_path("--out", metavar="DIR", default=Path("comparison"), help="default: comparison")
     options = parser.parse_args(argv)
     if len(options.runs) < 2:
         raise UserError("RUN: one run has nothing to be compared with; name two or more")

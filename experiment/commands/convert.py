@@ -12,10 +12,10 @@ from experiment.errors import UserError, first_of
 from experiment.files import weights
 from experiment.files.run_folder import write_file
 from experiment.options.command_line import Parser
-from experiment.options.paths import path_type
 
 SAFETENSORS = ".safetensors"
 TORCH = (".pth", ".pt", ".th", ".pth.tar", ".ckpt", ".bin")
+SUFFIXES = (SAFETENSORS, *TORCH)
 INSTALL = "pip install -c constraints.txt -e '.[test]'"
 NAMES = 4  # how many of the tensors that are left out are named
 
@@ -34,16 +34,14 @@ def main(argv: Sequence[str]) -> int:
         "removed.",
         epilog=f"Needs PyTorch, which the extra `test` brings: {INSTALL}",
     )
-    source_type, target_type = (path_type(name, any_bytes=True) for name in ("IN", "OUT"))
-    add = parser.add_argument
-    add("source", metavar="IN", type=source_type, help="the file to read; its content says its kind")
-    suffixes = ", ".join((SAFETENSORS, *TORCH))
-    add("target", metavar="OUT", type=target_type, help=f"the file to write: {suffixes}")
-    add(
-        "--key",
-        metavar="NAME",
-        help="which state dict to take, where IN holds several: its key, or the prefix of its names",
+    source, target = (
+        "the file to read; its content says its kind",
+        f"the file to write: {', '.join(SUFFIXES)}",
     )
+    parser.add_path("source", metavar="IN", any_bytes=True, help=source)
+    parser.add_path("target", metavar="OUT", any_bytes=True, help=target)
+    key = "which state dict to take, where IN holds several: its key, or the prefix of its names"
+    parser.add_argument("--key", metavar="NAME", help=key)
     options = parser.parse_args(argv)
     source, target = options.source, options.target
 
@@ -75,8 +73,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(source: Path, target: Path) -> None:
     """Raise UserError for what is wrong with the names, before a file is opened."""
-    if not target.name.lower().endswith((SAFETENSORS, *TORCH)):
-        raise UserError(f"{target}: the suffix must be one of {', '.join((SAFETENSORS, *TORCH))}")
+    if not target.name.lower().endswith(SUFFIXES):
+        raise UserError(f"{target}: the suffix must be one of {', '.join(SUFFIXES)}")
     if source.resolve() == target.resolve():
         raise UserError(f"{target}: is the file to be read; give OUT another name")
     if not source.is_file():

@@ -17,21 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiment.data import loading
 from experiment.data.augmentation import ten_crops, ten_shifts, whole_image
-from experiment.data.types import Pixels
+from experiment.data.loading import Data
+from experiment.data.types import Labels, Pixels
 from experiment.errors import UserError
 from experiment.files import run_folder
 from experiment.metrics import Metrics, log_softmax
 from experiment.options.command_line import Parser
 from experiment.options.config import MIN_IMAGE_SIZE, check_limits
-from experiment.options.paths import local_path
 from experiment.run.completed_run import CompletedRun, add_run, open_run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from experiment.data.loading import Data
-    from experiment.data.types import Labels
 
 Views = Callable[["Image"], Pixels]
 """Images [V, H, W, C] to be classified in place of one; they differ in shape from image to image."""
@@ -54,12 +53,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     run = open_run(options.run, which=options.weights, framework=options.framework, data_dir=options.data_dir)
     resize = _resize(options, run)
-    from experiment.data import loading as data_module
-
-    arguments = run.config.data_options()
-    if resize is not None:
-        arguments["resize"] = (resize,)
-    data = data_module.load(run.config.dataset, **{**arguments, "augment": "none"})
+    changed: dict[str, Any] = {"augment": "none", **({} if resize is None else {"resize": (resize,)})}
+    data = loading.load(run.config.dataset, **(run.config.data_options() | changed))
     note = run_folder.check_same_data(run.resolved, data)
     if not len(data.parts[options.split][1]):
         raise UserError(f"--split: the run has no {options.split} part; choose another")
@@ -72,10 +67,8 @@ def main(argv: Sequence[str]) -> int:
     result = metrics.compute()
     print(f"{options.run}, {options.weights} weights, on {run.engine.device}")
     print(f"{options.split} of {data.name}, {metrics.examples} images, {_what(options, run, resize)}")
-    print(
-        f"loss {result['loss']:.4f}, top-1 {result['accuracy']:.4f}, top-5 {result['top5']:.4f}, "
-        f"macro F1 {result['f1']:.4f}"
-    )
+    words = "loss {loss:.4f}, top-1 {accuracy:.4f}, top-5 {top5:.4f}, macro F1 {f1:.4f}"
+    print(words.format(**result))
     return 0
 
 
@@ -92,8 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--resize", type=int, metavar="N", help="shorter side before a crop (default: the run's)")
     add("--scales", type=int, metavar="N", nargs="+", help="whole images whose shorter sides are these")
     add("--batch-size", type=int, metavar="N", help="images of the run's size (default: the run's)")
-    data_dir = partial(local_path, "--data-dir")
-    add("--data-dir", metavar="DIR", type=data_dir, help="where TFDS keeps its data (default: the run's)")
+    parser.add_data_dir("where TFDS keeps its data (default: the run's)")
     return parser
 
 
@@ -113,7 +105,7 @@ def _resize(options: argparse.Namespace, run: CompletedRun) -> int | None:
         return None
     resize: int | None = options.resize
     if resize is None and options.crops > 1:
-        resize = run.config.resize[0] if run.config.resize else None
+        return min(run.config.resize, default=None)
     return resize
 
 
@@ -121,12 +113,10 @@ def _what(options: argparse.Namespace, run: CompletedRun, resize: int | None) ->
     """Describe the views that are taken of an image."""
     if options.scales:
         return f"whole, shorter sides {' '.join(map(str, options.scales))}, probabilities averaged"
-    height, width, _ = run.image_shape
-    crops = f"10 crops of {height}x{width}" if options.crops > 1 else f"{height}x{width}"
-    resized = f" from a shorter side of {resize}" if resize else ""
-    if options.crops > 1 and not resize:
-        resized = ", padded by an eighth"
-    return f"{crops}{resized}{', probabilities averaged' if options.crops > 1 else ''}"
+    size, resized = "{}x{}".format(*run.image_shape), f" from a shorter side of {resize}" if resize else ""
+    if options.crops == 1:
+        return f"{size}{resized}"
+    return f"10 crops of {size}{resized or ', padded by an eighth'}, probabilities averaged"
 
 
 def _scores(

@@ -3,14 +3,11 @@
 For whoever ports a model: the first stage that departs shows where to look.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +21,6 @@ from experiment.files import weights
 from experiment.files.identify import Network, identify
 from experiment.options.command_line import Parser
 from experiment.options.config import MODELS, check_limits, parse_image_size
-from experiment.options.paths import path_type
 
 Stages = Mapping[str, np.ndarray]
 
@@ -72,9 +68,9 @@ def main(argv: Sequence[str]) -> int:
     print(f"{options.weights}: {network}\ninput: {source}")
     if "torch" not in outputs:
         print("PyTorch is not installed (the extra `test` brings it): two engines, without the reference")
-    tolerances = TOLERANCES_TRAIN if options.train else TOLERANCES
+    mode, tolerances = ("training", TOLERANCES_TRAIN) if options.train else ("evaluation", TOLERANCES)
     tolerance = tolerances[options.precision] if options.tolerance is None else options.tolerance
-    return _report(outputs, tolerance, "training" if options.train else "evaluation", options.precision)
+    return _report(outputs, tolerance, mode, options.precision)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,40 +80,21 @@ def _parser() -> argparse.ArgumentParser:
         "NumPy, JAX, PyTorch where it is installed, and with --reference your own program.",
         epilog="Exit status: 0 if all agree, 1 if a stage departs, 2 for a mistake in the arguments.",
     )
-    add = parser.add_argument
-    add(
-        "weights",
-        metavar="WEIGHTS",
-        type=path_type("WEIGHTS"),
-        help="a safetensors state dict: torchvision's, timm's or ours",
-    )
-    image_type = path_type("IMAGE")
-    add("image", metavar="IMAGE", type=image_type, nargs="?", help="an image; without one, random numbers")
+    add, add_path = parser.add_argument, parser.add_path
+    add_path("weights", metavar="WEIGHTS", help="a safetensors state dict: torchvision's, timm's or ours")
+    add_path("image", metavar="IMAGE", nargs="?", help="an image; without one, random numbers")
     add("--model", choices=MODELS, help="default: by the tensors")
     add("--stride-in-1x1", action="store_true", help="the paper's place of a bottleneck's stride (v1)")
-    add(
-        "--image-size",
-        metavar="SIZE",
-        help="96, or 64x96 (height x width); default 224, or 32 by the 3x3 stem",
-    )
+    size = "96, or 64x96 (height x width); default 224, or 32 by the 3x3 stem"
+    add("--image-size", metavar="SIZE", help=size)
     add("--mean", type=float, nargs="+", metavar="X", help="a channel, on the scale 0..1; default ImageNet's")
     add("--std", type=float, nargs="+", metavar="X", help="likewise; for other than three channels 0 and 1")
     add("--seed", type=int, default=0, help="of random numbers; default 0")
     add("--train", action="store_true", help="statistics of the batch: the image and noisy copies of it")
     add("--precision", choices=list(TOLERANCES), default="float32", help="default float32")
     add("--tolerance", type=float, help="of a tensor's largest magnitude; default by the precision and mode")
-    add(
-        "--reference",
-        type=path_type("--reference"),
-        metavar="FILE",
-        help="a safetensors file of stages that your program gave",
-    )
-    add(
-        "--dump",
-        type=path_type("--dump"),
-        metavar="FILE",
-        help="write the input and the NumPy engine's stages as such a file",
-    )
+    add_path("--reference", metavar="FILE", help="a safetensors file of stages that your program gave")
+    add_path("--dump", metavar="FILE", help="write the input and the NumPy engine's stages as such a file")
     add("--layout", choices=["NCHW", "NHWC"], default="NCHW", help="of both files; default PyTorch's NCHW")
     return parser
 
@@ -130,49 +107,40 @@ def _input(options: argparse.Namespace, network: Network) -> tuple[np.ndarray, s
         if network.model == "cnn" and size != network.image_size:
             raise UserError(f"--image-size: the weights are for images of {network.image_size[0]} only")
     rng = np.random.default_rng(options.seed)
-    count = 1 + VARIATIONS if options.train else 1
-    shape = (*size, network.in_channels)
+    count, channels = 1 + VARIATIONS if options.train else 1, network.in_channels
+    shape = (*size, channels)
     if options.image is None:
         image = rng.normal(size=(count, *shape))
         return image.astype(options.precision), f"standard normal numbers of seed {options.seed}"
-    mean, std = _statistics(options, network.in_channels)
-    image = (_image(options.image, size, network.in_channels) / 255 - mean) / std
+    mean, std = _statistics(options, channels)
+    if channels not in (1, 3):
+        raise UserError(f"IMAGE: no image has {channels} channels; leave it out for random numbers")
+    image = (fit_image(read_image(options.image, channels), size) / 255 - mean) / std
     # Batch norm over copies of one image would divide by deviations of nearly nothing
     image = np.stack([image, *(image + rng.normal(size=(count - 1, *shape)))])
-    source = f"{options.image}, mean {_words(mean)}, std {_words(std)}"
+    mean_words, std_words = (" ".join(f"{number:g}" for number in numbers) for numbers in (mean, std))
+    source = f"{options.image}, mean {mean_words}, std {std_words}"
     if options.train:
         source += f", and {VARIATIONS} copies with standard normal noise of seed {options.seed}"
     return image.astype(options.precision), source
-
-
-def _words(numbers: Sequence[float]) -> str:
-    return " ".join(f"{number:g}" for number in numbers)
 
 
 def _statistics(options: argparse.Namespace, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel."""
     usual = IMAGENET if channels == 3 else ((0.0,) * channels, (1.0,) * channels)
     mean, std = (
-        given if given is None else tuple(given) * (channels if len(given) == 1 else 1)
-        for given in (options.mean, options.std)
+        tuple(given) * (channels if len(given) == 1 else 1) if given else default
+        for given, default in zip((options.mean, options.std), usual, strict=True)
     )
     for flag, values in (("--mean", mean), ("--std", std)):
-        if values is not None and len(values) != channels:
-            raise UserError(
-                f"{flag}: {len(values)} numbers for {channels} channels; give one, or one for each"
-            )
-    if not all(math.isfinite(value) for value in mean or ()):
+        if len(values) != channels:
+            fault = f"{len(values)} numbers for {channels} channels"
+            raise UserError(f"{flag}: {fault}; give one, or one for each")
+    if not all(map(math.isfinite, mean)):
         raise UserError("--mean: give finite numbers")
-    if not all(0 < value < math.inf for value in std or ()):
+    if not all(0 < value < math.inf for value in std):
         raise UserError("--std: give numbers above 0")
-    return mean or usual[0], std or usual[1]
-
-
-def _image(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
-    """The image of any format that Pillow reads, resized: uint8 [H, W, C]."""
-    if channels not in (1, 3):
-        raise UserError(f"IMAGE: no image has {channels} channels; leave it out for random numbers")
-    return fit_image(read_image(path, channels), size)
+    return mean, std
 
 
 def _outputs(
@@ -193,9 +161,8 @@ def _outputs(
         try:
             stages = run(network.model, tensors, image, network.num_classes, **arguments)
         except ValueError as error:  # names that do not fit, or batch norm over a single value
-            raise UserError(
-                f"{options.weights}: as {network.model}: {first_of(str(error).split('; '), 8)}"
-            ) from None
+            faults = first_of(str(error).split("; "), 8)
+            raise UserError(f"{options.weights}: as {network.model}: {faults}") from None
         outputs[name] = {"input": image, **stages}
     return outputs
 

@@ -3,8 +3,6 @@
 Without RUN by the network of handwritten digits that comes with the tree.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 from collections.abc import Sequence
@@ -12,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from experiment.data.augmentation import fill_color, fit_image
+from experiment.data.augmentation import fill_color
+from experiment.data.builtin import fit_to
 from experiment.data.images import read_image
 from experiment.errors import UserError
 from experiment.metrics import softmax
 from experiment.options.command_line import Parser
 from experiment.options.config import check_limits
-from experiment.options.paths import path_type
 from experiment.run.completed_run import add_run, open_run
 
 RELEASED = Path(__file__).parents[2] / "weights" / "digits-resnet8"
@@ -37,19 +35,19 @@ def main(argv: Sequence[str]) -> int:
         "to the run's size as its test images were; a run with --crop-to-bbox wants the object alone. "
         "Digits are light on black.",
     )
-    add = parser.add_argument
     add_run(parser)
-    add("images", metavar="IMAGE", type=path_type("IMAGE", any_bytes=True), nargs="*", help="a file")
-    add("--top", type=int, metavar="N", default=5, help="how many classes (default 5)")
+    parser.add_path("images", metavar="IMAGE", any_bytes=True, nargs="*", help="a file")
+    parser.add_argument("--top", type=int, metavar="N", default=5, help="how many classes (default 5)")
     options = parser.parse_args(argv)
     _check(options)
     run = open_run(options.run, which=options.weights, framework=options.framework)
     height, width, channels = run.image_shape
-    resize = run.config.resize[0] if run.config.resize else None
-    fill = fill_color(run.resolved["mean"]) if run.config.crop_to_bbox else None
-    images = np.stack(
-        [fit_image(read_image(path, channels), (height, width), resize, fill) for path in options.images]
+    fit = fit_to(
+        (height, width),
+        min(run.config.resize, default=None),
+        fill_color(run.resolved["mean"]) if run.config.crop_to_bbox else None,
     )
+    images = np.stack([fit(read_image(path, channels)) for path in options.images])
     size = run.config.eval_batch_size
     batches = (images[start : start + size] for start in range(0, len(images), size))
     probabilities = softmax(np.concatenate(list(run.logits(batches))))

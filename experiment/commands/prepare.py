@@ -8,14 +8,12 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from experiment.data.builtin import BUILTIN
-from experiment.data.tfds import check_known, check_name, data_root, find_prepared, prepare_command
+from experiment.data.prepared import check_known, data_root, find_prepared, prepare_command
 from experiment.errors import UserError, named_line, one_line
 from experiment.options.command_line import Parser
-from experiment.options.paths import local_path
 
 ENVIRONMENT = ".venv-prepare"
 INSTALL = f"python -m venv {ENVIRONMENT} && {ENVIRONMENT}/bin/pip install -c constraints.txt -e '.[prepare]'"
@@ -37,17 +35,13 @@ def main(argv: Sequence[str]) -> int:
         epilog=f"Needs TensorFlow, in an environment of its own: {INSTALL}",
     )
     parser.add_argument("name", metavar="NAME", help="a plain TFDS name: mnist, cifar10, ...")
-    data_dir_type = partial(local_path, "--data-dir")
-    parser.add_argument(
-        "--data-dir", metavar="DIR", type=data_dir_type, help="where to put it (default: TFDS' own)"
-    )
+    parser.add_data_dir("where to put it (default: TFDS' own)")
     options = parser.parse_args(argv)
     name, data_dir = options.name, options.data_dir
 
     if name in BUILTIN:
         print(f"{name} needs no preparation")
         return 0
-    check_name(name, data_dir)
     builder = find_prepared(name, data_dir)
     if builder is not None:
         print(f"{name} {builder.version} is already prepared in {builder.data_dir}")

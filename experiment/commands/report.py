@@ -1,12 +1,9 @@
 """`python -m experiment report RUN...`: the report of runs, also of one that goes on or was killed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from experiment.errors import UserError
 from experiment.options.command_line import Parser
-from experiment.options.paths import path_type
 from experiment.report import FOLDER, write_report
 from experiment.report.reading import read_run
 
@@ -22,8 +19,7 @@ def main(argv: Sequence[str]) -> int:
         description=f"Write {FOLDER}/index.html in the folder of a run, and the figures in it as PNG. The "
         "run may go on meanwhile, or have been killed: the page says what is absent.",
     )
-    run_type = path_type("RUN")
-    parser.add_argument("runs", metavar="RUN", type=run_type, nargs="+", help="the folder of a run")
+    parser.add_path("runs", metavar="RUN", nargs="+", help="the folder of a run")
     options = parser.parse_args(argv)
     for run_dir in options.runs:
         read_run(run_dir)

@@ -3,14 +3,11 @@
 Every run is an ordinary run folder; the same command again continues where it stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 from experiment.engines import set_environment
@@ -18,7 +15,6 @@ from experiment.errors import UserError
 from experiment.files import run_folder
 from experiment.options.command_line import Parser
 from experiment.options.config import FRAMEWORKS
-from experiment.options.paths import local_path, path_type
 from experiment.run import signals
 from experiment.study import running
 from experiment.study.plan import Plan, framework_of, read
@@ -39,21 +35,15 @@ def main(argv: Sequence[str]) -> int:
         "same command again passes over what is finished and continues what was stopped.",
     )
     add = parser.add_argument
-    add("file", metavar="FILE", type=path_type("FILE"), help="the study, such as those in studies/")
-    add("--run-dir", metavar="DIR", type=path_type("--run-dir"), help="its folder (default: runs/study-NAME)")
+    parser.add_path("file", metavar="FILE", help="the study, such as those in studies/")
+    parser.add_path("--run-dir", metavar="DIR", help="its folder (default: runs/study-NAME)")
     add("--framework", choices=FRAMEWORKS, help="engine that trains (default: the file's)")
-    data_dir = partial(local_path, "--data-dir")
-    add("--data-dir", metavar="DIR", type=data_dir, help="where TFDS keeps its data (default: TFDS' own)")
-    add(
-        "--vmap",
-        action=argparse.BooleanOptionalAction,
-        help="JAX: all seeds in one compiled function (default: on a GPU; on a CPU separate runs)",
-    )
-    add(
-        "--report",
-        action=argparse.BooleanOptionalAction,
-        help="a report and TensorBoard files of every run (default: none, which is faster)",
-    )
+    parser.add_data_dir("where TFDS keeps its data (default: TFDS' own)")
+    switch = argparse.BooleanOptionalAction
+    vmap = "JAX: all seeds in one compiled function (default: on a GPU; on a CPU separate runs)"
+    add("--vmap", action=switch, help=vmap)
+    report = "a report and TensorBoard files of every run (default: none, which is faster)"
+    add("--report", action=switch, help=report)
     add("--report-only", action="store_true", help="train nothing; tables of the runs that there are")
     options = parser.parse_args(argv)
     given = {"framework": options.framework, "data_dir": options.data_dir, "report": options.report}
@@ -62,9 +52,8 @@ def main(argv: Sequence[str]) -> int:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--run-dir: {folder} is a file; name a folder")
     if options.report_only and not folder.is_dir():
-        raise UserError(
-            f"--run-dir: there is no {folder}; name the study's folder, or leave --report-only out"
-        )
+        remedy = "name the study's folder, or leave --report-only out"
+        raise UserError(f"--run-dir: there is no {folder}; {remedy}")
     if options.vmap and framework_of(plan) != "jax":
         raise UserError("--vmap: needs --framework jax; add it, or leave the flag out")
     status = 0

@@ -12,8 +12,6 @@ report/index.html and TensorBoard files. Exit status: 0 done; 1 the run failed, 
 2 a mistake in the flags; 128 + n a signal.
 """
 
-from __future__ import annotations
-
 import gc
 import sys
 from collections.abc import Sequence

@@ -109,14 +109,9 @@ def crop_to_box(image: Image, box: Iterable[float]) -> Image:
     width, height = image.size
     # Boxes are stored as float32: the edge of a pixel may come out a millionth beyond it
     near, far = 1e-4, 1 - 1e-4
-    return image.crop(
-        (
-            int(left * width + near),
-            int(top * height + near),
-            int(right * width + far),
-            int(bottom * height + far),
-        )
-    )
+    start = int(left * width + near), int(top * height + near)
+    end = int(right * width + far), int(bottom * height + far)
+    return image.crop((*start, *end))
 
 
 def resized_size(image: Image, shorter_side: int) -> Size:

@@ -69,10 +69,7 @@ def gray_already(name: str) -> str:
 
 def sha256_of(*arrays: npt.NDArray[Any]) -> str:
     """Return the SHA-256 sum of the bytes of arrays in C order, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
 class ArraySource:
@@ -142,16 +139,11 @@ def digits(image_size: Size | None, resize: int | None = None) -> Dataset:
     images, labels = load_digits(return_X_y=True)
     images = np.rint(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     labels = labels.astype(np.int32)
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-    parts = (images[train], labels[train], images[test], labels[test])
-    return Dataset(
-        ArraySource(images[train], labels[train], fit),
-        ArraySource(images[test], labels[test], fit),
-        tuple("0123456789"),
-        (*size, 1),
-        *DIGITS_STATISTICS,
-        identity(sha256_of(*parts)),
-    )
+    split = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    parts = [(images[part], labels[part]) for part in split]
+    train, test = (ArraySource(*part, fit) for part in parts)
+    sha256 = sha256_of(*parts[0], *parts[1])
+    return Dataset(train, test, tuple("0123456789"), (*size, 1), *DIGITS_STATISTICS, identity(sha256))
 
 
 class SyntheticSource:

@@ -11,7 +11,7 @@ training, validation and test. Training batch k is a function of (seed, k) and n
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from experiment.data.augmentation import Augmentation, fill_color
 from experiment.data.builtin import BUILTIN, CACHE_BYTES, digits, gray_already, no_boxes, synthetic
 from experiment.data.tfds import tfds_dataset
-from experiment.data.types import Batch, Dataset, Identity, Labels, Pixels, Size, Source
+from experiment.data.types import Batch, Dataset, Labels, Pixels, Size, Source
 from experiment.errors import UserError
 from experiment.options.config import check_image_size, check_limits
 from experiment.processes import SINGLE_PROCESS, ProcessInfo
@@ -42,14 +42,10 @@ _MOST_THREADS = 16  # each may hold a batch of large images
 
 
 @dataclass(frozen=True, eq=False)
-class Data:
+class Data(Dataset):
     """A data set, split and ready to be read in batches. Made by `load`."""
 
     name: str
-    class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]  # height, width, channels
-    mean: tuple[float, ...]  # a channel, on the scale 0..1
-    std: tuple[float, ...]
     train_size: int
     val_size: int
     test_size: int
@@ -57,7 +53,6 @@ class Data:
     seed: int
     augmentation: Augmentation
     parts: Mapping[Split, Part] = field(repr=False)
-    identity: Identity
     place: ProcessInfo = SINGLE_PROCESS  # of several processes each reads its rows of a training batch
 
     @property
@@ -233,12 +228,11 @@ def load(
             f"--batch-size {batch_size}: the training part of {name} has {len(train)} examples; "
             f"use 1 to {len(train)}, or a larger --train-subset"
         )
+    if mean_only:
+        dataset = replace(dataset, std=(1.0,) * len(dataset.std))
     return Data(
+        **vars(dataset),
         name=name,
-        class_names=dataset.class_names,
-        image_shape=dataset.image_shape,
-        mean=dataset.mean,
-        std=(1.0,) * len(dataset.std) if mean_only else dataset.std,
         train_size=len(train),
         val_size=len(val),
         test_size=len(dataset.test),
@@ -250,7 +244,6 @@ def load(
             "val": (dataset.train, val),
             "test": (dataset.test, np.arange(len(dataset.test))),
         },
-        identity=dataset.identity,
     )
 
 

@@ -1,28 +1,21 @@
-"""Data sets that TFDS has prepared in its array_record format, read without TensorFlow.
+"""Data sets that TFDS has prepared in its array_record format, read without TensorFlow."""
 
-`python -m experiment prepare NAME --data-dir DIR` makes them; nothing here writes to the disk. Every message
-about missing or damaged data names that command.
-"""
-
-import difflib
 import hashlib
 import io
 import json
-import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from experiment.data.augmentation import fill_color, to_gray
-from experiment.data.builtin import BUILTIN, cached, fit_to, gray_already, identity, no_boxes
+from experiment.data.builtin import cached, fit_to, gray_already, identity, no_boxes
 from experiment.data.images import ImageError, decode_image
-from experiment.data.types import IMAGENET, Batch, Dataset, Fit, Identity, Labels, Size, Source, Statistics
+from experiment.data.prepared import check_prepared, prepare_again, prepare_command, prepared_configs
+from experiment.data.types import IMAGENET, Batch, Dataset, Fit, Identity, Labels, Size, Statistics
 from experiment.errors import UserError, one_line
-from experiment.options.paths import local_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,97 +43,6 @@ VARIABLE_SIZES = {"cars196": (96, 96)}
 """The default size of a data set whose images differ in size; not named here: 224x224."""
 
 
-def prepare_command(name: str, data_dir: str | None) -> str:
-    """Return the command that downloads and prepares a data set."""
-    directory = "" if data_dir is None else f" --data-dir {shlex.quote(data_dir)}"
-    return f"python -m experiment prepare {name}{directory}"
-
-
-def check_name(name: str, data_dir: str | None) -> None:
-    """Raise UserError unless `name` is a plain TFDS name: no path, configuration, version or argument."""
-    if re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        return
-    plain = re.match(r"([a-z][a-z0-9_]*)[/:]", name)
-    configs = _prepared_configs(plain[1], data_dir) if plain else []
-    raise UserError(
-        f"--dataset {name!r} is not a plain TFDS name (lower-case letters, digits and _; no path, "
-        "configuration or version): use one like mnist, or digits, or synthetic"
-        + (f"; {_only_the_default(plain[1], configs)}" if plain and configs else "")
-    )
-
-
-def _prepared_configs(name: str, data_dir: str | None) -> list[str]:
-    """Return the configurations of a data set that are prepared in `data_dir`, sorted."""
-    try:
-        return sorted({path.parts[-3] for path in (data_root(data_dir) / name).glob("*/*/features.json")})
-    except OSError:  # a folder that cannot be read
-        return []
-
-
-def _only_the_default(name: str, configs: list[str]) -> str:
-    """Name the prepared configurations, and say which can be used."""
-    return f"of the configurations of {name} ({', '.join(configs)}) only TFDS' default one can be used"
-
-
-def check_known(name: str) -> None:
-    """Raise UserError unless TFDS knows how to prepare a data set of that name."""
-    import tensorflow_datasets as tfds
-
-    known = tfds.list_builders(with_community_datasets=False)
-    if name not in known:
-        close = difflib.get_close_matches(name, [*BUILTIN, *known])
-        hint = (
-            f"did you mean {' or '.join(close)}?" if close else "use digits, synthetic, mnist, cifar10, ..."
-        )
-        raise UserError(f"--dataset {name}: TFDS knows no data set of that name; {hint}")
-
-
-def find_prepared(name: str, data_dir: str | None) -> Any | None:
-    """Return the TFDS builder of a data set that is prepared in `data_dir`, or None.
-
-    Args:
-        name: a name that `check_name` lets through.
-        data_dir: the TFDS data directory; None is TFDS' own default.
-
-    Raises:
-        UserError: its description cannot be read, or its files are of a format that allows no random access.
-    """
-    import tensorflow_datasets as tfds
-
-    directory = data_root(data_dir)
-    try:
-        # From files only: the builder that TFDS has code for may want TensorFlow, or another version.
-        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
-        formats = {file_format.value for file_format in builder.info.available_file_formats()}
-    except tfds.core.registered.DatasetNotFoundError:
-        return None
-    except Exception as error:  # whatever the readers of damaged JSON raise
-        raise UserError(
-            f"--data-dir: the description of {name} in {directory / name} cannot be read "
-            f"({one_line(error)}){_prepare_again(name, data_dir)}"
-        ) from error
-    if "array_record" not in formats:
-        raise UserError(
-            f"--data-dir: {name} in {builder.data_dir} is in the format {', '.join(sorted(formats))}, not "
-            f"array_record; prepare it in another directory: `{prepare_command(name, 'DIR')}`"
-        )
-    builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
-    return builder
-
-
-def data_root(data_dir: str | None) -> Path:
-    """Return the TFDS data directory that `--data-dir` names: None is TFDS' own default."""
-    import tensorflow_datasets as tfds
-
-    directory = tfds.core.constants.DATA_DIR if data_dir is None else data_dir
-    return Path(local_path("--data-dir", directory))
-
-
-def _prepare_again(name: str, data_dir: str | None) -> str:
-    """The remedy for a data set whose files are missing or damaged; it deletes nothing."""
-    return f"; move that folder away and run `{prepare_command(name, data_dir)}`"
-
-
 class TfdsSource:
     """One split of a prepared data set.
 
@@ -165,14 +67,12 @@ class TfdsSource:
         features = builder.info.features
         self._classes: int = features["label"].num_classes
         self._name = next((name for name in RECORD_NAMES if name in features), None)
-        self._set, self._folder, self.split = builder.name, builder.data_dir, split
-        self._remedy = _prepare_again(builder.name, data_dir)
+        self.split, self._set = split, builder.name
+        self._where = f"of {builder.name} ({split}) in {builder.data_dir}"
+        self._remedy = prepare_again(builder.name, data_dir)
         for path in map(Path, builder.info.splits[split].filepaths):
             if not path.is_file():
-                raise UserError(
-                    f"--data-dir: {path.name} is missing, of {self._set} ({split}) in {self._folder}"
-                    f"{self._remedy}"
-                )
+                raise UserError(f"--data-dir: {path.name} is missing, {self._where}{self._remedy}")
         self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:
@@ -242,7 +142,7 @@ class TfdsSource:
             value = record[self._name]
             value = value.decode(errors="replace") if isinstance(value, bytes) else value
             named = f", {self._name} {one_line(value)},"
-        return f"--data-dir: record {place}{named} of {self._set} ({self.split}) in {self._folder}"
+        return f"--data-dir: record {place}{named} {self._where}"
 
 
 def tfds_dataset(
@@ -269,13 +169,8 @@ def tfds_dataset(
     Raises:
         UserError: an unknown name, data that is missing or damaged, features or splits that do not fit.
     """
-    check_name(name, data_dir)
-    builder = find_prepared(name, data_dir)
-    if builder is None:
-        _refuse(name, data_dir)
-    (height, width, channels), class_names = _features(name, builder)
-    if crop_to_bbox and not _has_bbox(builder):
-        raise UserError(no_boxes(name))
+    builder = check_prepared(name, data_dir)
+    (height, width, channels), class_names = _features(name, builder, crop_to_bbox=crop_to_bbox)
     statistics = STATISTICS.get(name, GRAY if channels == 1 else IMAGENET)
     if grayscale:
         if channels == 1:
@@ -289,12 +184,10 @@ def tfds_dataset(
     options: dict[str, Any] = {"channels": channels, "fit": fit, "crop_to_bbox": crop_to_bbox}
     train = _labeled(name, builder, ("train",), data_dir, options)
     test = _labeled(name, builder, TEST_SPLITS.get(name, ("test", "validation")), data_dir, options)
-    sources: list[Source] = []
-    for split in (train, test):
-        source = cached(split, shape)
+    sources = cached(train, shape), cached(test, shape)
+    for source in sources:
         source.read(np.array([0]))  # what is not decodable at all is noticed before a run begins
-        sources.append(source)
-    return Dataset(sources[0], sources[1], class_names, shape, *statistics, _identity(builder, test.split))
+    return Dataset(*sources, class_names, shape, *statistics, _identity(builder, test.split))
 
 
 def _labeled(
@@ -317,10 +210,10 @@ def _labeled(
         fault = f"the labels of its {' and '.join(hidden)} split are hidden (-1)"
     else:
         fault = f"it has no {' or '.join(candidates)} split with examples"
-    configs = _prepared_configs(name, data_dir)
+    configs = prepared_configs(name, data_dir)
     raise UserError(
         f"--dataset {name}: {fault}; a split to train on and one to test on are needed, and it has "
-        f"{there or 'none'}{f'; {_only_the_default(name, configs)}' if configs else ''}; use another data set"
+        f"{there or 'none'}{configs and f'; {configs}'}; use another data set"
     )
 
 
@@ -346,8 +239,13 @@ def _identity(builder: Any, test_split: str) -> Identity:
     return identity(sha256, version=version, config=config, test_split=test_split)
 
 
-def _features(name: str, builder: Any) -> tuple[tuple[int | None, int | None, int], tuple[str, ...]]:
-    """Return the images' height and width (None: they differ) and channels, and the classes' names."""
+def _features(
+    name: str, builder: Any, *, crop_to_bbox: bool
+) -> tuple[tuple[int | None, int | None, int], tuple[str, ...]]:
+    """Return the images' height and width (None: they differ) and channels, and the classes' names.
+
+    With `crop_to_bbox`, every image must have one bounding box, `bbox`.
+    """
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -366,27 +264,6 @@ def _features(name: str, builder: Any) -> tuple[tuple[int | None, int | None, in
             f"--dataset {name}: images of 1 or 3 channels of uint8 are needed, and it has {channels} of "
             f"{np.dtype(image.np_dtype).name}; use another"
         )
+    if crop_to_bbox and not isinstance(named.get("bbox"), tfds.features.BBoxFeature):
+        raise UserError(no_boxes(name))
     return (height, width, channels), tuple(label.names)
-
-
-def _has_bbox(builder: Any) -> bool:
-    """True if every image has one bounding box, `bbox`."""
-    import tensorflow_datasets as tfds
-
-    return isinstance(dict(builder.info.features).get("bbox"), tfds.features.BBoxFeature)
-
-
-def _refuse(name: str, data_dir: str | None) -> NoReturn:
-    """Say why a data set is not there: TFDS does not know it, or it is not prepared."""
-    root = data_root(data_dir)
-    if configs := _prepared_configs(name, data_dir):
-        raise UserError(
-            f"--dataset {name}: {_only_the_default(name, configs)}, and --data-dir {root} does not have "
-            f"that: run `{prepare_command(name, data_dir)}`, or use another data set"
-        )
-    check_known(name)
-    where = f"{root}" if root.is_dir() else f"{root} (which does not exist)"
-    raise UserError(
-        f"--dataset {name} is not prepared in --data-dir {where}: run `{prepare_command(name, data_dir)}`, "
-        "or name the directory that has it"
-    )

@@ -6,37 +6,29 @@ A checkpoint is a folder `checkpoints/STEP` with
     manifest.json  the size and SHA-256 of every other file; written last
 It is made as `checkpoints/STEP.incomplete` and renamed when all of it has reached the disk, so that a folder
 whose name is a number is complete. Beside them, `weights-best-STEP.safetensors` are earlier best weights that
-a checkpoint still refers to. This file is the only one that knows Orbax, whose v1 interface still
-moves.
+a checkpoint still refers to.
 """
 
-from __future__ import annotations
-
 import errno
-import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from experiment.errors import FolderLostError, UserError
 from experiment.files import weights
-from experiment.files.run_folder import checkpoint_steps, write_file, write_json
+from experiment.files.arrays import Tree, call_alone, load_arrays, save_arrays
+from experiment.files.run_folder import checkpoint_steps, file_sha256, write_file, write_json
 
-Tree = dict[str, Any]
 MANIFEST = "manifest.json"
 NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}  # what fsync of a folder says on CIFS, FUSE, vboxsf
-_one_at_a_time = Lock()  # Orbax fails where two threads of a process save, as runs that train together do
 
 
 class CheckpointError(Exception):
@@ -80,9 +72,8 @@ class Checkpoints:
         """
         self.check_folder()
         self.wait()
-        if not self._writes:
-            return
-        self._pending = self._executor.submit(self._write, step, tree, run)
+        if self._writes:
+            self._pending = self._executor.submit(self._write, step, tree, run)
 
     def wait(self) -> None:
         """Wait until the save under way has reached the disk; raises what it raised."""
@@ -104,7 +95,7 @@ class Checkpoints:
         try:
             self.directory.mkdir(exist_ok=True)  # no parents: the folder of the run is not made again
             partial.mkdir()
-            _alone(_save_arrays, partial / "state", tree)
+            call_alone(save_arrays, partial / "state", tree)
             write_json(partial / "run.json", run)
             write_json(partial / MANIFEST, {"files": _sums(partial)})
             for path in [*partial.rglob("*"), partial]:
@@ -181,10 +172,7 @@ class Checkpoints:
         kept = self.best_weights(step)
         if not self._writes or weights.step_of(path) != step or (kept.exists() and kept.samefile(path)):
             return
-        try:
-            _link(path, kept)
-        except OSError:
-            os.replace(path, kept)
+        _link(path, kept, otherwise=lambda: os.replace(path, kept))
 
     def restore_best(self, path: Path, step: int) -> bool:
         """Write the best weights of `step` to `path`, unless they are there; False if they are lost."""
@@ -194,10 +182,7 @@ class Checkpoints:
         if weights.step_of(kept) != step:
             return False
         if self._writes:
-            try:
-                _link(kept, path)
-            except OSError:
-                write_file(path, kept.read_bytes())
+            _link(kept, path, otherwise=lambda: write_file(path, kept.read_bytes()))
         return True
 
     def _remove_unused_best(self) -> None:
@@ -235,7 +220,10 @@ class Checkpoints:
         folder = self.directory / str(step)
         _verify(folder)
         try:
-            tree, run = _alone(_load_arrays, folder / "state"), json.loads((folder / "run.json").read_text())
+            tree, run = (
+                call_alone(load_arrays, folder / "state"),
+                json.loads((folder / "run.json").read_text()),
+            )
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"cannot be read: {error}") from error
         if not np.array_equal(tree.get("step", step), step):
@@ -243,111 +231,33 @@ class Checkpoints:
         return tree, run
 
 
-def differences(expected: Tree, given: Tree) -> list[str]:
-    """Return the differences between two trees of arrays in names, shapes and types, a line for each."""
-    old_leaves, new_leaves = dict(_leaves(expected)), dict(_leaves(given))
-    lines = [f"{name} is missing" for name in old_leaves.keys() - new_leaves.keys()]
-    lines += [f"{name} is unexpected" for name in new_leaves.keys() - old_leaves.keys()]
-    for name in old_leaves.keys() & new_leaves.keys():
-        old, new = old_leaves[name], new_leaves[name]
-        if (old.shape, old.dtype) != (new.shape, new.dtype):
-            lines.append(f"{name} is {new.dtype}{list(new.shape)}, not {old.dtype}{list(old.shape)}")
-    return sorted(lines)
-
-
-def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, np.asarray(value)
-
-
-def _save_arrays(path: Path, tree: Tree) -> None:
-    from orbax.checkpoint import v1 as ocp
-
-    context = ocp.Context()
-    # Trained weights hardly compress, and zstd would take its time from training.
-    context.array_options.saving.use_compression = False
-    with _one_at_a_time, context, _closed_loops_unreported():
-        ocp.save(path, tree)
-
-
-@contextmanager
-def _closed_loops_unreported() -> Iterator[None]:
-    """Suppress the tracebacks of TensorStore, which after a failed write reports to a closed event loop.
-
-    The failure itself is raised. The tracebacks may come late, so that the hook stays after a failure.
-    """
-    report = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            report(unraisable)
-
-    sys.unraisablehook = hook
-    yield
-    sys.unraisablehook = report
-
-
-def _load_arrays(path: Path) -> Tree:
-    from orbax.checkpoint import v1 as ocp
-
-    with _one_at_a_time:
-        tree: Tree = ocp.load(path)
-    return tree
-
-
-def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return function(*arguments); if JAX has joined several processes, call it in a new process.
-
-    Orbax saves from all joined processes together. Even when only one of them saves, it asks the others to
-    confirm the path. It would ask in the middle of their steps, and from our background thread.
-    """
-    import jax
-
-    if jax.process_count() == 1:
-        return function(*arguments)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _hold_to_cpu) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def _hold_to_cpu() -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
-
-
 def _sums(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in files
     }
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _verify(folder: Path) -> None:
     try:
         listed = json.loads((folder / MANIFEST).read_text())["files"]
-        files = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in listed.items()}
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST} cannot be read: {error}") from None
-    for name, listed_file in files.items():
+    for name, (listed_size, listed_sha256) in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{name} is missing")
         try:
-            size, sha256 = path.stat().st_size, _sha256(path)
+            size, sha256 = path.stat().st_size, file_sha256(path)
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read: {error}") from None
-        if size != listed_file["bytes"]:
-            raise CheckpointError(f"{name} has {size} bytes, not {listed_file['bytes']}")
-        if sha256 != listed_file["sha256"]:
+        if size != listed_size:
+            raise CheckpointError(f"{name} has {size} bytes, not {listed_size}")
+        if sha256 != listed_sha256:
             raise CheckpointError(f"{name} differs from its SHA-256")
 
 
@@ -357,12 +267,18 @@ def _errno(error: Exception) -> int | None:
     return int(code[1]) if code else getattr(error, "errno", None)
 
 
-def _link(source: Path, target: Path) -> None:
-    """Make `target`, which may exist, another name of the file `source`; it takes no space."""
+def _link(source: Path, target: Path, otherwise: Callable[[], None]) -> None:
+    """Make `target`, which may exist, another name of the file `source`; it takes no space.
+
+    `otherwise` is called on a file system that has no hard links.
+    """
     temporary = target.with_name(target.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    os.link(source, temporary)
-    os.replace(temporary, target)
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except OSError:
+        otherwise()
 
 
 def _fsync(path: Path) -> None:

@@ -1,9 +1,8 @@
 """Which network a state dict belongs to: model, classes, channels and variants, from names and shapes."""
 
-from __future__ import annotations
-
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,9 +46,8 @@ class Network:
         """In words: the model, classes, channels, and options that are not the model's own."""
         usual = {"width": self.usual_width, "batch_norm": True, "small_images": False, "stride_in_1x1": False}
         special = [f"{name} {value}" for name, value in self.options.items() if usual.get(name) != value]
-        return ", ".join(
-            [self.model, f"{self.num_classes} classes", f"{self.in_channels} channels", *special]
-        )
+        sizes = f"{self.num_classes} classes", f"{self.in_channels} channels"
+        return ", ".join([self.model, *sizes, *special])
 
 
 def torchvision_name(name: str) -> str:
@@ -71,10 +69,7 @@ def identify(shapes: Shapes, model: str | None = None, *, stride_in_1x1: bool = 
             modules, grouped or wider convolutions).
     """
     shapes = {torchvision_name(name): shape for name, shape in shapes.items()}
-    if model is None:
-        model, options = _recognize(shapes)
-    else:
-        options = {}
+    model, options = _recognize(shapes) if model is None else (model, {})
     _check_blocks(shapes)
     first = "conv.weight" if model == "cnn" else "conv1.weight"
     kernel, head = _shape(shapes, first, 4), _shape(shapes, "fc.weight", 2)
@@ -129,24 +124,19 @@ def summary(names: Iterable[str]) -> str:
 
 def _check_blocks(shapes: Shapes) -> None:
     """Raise UserError for blocks of ResNets that this project does not have."""
-    foreign = [
-        name
-        for name in shapes
-        if (match := re.match(r"layer\d+\.\d+\.(\w+)", name)) and match[1] not in PARTS
-    ]
+    parts = {name: match[1] for name in shapes if (match := re.match(r"layer\d+\.\d+\.(\w+)", name))}
+    foreign = [name for name, part in parts.items() if part not in PARTS]
     if foreign:
         raise UserError(f"it has {summary(foreign)}, which no network here has")
     stem, first, second = (
         shapes.get(name, ()) for name in ("conv1.weight", "layer1.0.conv1.weight", "layer1.0.conv2.weight")
     )
     if len(second) == 4 and 0 < second[1] != second[0]:
-        raise UserError(
-            f"its convolutions have {second[0] // second[1]} groups (ResNeXt), which no network here has"
-        )
+        groups = second[0] // second[1]
+        raise UserError(f"its convolutions have {groups} groups (ResNeXt), which no network here has")
     if stem and first and first[0] != stem[0] > 0:
-        raise UserError(
-            f"its blocks are {first[0] / stem[0]:g} times as wide as its stem, as in no network here"
-        )
+        times = first[0] / stem[0]
+        raise UserError(f"its blocks are {times:g} times as wide as its stem, as in no network here")
 
 
 def _shape(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
@@ -163,13 +153,10 @@ def _recognize(shapes: Shapes) -> tuple[str, dict[str, Any]]:
     if "conv.weight" in shapes and "conv1.weight" not in shapes:
         return "cnn", {}
     _shape(shapes, "conv1.weight", 4)
-    blocks = [
-        tuple(map(int, match.groups()))
-        for name in shapes
-        if (match := re.match(r"layer(\d+)\.(\d+)\.", name))
-    ]
-    stages = sorted({stage for stage, _ in blocks})
-    sizes = tuple(len({index for block_stage, index in blocks if block_stage == stage}) for stage in stages)
+    matches = (re.match(r"layer(\d+)\.(\d+)\.", name) for name in shapes)
+    blocks = {(int(match[1]), int(match[2])) for match in matches if match}
+    count = Counter(stage for stage, _ in blocks)
+    stages, sizes = sorted(count), tuple(count[stage] for stage in sorted(count))
     if not sizes or stages != list(range(1, len(sizes) + 1)):
         raise UserError("there are no residual blocks layer1.0, ...: give the model with --model")
     bottleneck = "layer1.0.conv3.weight" in shapes

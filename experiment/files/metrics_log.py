@@ -4,8 +4,6 @@
 null stands for a number that is not finite.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

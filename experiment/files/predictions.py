@@ -1,7 +1,5 @@
 """predictions.npz: the predicted class of every test image, and a few of the images themselves."""
 
-from __future__ import annotations
-
 import io
 import zipfile
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ After a run is continued past its end, or resumed from an older checkpoint, its 
 predictions no longer belong to its last step. They do again when the run has rewritten them.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

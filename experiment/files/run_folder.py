@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -11,7 +12,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ DATA_FACTS = (
     *("num_classes", "class_names", "image_shape", "mean", "std"),
     *("train_size", "val_size", "test_size"),
 )
+ENGINE_FACTS = ("num_classes", "image_shape", "mean", "std")  # of these, what an engine is made of
 
 # All that "resolved" of config.json may hold, and of these what a resumed run may not change.
 RESOLVED = frozenset(
@@ -66,6 +68,12 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 sum of a file as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_json(path: Path) -> Any:
     """The JSON at `path`. Raises UserError if it is absent, unreadable or no JSON."""
     try:
@@ -74,6 +82,13 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not found; is this the folder of a run?") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); restore the file, or start a fresh run") from None
+
+
+def read_named_record(run_dir: Path) -> dict[str, Any]:
+    """Return `read_record` of a folder that was named as an argument, not by --run-dir."""
+    if not (run_dir / "config.json").is_file():
+        raise UserError(f"{run_dir}: is not the folder of a run (it has no config.json); name another")
+    return read_record(run_dir)
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:
@@ -169,15 +184,9 @@ def check_same_data(old: dict[str, Any], data: Data) -> str | None:
 
 def _identity_words(name: str, identity: Mapping[str, Any]) -> str:
     """Return a data set's name and identity in words."""
-    facts = [
-        f"{what} {identity[key]}"
-        for what, key in (
-            ("version", "data_version"),
-            ("configuration", "data_config"),
-            ("tested on split", "data_test_split"),
-        )
-        if identity[key] is not None
-    ]
+    words = ("version", "configuration", "tested on split")
+    values = (identity[key] for key in ("data_version", "data_config", "data_test_split"))
+    facts = [f"{word} {value}" for word, value in zip(words, values, strict=True) if value is not None]
     facts.append(f"SHA-256 {str(identity['data_sha256'])[:12]}")
     return f"{name} ({', '.join(facts)})"
 
@@ -217,13 +226,11 @@ def create(run_dir: Path | None, name: str) -> Path:
             ) from None
         return run_dir
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-    for attempt in range(1000):
-        run_dir = Path("runs") / (stem if attempt == 0 else f"{stem}-{attempt}")
-        try:
+    for suffix in ("", *(f"-{attempt}" for attempt in range(1, 1000))):
+        with suppress(FileExistsError):
+            run_dir = Path("runs") / f"{stem}{suffix}"
             run_dir.mkdir(parents=True)
             return run_dir
-        except FileExistsError:
-            continue
     raise UserError(f"--run-dir: runs/{stem} exists a thousand times; name a folder with --run-dir")
 
 
@@ -239,11 +246,10 @@ def lock(run_dir: Path) -> Iterator[Callable[[], None]]:
     path = run_dir.absolute() / ".lock"
 
     def inode() -> tuple[int, int] | None:
-        try:
+        with suppress(FileNotFoundError, NotADirectoryError):
             status = path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return status.st_dev, status.st_ino
+            return status.st_dev, status.st_ino
+        return None
 
     def check() -> None:
         if inode() != locked:

@@ -4,8 +4,6 @@ Written with TensorBoard's own record writer, which needs no TensorFlow, in the 
 the disk is raised where it happens.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """State dicts as safetensors files: {torchvision parameter name: array in PyTorch's layout}."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Set

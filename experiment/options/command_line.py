@@ -1,16 +1,17 @@
 """The command lines: the parser of every command, and train.py's, which is made from Config."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from experiment.errors import UserError
 from experiment.options.config import GROUPS, Config, flag_of
+from experiment.options.paths import local_path
 from experiment.options.resolving import resolve, with_local_paths
 
 
@@ -20,6 +21,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise a UserError that says where the arguments are listed."""
         raise UserError(f"{message.removeprefix('argument ')} (`{self.prog} --help` lists the arguments)")
+
+    def add_path(self, argument: str, *, metavar: str, any_bytes: bool = False, **options: Any) -> None:
+        """Add an argument that is a local path (see `local_path`); its value is a `Path`."""
+        name = argument if argument.startswith("-") else metavar
+
+        def path(text: str) -> Path:
+            return Path(local_path(name, text, any_bytes=any_bytes))
+
+        self.add_argument(argument, metavar=metavar, type=path, **options)
+
+    def add_data_dir(self, help: str) -> None:
+        """Add --data-dir, whose value is text, as in the options of a run."""
+        kind = functools.partial(local_path, "--data-dir")
+        self.add_argument("--data-dir", metavar="DIR", type=kind, help=help)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,9 +59,8 @@ def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
     if isinstance(field.default, bool):
         on = flag_of(field).replace("--no-", "--")
         action = "store_true" if field.name == "resume" else argparse.BooleanOptionalAction
-        group.add_argument(
-            on, dest=field.name, action=action, help=text + (" (default: on)" if field.default else "")
-        )
+        text += " (default: on)" if field.default else ""
+        group.add_argument(on, dest=field.name, action=action, help=text)
         return
     many = isinstance(field.default, tuple)
     kind = next(t for t in (typing.get_args(hint) or (hint,)) if t is not types.NoneType)

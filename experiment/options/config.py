@@ -1,21 +1,18 @@
 """The options of a run: one frozen dataclass holds defaults, help and ranges; the parser is made from it."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from experiment.errors import UserError
 
 FRAMEWORKS = ("jax", "numpy")
-MODELS = (
-    *("resnet101", "resnet18", "resnet34", "resnet50", "resnet152"),
-    *("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "cnn"),
-)
+IMAGENET_MODELS = ("resnet101", "resnet18", "resnet34", "resnet50", "resnet152")
+CIFAR_MODELS = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+MODELS = (*IMAGENET_MODELS, *CIFAR_MODELS, "cnn")
 # A new optimizer also goes into `OPTIMIZERS` and `make_optimizer` of jax_resnet, numpy_ref and torch_oracle,
 # into `USED_BY` and the defaults of resolving.py, tests/parity/cases.py and the table of docs/training.md.
 OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "sgdbound", "amsgrad", "adamw", "sgd")
@@ -143,84 +140,71 @@ class Config:
             value = getattr(self, field.name)
             choices = field.metadata["choices"]
             if choices and value not in choices:
-                raise UserError(
-                    f"{flag_of(field)}: unknown value {value!r}; choose one of {', '.join(choices)}"
-                )
+                fault = f"{flag_of(field)}: unknown value {value!r}"
+                raise UserError(f"{fault}; choose one of {', '.join(choices)}")
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not isinstance(number, bool):
                     check_limits(flag_of(field), number, **field.metadata["limits"])
         if self.image_size is not None:
             parse_image_size(self.image_size)
-        if len(self.resize) > 2 or list(self.resize) != sorted(self.resize):
-            raise UserError(
-                f"--resize: {' '.join(map(str, self.resize))}: give one number, or two, the smaller first"
-            )
-        if len(self.resize) == 2 and self.augment == "none":
-            raise UserError(
-                "--resize: a range is for training at random sizes; give one number, or --augment crop-flip"
-            )
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise UserError(f"--milestones: {' '.join(map(str, self.milestones))} must increase")
-        if self.milestones and self.schedule != "multistep":
-            raise UserError(
-                "--milestones: only for --schedule multistep; add it, or leave the milestones out"
-            )
-        if self.schedule == "multistep" and not self.milestones:
-            raise UserError("--schedule multistep: needs --milestones STEP [STEP ...]")
-        for flag, asked in (
-            ("--schedule plateau", self.schedule == "plateau"),
-            ("--early-stopping-patience", self.early_stopping_patience is not None),
-        ):
-            if asked and not self.val_fraction:
-                raise UserError(f"{flag}: needs validation; give a --val-fraction above 0, or leave it out")
-        if self.freeze_backbone and self.init_from is None:
-            raise UserError(
-                "--freeze-backbone: needs trained weights; give them with --init-from FILE, or leave it out"
-            )
-        if self.run_dir == "":
-            raise UserError("--run-dir: is empty; name a folder")
-        if self.resume and self.run_dir is None:
-            raise UserError("--resume: name the run to continue with --run-dir DIR")
-        self._check_network()
+        for fault in (*self._faults(), *self._network_faults()):
+            raise UserError(fault)
 
-    def _check_network(self) -> None:
-        """Raise UserError for what the engine or the network does not have."""
-        if self.framework == "numpy" and self.precision == "bfloat16":
-            raise UserError("--precision: bfloat16 needs --framework jax; NumPy has float32 and float64")
-        for flag, asked in (
-            ("--accumulate", self.accumulate > 1),
-            ("--remat", self.remat),
-            ("--distributed", self.distributed),
-        ):
-            if asked and self.framework == "numpy":
-                raise UserError(f"{flag}: needs --framework jax; use that, or leave the flag out")
+    def _faults(self) -> Iterator[str]:
+        """Yield a line for each pair of options that do not fit together."""
+        if len(self.resize) > 2 or list(self.resize) != sorted(self.resize):
+            yield f"--resize: {' '.join(map(str, self.resize))}: give one number, or two, the smaller first"
+        if len(self.resize) == 2 and self.augment == "none":
+            yield "--resize: a range is for training at random sizes; give one number, or --augment crop-flip"
+        if list(self.milestones) != sorted(set(self.milestones)):
+            yield f"--milestones: {' '.join(map(str, self.milestones))} must increase"
+        if self.milestones and self.schedule != "multistep":
+            yield "--milestones: only for --schedule multistep; add it, or leave the milestones out"
+        if self.schedule == "multistep" and not self.milestones:
+            yield "--schedule multistep: needs --milestones STEP [STEP ...]"
+        needs_validation = {
+            "--schedule plateau": self.schedule == "plateau",
+            "--early-stopping-patience": self.early_stopping_patience is not None,
+        }
+        for flag, asked in needs_validation.items():
+            if asked and not self.val_fraction:
+                yield f"{flag}: needs validation; give a --val-fraction above 0, or leave it out"
+        if self.freeze_backbone and self.init_from is None:
+            yield "--freeze-backbone: needs trained weights; give them with --init-from FILE, or leave it out"
+        if self.run_dir == "":
+            yield "--run-dir: is empty; name a folder"
+        if self.resume and self.run_dir is None:
+            yield "--resume: name the run to continue with --run-dir DIR"
+
+    def _network_faults(self) -> Iterator[str]:
+        """Yield a line for each option that the engine or the network does not have."""
+        numpy, cnn = self.framework == "numpy", self.model == "cnn"
+        if numpy and self.precision == "bfloat16":
+            yield "--precision: bfloat16 needs --framework jax; NumPy has float32 and float64"
+        for name in ("accumulate", "remat", "distributed"):
+            if numpy and getattr(self, name) != getattr(Config, name):
+                yield f"--{name}: needs --framework jax; use that, or leave the flag out"
         if self.batch_size % self.accumulate:
-            raise UserError(
-                f"--accumulate: {self.accumulate} does not divide --batch-size {self.batch_size}; change one"
-            )
-        if self.model == "cnn" and self.remat:
-            raise UserError("--remat: cnn has no residual blocks; leave the flag out")
-        if self.model == "cnn" and not self.batch_norm:
-            raise UserError("--no-batch-norm: cnn has no batch norm; leave the flag out")
+            fault = f"{self.accumulate} does not divide --batch-size {self.batch_size}"
+            yield f"--accumulate: {fault}; change one"
+        if cnn and self.remat:
+            yield "--remat: cnn has no residual blocks; leave the flag out"
+        if cnn and not self.batch_norm:
+            yield "--no-batch-norm: cnn has no batch norm; leave the flag out"
         if self.stride_in_1x1 and self.model not in ("resnet50", "resnet101", "resnet152"):
-            raise UserError(
-                f"--stride-in-1x1: {self.model} has no bottlenecks; choose resnet50, resnet101 or resnet152"
-            )
-        if self.small_images and self.model not in MODELS[:5]:
-            raise UserError(f"--small-images: {self.model} has a 3x3 stem already; leave the flag out")
+            yield f"--stride-in-1x1: {self.model} has no bottlenecks; choose resnet50, resnet101 or resnet152"
+        if self.small_images and self.model not in IMAGENET_MODELS:
+            yield f"--small-images: {self.model} has a 3x3 stem already; leave the flag out"
 
     def check_batch_norm(self, height: int, width: int) -> None:
         """Raise UserError if images of this size leave batch norm a single value, whose variance is 0."""
-        shrinks = self.model in MODELS[:5] and not self.small_images  # by 32
+        shrinks = self.model in IMAGENET_MODELS and not self.small_images  # by 32
         single = self.batch_size == self.accumulate and not self.freeze_backbone
         if single and self.batch_norm and shrinks and max(height, width) <= 32:
-            flag = (
-                "--batch-size: 1" if self.batch_size == 1 else f"--accumulate: {self.batch_size} parts of 1"
-            )
-            raise UserError(
-                f"{flag} is too few for batch norm, as {self.model} brings {height}x{width} "
-                "images down to 1x1; use 2 or more"
-            )
+            many = f"--accumulate: {self.batch_size} parts of 1"
+            flag = "--batch-size: 1" if self.batch_size == 1 else many
+            reason = f"as {self.model} brings {height}x{width} images down to 1x1"
+            raise UserError(f"{flag} is too few for batch norm, {reason}; use 2 or more")
 
     def data_options(self) -> dict[str, Any]:
         """The keyword arguments of `data.load`, beside the data set's name."""
@@ -230,16 +214,19 @@ class Config:
 
     def model_options(self) -> dict[str, Any]:
         """The keyword arguments of the network's builder that differ from its defaults."""
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {
+            name: True for name in ("stride_in_1x1", "small_images") if getattr(self, name)
+        }
         if not self.batch_norm:
             options["batch_norm"] = False
         elif self.model != "cnn":
             options["residual_scale"] = self.residual_scale
-        if self.stride_in_1x1:
-            options["stride_in_1x1"] = True
-        if self.small_images:
-            options["small_images"] = True
         return options
+
+    def engine_options(self) -> dict[str, Any]:
+        """The keyword arguments of an engine that follow from the options alone, without its optimizer."""
+        names = ["model", "precision", "seed", *(["accumulate", "remat"] if self.framework == "jax" else [])]
+        return {"model_options": self.model_options(), **{name: getattr(self, name) for name in names}}
 
     def optimizer_options(self) -> dict[str, Any]:
         """The hyper-parameters of the optimizer, but for the learning rate."""
@@ -275,9 +262,8 @@ def check_image_size(height: int, width: int) -> None:
     """Raise UserError for a size that is too small for a network."""
     if min(height, width) < MIN_IMAGE_SIZE:
         size = str(height) if height == width else f"{height}x{width}"
-        raise UserError(
-            f"--image-size: {size} is too small; the network halves it five times, give at least 32"
-        )
+        remedy = "the network halves it five times, give at least 32"
+        raise UserError(f"--image-size: {size} is too small; {remedy}")
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:

@@ -1,10 +1,6 @@
 """Paths as users give them: `~` stands for the home folder, and only local paths are taken."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable
-from pathlib import Path
 
 from experiment.errors import UserError
 
@@ -30,8 +26,3 @@ def local_path(name: str, text: str, *, any_bytes: bool = False) -> str:
     if path.startswith("~"):
         raise UserError(f"{name}: the home folder of {text} is not known; write the path out, or ./{text}")
     return path
-
-
-def path_type(name: str, *, any_bytes: bool = False) -> Callable[[str], Path]:
-    """Return the `type` of an argparse argument called `name` that is a local path: see `local_path`."""
-    return lambda text: Path(local_path(name, text, any_bytes=any_bytes))

@@ -5,8 +5,6 @@
 A file opens with a comment: its command, what it reproduces, the source, the result and the time to expect.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import tomllib
 import typing

@@ -1,7 +1,5 @@
 """A checked Config from the flags that were given, and on resume from the options stored with the run."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from typing import Any
@@ -54,11 +52,8 @@ def refuse_unused(given: dict[str, Any], config: Config) -> None:
     for name in (name for name in given if name in USED_BY):
         decides, values = USED_BY[name]
         if getattr(config, decides) not in values:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{flag}: {decides} {getattr(config, decides)} has none; leave it out, or choose "
-                f"--{decides} {', '.join(values)}"
-            )
+            fault = f"--{name.replace('_', '-')}: {decides} {getattr(config, decides)} has none"
+            raise UserError(f"{fault}; leave it out, or choose --{decides} {', '.join(values)}")
 
 
 def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Config:
@@ -78,9 +73,8 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
             if name not in hints:
                 raise UserError(f"config.json: unknown option {name!r}, of a newer version; use that version")
             if not fits(value, hints[name]):
-                raise UserError(
-                    f"config.json: {name} cannot be {value!r}; restore the file, or start a fresh run"
-                )
+                remedy = "restore the file, or start a fresh run"
+                raise UserError(f"config.json: {name} cannot be {value!r}; {remedy}")
         stored = with_local_paths(stored)
         if "epochs" in given and "steps" not in given:
             stored["steps"] = None
@@ -91,15 +85,12 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
                 remedy = "leave the flag out, or start a fresh run"
                 raise UserError(f"{flag_of(field)}: the run has {old}, not {new}; {remedy}")
     config.check()
-    return dataclasses.replace(
-        config,
-        lr=DEFAULT_LR.get(config.optimizer, 1e-3) if config.lr is None else config.lr,
-        weight_decay=(
-            DEFAULT_WEIGHT_DECAY.get(config.optimizer, 0.0)
-            if config.weight_decay is None
-            else config.weight_decay
-        ),
-    )
+    usual: dict[str, Any] = {
+        "lr": DEFAULT_LR.get(config.optimizer, 1e-3),
+        "weight_decay": DEFAULT_WEIGHT_DECAY.get(config.optimizer, 0.0),
+    }
+    unset = {name: value for name, value in usual.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **unset)
 
 
 def fits(value: Any, hint: Any) -> bool:

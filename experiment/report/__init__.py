@@ -1,7 +1,5 @@
 """The report of a run, from the files of its folder alone: report/index.html, and its figures as PNG."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,19 +45,14 @@ def render_comparison(runs: Sequence[RunFiles]) -> tuple[str, dict[str, ReportFi
     page = render(
         "compare.html",
         title=f"{len(runs)} runs compared",
-        runs=[{"name": name, "title": run.title, "state": state(run)} for name, run in named(runs, names)],
+        runs=list(zip(names, runs, strict=True)),
+        state=state,
         names=names,
         figures=list(figures.values()),
         columns=results(runs),
         differences=differences(runs),
-        commands=[(name, run.words) for name, run in named(runs, names)],
     )
     return page, figures
-
-
-def named(runs: Sequence[RunFiles], names: Sequence[str]) -> list[tuple[str, RunFiles]]:
-    """The runs with their names."""
-    return list(zip(names, runs, strict=True))
 
 
 def labels(runs: Sequence[RunFiles]) -> list[str]:
@@ -68,13 +62,10 @@ def labels(runs: Sequence[RunFiles]) -> list[str]:
     while depth < max(map(len, parts)) and len({part[-depth:] for part in parts}) < len(set(parts)):
         depth += 1
     names = ["/".join(part[-depth:]) for part in parts]
-    count = Counter(names)
-    numbers: Counter[str] = Counter()
-    for place, name in enumerate(names):  # the same run more than once
-        if count[name] > 1:
-            numbers[name] += 1
-            names[place] = f"{name} ({numbers[name]})"
-    return names
+    return [  # the same run more than once: by number
+        f"{name} ({names[: place + 1].count(name)})" if names.count(name) > 1 else name
+        for place, name in enumerate(names)
+    ]
 
 
 def draw(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, ReportFigure]:
@@ -82,9 +73,8 @@ def draw(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, ReportFigu
     figures = {}
     with style():
         for (split, words), (key, title) in itertools.product(SPLITS.items(), METRICS.items()):
-            figure = _curves(runs, names, key, split, f"{title}, {words}")
+            figure, name = _curves(runs, names, key, split, f"{title}, {words}"), f"{key}-{split}"
             if figure is not None:
-                name = f"{key}-{split}"
                 alt = f"{title} in {words} of {', '.join(names)}"
                 figures[name] = ReportFigure(name, alt, svg(figure), png(figure))
     return figures
@@ -132,11 +122,13 @@ def results(runs: Sequence[RunFiles]) -> list[Column]:
     tests, bests = [run.last("test") for run in runs], [run.best for run in runs]
     summaries = [run.summary or {} for run in runs]
 
-    def column(
-        title: str, lines: Sequence[Mapping[str, Any] | None], key: str, words: Any, better: Any
-    ) -> Column:
-        values = [number(line.get(key)) if line else None for line in lines]
+    def column(title: str, lines: Sequence[Any], key: str, words: Any, better: Any) -> Column:
+        found = [(line or {}).get(key) for line in lines]
+        values = [float(value) if isinstance(value, int | float) else None for value in found]
         return Column(title, values, ["–" if value is None else words(value) for value in values], better)
+
+    def whole(value: float) -> str:
+        return f"{value:,.0f}"
 
     return [
         column("test accuracy", tests, "accuracy", ratio, max),
@@ -145,31 +137,25 @@ def results(runs: Sequence[RunFiles]) -> list[Column]:
         column("test loss", tests, "loss", ratio, min),
         column("best validation accuracy", bests, "accuracy", ratio, max),
         column("its loss", bests, "loss", ratio, min),
-        column("its step", bests, "step", lambda value: f"{value:,.0f}", None),
-        column("steps", [{"step": run.step} for run in runs], "step", lambda value: f"{value:,.0f}", None),
-        column("images/s", summaries, "images_per_second", lambda value: f"{value:,.0f}", max),
+        column("its step", bests, "step", whole, None),
+        column("steps", [{"step": run.step} for run in runs], "step", whole, None),
+        column("images/s", summaries, "images_per_second", whole, max),
         column("compiling", summaries, "compile_seconds", duration, min),
         column("time", summaries, "wall_seconds", duration, min),
-        column("parameters", summaries, "parameters", lambda value: f"{value:,.0f}", None),
+        column("parameters", summaries, "parameters", whole, None),
     ]
-
-
-def number(value: Any) -> float | None:
-    """A value that may be anything, if it is a number."""
-    return float(value) if isinstance(value, int | float) else None
 
 
 def differences(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     """The options, the facts of the data, versions and devices in which the runs differ: name, each value."""
     tables = [_facts(run) for run in runs]
-    names = list(dict.fromkeys(itertools.chain.from_iterable(tables)))
+    names = dict.fromkeys(itertools.chain.from_iterable(tables))
     rows = [(name, [value_words(table.get(name)) for table in tables]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
 def _facts(run: RunFiles) -> dict[str, Any]:
-    newest = run.sessions[-1] if run.sessions else {}
-    options = dataclasses.asdict(run.config)
+    newest, options = run.newest_session, dataclasses.asdict(run.config)
     resolved = {name: value for name, value in run.resolved.items() if name != "optimizer_options"}
     facts = {name: newest.get(name) for name in ("device", "cpu_count", "python", "platform", "git_commit")}
     versions = newest.get("versions")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,16 @@ LINES = {  # title, label of each number, whether a logarithmic scale may be use
         {"at_lower": "at the lower", "at_upper": "at the upper"},
         False,
     ),
+}
+ALT = {  # each figure in words, for those who cannot see it
+    **{key: f"{title} against the step" for key, title in METRICS.items()},
+    "lr": "learning rate against the step",
+    "norms": "norms of gradient and update against the step",
+    "bounds": "lower and upper bound of AdaBound against the step",
+    "clipped": "fraction of coordinates at each bound against the step",
+    "confusion": "confusion matrix of the test set",
+    "samples": "images of the test set with true and predicted class",
+    "mistakes": "the most confident mistakes on the test set",
 }
 SHEETS = ("samples", "mistakes")
 """Figures that the page shows as single images."""
@@ -58,11 +68,12 @@ def draw(run: RunFiles) -> dict[str, ReportFigure]:
             samples, mistakes = chosen(run.predictions)
             figures["samples"] = _sheet(run.predictions, samples, "Samples")
             figures["mistakes"] = _sheet(run.predictions, mistakes, "The most confident mistakes")
-        return {
-            name: ReportFigure(name, _alt(run, name), b"" if name in SHEETS else svg(figure), png(figure))
-            for name, figure in figures.items()
-            if figure is not None
-        }
+        drawn = {}
+        for name, figure in figures.items():
+            if figure is not None:
+                vectors = b"" if name in SHEETS else svg(figure)
+                drawn[name] = ReportFigure(name, f"{run.title}: {ALT[name]}", vectors, png(figure))
+        return drawn
 
 
 def chosen(predictions: Predictions) -> tuple[range, range]:
@@ -73,19 +84,17 @@ def chosen(predictions: Predictions) -> tuple[range, range]:
 def caption(predictions: Predictions, k: int) -> tuple[str, str, float]:
     """Return the true class, the predicted class and the confidence of stored image `k`."""
     i = predictions.shown[k]
-    names = predictions.class_names
-    return names[predictions.labels[i]], names[predictions.predictions[i]], float(predictions.confidences[i])
+    true, predicted = (predictions.class_names[of[i]] for of in (predictions.labels, predictions.predictions))
+    return true, predicted, float(predictions.confidences[i])
 
 
 def thin(steps: Floats, values: Floats, most: int = MOST_POINTS) -> tuple[Floats, Floats]:
     """At most `most` points: the means of equal parts of a curve, whose parts may hold NaN."""
     if len(steps) <= most:
         return steps, values
-    parts = np.array_split(np.arange(len(steps)), most)
-    return (
-        np.array([steps[part].mean() for part in parts]),
-        np.array([values[part].mean() for part in parts]),
-    )
+    parts = np.array_split(np.stack([steps, values]), most, axis=1)
+    means = np.array([part.mean(1) for part in parts])
+    return means[:, 0], means[:, 1]
 
 
 def smooth(values: Floats, window: int) -> Floats:
@@ -108,7 +117,7 @@ def _metric(run: RunFiles, key: str) -> Figure | None:
     steps, values = thin(*run.curve("train", "step", key))
     epochs = run.curve("train", "epoch", key)
     validation, test = run.curve("val", "epoch", key), run.curve("test", "epoch", key)
-    if not any(len(x) for x, _ in ((steps, values), validation, test)):
+    if not any(len(x) for x in (steps, validation[0], test[0])):
         return None
     figure, axes = panel(METRICS[key])
     points = "." if len(steps) < 10 else ""  # a line does not show a point alone or between NaN values
@@ -121,16 +130,8 @@ def _metric(run: RunFiles, key: str) -> Figure | None:
     axes.plot(*validation, "s-", color=ORANGE, ms=3.5, label="validation")
     axes.plot(*test, "D", color=GREEN, ms=6, label="test")
     if (best := run.best) and key in best:
-        axes.plot(
-            best["step"],
-            best[key],
-            "o",
-            mfc="none",
-            color=ORANGE,
-            ms=9,
-            mew=1.2,
-            label="lowest validation loss",
-        )
+        ring: dict[str, Any] = {"color": ORANGE, "mfc": "none", "ms": 9, "mew": 1.2}
+        axes.plot(best["step"], best[key], "o", label="lowest validation loss", **ring)
     if key == "loss" and is_wide(np.concatenate([values, validation[1], test[1]])):
         axes.set_yscale("log")
     else:
@@ -231,18 +232,3 @@ def _sheet(predictions: Predictions, which: Sequence[int], title: str) -> Figure
 
 def _short(name: str, most: int = 16) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _alt(run: RunFiles, name: str) -> str:
-    """Describe a figure, for those who cannot see it."""
-    words = {
-        **{key: f"{title} against the step" for key, title in METRICS.items()},
-        "lr": "learning rate against the step",
-        "norms": "norms of gradient and update against the step",
-        "bounds": "lower and upper bound of AdaBound against the step",
-        "clipped": "fraction of coordinates at each bound against the step",
-        "confusion": "confusion matrix of the test set",
-        "samples": "images of the test set with true and predicted class",
-        "mistakes": "the most confident mistakes on the test set",
-    }
-    return f"{run.title}: {words[name]}"

@@ -1,7 +1,5 @@
 """Read the folder of a run for a report, however much of it is there."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +74,11 @@ class RunFiles:
         return steps if isinstance(steps, int) and steps > 0 else None
 
     @property
+    def newest_session(self) -> dict[str, Any]:
+        """The last start or resume; empty if none is recorded."""
+        return self.sessions[-1] if self.sessions else {}
+
+    @property
     def finished(self) -> bool:
         """True if it has come to its end, and was not continued after that."""
         return self.summary is not None
@@ -112,9 +115,7 @@ def read_run(folder: Path) -> RunFiles:
     Raises:
         UserError: it has no config.json, or one that is damaged. All else may be missing.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: is not the folder of a run (it has no config.json); name another")
-    record = run_folder.read_record(folder)
+    record = run_folder.read_named_record(folder)
     sessions = record["sessions"]
     if not all(isinstance(session, dict) for session in sessions):
         raise UserError(f"{folder / 'config.json'}: its sessions are not what a run writes; restore it")

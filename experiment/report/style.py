@@ -7,7 +7,8 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,52 +28,22 @@ COLORS = {
     "amber": ("#e69f00", "#ffc247"),
     "sky": ("#56b4e9", "#b0def9"),
 }
-INK, FAINT, GRID = (COLORS[name][0] for name in ("ink", "faint", "grid"))
+INK = COLORS["ink"][0]
 CYCLE = [COLORS[name][0] for name in ("blue", "orange", "green", "pink", "amber", "sky")]
-BLUE, ORANGE, GREEN, PINK, AMBER, SKY = CYCLE
+BLUE, ORANGE, GREEN, PINK = CYCLE[:4]
 
+STYLE = Path(__file__).with_name("report.mplstyle")
 PNG_DPI = 120
 _drawing = threading.Lock()
-
-_SETTINGS: dict[Any, Any] = {
-    "text.usetex": False,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.titlesize": 10,
-    "axes.titlecolor": INK,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.formatter.use_mathtext": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.6,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "threeway-resnet",  # equal figures, equal bytes
-    "svg.image_inline": True,
-}
 
 
 @contextmanager
 def style() -> Iterator[None]:
     """Apply the style; everything is drawn and saved inside of this context."""
-    import matplotlib
+    import matplotlib.style
 
     # Settings and warnings are the process's: of several runs that end at once, one at a time
-    with _drawing, matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+    with _drawing, matplotlib.style.context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in another script
         yield
 
@@ -107,16 +78,7 @@ def legend(axes: Axes, columns: int = 3) -> None:
     rows = 0.19 * -(-len(curves) // columns)  # inches
     figure.subplots_adjust(top=1 - (0.3 + rows) / figure.get_figheight())
     axes.set_title(axes.get_title("left"), pad=6 + 72 * rows, parse_math=False)
-    axes.legend(
-        handles=curves,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=columns,
-        borderpad=0.1,
-        borderaxespad=0.2,
-        columnspacing=1.2,
-        handlelength=1.6,
-    )
+    axes.legend(handles=curves, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
 
 
 def svg(figure: Figure) -> bytes:

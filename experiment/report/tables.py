@@ -1,7 +1,5 @@
 """Tables of classes from predictions: precision, recall, F1, and the pairs most often confused."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -47,17 +45,10 @@ def class_table(predictions: Predictions) -> list[ClassRow]:
         recall, precision, f1 = hits / labels, hits / predicted, 2 * hits / (labels + predicted)
     errors = matrix - np.diag(hits)
     most = errors.argmax(1)
-    return [
-        ClassRow(
-            name,
-            int(labels[i]),
-            float(recall[i]),
-            float(precision[i]),
-            float(f1[i]),
-            predictions.class_names[most[i]] if errors[i, most[i]] else "",
-        )
-        for i, name in enumerate(predictions.class_names)
-    ]
+    names = predictions.class_names
+    taken_for = [names[j] if row[j] else "" for row, j in zip(errors, most, strict=True)]
+    numbers = (column.tolist() for column in (labels, recall, precision, f1))
+    return [ClassRow(*row) for row in zip(names, *numbers, taken_for, strict=True)]
 
 
 def most_confused(predictions: Predictions) -> list[Confused]:

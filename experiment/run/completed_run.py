@@ -1,8 +1,5 @@
 """A completed run, opened for use: its options, and its network with the weights, on either engine."""
 
-from __future__ import annotations
-
-import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +10,10 @@ import numpy as np
 from experiment.engines import Engine, load_engine, set_environment
 from experiment.errors import UserError, first_of
 from experiment.files import results, run_folder, weights
-from experiment.files.checkpoints import differences
+from experiment.files.arrays import differences
 from experiment.files.results import WEIGHTS
+from experiment.options.command_line import Parser
 from experiment.options.config import FRAMEWORKS, Config
-from experiment.options.paths import path_type
 from experiment.options.resolving import resolve
 
 
@@ -47,10 +44,10 @@ class CompletedRun:
         return self.engine.evaluate(self.state, ({"image": image} for image in images))
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
+def add_run(parser: Parser) -> None:
     """Add the arguments of a command that say which run it opens, and how: RUN, --framework, --weights."""
     add = parser.add_argument
-    add("run", metavar="RUN", type=path_type("RUN", any_bytes=True), help="the folder of a run")
+    parser.add_path("run", metavar="RUN", any_bytes=True, help="the folder of a run")
     add("--framework", choices=FRAMEWORKS, help="engine that computes (default: the run's)")
     add("--weights", choices=list(WEIGHTS), default="final", help="which of the run's (default final)")
 
@@ -72,9 +69,7 @@ def open_run(
     """
     if not run_dir.exists():
         raise UserError(f"{run_dir}: not found; name the folder of a run")
-    if not (run_dir / "config.json").is_file():
-        raise UserError(f"{run_dir}: is not the folder of a run (it has no config.json); name another")
-    record = run_folder.read_record(run_dir)
+    record = run_folder.read_named_record(run_dir)
     given = {"framework": framework, "data_dir": data_dir}
     stored = {**record["config"], "accumulate": 1, "remat": False}  # training options that one engine lacks
     config = resolve({name: value for name, value in given.items() if value is not None}, stored)
@@ -92,17 +87,12 @@ def open_run(
     resolved = record["resolved"]
     try:
         engine = load_engine(config.framework)(
-            model=config.model,
-            model_options=config.model_options(),
-            num_classes=resolved["num_classes"],
+            **config.engine_options(),
+            **{name: resolved[name] for name in run_folder.ENGINE_FACTS if name != "image_shape"},
             image_shape=tuple(resolved["image_shape"]),
-            mean=resolved["mean"],
-            std=resolved["std"],
             optimizer="sgd",  # none is needed
             optimizer_options={},
             learning_rate=lambda step: 0.0,
-            precision=config.precision,
-            seed=config.seed,
         )
     except (KeyError, TypeError) as error:
         raise UserError(

@@ -1,7 +1,5 @@
 """The output of a run on the terminal: lines, kept in log.txt too, and a progress bar."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal
@@ -77,9 +75,7 @@ class Console:
         self._log: TextIO | None = None  # closed by close()
         if log:
             self._log = open(log, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-        if self._log and _same_file(
-            self._stream, self._log
-        ):  # `> RUN/log.txt`: the log has the lines already
+        if self._log and _same_file(self._stream, self._log):  # `> RUN/log.txt`: it has the lines already
             self._stream = open(os.devnull, "w")  # noqa: SIM115 - as long as the console
         self._bar: Any = None
         self._terminal = _is_terminal(self._stream)
@@ -190,17 +186,13 @@ def conclude(summary: dict[str, Any], run_dir: Path, console: Console) -> None:
     count = f"{summary['parameters']:,} parameters" + (f", {frozen:,} of them frozen," if frozen else "")
     result = "the test set was not evaluated (--no-test)"
     if test:
-        result = (
-            f"test: accuracy {test['accuracy']:.4f}, macro F1 {test['f1']:.4f}, top-5 {test['top5']:.4f}, "
-            f"loss {test['loss']:.4f}"
-        )
+        words = "test: accuracy {accuracy:.4f}, macro F1 {f1:.4f}, top-5 {top5:.4f}, loss {loss:.4f}"
+        result = words.format(**test)
     console.report(
         f"{result}; {count} after {summary['steps']} steps, "
         f"{summary['images_per_second']:.0f} images/s, {summary['wall_seconds']:.0f} s"
     )
     if best:
-        console.report(
-            f"best on validation: accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} "
-            f"at step {best['step']}"
-        )
+        words = "best on validation: accuracy {accuracy:.4f}, loss {loss:.4f} at step {step}"
+        console.report(words.format(**best))
     console.report(f"weights, metrics, summary and checkpoints are in {run_dir}")

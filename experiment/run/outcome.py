@@ -1,7 +1,5 @@
 """How a run ended, and the lines that say why and how to go on."""
 
-from __future__ import annotations
-
 import enum
 import errno
 import shlex

@@ -1,7 +1,5 @@
 """Everything that a run holds open and writes to, opened and closed here."""
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Where a run starts: a fresh one at step 0, a resumed one at its newest whole checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 import textwrap
 from collections.abc import Mapping
@@ -9,11 +7,11 @@ from typing import Any
 
 from experiment.engines import Engine
 from experiment.errors import UserError, first_of
-from experiment.files.checkpoints import differences
+from experiment.files.arrays import differences
 from experiment.files.metrics_log import NAME, parse, unchanged_start
 from experiment.files.results import WEIGHTS
 from experiment.run.output import RunOutput
-from experiment.run.validations import ValidationHistory
+from experiment.run.schedules import ValidationHistory
 
 
 @dataclasses.dataclass
@@ -59,7 +57,11 @@ def restore(
     step, tree, run = newest
     where = f"checkpoint {step} in {checkpoints.directory}"
     made_with = run.pop("identity", None)
-    _check_identity(made_with or {}, identity, where)
+    for name, old in (made_with or {}).items():
+        if old != identity.get(name, old):
+            old, new = (textwrap.shorten(str(value), 60) for value in (old, identity[name]))
+            fault = f"{where} was made with {name} {old}, and config.json has {new}"
+            raise UserError(f"--resume: {fault}; restore the config.json of that run")
     if unknown := sorted(run.keys() - {field.name for field in dataclasses.fields(Start)}):
         raise UserError(
             f"--resume: {where} has an unknown entry {unknown[0]!r}, of a newer version; use that version"
@@ -87,14 +89,3 @@ def restore(
         )
     console.report(f"resuming at step {step}")
     return start
-
-
-def _check_identity(made_with: Mapping[str, Any], identity: Mapping[str, Any], checkpoint: str) -> None:
-    """Raise UserError if a checkpoint was made with other options or data than those of config.json."""
-    for name in made_with:
-        if name in identity and made_with[name] != identity[name]:
-            old, new = (textwrap.shorten(str(values[name]), 60) for values in (made_with, identity))
-            raise UserError(
-                f"--resume: {checkpoint} was made with {name} {old}, and config.json has {new}; restore the "
-                "config.json of that run"
-            )

@@ -5,11 +5,10 @@ goes on. The rate of a step depends on the validations up to it and on nothing e
 run, which reads them back, goes on as if it had never stopped.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 Schedule = Callable[[int], float]
 Validations = Iterable[tuple[int, float]]
@@ -62,8 +61,13 @@ def plateau(lr: float, validations: Validations, *, patience: int, factor: float
     return rate
 
 
-def has_converged(validations: Validations, patience: int) -> bool:
-    """Early stopping: True if the last `patience` validations brought no loss below all before them."""
+def has_converged(validations: Validations, patience: int | None) -> bool:
+    """Early stopping: True if the last `patience` validations brought no loss below all before them.
+
+    Never without a patience.
+    """
+    if patience is None:
+        return False
     losses = [loss if math.isfinite(loss) else math.inf for _, loss in validations]
     return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 
@@ -110,3 +114,29 @@ def make_schedule(
         "plateau": lambda: plateau(lr, validations, patience=patience, factor=factor, cooldown=cooldown),
     }
     return warmup(schedules[name](), warmup_steps)
+
+
+class ValidationHistory:
+    """(step, loss) of the validations at multiples of `eval_every`, in order. The trainer adds to it.
+
+    The validation after the last step of a run that was given more steps later is not at a multiple of
+    eval_every. It is ignored: it must not change the rest.
+    """
+
+    def __init__(self, eval_every: int) -> None:
+        self._eval_every = eval_every
+        self._losses: list[tuple[int, float]] = []
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        return iter(self._losses)
+
+    def add(self, step: int, loss: float) -> None:
+        """Add the validation after `step`."""
+        if step % self._eval_every == 0:
+            self._losses.append((step, loss))
+
+    def restore(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Add the validations among the lines of metrics.jsonl."""
+        for line in lines:
+            if line["split"] == "val":
+                self.add(line["step"], math.nan if line["loss"] is None else line["loss"])

@@ -1,7 +1,5 @@
 """A run from its options to its summary: resolve, open, restore or begin, fit, conclude."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import shlex
@@ -28,10 +26,9 @@ from experiment.run.console import Console, conclude, describe
 from experiment.run.outcome import End, Outcome, describe_failure, resume_command, what_is_safe
 from experiment.run.output import RunOutput, open_output
 from experiment.run.restoring import Start, restore
-from experiment.run.schedules import Validations, make_schedule
+from experiment.run.schedules import ValidationHistory, Validations, make_schedule
 from experiment.run.trainer import Trainer
 from experiment.run.transfer import initial_tree, sha256
-from experiment.run.validations import ValidationHistory
 
 
 class Session:
@@ -263,31 +260,24 @@ def make_engine(
 ) -> Engine:
     """Return the engine of a run. Raises UserError for a batch that the devices cannot share."""
     config.check_batch_norm(*data.image_shape[:2])
-    memory = {"accumulate": config.accumulate, "remat": config.remat} if config.framework == "jax" else {}
+    schedule = make_schedule(
+        config.schedule,
+        resolved["optimizer_options"]["base_lr"],
+        length=resolved["schedule_steps"],
+        milestones=config.milestones,
+        factor=config.decay_factor,
+        patience=config.patience,
+        cooldown=config.cooldown,
+        validations=validations,
+        warmup_steps=resolved["warmup_steps"],
+    )
     engine = load_engine(config.framework)(
-        model=config.model,
-        model_options=config.model_options(),
-        num_classes=data.num_classes,
-        image_shape=data.image_shape,
-        mean=data.mean,
-        std=data.std,
+        **config.engine_options(),
+        **{name: getattr(data, name) for name in run_folder.ENGINE_FACTS},
         optimizer=config.optimizer,
         optimizer_options=resolved["optimizer_options"],
-        learning_rate=make_schedule(
-            config.schedule,
-            resolved["optimizer_options"]["base_lr"],
-            length=resolved["schedule_steps"],
-            milestones=config.milestones,
-            factor=config.decay_factor,
-            patience=config.patience,
-            cooldown=config.cooldown,
-            validations=validations,
-            warmup_steps=resolved["warmup_steps"],
-        ),
-        precision=config.precision,
-        seed=config.seed,
+        learning_rate=schedule,
         freeze_backbone=config.freeze_backbone,
-        **memory,
     )
     if config.batch_size // config.accumulate % engine.device_count:
         parts = f" in {config.accumulate} micro-batches" if config.accumulate > 1 else ""

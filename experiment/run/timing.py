@@ -1,7 +1,5 @@
 """How long a run takes: all of it, its training steps, and the compilation before them."""
 
-from __future__ import annotations
-
 import dataclasses
 import threading
 import time

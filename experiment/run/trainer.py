@@ -4,8 +4,6 @@ Metrics, validation, checkpoints, signals and the watch for numbers that are not
 run writes is a function of its options and the step alone, never of the clock or of where it was stopped.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -25,18 +23,18 @@ from experiment.options.config import Config
 from experiment.run.outcome import describe_unreadable, what_is_safe
 from experiment.run.output import RunOutput
 from experiment.run.restoring import Start
+from experiment.run.schedules import ValidationHistory, has_converged
 from experiment.run.signals import StopSignal
 from experiment.run.timing import Timer
 from experiment.run.transfer import count_parameters
-from experiment.run.validations import ValidationHistory
 
 # Per-step metrics besides loss and logits; the last four exist for AdaBound and its variants alone.
 STEP_METRICS = ("grad_norm", "update_norm", "lower_bound", "upper_bound", "at_lower", "at_upper")
-
-
 IN_SUMMARY = ("framework", "model", "dataset", "optimizer", "seed")
+TIMES_IN_SUMMARY = ("compile_seconds", "wall_seconds", "processor_seconds")
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Trainer:
     """Train from a start to the last step.
 
@@ -55,28 +53,25 @@ class Trainer:
         stop: its `signal` is the one that stopped the run, or None.
     """
 
-    def __init__(
-        self,
-        *,
-        config: Config,
-        data: Data,
-        engine: Engine,
-        output: RunOutput,
-        validations: ValidationHistory,
-        start: Start,
-        total_steps: int,
-        identity: dict[str, Any],
-    ) -> None:
-        self.config, self.data, self.engine, self.output = config, data, engine, output
+    config: Config
+    data: Data
+    engine: Engine
+    output: RunOutput
+    validations: ValidationHistory
+    start: Start
+    total_steps: int
+    identity: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        config, engine, output, start = self.config, self.engine, self.output, self.start
         self.console, self.checkpoints, self.log = output.console, output.checkpoints, output.metrics
-        self.total_steps, self.identity, self.validations = total_steps, identity, validations
-        self.steps_per_epoch = data.steps_per_epoch
+        self.steps_per_epoch = self.data.steps_per_epoch
         self.checkpoint_every = config.checkpoint_every or self.steps_per_epoch
         self.eval_every = config.eval_every or self.steps_per_epoch
         self.stop = StopSignal(engine.all_reduce_max, config.log_every if engine.is_synchronized else 1)
         self.timer = Timer(start.clock)
-        self.start, self.state, self.step, self.best = start, start.state, start.step, start.best
-        self.epoch_metrics = Metrics(data.num_classes)
+        self.state, self.step, self.best = start.state, start.step, start.best
+        self.epoch_metrics = Metrics(self.data.num_classes)
         if start.epoch_metrics:
             self.epoch_metrics = Metrics.from_json(start.epoch_metrics)
         self._saved_step = start.step
@@ -108,7 +103,9 @@ class Trainer:
         remaining = max(self.total_steps - self.step, 0)
         if not remaining or self._converged():
             return
-        self._announce()
+        cache = "the next start finds it in the cache" if caches_compilation() else "no cache keeps it"
+        compiling = f"compiling the training step of {self.config.model}: nothing moves meanwhile; {cache}"
+        self.console.report(compiling if self.engine.compiles else "taking the first step")
         batches = itertools.islice(self._batches(self.step), remaining)
         pending: list[tuple[int, dict[str, Any]]] = []
         self.timer.resume()
@@ -136,15 +133,6 @@ class Trainer:
                 break
             self.timer.resume()
         self.console.stop()
-
-    def _announce(self) -> None:
-        """Log that the first step takes long."""
-        cache = "the next start finds it in the cache" if caches_compilation() else "no cache keeps it"
-        self.console.report(
-            f"compiling the training step of {self.config.model}: nothing moves meanwhile; {cache}"
-            if self.engine.compiles
-            else "taking the first step"
-        )
 
     def _validate_and_save(self) -> bool:
         """Validate and save if a step calls for it; return True if the run ends with this step."""
@@ -185,8 +173,7 @@ class Trainer:
                 self.log.append({**self._line("train", "epoch", step), **self.epoch_metrics.compute()})
                 self.epoch_metrics = Metrics(self.data.num_classes)
         self.log.flush()
-        first_nonfinite_step = self.engine.first_nonfinite_step(self.state)
-        if first_nonfinite_step is not None:
+        if (first_nonfinite_step := self.engine.first_nonfinite_step(self.state)) is not None:
             self.checkpoints.wait()
             good = self.checkpoints.verified()
             kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint before it"
@@ -197,8 +184,7 @@ class Trainer:
 
     def _show(self, metrics: dict[str, Any]) -> None:
         accuracy = float((np.asarray(metrics["logits"]).argmax(1) == metrics["label"]).mean())
-        epochs = -(-self.total_steps // self.steps_per_epoch)
-        epoch = f"{self._epoch(self.step)}/{epochs}"
+        epoch = f"{self._epoch(self.step)}/{self._epoch(self.total_steps)}"
         speed = self.timer.images_per_second(self.config.batch_size)
         self.console.progress(self.step, self.total_steps, epoch, float(metrics["loss"]), accuracy, speed)
 
@@ -226,7 +212,8 @@ class Trainer:
             return False
         self.validations.add(self.step, result["loss"])
         self.log.append({**self._line("val", "epoch", self.step), **result})
-        self.console.report(f"step {self.step}: validation {_metrics_text(result)}")
+        words = "loss {loss:.4f}, accuracy {accuracy:.4f}, macro F1 {f1:.4f}".format(**result)
+        self.console.report(f"step {self.step}: validation {words}")
         if result["loss"] < (self.best["loss"] if self.best else math.inf):  # never so for NaN
             self.log.flush()  # else a kill could leave weights of a step not in metrics.jsonl
             if self.best is not None and self.best["step"] <= self._saved_step:  # a checkpoint's best
@@ -236,7 +223,7 @@ class Trainer:
         return True
 
     def _converged(self) -> bool:
-        return self.validations.has_converged(self.config.early_stopping_patience)
+        return has_converged(self.validations, self.config.early_stopping_patience)
 
     def _save(self, *, validation_due: bool = False) -> None:
         run: dict[str, Any] = {
@@ -256,9 +243,8 @@ class Trainer:
 
         Return the summary, or None if a signal came during the test.
         """
-        collector = Collector(self.data.test_size) if self.config.test else None
-        test = None
-        if collector is not None:
+        collector, test = Collector(self.data.test_size), None
+        if self.config.test:
             test = self._evaluate("test", collector)
             if test is None:
                 return None
@@ -268,7 +254,7 @@ class Trainer:
         self.log.sync()
         tree = self.engine.to_tree(self.state)
         self._write_weights(WEIGHTS["final"], tree)
-        if collector is not None:
+        if test is not None:
             self.output.write_predictions(collector.finish(self.step, self.data.class_names))
         trained, frozen = count_parameters(tree["params"], freeze_backbone=self.config.freeze_backbone)
         clock = self.timer.now()
@@ -282,9 +268,7 @@ class Trainer:
             "test": test,
             "best": self.best,
             "images_per_second": self.timer.images_per_second(self.config.batch_size),
-            "compile_seconds": clock.compile_seconds,
-            "wall_seconds": clock.wall_seconds,
-            "processor_seconds": clock.processor_seconds,
+            **{name: getattr(clock, name) for name in TIMES_IN_SUMMARY},
         }
 
     def _write_weights(self, name: str, tree: dict[str, Any]) -> None:
@@ -313,7 +297,3 @@ class Trainer:
         except Exception as error:
             safe = what_is_safe(self.checkpoints, self.output.folder)
             raise RunFailedError(f"{describe_unreadable(part, error)}; {safe}") from error
-
-
-def _metrics_text(result: dict[str, float]) -> str:
-    return f"loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f}, macro F1 {result['f1']:.4f}"

@@ -6,9 +6,6 @@ The head `fc` is kept if it has as many classes, else it is a new one, from the 
 in NumPy, on the engine-neutral tree, so that both engines begin from the same bits.
 """
 
-from __future__ import annotations
-
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from experiment.engines import Engine
 from experiment.errors import UserError, first_of
 from experiment.files import weights
 from experiment.files.identify import Shapes, identify, summary, torchvision_name
+from experiment.files.run_folder import file_sha256
 from experiment.options.config import Config
 
 HEAD = "fc."
@@ -55,10 +53,8 @@ def initial_tree(
         weights.check(path, tensors)
     except UserError as error:
         raise UserError(f"--init-from: {error}") from None
-    given = {}
-    for name, array in tensors.items():
-        if not name.endswith("num_batches_tracked"):
-            given[torchvision_name(name)] = array
+    counted = {name: array for name, array in tensors.items() if not name.endswith("num_batches_tracked")}
+    given = {torchvision_name(name): array for name, array in counted.items()}
     expected = weights.from_tree(tree)
     shapes = {name: array.shape for name, array in given.items()}
     if rest:
@@ -79,8 +75,7 @@ def sha256(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(Path(path))
     except OSError as error:
         raise UserError(f"--init-from: {path} cannot be read ({error.strerror}); name another file") from None
 

@@ -1,7 +1,5 @@
 """A study's curves: means over seeds, with the 95 % interval of the mean as a band."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -25,8 +25,6 @@ By default, all optimizers are compared with the first one. Each variant is also
 variant.
 """
 
-from __future__ import annotations
-
 import re
 import tomllib
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Its keys are those of the first version: "contestants" are methods, "setting" is
 the number of trials.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

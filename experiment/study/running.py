@@ -4,8 +4,6 @@ STUDY/tuning/NAME/candidate-K/seed-S    one for each candidate configuration and
 STUDY/runs/NAME/seed-S                  with the configuration that validation has chosen
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import gc

@@ -1,7 +1,5 @@
 """Means over seeds with their uncertainty."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +20,6 @@ class Summary:
     mean: float
     sd: float
     half_width: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """True if 0 lies outside of the interval."""
-        return abs(self.mean) > self.half_width
 
 
 def summarize(values: Sequence[float]) -> Summary:

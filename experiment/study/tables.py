@@ -1,7 +1,5 @@
 """A study's results as tables, in Markdown and in one HTML file with the figures inside."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -2,6 +2,7 @@
 
 from numpy_ref.adabound import AdaBound, AdaBoundW, AMSBound, SGDBound, adabound_bounds
 from numpy_ref.engine import Engine
+from numpy_ref.gradients import check_gradients
 from numpy_ref.layers import (
     AvgPool2d,
     BatchNorm,
@@ -79,6 +80,7 @@ __all__ = [
     "Sequential",
     "Sigmoid",
     "adabound_bounds",
+    "check_gradients",
     "cnn",
     "cross_entropy",
     "load_state_dict",

@@ -1,4 +1,4 @@
-"""What a learner meets first: the example, the program of docs/numpy_engine.md, the derivations, the notebooks."""
+"""What a learner meets first: the example, the documents' programs, the notebooks."""
 
 from __future__ import annotations
 

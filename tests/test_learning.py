@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -16,3 +19,26 @@ def test_the_lenet_learns_digits(capsys: pytest.CaptureFixture[str]) -> None:
     name, value, accuracy = capsys.readouterr().out.split()
     assert (name, value) == ("test", "accuracy")
     assert float(accuracy) > 0.95
+
+
+def test_the_program_of_build_your_own(tmp_path: Path) -> None:
+    """The blocks of docs/numpy_engine.md; and the message for the mistake that it describes."""
+    text = (ROOT / "docs" / "numpy_engine.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+    assert len(blocks) == 2
+    program = "\n".join(blocks)
+    exec(program, {"__name__": "program"})
+    with pytest.raises(ValueError, match="gradient of a") as error:
+        exec(program.replace("(x <= 0)", "(x > 0)"), {"__name__": "program"})
+    assert f"\n    ValueError: {error.value}\n" in text
+
+
+def test_the_derivations_name_functions_that_exist() -> None:
+    text = (ROOT / "docs" / "derivations.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| (`.+) \|$", text, re.M)
+    assert len(rows) == 8
+    for row in rows:
+        for names, path in re.findall(r"((?:`[\w.]+`(?:, )?)+) in `(numpy_ref/[\w/]+)\.py`", row):
+            module = import_module(path.replace("/", "."))
+            for name in re.findall(r"[\w.]+", names):
+                assert attrgetter(name)(module).__doc__, name

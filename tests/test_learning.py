@@ -7,6 +7,7 @@ import runpy
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +43,28 @@ def test_the_derivations_name_functions_that_exist() -> None:
             module = import_module(path.replace("/", "."))
             for name in re.findall(r"[\w.]+", names):
                 assert attrgetter(name)(module).__doc__, name
+
+
+@pytest.mark.parametrize("name", ["one_gradient_by_hand", "adam_and_adabound"])
+def test_a_notebook_prints_what_it_shows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell runs without an error, and its text is the stored one: the numbers are printed rounded."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    folder = ROOT / "docs" / "notebooks"
+    notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
+    stored = [printed(cell) for cell in notebook.cells]
+    assert any(stored)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
+    for cell, expected in zip(notebook.cells, stored, strict=True):
+        assert printed(cell).replace("-0.00000", " 0.00000") == expected.replace("-0.00000", " 0.00000")
+
+
+def printed(cell: Any) -> str:
+    """Return what a cell of a notebook printed; figures are not compared."""
+    outputs = cell.get("outputs", [])
+    assert not [o for o in outputs if o.output_type == "stream" and o.name == "stderr"]
+    return "".join(o.text for o in outputs if o.output_type == "stream")

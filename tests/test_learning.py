@@ -68,3 +68,10 @@ def printed(cell: Any) -> str:
     outputs = cell.get("outputs", [])
     assert not [o for o in outputs if o.output_type == "stream" and o.name == "stderr"]
     return "".join(o.text for o in outputs if o.output_type == "stream")
+
+
+def test_the_page_of_convolution_is_made_by_its_script() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "make_convolution_page.py"))
+    stored = (ROOT / "docs" / "convolution.html").read_text(encoding="utf-8")
+    assert stored == script["page"](), "run python docs/make_convolution_page.py"
+    assert "http" not in stored

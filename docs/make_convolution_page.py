@@ -37,8 +37,9 @@ button[aria-pressed="true"] { background: var(--lit); color: var(--ink); }
 </style>
 <body data-mode="forward">
 <h1>Convolution</h1>
-<p>A 3x3 kernel over a digit of 8x8, stride 1, no padding. Click or touch the image or
-the output, or use the arrow keys. In backward, click an output pixel, or press Enter, to change its gradient: 0, 1, 2.</p>
+<p>A 3x3 kernel over a digit of 8x8, stride 1, no padding. Click or touch the image or the output,
+or use the arrow keys. In backward, click an output pixel, or press Enter, to change its gradient:
+0, 1, 2.</p>
 <p><button id="forward" aria-pressed="true">Forward</button>
 <button id="backward" aria-pressed="false">Backward</button></p>
 <p id="sum" aria-live="polite"></p>

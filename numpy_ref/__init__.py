@@ -6,6 +6,7 @@ from numpy_ref.adabound import AMSBound as AMSBound
 from numpy_ref.adabound import SGDBound as SGDBound
 from numpy_ref.adabound import adabound_bounds as adabound_bounds
 from numpy_ref.engine import Engine as Engine
+from numpy_ref.gradients import check_gradients as check_gradients
 from numpy_ref.layers import AvgPool2d as AvgPool2d
 from numpy_ref.layers import BatchNorm as BatchNorm
 from numpy_ref.layers import Conv2d as Conv2d

@@ -52,6 +52,10 @@ class Adam(Optimizer):
 
         value -= lr * mu_t / (1 - b1^t) / (sqrt(nu_t / (1 - b2^t)) + eps)
 
+    Both averages start at 0. If all g_s have the mean m, then E[mu_t] = (1 - b1) sum_s b1^(t-s) m =
+    (1 - b1^t) m:
+    the division removes that bias, and the other one that of nu (`docs/derivations.md`).
+
     Args:
         b1, b2: decay rates, per step, of the exponential averages of the gradients and of their squares.
         eps: added to the root of the second moment; in units of the gradient.

@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import numpy_ref
 from experiment.__main__ import main
+from numpy_ref.layers import im2col
 from tests.helpers import made_run
 
 pytestmark = pytest.mark.browser
 
+ROOT = Path(__file__).parents[1]
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = "<script>alert(1)</script>"
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
@@ -84,3 +88,48 @@ def test_a_curve_has_the_colours_of_light_and_of_dark(browser: Any, pages: dict[
         drawn[scheme] = page.locator("img").first.screenshot()
         context.close()
     assert drawn["light"] != drawn["dark"]
+
+
+def numbers_of(page: Any, name: str, cols: int) -> Any:
+    """Return the numbers in a grid of docs/convolution.html."""
+    return np.array([int(cell) for cell in page.locator(f"#{name} span").all_inner_texts()]).reshape(-1, cols)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_page_of_convolution_computes_as_numpy_ref_does(browser: Any, size: str, scheme: str) -> None:
+    """By key, by click and by touch; forward, and backward with two overlapping patches."""
+    width, height = SIZES[size]
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=True
+    )
+    page, errors = context.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto((ROOT / "docs" / "convolution.html").as_uri())
+    x, w = numbers_of(page, "image", 8), numbers_of(page, "kernel", 3)
+    layer = numpy_ref.Conv2d(1, 1, 3, rng=None, dtype=np.float64)
+    layer.weight.value = w.reshape(3, 3, 1, 1).astype(float)
+    y = layer.forward(x.reshape(1, 8, 8, 1).astype(float))[0, :, :, 0]
+    patches = im2col(x.reshape(1, 8, 8, 1), (3, 3), (1, 1), (0, 0)).reshape(36, 9)
+    np.testing.assert_array_equal(numbers_of(page, "y", 6), y)
+    np.testing.assert_array_equal(numbers_of(page, "patches", 9), patches)
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#sum").inner_text().startswith("y[2,3] = ")
+    assert page.locator("#sum").inner_text().endswith(f" = {y[2, 3]:.0f}")
+    page.locator("#y span").nth(1 * 6 + 4).tap()
+    assert page.locator("#sum").inner_text().endswith(f" = {y[1, 4]:.0f}")
+    lit = page.locator("#patches .lit").all_inner_texts()
+    assert [int(number) for number in lit] == patches[1 * 6 + 4].tolist()
+    page.locator("#backward").click()
+    page.locator("#y span").nth(2 * 6 + 3).click()
+    page.locator("#y span").nth(2 * 6 + 3).click()
+    dy = np.zeros((6, 6))
+    dy[1, 4], dy[2, 3] = 1, 2
+    np.testing.assert_array_equal(numbers_of(page, "dy", 6), dy)
+    dx = layer.backward(dy.reshape(1, 6, 6, 1))[0, :, :, 0]
+    np.testing.assert_array_equal(numbers_of(page, "dx", 8), dx)
+    np.testing.assert_array_equal(numbers_of(page, "dw", 3), layer.weight.grad[:, :, 0, 0])
+    np.testing.assert_array_equal(numbers_of(page, "patches", 9), dy.reshape(36, 1) * w.reshape(1, 9))
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert errors == []
+    context.close()

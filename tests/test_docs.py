@@ -44,7 +44,7 @@ def run_as_program(blocks: list[str], path: Path) -> str:
 def test_the_tour_runs(tmp_path):
     """Every block of docs/tour.md, in order, as one program."""
     blocks = code_blocks("docs/tour.md", "python")
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     run_as_program(blocks, tmp_path / "tour.py")
 
 

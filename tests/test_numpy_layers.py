@@ -18,7 +18,7 @@ from numpy_ref import fast, layers
 from numpy_ref.fast import blocks, convolution
 from numpy_ref.layers import Layer, cross_entropy, no_grad
 from numpy_ref.state_dict import load_state_dict, state_dict
-from tests.helpers.comparing import assert_all_close, assert_close, random_state
+from tests.helpers.comparing import assert_close, random_state
 from tests.parity.case import Case
 from tests.parity.compare import check
 from tests.tolerances import FLOAT64_LAYER
@@ -54,39 +54,38 @@ def apart(*shape: int, seed: int = 0) -> np.ndarray:
     return (rng(seed).permutation(count).reshape(shape) - count // 2 + 0.5) / 100
 
 
-def numerical_gradient(function: Callable[[], float], array: np.ndarray) -> np.ndarray:
-    """d function / d array by central differences; the array is changed and changed back."""
-    gradient, step = np.empty_like(array), 1e-6
-    for index in np.ndindex(array.shape):
-        middle = array[index]
-        array[index] = middle + step
-        above = function()
-        array[index] = middle - step
-        gradient[index] = (above - function()) / (2 * step)
-        array[index] = middle
-    return gradient
+def check_gradients(layer: Layer, x: np.ndarray, train: bool = True) -> None:
+    """The public check, with the tests' tolerance."""
+    numpy_ref.check_gradients(layer, x, train, tolerance=NUMERICAL)
 
 
-def check_gradients(layer: Layer, x: np.ndarray, train: bool = True, **inputs: np.ndarray) -> None:
-    """backward against central differences: of the input, further inputs, and every parameter."""
-    y = layer.forward(x, train, **inputs)
-    weighting = numbers(*y.shape, seed=9)
-    before = weighting.copy()
-    for parameter in layer.parameters():
-        parameter.zero_grad()
-    actual = {"x": layer.backward(weighting)}
-    np.testing.assert_array_equal(weighting, before)  # dy is the caller's
-    if inputs:
-        actual["shortcut"] = layer.dshortcut  # type: ignore[attr-defined]
-    actual |= {name: parameter.grad for name, parameter in layer.named_parameters().items()}
+class WithShortcut(Layer):
+    """A fused norm of x[0] with x[1] as the shortcut."""
 
-    def loss() -> float:
-        return float((layer.forward(x, train, **inputs) * weighting).sum())
+    def __init__(self, norm: Layer) -> None:
+        self.norm: Any = norm
 
-    expected = {"x": numerical_gradient(loss, x)}
-    expected |= {name: numerical_gradient(loss, array) for name, array in inputs.items()}
-    expected |= {name: numerical_gradient(loss, p.value) for name, p in layer.named_parameters().items()}
-    assert_all_close("gradient", actual, expected, NUMERICAL)
+    def forward(self, x: np.ndarray, train: bool = False) -> np.ndarray:
+        return self.norm.forward(x[0], train, x[1].copy())
+
+    def backward(self, dy: np.ndarray) -> np.ndarray:
+        return np.stack([self.norm.backward(dy), self.norm.dshortcut])
+
+
+class Loss(Layer):
+    """The cross-entropy of logits, as a layer whose output is one number."""
+
+    def __init__(self, label: np.ndarray) -> None:
+        self.label = label
+
+    def forward(self, x: np.ndarray, train: bool = False) -> np.ndarray:
+        loss, dlogits = cross_entropy(x, self.label)
+        self.save_for_backward(dlogits)
+        return np.array([loss])
+
+    def backward(self, dy: np.ndarray) -> np.ndarray:
+        (dlogits,) = self.saved
+        return dy * dlogits
 
 
 def fill(layer: Layer, seed: int = 0) -> Layer:
@@ -139,14 +138,15 @@ def test_batch_norm_numerically(form, train, shape, shortcut):
     """Of any rank; the fused form with and without a shortcut."""
     assume(np.prod(shape[:-1]) >= 4)
     layer = fill(NORMS[form](shape[-1], dtype=np.float64))
-    x, inputs = numbers(*shape, seed=3), {}
+    x = numbers(*shape, seed=3)
     if form == "fused":
         plain = layers.BatchNorm(shape[-1], dtype=np.float64)
         load_state_dict(plain, state_dict(layer))
         added = numbers(*shape, seed=4) if shortcut else np.zeros(shape)
         assume(np.abs(plain.forward(x, train) + added).min() > 1e-4)  # no kink within the step
-        inputs = {"shortcut": added} if shortcut else {}
-    check_gradients(layer, x, train, **inputs)
+        if shortcut:
+            layer, x = WithShortcut(layer), np.stack([x, added])
+    check_gradients(layer, x, train)
 
 
 @pytest.mark.parametrize("make", [*MAX_POOLS.values(), layers.AvgPool2d])
@@ -196,8 +196,76 @@ def test_a_residual_block_numerically(name, batch_norm, fast):
 @given(n=sizes, classes=st.integers(2, 4))
 def test_cross_entropy_numerically(n, classes):
     logits, label = 5 * numbers(n, classes), rng().integers(classes, size=n)
-    numerical = numerical_gradient(lambda: float(cross_entropy(logits, label)[0]), logits)
-    assert_close("dlogits", cross_entropy(logits, label)[1], numerical, NUMERICAL)
+    check_gradients(Loss(label), logits)
+
+
+class Scale(Layer):
+    """y = scale * x, with a gradient of the scale that is wrong by `error` at its second element."""
+
+    def __init__(self, error: float = 0.0, dtype: Any = np.float64) -> None:
+        self.scale = layers.Parameter(np.array([2.0, 3.0], dtype))
+        self.error = error
+
+    def forward(self, x: np.ndarray, train: bool = False) -> np.ndarray:
+        self.save_for_backward(x)
+        return x * self.scale.value
+
+    def backward(self, dy: np.ndarray) -> np.ndarray:
+        (x,) = self.saved
+        self.scale.add_grad((dy * x).sum(0) + np.array([0, self.error]))
+        return dy * self.scale.value
+
+
+def test_check_gradients_names_what_is_wrong() -> None:
+    x = numbers(4, 2)
+    assert numpy_ref.check_gradients(Scale(), x) < 1e-8
+    message = r"^gradient of scale\[1\]: backward gives \S+, central differences \S+; relative error \S+$"
+    for error in (0.1, 1e-4, np.nan):
+        with pytest.raises(ValueError, match=message.replace(r"\S+$", r"\S+, tolerance 1e-06$")):
+            numpy_ref.check_gradients(Scale(error), x)
+
+
+class Random(Scale):
+    def forward(self, x: np.ndarray, train: bool = False) -> np.ndarray:
+        self.error += 1
+        return super().forward(x) * self.error
+
+
+class InPlace(Scale):
+    def backward(self, dy: np.ndarray) -> np.ndarray:
+        dx = super().backward(dy)
+        dy *= 2
+        return dx
+
+
+class Flat(Scale):
+    def backward(self, dy: np.ndarray) -> np.ndarray:
+        return super().backward(dy).ravel()
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Scale(dtype=np.float32), r"scale is float32, too coarse .*: make the layer with dtype=np\.float64"),
+        (Random(), "two forward passes of one x differ"),
+        (InPlace(), "backward changed dy"),
+        (Flat(), r"backward returned shape \(8,\) for x of shape \(4, 2\)"),
+    ],
+)
+def test_check_gradients_refuses(layer: Layer, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        numpy_ref.check_gradients(layer, numbers(4, 2))
+
+
+def test_check_gradients_restores_the_layer() -> None:
+    """In train mode forward moves the running statistics; the input and the parameters are the caller's."""
+    layer, x = fill(layers.BatchNorm(2, dtype=np.float64)), numbers(5, 2)
+    before, given = {k: v.copy() for k, v in state_dict(layer).items()}, x.copy()
+    numpy_ref.check_gradients(layer, x)
+    for name, array in state_dict(layer).items():
+        np.testing.assert_array_equal(array, before[name])
+    np.testing.assert_array_equal(x, given)
+    assert not layer.weight.grad.any()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
+import numpy_ref
 from experiment.__main__ import main
 from experiment.run.schedules import make_schedule
 from experiment.study.plan import read
@@ -260,8 +262,25 @@ def test_the_figures_of_convolution_can_be_drawn(tmp_path):
         script[draw].__globals__["FOLDER"] = tmp_path
         script[draw]()
     for name in ("convolution.png", "im2col.png"):
-        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-        assert (ROOT / "docs" / name).is_file()
+        assert_drawn(tmp_path / name, ROOT / "docs" / name)
+
+
+def test_the_outputs_in_the_figures_of_convolution_are_those_of_the_layer():
+    convolve = runpy.run_path(str(ROOT / "docs" / "draw_convolution.py"))["convolve"]
+    layer = numpy_ref.layers.Conv2d(1, 1, (3, 3), stride=2, padding=1, rng=np.random.default_rng(0))
+    image = np.random.default_rng(1).standard_normal((5, 5))
+    expected = layer.forward(image[None, :, :, None])[0, :, :, 0]
+    assert np.allclose(convolve(image, layer.weight.value[:, :, 0, 0], 2, 1), expected)
+
+
+def assert_drawn(made: Path, committed: Path | None = None) -> None:
+    """Check that a figure was drawn, and that the committed one is of its size, and small."""
+    with Image.open(made) as image:
+        size = image.size
+    if committed is not None:
+        with Image.open(committed) as image:
+            assert image.size == size, f"draw {committed.name} again"
+        assert committed.stat().st_size < 150_000
 
 
 def test_the_figure_of_adabounds_bounds_can_be_drawn(tmp_path):

@@ -32,6 +32,8 @@ CYCLE = [COLORS[name][0] for name in ("blue", "orange", "green", "pink", "amber"
 BLUE, ORANGE, GREEN, PINK, AMBER, SKY = CYCLE
 
 PNG_DPI = 120
+DOCUMENT_WIDTH, DOCUMENT_DPI = 8.3, 180
+"""Inches and dots per inch of a figure in docs/. GitHub shows it 830 pixels wide: 9 points are 12 pixels."""
 _drawing = threading.Lock()
 
 _SETTINGS: dict[Any, Any] = {
@@ -132,8 +134,15 @@ def svg(figure: Figure) -> bytes:
     return f"{text[:start]}<style>{rules}</style>{text[start:]}".encode()
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: Figure, dpi: int = PNG_DPI) -> bytes:
     """The figure as PNG on white ground."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return file.getvalue()
+
+
+def tint(color: str, share: float) -> str:
+    """`color` on white, of which `share` (0 to 1) is the color."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    return to_hex([1 - share * (1 - part) for part in to_rgb(color)])

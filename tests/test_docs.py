@@ -273,6 +273,13 @@ def test_the_outputs_in_the_figures_of_convolution_are_those_of_the_layer():
     assert np.allclose(convolve(image, layer.weight.value[:, :, 0, 0], 2, 1), expected)
 
 
+def test_the_figure_of_resnet101_can_be_drawn(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs" / "draw_resnet101.py"))
+    script["draw"].__globals__["FOLDER"] = tmp_path
+    script["draw"]()
+    assert_drawn(tmp_path / "resnet101.png", ROOT / "docs" / "resnet101.png")
+
+
 def assert_drawn(made: Path, committed: Path | None = None) -> None:
     """Check that a figure was drawn, and that the committed one is of its size, and small."""
     with Image.open(made) as image:

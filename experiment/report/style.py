@@ -32,7 +32,7 @@ CYCLE = [COLORS[name][0] for name in ("blue", "orange", "green", "pink", "amber"
 BLUE, ORANGE, GREEN, PINK, AMBER, SKY = CYCLE
 
 PNG_DPI = 120
-DOCUMENT_WIDTH, DOCUMENT_DPI = 8.3, 180
+DOCUMENT_WIDTH, DOCUMENT_DPI = 8.3, 160
 """Inches and dots per inch of a figure in docs/. GitHub shows it 830 pixels wide: 9 points are 12 pixels."""
 _drawing = threading.Lock()
 

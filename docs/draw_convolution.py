@@ -16,13 +16,12 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from experiment.report.style import (
     AMBER,
     BLUE,
-    DOCUMENT_DPI,
     DOCUMENT_WIDTH,
     FAINT,
     GREEN,
     INK,
     ORANGE,
-    png,
+    save_document,
     style,
     tint,
 )
@@ -127,7 +126,7 @@ def draw_windows() -> None:
         label(axes, 17, 4, text, ha="left", linespacing=1.5)
         draw_case(axes, image, kernel, 1, 1, (1, 1), 0.4)
         draw_case(axes, image, kernel, 2, 1, (1, 2), 17)
-        (FOLDER / "convolution.png").write_bytes(png(figure, DOCUMENT_DPI))
+        save_document(figure, FOLDER / "convolution.png")
 
 
 def draw_patches() -> None:
@@ -177,7 +176,7 @@ def draw_patches() -> None:
         text = " + ".join(f"{a:.0f}·{b:.0f}" if b >= 0 else f"{a:.0f}·({b:.0f})" for a, b in products)
         text = f"framed:  y01  =  {text}  =  {output.flat[framed]:.0f}".replace("-", "\N{MINUS SIGN}")
         label(axes, 15.2, 0.6, text, color=ORANGE, weight="bold")
-        (FOLDER / "im2col.png").write_bytes(png(figure, DOCUMENT_DPI))
+        save_document(figure, FOLDER / "im2col.png")
 
 
 if __name__ == "__main__":

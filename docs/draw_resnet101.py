@@ -14,12 +14,11 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from experiment.report.style import (
     BLUE,
-    DOCUMENT_DPI,
     DOCUMENT_WIDTH,
     FAINT,
     INK,
     ORANGE,
-    png,
+    save_document,
     style,
     tint,
 )
@@ -139,7 +138,7 @@ def draw() -> None:
         axes.axis("off")
         stages(axes)
         bottleneck(axes)
-        (FOLDER / "resnet101.png").write_bytes(png(figure, DOCUMENT_DPI))
+        save_document(figure, FOLDER / "resnet101.png")
 
 
 if __name__ == "__main__":

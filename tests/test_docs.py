@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+import jax_resnet
 import numpy_ref
 from experiment.__main__ import main
 from experiment.run.schedules import make_schedule
@@ -280,6 +282,15 @@ def test_the_figure_of_resnet101_can_be_drawn(tmp_path):
     assert_drawn(tmp_path / "resnet101.png", ROOT / "docs" / "resnet101.png")
 
 
+def test_the_figures_of_runs_can_be_drawn(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs" / "draw_overview.py"))
+    runs = {path.name: path for path in sorted((ROOT / "docs" / "runs").iterdir())}
+    script["draw"](tmp_path / "overview.png", runs)
+    assert_drawn(tmp_path / "overview.png", ROOT / "docs" / "overview.png")
+    script["draw_steps"](tmp_path / "steps.png", runs["digits-adam"])
+    assert_drawn(tmp_path / "steps.png")
+
+
 def assert_drawn(made: Path, committed: Path | None = None) -> None:
     """Check that a figure was drawn, and that the committed one is of its size, and small."""
     with Image.open(made) as image:
@@ -294,7 +305,38 @@ def test_the_figure_of_adabounds_bounds_can_be_drawn(tmp_path):
     script = runpy.run_path(str(ROOT / "docs" / "draw_adabound.py"))
     script["draw"].__globals__["FOLDER"] = tmp_path
     script["draw"]()
-    assert (tmp_path / "adabound_bounds.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert_drawn(tmp_path / "adabound_bounds.png", ROOT / "docs" / "adabound_bounds.png")
+
+
+def test_the_step_sizes_in_the_figure_of_adabound_are_those_of_the_optimizer():
+    """Under a schedule, in NumPy and in JAX: the step divided by the mean of the gradients."""
+    script = runpy.run_path(str(ROOT / "docs" / "draw_adabound.py"))
+    rates, steps, gradients = script["scheduled"](50, 5), np.arange(1.0, 51), np.array([1e-4, 1e-2, 1.0])
+    expected = np.array([script["sizes"](rates, steps, gradient) for gradient in gradients])
+    parameter = numpy_ref.layers.Parameter(np.zeros(3))
+    parameter.grad[:] = gradients
+    optimizer = numpy_ref.AdaBound([parameter], lr=1e-3)
+    tx = jax_resnet.adabound(lambda count: jnp.asarray(rates)[count], base_lr=1e-3)
+    state, weights = tx.init(jnp.zeros(3)), jnp.zeros(3)
+    for step, rate in enumerate(rates):
+        before, mean = parameter.value.copy(), gradients * (1 - 0.9 ** (step + 1))
+        optimizer.lr = rate
+        optimizer.step()
+        assert np.allclose((before - parameter.value) / mean, expected[:, step], rtol=1e-9)
+        updates, state = tx.update(jnp.asarray(gradients), state, weights)
+        assert np.allclose(-np.asarray(updates) / mean, expected[:, step], rtol=1e-4)
+
+
+def test_the_bounds_in_the_figure_of_adabound_are_those_that_the_run_logged():
+    script = runpy.run_path(str(ROOT / "docs" / "draw_adabound.py"))
+    lines = map(json.loads, (script["RUN"] / "metrics.jsonl").read_text().splitlines())
+    logged = [line for line in lines if line["scope"] == "step"]
+    config = json.loads((script["RUN"] / "config.json").read_text())["resolved"]
+    rates = script["scheduled"](config["total_steps"], config["warmup_steps"])
+    assert np.allclose([line["lr"] for line in logged], rates, rtol=1e-5)
+    lower, upper = script["bounds"](rates, np.arange(1.0, len(rates) + 1))
+    assert np.allclose([line["lower_bound"] for line in logged], lower, rtol=1e-5)
+    assert np.allclose([line["upper_bound"] for line in logged], upper, rtol=1e-5)
 
 
 def test_results_of_a_study_become_a_page(tmp_path):

@@ -40,7 +40,7 @@ def box(axes: Any, x: float, y: float, w: float, h: float, text: str, color: str
 
 def arrow(axes: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
     """Draw an arrow that touches both points."""
-    ends = {"shrinkA": 0, "shrinkB": 0}
+    ends: dict[str, Any] = {"shrinkA": 0, "shrinkB": 0}
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color=INK, **ends))
 
 

@@ -148,12 +148,14 @@ def save_document(figure: Figure, path: Path) -> None:
     from PIL import Image
 
     with Image.open(io.BytesIO(png(figure, DOCUMENT_DPI))) as image:
-        options = {"method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
-        image.convert("RGB").quantize(256, **options).save(path, optimize=True)
+        rgb = image.convert("RGB")
+        reduced = rgb.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        reduced.save(path, optimize=True)
 
 
 def tint(color: str, share: float) -> str:
     """`color` on white, of which `share` (0 to 1) is the color."""
     from matplotlib.colors import to_hex, to_rgb
 
-    return to_hex([1 - share * (1 - part) for part in to_rgb(color)])
+    red, green, blue = (1 - share * (1 - part) for part in to_rgb(color))
+    return to_hex((red, green, blue))

@@ -87,7 +87,7 @@ def render_report(run: RunFiles, figures: Mapping[str, ReportFigure]) -> str:
         tiles=_tiles(run),
         commit=commit.removesuffix("-dirty"),
         dirty=commit.endswith("-dirty"),
-        curves=[figures[name] for name in figures if name not in ("confusion", *SHEETS)],
+        curves=[figures[name] for name in figures if name not in ("filters", "confusion", *SHEETS)],
         figures=figures,
         predictions=predictions,
         stale=predictions is not None and predictions.step != run.step,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from experiment.__main__ import main
 from tests.helpers import made_run
@@ -84,3 +87,14 @@ def test_a_curve_has_the_colours_of_light_and_of_dark(browser: Any, pages: dict[
         drawn[scheme] = page.locator("img").first.screenshot()
         context.close()
     assert drawn["light"] != drawn["dark"]
+
+
+def test_the_image_of_a_report_in_the_documents_can_be_taken(tmp_path: Path) -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    run = made_run.write(tmp_path / "run", bounds=True, optimizer="adabound")
+    # In a process of its own: two of Playwright's loops cannot run in one
+    command = [sys.executable, str(docs / "draw_report.py"), str(tmp_path / "report.png"), str(run)]
+    subprocess.run(command, check=True, cwd=docs.parent, timeout=120)
+    with Image.open(tmp_path / "report.png") as made, Image.open(docs / "report.png") as committed:
+        assert made.width == committed.width
+    assert (docs / "report.png").stat().st_size < 150_000

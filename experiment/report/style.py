@@ -144,13 +144,18 @@ def png(figure: Figure, dpi: int = PNG_DPI) -> bytes:
 
 
 def save_document(figure: Figure, path: Path) -> None:
-    """Write a figure of docs/ as PNG with a palette of 256 colors, a third of the size without one."""
+    """Write a figure of docs/ as PNG."""
+    save_reduced(png(figure, DOCUMENT_DPI), path)
+
+
+def save_reduced(content: bytes, path: Path) -> None:
+    """Write a PNG with a palette of 256 colors: a third of its size."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(png(figure, DOCUMENT_DPI))) as image:
+    with Image.open(io.BytesIO(content)) as image:
         rgb = image.convert("RGB")
-        reduced = rgb.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-        reduced.save(path, optimize=True)
+    reduced = rgb.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    reduced.save(path, optimize=True)
 
 
 def tint(color: str, share: float) -> str:

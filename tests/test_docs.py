@@ -291,6 +291,29 @@ def test_the_figures_of_runs_can_be_drawn(tmp_path):
     assert_drawn(tmp_path / "steps.png")
 
 
+def test_the_figures_of_features_and_gradients_can_be_drawn(tmp_path, monkeypatch):
+    script = runpy.run_path(str(ROOT / "docs" / "draw_features.py"))
+    names = script["main"].__globals__
+    for name, value in (("FOLDER", tmp_path), ("BLOCKS", (1, 1, 1)), ("SEEDS", (0,)), ("BATCH", 4)):
+        monkeypatch.setitem(names, name, value)
+    script["main"]()
+    for figure in ("features.png", "gradient_flow.png"):
+        assert_drawn(tmp_path / figure, ROOT / "docs" / figure)
+
+
+def test_the_block_without_shortcut_in_the_figure_has_the_gradient_of_its_branch():
+    """The derivative in one direction, compared with a difference."""
+    script = runpy.run_path(str(ROOT / "docs" / "draw_features.py"))
+    rng = np.random.default_rng(0)
+    options: dict[str, Any] = {"dtype": np.float64, "fast": False}
+    block = script["PlainBlock"](2, 2, rng=rng, **options)
+    x, dy, dx = (rng.standard_normal((2, 4, 4, 2)) for _ in range(3))
+    block.forward(x, train=True)
+    expected = np.sum(block.backward(dy) * dx)
+    ends = [np.sum(block.forward(x + step * dx, train=True) * dy) for step in (1e-6, -1e-6)]
+    assert np.isclose((ends[0] - ends[1]) / 2e-6, expected, rtol=1e-5)
+
+
 def assert_drawn(made: Path, committed: Path | None = None) -> None:
     """Check that a figure was drawn, and that the committed one is of its size, and small."""
     with Image.open(made) as image:

@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+
+from experiment.report.style import BLUE, DOCUMENT_WIDTH, FAINT, INK, ORANGE, save_document, style, tint
+
+THIN = tint(FAINT, 0.5)
 
 
 def read_lines(run: Path) -> list[dict[str, Any]]:
@@ -27,57 +26,65 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
 
 
 def draw(output: Path, runs: dict[str, Path]) -> None:
-    """Draw the loss of every step in one panel, the accuracy of every epoch in another; training is solid."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for color, (label, run) in zip(("tab:blue", "tab:orange", "tab:green"), runs.items(), strict=False):
-        lines = read_lines(run)
-        summary = json.loads((run / "summary.json").read_text())
-        per_epoch = summary["steps"] / summary["epochs"]
+    """Draw a column for each run, with the same axes: loss above, accuracy below."""
+    with style():
+        figure = Figure(figsize=(DOCUMENT_WIDTH, 4.3), layout="constrained")
+        panels = figure.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False)
+        for (loss, accuracy), (label, run) in zip(panels.T, runs.items(), strict=True):
+            draw_run(loss, accuracy, run)
+            loss.set(title=label, yscale="log")
+            accuracy.set(xlabel="epoch", ylim=(0.4, 1.02))
+        panels[0, 0].set_ylabel("cross-entropy")
+        panels[1, 0].set_ylabel("accuracy")
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        save_document(figure, output)
+
+
+def draw_run(loss: Any, accuracy: Any, run: Path) -> None:
+    """Draw every step thin in gray, both parts in color, and the test accuracy as a number."""
+    lines = read_lines(run)
+    summary = json.loads((run / "summary.json").read_text())
+    per_epoch = summary["steps"] / summary["epochs"]
+    for axes, metric in ((loss, "loss"), (accuracy, "accuracy")):
         steps = [line for line in lines if line["scope"] == "step"]
         x = [line["step"] / per_epoch for line in steps]
-        left.plot(x, [line["loss"] for line in steps], color=color, lw=0.5, alpha=0.25)
-        for split, style in (("train", "-"), ("val", "--")):
+        axes.plot(x, [line[metric] for line in steps], color=THIN, lw=0.6, label="training, a step")
+        for split, words, color, form in (
+            ("train", "training, an epoch", BLUE, "o-"),
+            ("val", "validation", ORANGE, "s--"),
+        ):
             epochs = [line for line in lines if line["scope"] == "epoch" and line["split"] == split]
             x = [line["step"] / per_epoch for line in epochs]
-            left.plot(x, [line["loss"] for line in epochs], style, color=color, lw=1.6)
-            right.plot(x, [line["accuracy"] for line in epochs], style, color=color, lw=1.6)
-        test = summary["test"]["accuracy"]
-        right.plot([summary["epochs"]], [test], "o", color=color, ms=7, label=f"{label}; test: {test:.3f}")
-    left.set(title="Cross-entropy (thin: every step)", xlabel="epoch", yscale="log")
-    right.set(title="Accuracy", xlabel="epoch", ylim=(0.4, 1.02))
-    styles = [Line2D([], [], color="gray", ls=style) for style in ("-", "--")]
-    left.legend(styles, ["training", "validation"], frameon=False, loc="lower left", fontsize=9)
-    right.legend(frameon=False, loc="lower right", fontsize=9)
-    save(figure, output)
+            axes.plot(x, [line[metric] for line in epochs], form, color=color, ms=3.5, label=words)
+        axes.plot(
+            summary["epochs"], summary["test"][metric], "D", color=INK, ms=5, clip_on=False, label="test"
+        )
+    text = f"test accuracy {summary['test']['accuracy']:.3f}"
+    accuracy.text(0.96, 0.08, text, transform=accuracy.transAxes, ha="right", weight="bold")
 
 
 def draw_steps(output: Path, run: Path, window: int = 50) -> None:
     """Draw loss and accuracy of every step of one run, and their means over the last `window` steps."""
     steps = [line for line in read_lines(run) if line["scope"] == "step"]
     summary = json.loads((run / "summary.json").read_text())
-    figure, both = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
-    for axes, metric, title in zip(both, ("loss", "accuracy"), ("Cross-entropy", "Accuracy"), strict=True):
-        values = np.array([line[metric] for line in steps])
-        mean = np.convolve(values, np.ones(window) / window, mode="valid")
-        axes.plot(np.arange(1, len(values) + 1), values, lw=0.5, alpha=0.35, color="tab:green")
-        axes.plot(
-            np.arange(window, len(values) + 1), mean, color="tab:green", label=f"mean of {window} steps"
-        )
-        test = summary["test"][metric]
-        axes.plot(summary["steps"], test, "o", color="black", ms=6, label=f"test: {test:.4f}")
-        axes.set(title=title, xlabel="training step")
-        axes.legend(frameon=False, loc="best", fontsize=9)
-    both[0].set_yscale("log")
-    both[1].set_ylim(0.4, 1.02)
-    save(figure, output)
-
-
-def save(figure: Figure, output: Path) -> None:
-    """Save with a light grid and without a box."""
-    for axes in figure.axes:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(output, dpi=130)
+    with style():
+        figure = Figure(figsize=(DOCUMENT_WIDTH, 2.8), layout="constrained")
+        both = figure.subplots(1, 2)
+        for axes, metric, title in zip(
+            both, ("loss", "accuracy"), ("Cross-entropy", "Accuracy"), strict=True
+        ):
+            values = np.array([line[metric] for line in steps])
+            mean = np.convolve(values, np.ones(window) / window, mode="valid")
+            axes.plot(np.arange(1, len(values) + 1), values, color=THIN, lw=0.6, label="a step")
+            axes.plot(np.arange(window, len(values) + 1), mean, color=BLUE, label=f"mean of {window} steps")
+            test = summary["test"][metric]
+            axes.plot(summary["steps"], test, "D", color=INK, ms=5, label=f"test: {test:.4f}")
+            axes.set(title=title, xlabel="training step")
+            axes.legend(loc="best")
+        both[0].set_yscale("log")
+        both[1].set_ylim(0.4, 1.02)
+        save_document(figure, output)
 
 
 if __name__ == "__main__":

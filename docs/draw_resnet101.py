@@ -1,48 +1,52 @@
-"""Draw ResNet-101: its stages, and a bottleneck with its shortcut.
+"""Draw ResNet-101: its stages, and a bottleneck with its residual sum: python docs/draw_resnet101.py
 
-    python docs/draw_resnet101.py docs/resnet101.png
-
-The NumPy network supplies the counts and channels of the stages.
+The NumPy network supplies the counts, channels and parameters of the stages.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from experiment.report.style import (
+    BLUE,
+    DOCUMENT_WIDTH,
+    FAINT,
+    INK,
+    ORANGE,
+    save_document,
+    style,
+    tint,
+)
 from numpy_ref import resnet101
 from numpy_ref.layers import Conv2d, Layer
 
+FOLDER = Path(__file__).parent
 SIZE, CLASSES = 224, 1000
-INK, STEM, CONV, ADD = "#333333", "#d9d9d9", "#9ecae1", "#fdd0a2"
+GRAY, CONVOLUTION, SUM = tint(FAINT, 0.18), tint(BLUE, 0.3), tint(ORANGE, 0.45)
+WIDTH, HEIGHT = 830, 540  # pixels on the page, the unit of all positions
 
 
-def box(axes: Axes, x: float, y: float, w: float, h: float, text: str, color: str, size: float = 9) -> None:
+def box(axes: Any, x: float, y: float, w: float, h: float, text: str, color: str, **options: Any) -> None:
     """Draw a rounded box around a centered text."""
-    style = "round,pad=0,rounding_size=0.12"
-    axes.add_patch(FancyBboxPatch((x, y), w, h, boxstyle=style, fc=color, ec=INK, lw=0.9))
-    axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=size, color="black")
+    shape = "round,pad=0,rounding_size=6"
+    axes.add_patch(FancyBboxPatch((x, y), w, h, boxstyle=shape, fc=color, ec=INK, lw=0.8))
+    axes.text(x + w / 2, y + h / 2, text, **{"ha": "center", "va": "center", "fontsize": 9, **options})
 
 
-def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], bend: float = 0) -> None:
-    """Draw an arrow, bent to the right by `bend`."""
-    style = f"arc3,rad={bend}"
-    axes.add_patch(
-        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, connectionstyle=style, color=INK)
-    )
+def arrow(axes: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Draw an arrow that touches both points."""
+    ends: dict[str, Any] = {"shrinkA": 0, "shrinkB": 0}
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color=INK, **ends))
 
 
-def parameters(layer: Layer) -> str:
-    """Return the number of a layer's parameters, in millions."""
-    return f"{sum(p.value.size for p in layer.parameters()) / 1e6:.1f} M"
+def parameters(*layers: Layer) -> str:
+    """Return the number of the layers' parameters, in millions."""
+    return f"{sum(p.value.size for layer in layers for p in layer.parameters()) / 1e6:.2f} M"
 
 
 def channels(block: Layer, convolution: str) -> int:
@@ -52,71 +56,90 @@ def channels(block: Layer, convolution: str) -> int:
     return int(layer.weight.value.shape[-1])
 
 
-def stages(axes: Axes) -> None:
+def stages(axes: Any) -> None:
     """Draw the network from image to logits, with the shape after each stage."""
     network = resnet101(CLASSES, rng=np.random.default_rng(0))
     parts = dict(network.parts())
-    x, gap, width, side = 0.0, 0.55, 1.55, SIZE // 4
-    boxes = [
-        (f"image\n\n{SIZE} x {SIZE} x 3", STEM),
-        (f"7x7, 64, /2\nmax pool, /2\n\n{side} x {side} x 64", CONV),
+    side = SIZE // 4
+    stem = parameters(parts["conv1"], parts["bn1"])
+    rows = [
+        ("image", 0, GRAY, f"{SIZE} x {SIZE} x 3", ""),
+        ("7x7 convolution, then max pool; stride 2 in both", 0, CONVOLUTION, f"{side} x {side} x 64", stem),
     ]
     for number in range(1, 5):
         stage = parts[f"layer{number}"]
         blocks = [block for _, block in stage.parts()]
         inner, outer = (channels(blocks[-1], name) for name in ("conv1", "conv3"))
         side = side if number == 1 else side // 2
-        text = f"stage {number}\n{len(blocks)} bottlenecks\n1x1, {inner}\n3x3, {inner}\n1x1, {outer}\n\n"
-        boxes.append((text + f"{side} x {side} x {outer}\n{parameters(stage)}", CONV))
-    boxes.append((f"mean over\npixels\n\n{outer}", STEM))
-    boxes.append((f"linear\n\n{CLASSES}\n{parameters(parts['fc'])}", STEM))
-    for index, (text, color) in enumerate(boxes):
-        height = 2.5 if color == CONV and index > 1 else 1.7
-        box(axes, x, -height / 2, width, height, text, color)
-        if index + 1 < len(boxes):
-            arrow(axes, (x + width, 0), (x + width + gap, 0))
-        x += width + gap
-    axes.set(xlim=(-0.1, x - gap + 0.1), ylim=(-1.4, 1.4), aspect="equal")
+        text = f"stage {number}: {len(blocks)} bottlenecks, channels {inner}, {inner}, {outer}"
+        rows.append((text, len(blocks), CONVOLUTION, f"{side} x {side} x {outer}", parameters(stage)))
+    rows.append(("mean over pixels", 0, GRAY, f"{outer}", ""))
+    rows.append(("linear", 0, GRAY, f"{CLASSES} logits", parameters(parts["fc"])))
+    y, x, width = 34.0, 10, 330
+    for text, place in (("output", x + width + 65), ("parameters", x + width + 160)):
+        axes.text(place, 18, text, ha="center", va="center", fontsize=9, color=INK, weight="bold")
+    for index, (text, blocks_here, color, shape, count) in enumerate(rows):
+        height = 60 if blocks_here else 36
+        box(axes, x, y, width, height, "" if blocks_here else text, color)
+        if blocks_here:
+            axes.text(x + width / 2, y + 18, text, ha="center", va="center", fontsize=9)
+            left = x + width / 2 - 13.5 * blocks_here / 2
+            for k in range(blocks_here):
+                cell = (left + 13.5 * k + 1.5, y + 34)
+                axes.add_patch(Rectangle(cell, 10.5, 16, fc=BLUE if k else ORANGE, ec="none"))
+        axes.text(x + width + 65, y + height / 2, shape, ha="center", va="center", fontsize=9)
+        axes.text(x + width + 160, y + height / 2, count, ha="center", va="center", fontsize=9)
+        y += height
+        if index + 1 < len(rows):
+            arrow(axes, (x + width / 2, y), (x + width / 2, y + 14))
+            y += 14
+    axes.add_patch(Rectangle((x, 523), 10.5, 13, fc=ORANGE, ec="none"))
+    words = "first block: a 1x1 convolution in the shortcut; stride 2 in stages 2 to 4"
+    axes.text(x + 17, 530, words, va="center", fontsize=8)
+    axes.text(x + width + 160, 530, f"all: {parameters(network)}", ha="center", va="center", fontsize=9)
 
 
-def bottleneck(axes: Axes) -> None:
+def bottleneck(axes: Any) -> None:
     """Draw a block of stage 3: y = relu(x + F(x))."""
     chain = [
-        "1x1, 1024 to 256",
-        "batch norm, ReLU",
-        "3x3, 256 to 256",
-        "batch norm, ReLU",
-        "1x1, 256 to 1024",
+        ("1x1, 1024 to 256 channels", CONVOLUTION),
+        ("batch norm, ReLU", GRAY),
+        ("3x3, 256 to 256", CONVOLUTION),
+        ("batch norm, ReLU", GRAY),
+        ("1x1, 256 to 1024", CONVOLUTION),
+        ("batch norm", GRAY),
     ]
-    x, width, gap = 1.0, 2.0, 0.35
-    axes.text(0.35, 0, "x", ha="center", va="center", fontsize=12, style="italic")
-    arrow(axes, (0.55, 0), (x, 0))
-    for text in [*chain, "batch norm"]:
-        box(axes, x, -0.3, width, 0.6, text, CONV if text[0].isdigit() else STEM)
-        arrow(axes, (x + width, 0), (x + width + gap, 0))
-        x += width + gap
-    box(axes, x, -0.3, 0.6, 0.6, "+", ADD, 13)
-    arrow(axes, (x + 0.6, 0), (x + 0.95, 0))
-    box(axes, x + 0.95, -0.3, 0.9, 0.6, "ReLU", STEM)
-    arrow(axes, (x + 1.85, 0), (x + 2.3, 0))
-    axes.text(x + 2.45, 0, "y", ha="center", va="center", fontsize=12, style="italic")
-    axes.plot([0.75, 0.75, x + 0.3], [0, 0.75, 0.75], color=INK, lw=1.2, solid_capstyle="round")
-    arrow(axes, (x + 0.3, 0.77), (x + 0.3, 0.3))
-    axes.text((x + 1) / 2, 0.86, "shortcut", ha="center", va="bottom", fontsize=9, color=INK)
-    axes.set(xlim=(0.1, x + 2.7), ylim=(-0.5, 1.15), aspect="equal")
+    x, width, y = 575, 185, 62.0
+    middle, side = x + width / 2, x + width + 30
+    axes.text(middle, 18, "a bottleneck of stage 3", ha="center", va="center", fontsize=9, weight="bold")
+    axes.text(middle, 38, "x", ha="center", va="center", fontsize=12, style="italic")
+    for text, color in chain:
+        arrow(axes, (middle, y - 14), (middle, y))
+        box(axes, x, y, width, 34, text, color)
+        y += 48
+    arrow(axes, (middle, y - 14), (middle, y + 6))
+    box(axes, middle - 19, y + 6, 38, 38, "+", SUM, fontsize=15)
+    axes.text(middle - 14, y - 5, "F(x)", ha="right", va="center", fontsize=10, style="italic")
+    axes.plot([middle + 12, side, side], [38, 38, y + 25], color=ORANGE, lw=2)
+    arrow(axes, (side, y + 25), (middle + 19, y + 25))
+    axes.text(side + 14, 200, "shortcut: x unchanged", rotation=-90, ha="center", va="center", fontsize=9)
+    arrow(axes, (middle, y + 44), (middle, y + 58))
+    box(axes, middle - 45, y + 58, 90, 30, "ReLU", GRAY)
+    arrow(axes, (middle, y + 88), (middle, y + 102))
+    axes.text(middle, y + 116, "y = relu(x + F(x))", ha="center", va="center", fontsize=11, style="italic")
 
 
-def main() -> None:
-    """Draw both, one above the other."""
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(11, 3.9), height_ratios=(2.6, 1.1), layout="constrained", facecolor="white"
-    )
-    stages(top)
-    bottleneck(bottom)
-    for axes in (top, bottom):
+def draw() -> None:
+    """Draw the stages, and beside them the bottleneck."""
+    with style():
+        figure = Figure(figsize=(DOCUMENT_WIDTH, DOCUMENT_WIDTH * HEIGHT / WIDTH))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set(xlim=(0, WIDTH), ylim=(HEIGHT, 0))
         axes.axis("off")
-    figure.savefig(Path(sys.argv[1]), dpi=110)
+        stages(axes)
+        bottleneck(axes)
+        save_document(figure, FOLDER / "resnet101.png")
 
 
 if __name__ == "__main__":
-    main()
+    draw()

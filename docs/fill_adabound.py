@@ -2,6 +2,8 @@
 
 python docs/fill_adabound.py runs/study-NAME ...   # copy the results of studies, then write their pages
 python docs/fill_adabound.py                       # write every page again, from docs/studies/*.json
+
+Figures of results and rates are drawn from the JSON. Curves need the runs, and are copied with the results.
 """
 
 from __future__ import annotations
@@ -12,9 +14,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiment.study.curves import draw_numbers
 from experiment.study.tables import head, in_markdown, tables
 
 FOLDER = Path(__file__).parent / "studies"
+FIGURES = {
+    "Test results": "results.png",
+    "Validation accuracy against the learning rate": "rates.png",
+    "Curves": "curves*.png",
+}
 
 
 def copy_results(study_folder: Path) -> str:
@@ -36,8 +44,9 @@ def page(name: str) -> str:
         "[adabound.md](../adabound.md#results).",
         f"{head(study)} All numbers: [{name}.json]({name}.json).",
         *(
-            f"![Curves of the study {name}]({path.name})"
-            for path in sorted(FOLDER.glob(f"{name}-curves*.png"))
+            f"![{words} of the study {name}]({path.name})"
+            for words, pattern in FIGURES.items()
+            for path in sorted(FOLDER.glob(f"{name}-{pattern}"))
         ),
         *(in_markdown(table, "##") for table in tables(study)),
     ]
@@ -48,6 +57,7 @@ def main(study_folders: Sequence[str]) -> None:
     """Write the pages of these studies; without any, those of all studies in docs/studies."""
     names = [copy_results(Path(folder)) for folder in study_folders]
     for name in names or sorted(path.stem for path in FOLDER.glob("*.json")):
+        draw_numbers(json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")), FOLDER, f"{name}-")
         (FOLDER / f"{name}.md").write_text(page(name), encoding="utf-8")
 
 

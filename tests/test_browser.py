@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import numpy_ref
 from experiment.__main__ import main
@@ -133,3 +136,14 @@ def test_the_page_of_convolution_computes_as_numpy_ref_does(browser: Any, size: 
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert errors == []
     context.close()
+
+
+def test_the_image_of_a_report_in_the_documents_can_be_taken(tmp_path: Path) -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    run = made_run.write(tmp_path / "run", bounds=True, optimizer="adabound")
+    # In a process of its own: two of Playwright's loops cannot run in one
+    command = [sys.executable, str(docs / "draw_report.py"), str(tmp_path / "report.png"), str(run)]
+    subprocess.run(command, check=True, cwd=docs.parent, timeout=120)
+    with Image.open(tmp_path / "report.png") as made, Image.open(docs / "report.png") as committed:
+        assert made.width == committed.width
+    assert (docs / "report.png").stat().st_size < 150_000

@@ -12,10 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
+import jax_resnet
+import numpy_ref
 from experiment.__main__ import main
 from experiment.run.schedules import make_schedule
 from experiment.study.plan import read
@@ -260,15 +264,102 @@ def test_the_figures_of_convolution_can_be_drawn(tmp_path):
         script[draw].__globals__["FOLDER"] = tmp_path
         script[draw]()
     for name in ("convolution.png", "im2col.png"):
-        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-        assert (ROOT / "docs" / name).is_file()
+        assert_drawn(tmp_path / name, ROOT / "docs" / name)
+
+
+def test_the_outputs_in_the_figures_of_convolution_are_those_of_the_layer():
+    convolve = runpy.run_path(str(ROOT / "docs" / "draw_convolution.py"))["convolve"]
+    layer = numpy_ref.layers.Conv2d(1, 1, (3, 3), stride=2, padding=1, rng=np.random.default_rng(0))
+    image = np.random.default_rng(1).standard_normal((5, 5))
+    expected = layer.forward(image[None, :, :, None])[0, :, :, 0]
+    assert np.allclose(convolve(image, layer.weight.value[:, :, 0, 0], 2, 1), expected)
+
+
+def test_the_figure_of_resnet101_can_be_drawn(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs" / "draw_resnet101.py"))
+    script["draw"].__globals__["FOLDER"] = tmp_path
+    script["draw"]()
+    assert_drawn(tmp_path / "resnet101.png", ROOT / "docs" / "resnet101.png")
+
+
+def test_the_figures_of_runs_can_be_drawn(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs" / "draw_overview.py"))
+    runs = {path.name: path for path in sorted((ROOT / "docs" / "runs").iterdir())}
+    script["draw"](tmp_path / "overview.png", runs)
+    assert_drawn(tmp_path / "overview.png", ROOT / "docs" / "overview.png")
+    script["draw_steps"](tmp_path / "steps.png", runs["digits-adam"])
+    assert_drawn(tmp_path / "steps.png")
+
+
+def test_the_figures_of_features_and_gradients_can_be_drawn(tmp_path, monkeypatch):
+    script = runpy.run_path(str(ROOT / "docs" / "draw_features.py"))
+    names = script["main"].__globals__
+    for name, value in (("FOLDER", tmp_path), ("BLOCKS", (1, 1, 1)), ("SEEDS", (0,)), ("BATCH", 4)):
+        monkeypatch.setitem(names, name, value)
+    script["main"]()
+    for figure in ("features.png", "gradient_flow.png"):
+        assert_drawn(tmp_path / figure, ROOT / "docs" / figure)
+
+
+def test_the_block_without_shortcut_in_the_figure_has_the_gradient_of_its_branch():
+    """The derivative in one direction, compared with a difference."""
+    script = runpy.run_path(str(ROOT / "docs" / "draw_features.py"))
+    rng = np.random.default_rng(0)
+    options: dict[str, Any] = {"dtype": np.float64, "fast": False}
+    block = script["PlainBlock"](2, 2, rng=rng, **options)
+    x, dy, dx = (rng.standard_normal((2, 4, 4, 2)) for _ in range(3))
+    block.forward(x, train=True)
+    expected = np.sum(block.backward(dy) * dx)
+    ends = [np.sum(block.forward(x + step * dx, train=True) * dy) for step in (1e-6, -1e-6)]
+    assert np.isclose((ends[0] - ends[1]) / 2e-6, expected, rtol=1e-5)
+
+
+def assert_drawn(made: Path, committed: Path | None = None) -> None:
+    """Check that a figure was drawn, and that the committed one is of its size, and small."""
+    with Image.open(made) as image:
+        size = image.size
+    if committed is not None:
+        with Image.open(committed) as image:
+            assert image.size == size, f"draw {committed.name} again"
+        assert committed.stat().st_size < 150_000
 
 
 def test_the_figure_of_adabounds_bounds_can_be_drawn(tmp_path):
     script = runpy.run_path(str(ROOT / "docs" / "draw_adabound.py"))
     script["draw"].__globals__["FOLDER"] = tmp_path
     script["draw"]()
-    assert (tmp_path / "adabound_bounds.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert_drawn(tmp_path / "adabound_bounds.png", ROOT / "docs" / "adabound_bounds.png")
+
+
+def test_the_step_sizes_in_the_figure_of_adabound_are_those_of_the_optimizer():
+    """Under a schedule, in NumPy and in JAX: the step divided by the mean of the gradients."""
+    script = runpy.run_path(str(ROOT / "docs" / "draw_adabound.py"))
+    rates, steps, gradients = script["scheduled"](50, 5), np.arange(1.0, 51), np.array([1e-4, 1e-2, 1.0])
+    expected = np.array([script["sizes"](rates, steps, gradient) for gradient in gradients])
+    parameter = numpy_ref.layers.Parameter(np.zeros(3))
+    parameter.grad[:] = gradients
+    optimizer = numpy_ref.AdaBound([parameter], lr=1e-3)
+    tx = jax_resnet.adabound(lambda count: jnp.asarray(rates)[count], base_lr=1e-3)
+    state, weights = tx.init(jnp.zeros(3)), jnp.zeros(3)
+    for step, rate in enumerate(rates):
+        before, mean = parameter.value.copy(), gradients * (1 - 0.9 ** (step + 1))
+        optimizer.lr = rate
+        optimizer.step()
+        assert np.allclose((before - parameter.value) / mean, expected[:, step], rtol=1e-9)
+        updates, state = tx.update(jnp.asarray(gradients), state, weights)
+        assert np.allclose(-np.asarray(updates) / mean, expected[:, step], rtol=1e-4)
+
+
+def test_the_bounds_in_the_figure_of_adabound_are_those_that_the_run_logged():
+    script = runpy.run_path(str(ROOT / "docs" / "draw_adabound.py"))
+    lines = map(json.loads, (script["RUN"] / "metrics.jsonl").read_text().splitlines())
+    logged = [line for line in lines if line["scope"] == "step"]
+    config = json.loads((script["RUN"] / "config.json").read_text())["resolved"]
+    rates = script["scheduled"](config["total_steps"], config["warmup_steps"])
+    assert np.allclose([line["lr"] for line in logged], rates, rtol=1e-5)
+    lower, upper = script["bounds"](rates, np.arange(1.0, len(rates) + 1))
+    assert np.allclose([line["lower_bound"] for line in logged], lower, rtol=1e-5)
+    assert np.allclose([line["upper_bound"] for line in logged], upper, rtol=1e-5)
 
 
 def test_results_of_a_study_become_a_page(tmp_path):

@@ -20,6 +20,7 @@ from experiment.__main__ import main
 from experiment.commands import train
 from experiment.errors import UserError
 from experiment.files import predictions
+from experiment.files import weights as run_weights
 from experiment.options.command_line import argv_of, parse
 from experiment.options.config import Config
 from experiment.options.resolving import resolve
@@ -177,6 +178,26 @@ def test_up_to_twenty_names_of_classes_stand_in_the_matrix(tmp_path: Path) -> No
         drawn = [style.svg(figures._confusion(found)) for _ in range(2)]
     assert drawn[0] == drawn[1], "the same image, other bytes"
     ElementTree.fromstring(drawn[0])
+
+
+def test_the_filters_of_the_first_convolution_are_drawn(tmp_path: Path) -> None:
+    run = made_run.write(tmp_path / "run")
+    kernel = np.random.default_rng(0).standard_normal((8, 1, 3, 3), np.float32)
+    run_weights.save(run / "weights.safetensors", {"conv.weight": kernel, "fc.bias": kernel[0]}, {"step": 60})
+    _, elements = report_of(run)
+    assert "filters" in names_of(run)
+    assert [a for _, a in elements.found if "filters of the first" in (a.get("alt") or "")]
+    with style.style():
+        drawn = figures.filters(kernel, 60)
+        assert drawn is not None
+        (axes,) = drawn.axes
+        assert axes.get_title("left") == "Filters of the first convolution (8), step 60"
+        mosaic = np.asarray(axes.images[0].get_array())
+        np.testing.assert_allclose(
+            mosaic[:3, 4:7, 0], 0.5 + kernel[1, 0] / (2 * np.abs(kernel).max()), atol=1e-6
+        )
+        assert figures.filters(np.zeros((4, 2, 3, 3))) is None
+        assert figures.filters(np.full((4, 3, 3, 3), np.nan)) is None
 
 
 def test_the_matrix_is_of_the_classes_that_occur() -> None:
@@ -380,7 +401,7 @@ def test_a_run_writes_its_report_and_event_files(tmp_path: Path, capsys: pytest.
     assert train.main(["--resume", "--steps", "9", "--run-dir", str(run)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == f"report: {run / 'report' / 'index.html'}"
-    assert names_of(run) == CURVES | CLASSES
+    assert names_of(run) == CURVES | CLASSES | {"filters"}
     found = predictions.load(run / "predictions.npz")
     test = json.loads((run / "summary.json").read_text())["test"]
     assert (found.labels == found.predictions).mean() == pytest.approx(test["accuracy"])
@@ -400,7 +421,7 @@ def test_a_run_writes_its_report_and_event_files(tmp_path: Path, capsys: pytest.
             read = [(event.step, event.value) for event in events.Scalars(f"{key}/{part}")]
             assert read == [(line["step"], pytest.approx(line[key])) for line in chosen]
     assert [event.step for event in events.Scalars("step/lr")] == list(range(1, 10))
-    assert set(events.Tags()["images"]) == {f"report/{name}" for name in CURVES | CLASSES}
+    assert set(events.Tags()["images"]) == {f"report/{name}" for name in CURVES | CLASSES | {"filters"}}
     assert events.Images("report/loss")[0].encoded_image_string == (run / "report" / "loss.png").read_bytes()
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"optimizer" in content

@@ -253,7 +253,7 @@ def test_tables_hold_means_intervals_and_paired_differences(made: Path) -> None:
     text = (made / "out" / "study.md").read_text()
     assert f"{100 * np.mean(adam):.2f} ({100 * np.std(adam, ddof=1):.2f})" in text
     page = (made / "out" / "study.html").read_text()
-    assert page.count("data:image/png;base64") == 1
+    assert page.count("data:image/png;base64") == 3  # results, rates, curves
     assert f"<code>python -m experiment study {made / 'tiny.toml'}</code>" in page
     assert "http" not in page.replace("http-equiv", "")
 
@@ -435,7 +435,30 @@ def test_tables_and_curves_of_a_study_that_has_hardly_begun(tmp_path: Path) -> N
     text = tables.markdown(study)
     assert "| adam | - | 0 of 2 | - | - |" in text
     (image,) = curves.draw(study, tmp_path)
+    assert image.name == "curves.png"
     assert image.stat().st_size > 0
+
+
+def test_the_band_of_a_curve_stays_within_possible_values() -> None:
+    accuracies = np.array([[0.0, 90.0, 50.0], [40.0, 100.0, 51.0]])
+    low, high = curves.interval(accuracies, 100)
+    middle = np.array([20, 95, 50.5])
+    half = 12.706 * np.array([40, 10, 1]) / 2  # Student's t of two values, times sd / sqrt(2)
+    assert np.allclose(low, np.clip(middle - half, 0, 100), atol=0.01)
+    assert np.allclose(high, np.clip(middle + half, 0, 100), atol=0.01)
+    assert curves.interval(accuracies, None)[1][0] > 100  # a loss has no largest value
+
+
+@pytest.mark.parametrize(
+    "path", sorted((FOLDER.parent / "docs" / "studies").glob("*.json")), ids=lambda p: p.stem
+)
+def test_results_and_rates_are_drawn_from_the_stored_study(path: Path, tmp_path: Path) -> None:
+    study = json.loads(path.read_text())
+    tuned = any(len(method["tuning"]) > 1 for method in study["contestants"].values())
+    names = [f"{path.stem}-results.png", *[f"{path.stem}-rates.png"] * tuned]
+    assert [drawn.name for drawn in curves.draw_numbers(study, tmp_path, f"{path.stem}-")] == names
+    for name in names:
+        assert (path.parent / name).is_file()
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)

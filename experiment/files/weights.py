@@ -19,6 +19,7 @@ TYPES |= {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for siz
 # What torch.compile, FSDP and checkpointing of activations put into names, wherever a wrapped part begins.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 HEADS = (*HEAD_NAMES, "head.fc", "head", "classifier")  # beside a backbone: its last layer
+FIRST_KERNELS = ("conv1.weight", "conv.weight")  # of the ResNets, of the small CNN
 LARGEST = np.finfo(np.float32).max
 
 
@@ -63,6 +64,18 @@ def step_of(path: Path) -> int | None:
         with safe_open(path, "numpy") as file:
             return int(json.loads(file.metadata()["run"])["step"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def first_kernel(path: Path) -> np.ndarray | None:
+    """Return the kernel [out, in, KH, KW] of a run's first convolution, or None if the file has none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:  # reads this tensor alone
+            name = next(name for name in FIRST_KERNELS if name in file.keys())  # noqa: SIM118
+            return np.asarray(file.get_tensor(name))
+    except (OSError, SafetensorError, StopIteration):
         return None
 
 

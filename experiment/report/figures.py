@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from experiment.files.predictions import Predictions
 from experiment.report.reading import Floats, RunFiles
@@ -33,6 +34,7 @@ ALT = {  # each figure in words, for those who cannot see it
     "norms": "norms of gradient and update against the step",
     "bounds": "lower and upper bound of AdaBound against the step",
     "clipped": "fraction of coordinates at each bound against the step",
+    "filters": "filters of the first convolution",
     "confusion": "confusion matrix of the test set",
     "samples": "images of the test set with true and predicted class",
     "mistakes": "the most confident mistakes on the test set",
@@ -45,6 +47,10 @@ MOST_NAMED = 40
 """Classes up to which a confusion matrix has their names at its sides."""
 MOST_COUNTED = 20
 """Classes up to which it has the counts in its cells."""
+
+
+MOST_FILTERS = 64
+"""Filters of the first convolution that are drawn."""
 
 
 class ReportFigure(NamedTuple):
@@ -63,6 +69,8 @@ def draw(run: RunFiles) -> dict[str, ReportFigure]:
             **{key: _metric(run, key) for key in METRICS},
             **{name: _lines(run, *curves) for name, curves in LINES.items()},
         }
+        if run.kernel is not None:
+            figures["filters"] = filters(*run.kernel)
         if run.predictions is not None:
             figures["confusion"] = _confusion(run.predictions)
             samples, mistakes = chosen(run.predictions)
@@ -167,6 +175,33 @@ def _finish(run: RunFiles, axes: Axes) -> None:
     per_epoch = f" ({run.steps_per_epoch:,} an epoch)" if run.steps_per_epoch else ""
     axes.set_xlabel(f"step{per_epoch}")
     legend(axes)
+
+
+def filters(kernel: npt.NDArray[Any], step: int | None = None) -> Figure | None:
+    """Draw the kernels [out, in, KH, KW] of a first convolution, with one scale; a weight of 0 is mid-gray.
+
+    None for images that are neither gray nor RGB.
+    """
+    count, channels, height, width = kernel.shape
+    largest = np.abs(kernel).max()
+    if channels not in (1, 3) or not np.isfinite(largest):
+        return None
+    shown = kernel[:MOST_FILTERS]
+    columns = 16 if len(shown) > 16 else 8
+    rows = -(-len(shown) // columns)
+    mosaic = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, 4))  # transparent gaps
+    for index, weights in enumerate(shown):
+        y, x = index // columns * (height + 1), index % columns * (width + 1)
+        gray_or_rgb = 0.5 + 0.5 * weights.transpose(1, 2, 0) / (largest or 1)
+        mosaic[y : y + height, x : x + width] = np.ones(4)
+        mosaic[y : y + height, x : x + width, :3] = gray_or_rgb
+    some = f"{len(shown)} of {count}" if len(shown) < count else f"{count}"
+    title = f"Filters of the first convolution ({some})" + ("" if step is None else f", step {step:,}")
+    figure, axes = panel(title, 5.2, 0.5 + 5.1 * len(mosaic) / mosaic.shape[1])
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02)
+    axes.imshow(mosaic, interpolation="none")
+    axes.set_axis_off()
+    return figure
 
 
 def _confusion(predictions: Predictions) -> Figure:

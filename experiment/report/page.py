@@ -76,7 +76,7 @@ def render_report(run: RunFiles, figures: Mapping[str, ReportFigure]) -> str:
         state=state(run),
         summary=run.summary or {},
         commit=str(run.newest_session.get("git_commit") or ""),
-        curves=[figures[name] for name in figures if name not in ("confusion", *SHEETS)],
+        curves=[figures[name] for name in figures if name not in ("filters", "confusion", *SHEETS)],
         figures=figures,
         predictions=predictions,
         sessions=[(session, command_line(session)) for session in run.sessions],

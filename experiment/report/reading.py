@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.errors import UserError
-from experiment.files import metrics_log, predictions, results, run_folder
+from experiment.files import metrics_log, predictions, results, run_folder, weights
 from experiment.options.command_line import argv_of
 from experiment.options.config import Config
 from experiment.options.resolving import resolve
@@ -29,6 +29,7 @@ class RunFiles:
         lines: those of metrics.jsonl.
         summary: summary.json, if the run is at its end.
         predictions: of the test set, if it has.
+        kernel: the first convolution's, [out, in, KH, KW], in weights.safetensors, and the step of that file.
         absent: what is not there or damaged, in words.
     """
 
@@ -39,6 +40,7 @@ class RunFiles:
     lines: list[dict[str, Any]]
     summary: dict[str, Any] | None
     predictions: predictions.Predictions | None
+    kernel: tuple[npt.NDArray[Any], int | None] | None = None
     absent: list[str] = field(default_factory=list)
 
     @property
@@ -129,6 +131,7 @@ def read_run(folder: Path) -> RunFiles:
         lines=lines,
         summary=_read_summary(folder, lines, absent),
         predictions=_read_predictions(folder / predictions.FILE, absent),
+        kernel=_read_kernel(folder / results.WEIGHTS["final"]),
         absent=absent,
     )
 
@@ -172,3 +175,8 @@ def _read_predictions(path: Path, absent: list[str]) -> predictions.Predictions 
     except UserError:
         absent.append(f"{path.name} is damaged.")
         return None
+
+
+def _read_kernel(path: Path) -> tuple[npt.NDArray[Any], int | None] | None:
+    kernel = weights.first_kernel(path)
+    return None if kernel is None else (kernel, weights.step_of(path))

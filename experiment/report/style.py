@@ -28,12 +28,14 @@ COLORS = {
     "amber": ("#e69f00", "#ffc247"),
     "sky": ("#56b4e9", "#b0def9"),
 }
-INK = COLORS["ink"][0]
+INK, FAINT = COLORS["ink"][0], COLORS["faint"][0]
 CYCLE = [COLORS[name][0] for name in ("blue", "orange", "green", "pink", "amber", "sky")]
-BLUE, ORANGE, GREEN, PINK = CYCLE[:4]
+BLUE, ORANGE, GREEN, PINK, AMBER = CYCLE[:5]
 
 STYLE = Path(__file__).with_name("report.mplstyle")
 PNG_DPI = 120
+DOCUMENT_WIDTH, DOCUMENT_DPI = 8.3, 180
+"""Inches and dots per inch of a figure in docs/. GitHub shows it 830 pixels wide: 9 points are 12 pixels."""
 _drawing = threading.Lock()
 
 
@@ -94,8 +96,31 @@ def svg(figure: Figure) -> bytes:
     return f"{text[:start]}<style>{rules}</style>{text[start:]}".encode()
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: Figure, dpi: int = PNG_DPI) -> bytes:
     """The figure as PNG on white ground."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return file.getvalue()
+
+
+def save_document(figure: Figure, path: Path) -> None:
+    """Write a figure of docs/ as PNG."""
+    save_reduced(png(figure, DOCUMENT_DPI), path)
+
+
+def save_reduced(content: bytes, path: Path) -> None:
+    """Write a PNG with a palette of 256 colors: a third of its size."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as image:
+        rgb = image.convert("RGB")
+    reduced = rgb.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    reduced.save(path, optimize=True)
+
+
+def tint(color: str, share: float) -> str:
+    """`color` on white, of which `share` (0 to 1) is the color."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    red, green, blue = (1 - share * (1 - part) for part in to_rgb(color))
+    return to_hex((red, green, blue))

@@ -1,4 +1,9 @@
-"""A study's curves: means over seeds, with the 95 % interval of the mean as a band."""
+"""The figures of a study: test results, accuracy against the learning rate, and curves of its runs.
+
+Each method has a panel with the same axes: the method in color, all others in gray behind it. Bands and bars
+are the 95 % interval of the mean. Where it reaches beyond possible values, such as an accuracy above 100 %,
+they end there.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,63 +11,187 @@ from typing import Any
 
 import numpy as np
 
+from experiment.report.style import (
+    BLUE,
+    DOCUMENT_WIDTH,
+    FAINT,
+    INK,
+    ORANGE,
+    save_document,
+    style,
+    tint,
+)
 from experiment.study.running import lines
 from experiment.study.statistics import half_width
 
 Json = dict[str, Any]
 Curve = tuple[np.ndarray, np.ndarray]  # steps [T], values [seeds, T]
+Curves = dict[str, Curve]  # by the method's label
+
+COLUMNS = 4
+GRAY = tint(FAINT, 0.45)
+BLOCK_HEIGHT = (0.45, 1.35)  # inches of its title and axis, and of each row of panels
 
 
 def draw(study: Json, folder: Path) -> list[Path]:
-    """Draw a PNG for each variant: training loss, validation accuracy, and coordinates clipped by AdaBound.
+    """Draw every figure for which there are numbers; the curves for each variant, even without any.
 
-    Returns the files, in `folder`, which is that of the study.
+    Returns the PNG files, in `folder`, which is that of the study.
     """
-    return [
-        _draw_variant(study, folder, variant)
-        for variant in dict.fromkeys(method["variant"] for method in study["contestants"].values())
-    ]
+    variants = dict.fromkeys(method.get("variant", "") for method in study["contestants"].values())
+    return [*draw_numbers(study, folder), *(_draw_curves(study, folder, variant) for variant in variants)]
 
 
-def _draw_variant(study: Json, folder: Path, variant: str) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def draw_numbers(study: Json, folder: Path, prefix: str = "") -> list[Path]:
+    """Draw what study.json suffices for: PREFIXresults.png, and PREFIXrates.png if rates were tuned."""
+    paths = []
+    for name, drawing in (("results", _draw_results), ("rates", _draw_rates)):
+        with style():
+            figure = drawing(study)
+            if figure is not None:
+                save_document(figure, folder / f"{prefix}{name}.png")
+                paths.append(folder / f"{prefix}{name}.png")
+    return paths
+
+
+def _draw_results(study: Json) -> Any:
+    """Draw the test accuracy of each seed, with the mean and its interval."""
     from matplotlib.figure import Figure
 
-    methods = {name: method for name, method in study["contestants"].items() if method["variant"] == variant}
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    (loss, accuracy), (lower, upper) = figure.subplots(2, 2)
-    for index, (name, method) in enumerate(methods.items()):
+    methods = {name: method for name, method in study["contestants"].items() if method["runs"]}
+    if not methods:
+        return None
+    figure = Figure(figsize=(DOCUMENT_WIDTH, 0.9 + 0.32 * len(methods)), layout="constrained")
+    axes = figure.subplots()
+    for row, method in enumerate(methods.values()):
+        values = [100 * run["accuracy"] for run in method["runs"].values()]
+        mean, low, high = (method["accuracy"][key] for key in ("mean", "low", "high"))
+        text = f"{100 * mean:.2f}"
+        if low is not None:
+            text += f"  ({100 * low:.2f} to {100 * high:.2f})"
+            axes.plot(
+                np.clip([100 * low, 100 * high], 0, 100),
+                [row] * 2,
+                color=tint(BLUE, 0.3),
+                lw=6,
+                solid_capstyle="butt",
+            )
+        axes.plot([100 * mean] * 2, [row - 0.3, row + 0.3], color=BLUE, lw=2)
+        axes.plot(values, [row] * len(values), "o", color=INK, ms=3.5)
+        axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+    axes.set_yticks(range(len(methods)), methods)
+    axes.set(ylim=(len(methods) - 0.5, -0.5), xlabel="test accuracy, %")
+    seeds = "a dot is a seed; line and band: the mean and its 95 % interval"
+    axes.set_title(f"{study['name']}: {seeds if len(study['seeds']) > 1 else 'one seed'}")
+    return figure
+
+
+def _draw_rates(study: Json) -> Any:
+    """Draw the validation accuracy of the tuning runs against their rates; a diverged run counts as 0."""
+    from matplotlib.figure import Figure
+
+    tuned: Curves = {}
+    for name, method in study["contestants"].items():
+        trials = sorted((trial["setting"].get("lr", np.nan), _accuracy(trial)) for trial in method["tuning"])
+        rates, accuracies = np.array(trials).reshape(-1, 2).T
+        if len(set(rates)) > 1 and np.isfinite(rates).all():
+            tuned[name] = rates, accuracies[None]
+    if not tuned:
+        return None
+    figure = Figure(figsize=(DOCUMENT_WIDTH, _height(len(tuned))), layout="constrained")
+    title = "validation accuracy in tuning, %, against the learning rate; square: taken"
+    panels = _panels(figure, tuned, title)
+    for (name, (rates, accuracies)), axes in zip(tuned.items(), panels, strict=True):
+        axes.plot(rates, accuracies[0], "o-", color=BLUE, ms=4)
+        chosen = study["contestants"][name]["chosen"]
+        if chosen is not None:
+            trial = study["contestants"][name]["tuning"][chosen]
+            point = trial["setting"]["lr"], _accuracy(trial)
+            axes.plot(*point, "s", mfc="none", color=ORANGE, ms=9, mew=1.6, clip_on=False)
+    panels[0].set_xscale("log")
+    panels[0].margins(y=0.12)
+    return figure
+
+
+def _accuracy(trial: Json) -> float:
+    """Return the mean validation accuracy of a configuration over the tuning seeds, in percent."""
+    return 100 * sum(value or 0 for value in trial["val_accuracy"]) / len(trial["val_accuracy"])
+
+
+def _draw_curves(study: Json, folder: Path, variant: str) -> Path:
+    """Draw training loss, validation accuracy and coordinates clipped by AdaBound, of every method."""
+    from matplotlib.figure import Figure
+
+    seeds = len(study["seeds"])
+    loss, accuracy, lower, upper = (Curves() for _ in range(4))
+    for name, method in study["contestants"].items():
         runs = [folder / "runs" / name / f"seed-{seed}" for seed in method["runs"]]
-        if not runs:
+        if method["variant"] != variant or not runs:
             continue
-        color, style = f"C{index % 10}", "-" if index < 10 else "--"
-        label, planned = method["optimizer"], len(study["seeds"])
-        label += f" ({len(runs)} of {planned} seeds)" if len(runs) < planned else ""
-        _band(loss, smooth(curve(runs, "train", "step", "loss")), color, style, label)
-        _band(accuracy, curve(runs, "val", "epoch", "accuracy"), color, style, label)
-        for axes, key in ((lower, "at_lower"), (upper, "at_upper")):
+        label = method["optimizer"] + (f" ({len(runs)} of {seeds} seeds)" if len(runs) < seeds else "")
+        loss[label] = smooth(curve(runs, "train", "step", "loss"))
+        accuracy[label] = curve(runs, "val", "epoch", "accuracy")
+        for curves, key in ((lower, "at_lower"), (upper, "at_upper")):
             if next(lines(runs[0], "train", "step"), {}).get(key) is not None:
-                _band(axes, smooth(curve(runs, "train", "step", key)), color, style, label)
-    means = [y for line in loss.lines for y in line.get_ydata() if y > 0]
-    if means:  # an interval may reach below 0
-        loss.set(yscale="log", ylim=(min(means) / 1.5, max(means) * 1.5))
-    loss.set(title="training loss (running mean)", xlabel="step")
-    accuracy.set(title="validation accuracy", xlabel="step")
-    accuracy.set_ylim(max(-0.02, accuracy.get_ylim()[0]), min(1.02, accuracy.get_ylim()[1]))
-    lower.set(title="fraction of coordinates at the lower bound", xlabel="step", ylim=(-0.02, 1.02))
-    upper.set(title="fraction of coordinates at the upper bound", xlabel="step", ylim=(-0.02, 1.02))
-    for axes in (loss, accuracy, lower, upper):
-        axes.grid(alpha=0.3)
-    handles, labels = loss.get_legend_handles_labels()
-    if handles:  # one for all, where it hides no curve
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
-    what = f"{study['name']}{', ' + variant if variant else ''}"
-    count = len(study["seeds"])
-    figure.suptitle(f"{what}: {f'mean of {count} seeds and its 95 % interval' if count > 1 else 'one seed'}")
+                curves[label] = smooth(curve(runs, "train", "step", key))
+    blocks = [curves for curves in (loss, accuracy, upper) if curves]
+    title = f"{study['name']}{', ' + variant if variant else ''}: "
+    title += f"mean of {seeds} seeds and its 95 % interval" if seeds > 1 else "one seed"
     path = folder / f"curves{'-' + variant if variant else ''}.png"
-    figure.savefig(path, dpi=100)
+    with style():
+        heights = [_height(len(curves)) for curves in blocks]
+        figure = Figure(figsize=(DOCUMENT_WIDTH, 0.4 + sum(heights)), layout="constrained")
+        figure.suptitle(title, fontsize=10)
+        if blocks:
+            parts = iter(figure.subfigures(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0])
+            _draw_block(next(parts), loss, "training loss (running mean) against the step", 1, None)
+            _draw_block(next(parts), accuracy, "validation accuracy, %, against the step", 100, 100)
+            if upper:
+                words = "coordinates clipped, %: at the upper bound (blue), at the lower (orange, dashed)"
+                panels = _draw_block(next(parts), upper, words, 100, 100)
+                panels[0].set_ylim(-3, 103)
+                for axes, lower_curve in zip(panels, lower.values(), strict=True):
+                    _band(axes, lower_curve, ORANGE, "--", 100, 100)
+        save_document(figure, path)
     return path
+
+
+def _draw_block(figure: Any, curves: Curves, title: str, scale: float, top: float | None) -> list[Any]:
+    """Draw curves as panels, on a linear scale if `top`, the largest possible value, is given."""
+    scaled = {label: (steps, scale * values) for label, (steps, values) in curves.items()}
+    panels = _panels(figure, scaled, title)
+    means = np.concatenate([np.ravel(_mean(values)) for _, values in scaled.values()])
+    means = means[np.isfinite(means)]
+    if top is None and len(means) and means.min() > 0:
+        panels[0].set(yscale="log", ylim=(means.min() / 1.5, means.max() * 1.5))
+    for single, axes in zip(curves.values(), panels, strict=True):
+        _band(axes, single, BLUE, "-", scale, top)
+    return panels
+
+
+def _height(panels: int) -> float:
+    """Inches of a block of panels."""
+    return BLOCK_HEIGHT[0] + BLOCK_HEIGHT[1] * -(-panels // COLUMNS)
+
+
+def _panels(figure: Any, curves: Curves, title: str) -> list[Any]:
+    """Make a panel for each curve, all with the same axes, and draw the means of the others in gray."""
+    count = len(curves)
+    columns = min(COLUMNS, count)
+    grid = figure.subplots(-(-count // columns), columns, sharex=True, sharey=True, squeeze=False)
+    figure.suptitle(title, fontsize=9, x=0.01, ha="left", fontweight="bold")
+    panels = list(grid.flat)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    for axes in panels[count - columns : count]:
+        axes.tick_params(labelbottom=True)  # also above an empty place
+    for axes, label in zip(panels, curves, strict=False):
+        axes.set_title(label, fontsize=8, fontweight="normal")
+        axes.tick_params(labelsize=7)
+        for other, (steps, values) in curves.items():
+            if other != label:
+                axes.plot(steps, _mean(values), color=GRAY, lw=0.8)
+    return panels[:count]
 
 
 def curve(runs: Sequence[Path], split: str, scope: str, key: str) -> Curve:
@@ -82,12 +211,22 @@ def smooth(curve: Curve) -> Curve:
     return steps[width - 1 :], np.array([np.convolve(row, kernel, "valid") for row in values])
 
 
-def _band(axes: Any, curve: Curve, color: str, style: str, label: str) -> None:
-    steps, values = curve
+def _mean(values: np.ndarray) -> np.ndarray:
+    return np.asarray(values.mean(0))
+
+
+def interval(values: np.ndarray, top: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return both ends of the mean's 95 % interval [T] of values [seeds, T], cut to 0 and `top`."""
+    half = half_width(len(values)) * values.std(0, ddof=1)
+    return np.clip(_mean(values) - half, 0, top), np.clip(_mean(values) + half, 0, top)
+
+
+def _band(axes: Any, curve: Curve, color: str, line: str, scale: float, top: float | None) -> None:
+    steps, values = curve[0], scale * curve[1]
     if not len(steps):
         return
-    mean = values.mean(0)
-    axes.plot(steps, mean, color=color, linestyle=style, label=label, linewidth=1.2)
+    axes.plot(
+        steps, _mean(values), color=color, linestyle=line, lw=1.3, marker="o" if len(steps) < 15 else "", ms=3
+    )
     if len(values) > 1:
-        half = half_width(len(values)) * values.std(0, ddof=1)
-        axes.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+        axes.fill_between(steps, *interval(values, top), color=color, alpha=0.2, linewidth=0)

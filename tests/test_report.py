@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import dataclasses
 import io
 import json
@@ -108,6 +109,23 @@ def test_a_finished_run(tmp_path: Path) -> None:
     ):
         assert words in " ".join(elements.text.split())
     assert not (run / "report" / "index.html.tmp").exists()
+
+
+def test_the_metrics_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every value of metrics.jsonl, read by another reader; what is absent or null is an empty cell."""
+    run = made_run.write(tmp_path / "run", bounds=True)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"split": "train", "scope": "step", "step": 61, "epoch": 4, "loss": null}\n')
+    assert main(["report", str(run), "--csv"]) == 0
+    table = run / "report" / "metrics.csv"
+    assert capsys.readouterr().out.splitlines()[-1] == str(table)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(lines) > 60
+    for row, line in zip(rows, lines, strict=True):
+        assert row == {name: "" if line.get(name) is None else str(line[name]) for name in row}
+        assert set(line) <= set(row)
 
 
 def test_a_report_says_what_is_absent_and_damaged(tmp_path: Path) -> None:

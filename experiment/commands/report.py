@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 from experiment.errors import UserError
+from experiment.files import metrics_log
+from experiment.files.run_folder import write_file
 from experiment.options.command_line import Parser
 from experiment.report import FOLDER, write_report
 from experiment.report.reading import read_run
@@ -20,12 +22,22 @@ def main(argv: Sequence[str]) -> int:
         "run may go on meanwhile, or have been killed: the page says what is absent.",
     )
     parser.add_path("runs", metavar="RUN", nargs="+", help="the folder of a run")
+    parser.add_argument(
+        "--csv",
+        action="store_true",
+        help=f"write {FOLDER}/metrics.csv, too: metrics.jsonl as a table, a column for each name, an empty "
+        "cell where a line has no value or one that is not finite",
+    )
     options = parser.parse_args(argv)
     for run_dir in options.runs:
         read_run(run_dir)
     for run_dir in options.runs:
         try:
             print(write_report(run_dir)[0])
+            if options.csv:
+                table = run_dir / FOLDER / "metrics.csv"
+                write_file(table, metrics_log.to_csv(run_dir / metrics_log.NAME).encode())
+                print(table)
         except OSError as error:
             raise UserError(f"{run_dir / FOLDER}: cannot be written ({error.strerror})") from None
     return 0

@@ -4,7 +4,9 @@
 null stands for a number that is not finite.
 """
 
+import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -73,6 +75,17 @@ def unchanged_start(path: Path, length: int = 0, sha256: str | None = None) -> b
 def read(path: Path, split: str | None = None, scope: str | None = None) -> Iterator[Line]:
     """Yield the whole lines of a file, of one split and scope if they are given; none if it is absent."""
     return select(parse(raw_lines(path)), split, scope)
+
+
+def to_csv(path: Path) -> str:
+    """Return the lines of a file as CSV: a column for each name, in the order in which the names occur."""
+    lines = list(read(path))
+    table = io.StringIO()
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    writer = csv.DictWriter(table, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return table.getvalue()
 
 
 def select(lines: Iterable[Line], split: str | None, scope: str | None = None) -> Iterator[Line]:

@@ -1,10 +1,11 @@
-"""The comparison of `tests.regression`: it finds each kind of difference, and names it."""
+"""The comparison of `tests.regression` finds each kind of difference; each mutant of the parity suite applies."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
+from tests.parity.mutants import MUTANTS, ROOT, Mutant
 from tests.regression import Outcome, compare
 
 WEIGHT = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -35,3 +36,10 @@ def test_a_difference_is_named(tensors: dict[str, np.ndarray], metrics: list[byt
 
 def test_a_missing_tensor_is_named() -> None:
     assert compare(BEFORE, Outcome({"fc.weight": WEIGHT}, BEFORE.metrics)) == ["fc.bias is gone"]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mutant_changes_one_place(mutant: Mutant) -> None:
+    """The text that `tests.parity.mutants` replaces occurs once in its file."""
+    assert (ROOT / mutant.file).read_text().count(mutant.right) == 1
+    assert mutant.wrong != mutant.right

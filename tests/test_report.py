@@ -331,6 +331,12 @@ def test_long_curves_are_drawn_short() -> None:
     assert figures.smooth(steps, 5)[0] == 2
 
 
+def test_every_color_of_the_style_sheet_has_one_for_the_dark() -> None:
+    colors = set(re.findall(r"color: ([0-9a-f]{6})\b", style.STYLE.read_text()))
+    assert colors
+    assert colors <= {light.removeprefix("#") for light, _ in style.COLORS.values()}
+
+
 def test_every_colour_follows_light_and_dark() -> None:
     with style.style():
         figure, axes = style.panel("a title")

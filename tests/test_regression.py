@@ -1,4 +1,4 @@
-"""The comparison of `tests.regression` finds each kind of difference; each mutant of the parity suite applies."""
+"""`tests.regression` finds each kind of difference and names it; each mutant of the parity suite applies."""
 
 from __future__ import annotations
 

@@ -52,9 +52,9 @@ class Adam(Optimizer):
 
         value -= lr * mu_t / (1 - b1^t) / (sqrt(nu_t / (1 - b2^t)) + eps)
 
-    Both averages start at 0. If all g_s have the mean m, then E[mu_t] = (1 - b1) sum_s b1^(t-s) m =
-    (1 - b1^t) m:
-    the division removes that bias, and the other one that of nu (`docs/derivations.md`).
+    Both averages start at 0, which biases them toward 0. If every g_s has the mean m, then
+    E[mu_t] = (1 - b1) sum_s b1^(t-s) m = (1 - b1^t) m. Division by 1 - b1^t removes the bias; that of nu_t is
+    removed likewise (`docs/derivations.md`).
 
     Args:
         b1, b2: decay rates, per step, of the exponential averages of the gradients and of their squares.

@@ -38,8 +38,14 @@ def draw(study: Json, folder: Path) -> list[Path]:
 
     Returns the PNG files, in `folder`, which is that of the study.
     """
-    variants = dict.fromkeys(method.get("variant", "") for method in study["contestants"].values())
+    variants = dict.fromkeys(method.get("variant", "") for method in _methods(study).values())
     return [*draw_numbers(study, folder), *(_draw_curves(study, folder, variant) for variant in variants)]
+
+
+def _methods(study: Json) -> Json:
+    """Return the methods by name; study.json keeps the first version's key for them."""
+    methods: Json = study["contestants"]
+    return methods
 
 
 def draw_numbers(study: Json, folder: Path, prefix: str = "") -> list[Path]:
@@ -58,7 +64,7 @@ def _draw_results(study: Json) -> Any:
     """Draw the test accuracy of each seed, with the mean and its interval."""
     from matplotlib.figure import Figure
 
-    methods = {name: method for name, method in study["contestants"].items() if method["runs"]}
+    methods = {name: method for name, method in _methods(study).items() if method["runs"]}
     if not methods:
         return None
     figure = Figure(figsize=(DOCUMENT_WIDTH, 0.9 + 0.32 * len(methods)), layout="constrained")
@@ -91,7 +97,7 @@ def _draw_rates(study: Json) -> Any:
     from matplotlib.figure import Figure
 
     tuned: Curves = {}
-    for name, method in study["contestants"].items():
+    for name, method in _methods(study).items():
         trials = sorted((trial["setting"].get("lr", np.nan), _accuracy(trial)) for trial in method["tuning"])
         rates, accuracies = np.array(trials).reshape(-1, 2).T
         if len(set(rates)) > 1 and np.isfinite(rates).all():
@@ -103,9 +109,9 @@ def _draw_rates(study: Json) -> Any:
     panels = _panels(figure, tuned, title)
     for (name, (rates, accuracies)), axes in zip(tuned.items(), panels, strict=True):
         axes.plot(rates, accuracies[0], "o-", color=BLUE, ms=4)
-        chosen = study["contestants"][name]["chosen"]
+        chosen = _methods(study)[name]["chosen"]
         if chosen is not None:
-            trial = study["contestants"][name]["tuning"][chosen]
+            trial = _methods(study)[name]["tuning"][chosen]
             point = trial["setting"]["lr"], _accuracy(trial)
             axes.plot(*point, "s", mfc="none", color=ORANGE, ms=9, mew=1.6, clip_on=False)
     panels[0].set_xscale("log")
@@ -124,7 +130,7 @@ def _draw_curves(study: Json, folder: Path, variant: str) -> Path:
 
     seeds = len(study["seeds"])
     loss, accuracy, lower, upper = (Curves() for _ in range(4))
-    for name, method in study["contestants"].items():
+    for name, method in _methods(study).items():
         runs = [folder / "runs" / name / f"seed-{seed}" for seed in method["runs"]]
         if method["variant"] != variant or not runs:
             continue

@@ -313,10 +313,11 @@ def test_a_killed_process_of_the_numpy_engine_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     killed = []
+    before = set(multiprocessing.active_children())  # of an engine of an earlier test
 
     def hook(part: str, time: int, number: int) -> None:
         if (part, number) == ("train", 4):
-            process = multiprocessing.active_children()[0]
+            process = next(child for child in multiprocessing.active_children() if child not in before)
             killed.append(process.pid)
             os.kill(process.pid or 0, signal.SIGKILL)
 

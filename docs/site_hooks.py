@@ -72,6 +72,8 @@ def notebook_page(source: str, text: str) -> tuple[str, dict[str, bytes]]:
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Resolve links as in the tree, and let Markdown stand in the cells of HTML tables."""
     here = page.file.src_uri
+    if here == "index.md":
+        page.meta["hide"] = ["toc"]  # two programs stand side by side
     source = next((path for path, name in PAGES.items() if name == here), f"docs/{here}")
 
     def resolved(link: re.Match[str]) -> str:

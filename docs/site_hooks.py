@@ -35,7 +35,9 @@ PAGES = {
 """Files of the tree that become pages, and the name of each on the site. A file `docs/X` is X there."""
 
 # A block or span of code, which stays as it is, or a link or an image.
-LINK = re.compile(r"^```.*?^```|`[^`\n]*`|(?P<text>\[[^\]]*\])\((?P<path>[^)\s#]+)(?P<anchor>[^)\s]*)\)", re.S | re.M)
+LINK = re.compile(
+    r"^```.*?^```|`[^`\n]*`|(?P<text>\[[^\]]*\])\((?P<path>[^)\s#]+)(?P<anchor>[^)\s]*)\)", re.S | re.M
+)
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
 
@@ -91,6 +93,11 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 def on_page_content(content: str, **_: object) -> str:
     """Turn each equation, which MkDocs leaves in LaTeX, into MathML."""
-    return EQUATION.sub(
-        lambda match: convert(html.unescape(match[2]), display="block" if match[1] == "div" else "inline"), content
-    )
+    return EQUATION.sub(lambda match: mathml(html.unescape(match[2]), match[1] == "div"), content)
+
+
+def mathml(latex: str, block: bool) -> str:
+    """Return an equation as MathML. `align*` is the name by which latex2mathml knows `aligned`."""
+    latex = re.sub(r"(\\(?:begin|end)){aligned}", r"\1{align*}", latex)
+    result: str = convert(latex, display="block" if block else "inline")
+    return result

@@ -149,6 +149,7 @@ def test_equations_are_drawn_and_code_is_left_alone(site: Path, pages: dict[Path
         page = path.read_text("utf-8")
         assert "arithmatex" not in page, path
         assert "```" not in reader.text, path
+        assert "<blockquote" not in page, path  # ">>>" outside a section Examples
         assert "<mi>&</mi>" not in page, path  # how an unknown environment, such as `aligned`, comes out
     source = (ROOT / "docs" / "adabound.md").read_text("utf-8")
     page = (site / "adabound.html").read_text("utf-8")

@@ -176,12 +176,20 @@ def _gradients(run: RunFiles) -> Figure | None:
     figure, axes = panel("Gradient norm by layer")
     for (step, norms), color in zip(run.gradient_norms, (BLUE, ORANGE, GREEN), strict=False):
         axes.plot(list(norms.values()), "o-", color=color, ms=2.5, lw=1.2, label=f"step {step:,}")
-    stages = [layer.partition(".")[0] for layer in norms]
-    starts = [index for index, stage in enumerate(stages) if stage not in stages[:index]]
-    axes.set_xticks(starts, [stages[index] for index in starts], ha="left")
-    axes.set_xlabel("layer, from the image on")
-    if any(norm > 0 for _, norms in run.gradient_norms for norm in norms.values()):
+    layers = list(norms)
+    stages = [layer.partition(".")[0] for layer in layers]
+    starts = [
+        index for index, stage in enumerate(stages) if stages.index(stage) == index and "." in layers[index]
+    ]
+    axes.set_xticks(starts, [stages[index].removeprefix("layer") for index in starts])
+    words = f"; numbers: the start of {stages[starts[0]]} to {stages[starts[-1]]}" if starts else ""
+    axes.set_xlabel(f"layer, from {layers[0]} to {layers[-1]}{words}")
+    values = np.array([value for _, norms in run.gradient_norms for value in norms.values()])
+    if len(positive := values[np.isfinite(values) & (values > 0)]):
+        decades = np.log10([positive.min(), positive.max()])
         axes.set_yscale("log")
+        axes.set_ylim(10 ** np.floor(decades[0]), 10 ** np.ceil(decades[1] + 0.01))
+        axes.yaxis.set_minor_formatter("")
     legend(axes)
     return figure
 

@@ -14,6 +14,7 @@ from experiment.files import metrics_log, predictions, results, run_folder, weig
 from experiment.options.command_line import argv_of
 from experiment.options.config import Config
 from experiment.options.resolving import resolve
+from experiment.program import command
 
 Floats = npt.NDArray[np.float64]
 
@@ -57,7 +58,7 @@ class RunFiles:
     @property
     def words(self) -> list[str]:
         """The command line that repeats the run, in words as a shell takes them."""
-        return ["python", "train.py", *map(shlex.quote, argv_of(self.config))]
+        return [*command("train").split(), *map(shlex.quote, argv_of(self.config))]
 
     @property
     def step(self) -> int:

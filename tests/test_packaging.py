@@ -76,6 +76,8 @@ def use(script: list[str | Path], folder: Path, env: Mapping[str, str] | None = 
     output = run(*script, "predict", "weights/digit.png", cwd=folder, env=env)
     assert output.splitlines()[0].endswith("weights/digit.png")
     assert len(output.splitlines()) > 1
+    output = run(*script, "evaluate", "weights/digits-resnet8", "--framework", "numpy", cwd=folder, env=env)
+    assert "0.986" in output
     output = run(*script, "study", "studies/mnist-tenth.toml", "--report-only", cwd=folder, status=2, env=env)
     assert output.startswith("error: --run-dir: there is no runs/study-mnist-tenth;"), output
     output = run(*script, "predict", "mine", "absent.png", cwd=folder, status=2, env=env)

@@ -26,7 +26,7 @@ from experiment.files import run_folder
 from experiment.metrics import Metrics, log_softmax
 from experiment.options.command_line import Parser
 from experiment.options.config import MIN_IMAGE_SIZE, check_limits
-from experiment.program import command
+from experiment.program import command, found
 from experiment.run.completed_run import CompletedRun, add_run, open_run
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
+    options.run = found(options.run)
     run = open_run(options.run, which=options.weights, framework=options.framework, data_dir=options.data_dir)
     resize = _resize(options, run)
     changed: dict[str, Any] = {"augment": "none", **({} if resize is None else {"resize": (resize,)})}

@@ -21,7 +21,7 @@ from experiment.files import weights
 from experiment.files.identify import Network, identify
 from experiment.options.command_line import Parser
 from experiment.options.config import MODELS, check_limits, parse_image_size
-from experiment.program import command
+from experiment.program import command, found
 
 Stages = Mapping[str, np.ndarray]
 
@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     if options.dump is not None and (options.dump.exists() or not options.dump.parent.is_dir()):
         fault = "exists; remove it" if options.dump.exists() else "there is no such folder; make it"
         raise UserError(f"--dump: {options.dump}: {fault}, or give another name")
+    options.weights = found(options.weights)
     tensors, _ = weights.load_network(options.weights)
     shapes = {name: array.shape for name, array in tensors.items()}
     try:

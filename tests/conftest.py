@@ -34,7 +34,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
-# Most of the time goes into compilation. These flags take a third of it, for slower code of the same operations:
+# Most of the time goes into compilation. These flags take a third of it, for slower code of the same kind:
 # LLVM's lowest level (`train.py` has 3), fusions emitted by XLA's older code generator, one module for LLVM.
 if not ON_GPU and "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"

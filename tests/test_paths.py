@@ -35,7 +35,7 @@ COMMANDS = {
     "predict IMAGE": ("IMAGE", ["predict", ".", "{}"]),
     "prepare --data-dir": ("--data-dir", ["prepare", "mnist", "--data-dir", "{}"]),
     "report RUN": ("RUN", ["report", "{}"]),
-    "study FILE": ("FILE", ["study", "{}"]),
+    "study STUDY": ("STUDY", ["study", "{}"]),
     "study --run-dir": ("--run-dir", ["study", "a", "--run-dir", "{}"]),
     "study --data-dir": ("--data-dir", ["study", "a", "--data-dir", "{}"]),
 }

@@ -15,6 +15,7 @@ import pytest
 from experiment import program
 from experiment.commands import convert, prepare
 from experiment.errors import UserError
+from experiment.run.completed_run import open_run
 from experiment.run.outcome import resume_command
 from experiment.study import plan
 
@@ -126,11 +127,13 @@ def test_extras_are_installed_from_what_there_is(
 
 def test_shipped_files_are_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of the user's comes first, and a folder that has a study's name is no study."""
+    monkeypatch.setattr("numpy_ref.engine.core_count", lambda: 1)  # too little work to start processes for
     monkeypatch.chdir(tmp_path)
     digit = Path("weights/digit.png")
     assert program.found(digit) == program.shipped("weights") / "digit.png"
     for other in ("weights/absent.png", "weights/../pyproject.toml", "digit.png", "recipes/mine.toml"):
         assert program.found(Path(other)) == Path(other)
+    assert open_run(Path("weights/digits-resnet8"), framework="numpy").image_shape == (32, 32, 1)
     (tmp_path / "cars").mkdir()
     assert plan.read(Path("cars"), {}).name == "cars"
     assert plan.read(Path("studies/cars.toml"), {}) == plan.read(Path("cars"), {})

@@ -157,7 +157,7 @@ def replacements(pairs: Mapping[str, Pair], reference: Trace, candidate: Trace) 
     return {
         pair.candidate: to_candidate(pair, arrays[name], shapes[pair.candidate])
         for name, pair in pairs.items()
-        if pair.candidate in shapes
+        if pair.candidate in shapes and name in arrays
     }
 
 
@@ -262,14 +262,8 @@ def _departure(
     before = len(same)
     trials = 0
     for value in open_values:
-        choices = []
-        for order, other in enumerate(free):
-            found = best_axes(value.value, other.value)
-            if found is not None:
-                choices.append((_unlikeness(value.value, other.value, found[0]), order, other, found[0]))
-        choices.sort(key=lambda choice: choice[:2])
         best: tuple[int, dict[str, Pair], Trace, dict[str, Pair]] | None = None
-        for _, _, other, axes in choices[:3]:
+        for other, axes in _choices(value, free):
             trials += 1
             pair = {value.name: Pair(value.name, other.name, axes, False)}
             tried = run(replacements({**departed, **pair}, reference, trace))
@@ -286,6 +280,40 @@ def _departure(
             rest = _output_departure(reference, open_values, trace, taken, departed, run)
             return rest
     return None
+
+
+def _choices(value: Value, free: Sequence[Value]) -> list[tuple[Value, tuple[int, ...]]]:
+    """The values that may be the counterpart of one that departs: of its kind, like it, or next in order."""
+    fits = []
+    for other in free:
+        found = best_axes(value.value, other.value)
+        if found is not None:
+            fits.append((_unlikeness(value.value, other.value, found[0]), other, found[0]))
+    near = sorted(fits, key=lambda fit: fit[0])
+    kind = [fit for fit in fits if _family(fit[1].operation) == _family(value.operation)]
+    chosen = {fit[1].name: fit[1:] for fit in (*kind[:2], *near[:3], *fits[:1])}
+    return list(chosen.values())
+
+
+_FAMILIES = {
+    "convolution": ("conv",),
+    "product": ("linear", "dense", "matmul", "addmm", "mm", "bmm", "dot_general", "einsum", "__matmul__"),
+    "normalization": ("norm",),
+    "pooling": ("pool", "reduce_window"),
+    "mean": ("mean", "reduce_sum"),
+    "activation": ("relu", "gelu", "silu", "swish", "elu", "sigmoid", "logistic", "tanh", "softplus", "max"),
+    "softmax": ("softmax",),
+    "sum": ("add", "__add__", "__iadd__", "__radd__"),
+}
+
+
+def _family(operation: str) -> str:
+    """The kind of an operation, the same in all frameworks as far as names tell."""
+    name = operation.lower()
+    for family, words in _FAMILIES.items():
+        if any(word == name or (len(word) > 3 and word in name) for word in words):
+            return family
+    return name
 
 
 def _output_departure(

@@ -10,7 +10,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +23,12 @@ from parity.report import Difference, Report, Stage, Tensor
 from parity.trace import Array, Inputs, Model, ParityError, Trace, Value
 from parity.weights import Audit, audit
 
+_Pick = Callable[[Trace, str], Array | None]
+
 FACTOR = 10.0  # errors above this many times the noise depart, in float64
 FACTOR_NATIVE = 30.0  # the same in the models' own precision, where right algorithms differ more
 _EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+_TRIALS = 12  # places tried for a wrong gradient
 _LAST_BITS = (1, 2)  # seeds of the numbers moved by a last bit
 
 
@@ -90,14 +96,18 @@ class _Comparison:
         self.pairs = pairs
         self.weights = audit(self.twin, theirs, pairs)
         # Total errors: the models as they are. Errors made here: each stage on the reference's numbers.
-        self.whole = self._run_reference(), self._run_candidate()
-        self.whole_twin = self.twin, self._run_candidate(True)
-        self.alone = {True: self._alone(True), False: self._alone(False)}
+        self.whole = self._run_candidate()
+        self.whole_twin = self._run_candidate(True)
+        self.alone = {True: self._run_candidate(True, replace=self._numbers())}
         self.noise = self._noise()
-        stages = [self._stage(name, pair) for name, pair in pairs.items()]
+        departed = self._departing_gradients()
+        gradients = replacements(departed, _as_gradients(self.twin), self.whole_twin)
+        self.alone = {
+            float64: self._run_candidate(float64, replace=self._numbers(), replace_gradients=gradients)
+            for float64 in (True, False)
+        }
+        stages = [self._stage(name, pair, name in departed) for name, pair in pairs.items()]
         tensors = self._tensors()
-        unmatched = self._unmatched()
-        first = self._first_difference(stages, tensors)
         return Report(
             reference=self.reference.framework,
             candidate=self.candidate.framework,
@@ -105,8 +115,8 @@ class _Comparison:
             stages=stages,
             tensors=tensors,
             weights=self.weights,
-            unmatched=unmatched,
-            first_difference=first,
+            unmatched=self._unmatched(),
+            first_difference=self._first_difference(stages, tensors),
         )
 
     def _cotangents(self, plain: Trace) -> tuple[dict[str, Array], dict[str, Array]] | None:
@@ -129,32 +139,79 @@ class _Comparison:
         cotangents = None if self.cotangents is None else self.cotangents[1]
         return self.candidate.run(self.candidate_inputs, float64=float64, cotangents=cotangents, **replaced)
 
-    def _alone(self, float64: bool) -> tuple[Trace, Trace]:
-        """Both models, each stage on the twin's numbers: forward its inputs, backward its output's gradient."""
-        values, gradients = _numbers(self.twin, self.pairs)
-        ours = self._run_reference(float64, replace=values, replace_gradients=gradients)
-        shapes = self.whole_twin[1]
-        replace = replacements(self.pairs, self.twin, shapes)
-        replace_gradients = replacements(self.pairs, _as_gradients(self.twin), shapes)
-        theirs = self._run_candidate(float64, replace=replace, replace_gradients=replace_gradients)
-        return ours, theirs
+    def _numbers(self) -> dict[str, Array]:
+        """The twin's values in place of the candidate's."""
+        return replacements(self.pairs, self.twin, self.whole_twin)
 
     def _noise(self) -> dict[str, list[Trace]]:
-        """Runs of the reference that are as right as the twin but for last bits, each stage alone."""
-        values, gradients = _numbers(self.twin, self.pairs)
-        noisy: dict[str, list[Trace]] = {"float64": [], "native": [self.alone[False][0]], "whole": [self.whole[0]]}
+        """Runs of the reference that are as right as the twin but for last bits.
+
+        "float64" and "native": each stage on the twin's numbers, moved by last bits. "whole": the reference
+        as it is, and on inputs moved by last bits.
+        """
+        values = {value.name: value.value for value in self.twin.values if value.name in self.pairs}
+        noisy: dict[str, list[Trace]] = {"float64": [], "native": [], "whole": [self._run_reference()]}
+        noisy["native"].append(self._run_reference(False, replace=values))
         for seed in _LAST_BITS:
             rng = np.random.default_rng([self.seed, seed])
             for key, float64 in (("float64", True), ("native", False)):
                 eps = _EPS["float64" if float64 else self.native]
-                moved = [{n: _moved(a, eps, rng) for n, a in arrays.items()} for arrays in (values, gradients)]
-                inputs = _map_inputs(self.inputs, lambda a, eps=eps, rng=rng: _moved(a, eps, rng))
-                noisy[key].append(
-                    self._run_reference(float64, inputs, replace=moved[0], replace_gradients=moved[1])
-                )
-            inputs = _map_inputs(self.inputs, lambda a, rng=rng: _moved(a, _EPS[self.native], rng))
+                moved = {name: _moved(array, eps, rng) for name, array in values.items()}
+                inputs = _map_inputs(self.inputs, partial(_moved, eps=eps, rng=rng))
+                noisy[key].append(self._run_reference(float64, inputs, replace=moved))
+            inputs = _map_inputs(self.inputs, partial(_moved, eps=_EPS[self.native], rng=rng))
             noisy["whole"].append(self._run_reference(False, inputs))
         return noisy
+
+    def _departing_gradients(self) -> dict[str, Pair]:
+        """Values whose gradient the candidate computes wrongly from right gradients behind them.
+
+        Only a gradient that spoils those of inputs or parameters counts. Between them two right models may
+        differ: the derivative by a mean depends on how the variance beside it was written.
+        """
+        departed: dict[str, Pair] = {}
+        if not self.gradients:
+            return departed
+        while True:
+            wrong, right = self._gradients_compared(departed)
+            open_names = self._open_gradients(wrong, right | set(departed))
+            best: tuple[int, str] | None = None
+            for name in [value.name for value in reversed(self.twin.values) if value.name in open_names][:_TRIALS]:
+                now, _ = self._gradients_compared({**departed, name: self.pairs[name]})
+                gain = len(wrong) - len(now)
+                if gain > 0 and (best is None or gain > best[0]):
+                    best = gain, name
+            if best is None:
+                return departed
+            departed[best[1]] = self.pairs[best[1]]
+
+    def _gradients_compared(self, departed: Mapping[str, Pair]) -> tuple[set[str], set[str]]:
+        """The inputs and parameters whose gradient is wrong, and the values whose gradient is right."""
+        gradients = replacements(departed, _as_gradients(self.twin), self.whole_twin)
+        self.alone[True] = self._run_candidate(True, replace=self._numbers(), replace_gradients=gradients)
+        wrong = {tensor.reference for tensor in self._gradients_of_leaves() if tensor.departs}
+        right = set()
+        for name, pair in self.pairs.items():
+            if not self._tensor("input gradient", name, pair.candidate, pair.axes, _pick_gradient, self._floor()).departs:
+                right.add(name)
+        return wrong, right
+
+    def _open_gradients(self, wrong: set[str], right: set[str]) -> set[str]:
+        """Paired values with wrong gradients that reach a wrong leaf through such values alone."""
+        readers: dict[str, list[str]] = {}
+        for value in self.twin.values:
+            for name in (*value.inputs, *value.parameters):
+                readers.setdefault(name, []).append(value.name)
+        found: set[str] = set()
+        seen: set[str] = set()
+        waiting = list(wrong)
+        while waiting:
+            for name in readers.get(waiting.pop(), ()):
+                if name not in seen and name not in right:
+                    seen.add(name)
+                    waiting.append(name)
+                    found |= {name} & set(self.pairs)
+        return found
 
     def _tensor(
         self, what: str, name: str, other: str, axes: tuple[int, ...], pick: _Pick, floor: float = 0.0
@@ -176,13 +233,14 @@ class _Comparison:
             return max([eps, *errors])
 
         native_eps = _EPS[self.native]
-        made, made_noise = error(self.alone[True][1]), noise("float64", _EPS["float64"])
-        native, native_noise = error(self.alone[False][1]), noise("native", native_eps)
+        made, made_noise = error(self.alone[True]), noise("float64", _EPS["float64"])
+        native_noise = noise("native", native_eps)
+        native = error(self.alone[False]) if False in self.alone else 0.0
         # A constant such as 0.1 that is stored in float32 is no fault.
         allowed = max(FACTOR * made_noise, 2 * native_eps if self.native != "float64" else 0.0)
         exact = made > allowed
         coarse = not exact and native > FACTOR_NATIVE * native_noise
-        whole = error(self.whole[1])
+        whole = error(self.whole)
         return Tensor(
             what=what,
             reference=name,
@@ -196,38 +254,40 @@ class _Comparison:
             coarse=coarse,
         )
 
-    def _stage(self, name: str, pair: Pair) -> Stage:
-        value, other = _value(self.twin, name), _value(self.whole_twin[1], pair.candidate)
+    def _stage(self, name: str, pair: Pair, departs: bool) -> Stage:
+        value, other = _value(self.twin, name), _value(self.whole_twin, pair.candidate)
         forward = self._tensor("output", name, pair.candidate, pair.axes, _pick_value)
         backward = None
         if self.gradients and value.gradient is not None:
             backward = self._tensor("input gradient", name, pair.candidate, pair.axes, _pick_gradient, self._floor())
+            backward = replace(backward, departs=departs)
         return Stage(value=value, other=other, pair=pair, forward=forward, backward=backward)
 
     def _floor(self) -> float:
         """Gradients far below the largest are rounding: a bias before batch norm has none in exact arithmetic."""
-        largest = [float(np.abs(a).max(initial=0)) for a in self.twin.parameter_gradients.values()]
-        largest += [float(np.abs(a).max(initial=0)) for a in self.twin.input_gradients.values()]
-        return 1e-7 * max(largest, default=0.0)
+        gradients = (*self.twin.parameter_gradients.values(), *self.twin.input_gradients.values())
+        return 1e-7 * max((float(np.abs(array).max(initial=0)) for array in gradients), default=0.0)
+
+    def _gradients_of_leaves(self) -> list[Tensor]:
+        """The gradients of inputs and parameters."""
+        tensors, floor = [], self._floor()
+        theirs = self.whole_twin.inputs
+        for a, b in zip(self.twin.input_gradients, self.whole_twin.input_gradients, strict=False):
+            found = best_axes(self.twin.inputs[a], theirs[b])
+            if found is not None:
+                tensors.append(self._tensor("input gradient", a, b, found[0], _pick_input_gradient, floor))
+        for match in self.weights.matches:
+            if match.candidate and match.reference in self.twin.parameter_gradients:
+                names = match.reference, match.candidate
+                tensors.append(
+                    self._tensor("parameter gradient", *names, match.axes, _pick_parameter_gradient, floor)
+                )
+        return tensors
 
     def _tensors(self) -> list[Tensor]:
         """Gradients of inputs and parameters, and the state after the run."""
-        tensors = []
-        if self.gradients:
-            floor = self._floor()
-            for a, b in zip(self.twin.input_gradients, self.whole_twin[1].input_gradients, strict=False):
-                found = best_axes(self.twin.inputs[a], self.whole_twin[1].inputs[b])
-                if found is not None:
-                    tensors.append(self._tensor("input gradient", a, b, found[0], _pick_input_gradient, floor))
-            for match in self.weights.matches:
-                if match.candidate and match.reference in self.twin.parameter_gradients:
-                    tensors.append(
-                        self._tensor(
-                            "parameter gradient", match.reference, match.candidate, match.axes, _pick_parameter_gradient, floor
-                        )
-                    )
-        alone = self.alone[True]
-        for a, b, axes in _paired_state(self.alone[True][0], alone[1]):
+        tensors = self._gradients_of_leaves() if self.gradients else []
+        for a, b, axes in _paired_state(self.twin, self.alone[True]):
             tensors.append(self._tensor("statistics", a, b, axes, _pick_state))
         return tensors
 
@@ -253,7 +313,7 @@ class _Comparison:
 
     def _difference(self, tensor: Tensor, stage: Stage | None) -> Difference:
         pick = _PICKS[(tensor.what, stage is not None)]
-        trace = self.alone[not tensor.coarse][1]
+        trace = self.alone[not tensor.coarse]
         truth, array = pick(self.twin, tensor.reference), pick(trace, tensor.candidate)
         assert truth is not None
         index: tuple[int, ...] | None = None
@@ -282,8 +342,117 @@ class _Comparison:
         for match in self.weights.matches:
             if tensor.what == "parameter gradient" and match.reference == tensor.reference:
                 return match.axes
-        found = best_axes(*(np.asarray(_PICKS[(tensor.what, False)](t, n)) for t, n in ((self.twin, tensor.reference), (self.alone[True][1], tensor.candidate))))
+        found = best_axes(*(np.asarray(_PICKS[(tensor.what, False)](t, n)) for t, n in ((self.twin, tensor.reference), (self.alone[True], tensor.candidate))))
         return found[0] if found is not None else ()
 
 
-_Pick = object  # replaced below
+def _value(trace: Trace, name: str) -> Value:
+    return next(value for value in trace.values if value.name == name)
+
+
+def _pick_value(trace: Trace, name: str) -> Array | None:
+    return next((value.value for value in trace.values if value.name == name), None)
+
+
+def _pick_gradient(trace: Trace, name: str) -> Array | None:
+    """The gradient; 0 where nothing flows back."""
+    value = next((value for value in trace.values if value.name == name), None)
+    if value is None:
+        return None
+    return np.zeros(value.value.shape) if value.gradient is None else value.gradient
+
+
+def _pick_input_gradient(trace: Trace, name: str) -> Array | None:
+    return trace.input_gradients.get(name)
+
+
+def _pick_parameter_gradient(trace: Trace, name: str) -> Array | None:
+    return trace.parameter_gradients.get(name)
+
+
+def _pick_state(trace: Trace, name: str) -> Array | None:
+    return trace.state.get(name)
+
+
+_PICKS: dict[tuple[str, bool], _Pick] = {
+    ("output", True): _pick_value,
+    ("input gradient", True): _pick_gradient,
+    ("input gradient", False): _pick_input_gradient,
+    ("parameter gradient", False): _pick_parameter_gradient,
+    ("statistics", False): _pick_state,
+}
+
+
+def _as_gradients(trace: Trace) -> Trace:
+    """The trace with its gradients in place of its values; values without one are left out."""
+    values = [replace(value, value=value.gradient) for value in trace.values if value.gradient is not None]
+    return replace(trace, values=values)
+
+
+def _moved(array: Array, eps: float, rng: np.random.Generator) -> Array:
+    """Every number moved by up to half a last bit."""
+    if not np.issubdtype(array.dtype, np.floating):
+        return array
+    return np.asarray(array * (1 + eps / 2 * rng.uniform(-1, 1, array.shape)))
+
+
+def _map_inputs(inputs: Inputs, change: Callable[[Array], Array]) -> Inputs:
+    if isinstance(inputs, Mapping):
+        return {name: change(np.asarray(array)) for name, array in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(change(np.asarray(array)) for array in inputs)
+    return change(np.asarray(inputs))
+
+
+def _paired_outputs(ours: Trace, theirs: Trace) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """{reference's output: (candidate's, axes, its shape)}, in their order."""
+    if len(ours.outputs) != len(theirs.outputs):
+        raise ParityError(
+            f"the reference gives {len(ours.outputs)} outputs ({', '.join(ours.outputs)}), the candidate "
+            f"{len(theirs.outputs)} ({', '.join(theirs.outputs)}): let both return the same, in the same order"
+        )
+    pairs = {}
+    for (a, left), (b, right) in zip(ours.outputs.items(), theirs.outputs.items(), strict=True):
+        found = best_axes(left, right)
+        if found is None:
+            raise ParityError(
+                f"{a} of the reference has shape {list(left.shape)}, {b} of the candidate {list(right.shape)}, "
+                "which no order of axes makes equal: check the sizes of both models and what each is given "
+                "(candidate_inputs= for another layout)"
+            )
+        pairs[a] = b, found[0], right.shape
+    return pairs
+
+
+def _check_finite(ours: Trace, theirs: Trace, outputs: Mapping[str, tuple[str, Any, Any]]) -> None:
+    """Refuse a reference without finite numbers: nothing can be compared with it."""
+    for name, array in ours.outputs.items():
+        if not np.isfinite(array).all():
+            first = next((v.name for v in ours.values if not np.isfinite(v.value).all()), name)
+            raise ParityError(
+                f"the reference itself gives NaN or infinity, first at {first}: give other inputs or weights"
+            )
+
+
+def _paired_state(ours: Trace, theirs: Trace) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Running statistics of both, by equal numbers, then by shape in their order."""
+    pairs: dict[str, tuple[str, str, tuple[int, ...]]] = {}
+    taken: set[str] = set()
+    for limit in (1e-6, np.inf):
+        for a, left in ours.state.items():
+            fits = [] if a in pairs else [
+                (found[1], index, b, found[0])
+                for index, (b, right) in enumerate(theirs.state.items())
+                if b not in taken and (found := best_axes(left, right)) is not None and found[1] <= limit
+            ]
+            if fits and left.size > 1:
+                _, _, b, axes = min(fits, key=lambda fit: (fit[0] > 1e-6, _kind(fit[2]) != _kind(a), fit[1]))
+                pairs[a] = a, b, axes
+                taken.add(b)
+    return [pairs[a] for a in ours.state if a in pairs]
+
+
+def _kind(name: str) -> str:
+    """Mean or variance, as far as a name tells."""
+    last = name.rpartition(".")[2]
+    return "var" if "var" in last else "mean" if "mean" in last else last

@@ -360,17 +360,16 @@ class _Tape:
     def backward(self) -> None:
         """Go through the operations from the last to the first and add up the gradients."""
         for operands, pullback, outs in reversed(self._steps):
-            if all(out.gradient is None for out in outs):
+            given = [self.replace_gradients.get(out.name) if id(out) in self._by_cell else None for out in outs]
+            if all(out.gradient is None and array is None for out, array in zip(outs, given, strict=True)):
                 continue
             cotangents = []
-            for out in outs:
-                gradient = out.gradient
+            for out, array in zip(outs, given, strict=True):
+                gradient = out.gradient if array is None else jnp.asarray(array, out.array.dtype)
                 if not _is_float(out.array):
                     gradient = np.zeros(out.array.shape, jax.dtypes.float0)
                 elif gradient is None:
                     gradient = jnp.zeros(out.array.shape, out.array.dtype)
-                elif out.name in self.replace_gradients and id(out) in self._by_cell:
-                    gradient = jnp.asarray(self.replace_gradients[out.name], out.array.dtype)
                 cotangents.append(gradient)
             for operand, gradient in zip(operands, pullback(cotangents), strict=True):
                 gradient = gradient.astype(operand.array.dtype)

@@ -16,7 +16,8 @@ import numpy as np
 from parity.trace import Array, Trace, Value
 
 SAME = 1e-6  # of float64 twins: two values this near, relative to the largest magnitude, are the same
-_TRIALS = 10  # pairs tried for a value that departs
+_TRIALS = 24  # pairs tried for a value that departs
+_UNLIKE = 0.4  # values less like each other than this are tried only if they are of one kind
 _ROUNDS = 60  # faults, one after the other, before the search ends
 _SUMS = 8  # random projections that tell values apart
 
@@ -92,7 +93,11 @@ def _orders(rank: int) -> list[tuple[int, ...]]:
         return [tuple(range(rank))]
     usual = [tuple(range(rank))]
     if rank >= 3:
-        usual += [(0, rank - 1, *range(1, rank - 1)), (0, *range(2, rank), 1), (*range(1, rank - 1), rank - 1, 0)]
+        usual += [
+            (0, rank - 1, *range(1, rank - 1)),
+            (0, *range(2, rank), 1),
+            (*range(1, rank - 1), rank - 1, 0),
+        ]
     if rank == 3:
         usual += [(2, 0, 1), (1, 2, 0)]
     return list(dict.fromkeys([*usual, *itertools.permutations(range(rank))]))
@@ -189,7 +194,9 @@ def _same_values(reference: Trace, trace: Trace, departed: Mapping[str, Pair]) -
                 continue
             found = best_axes(value.value, other.value)
             if found is not None and found[1] <= SAME:
-                fits.append((_gradient_distance(value, other, found[0]), position <= last, position, other, found[0]))
+                fits.append(
+                    (_gradient_distance(value, other, found[0]), position <= last, position, other, found[0])
+                )
         if fits:
             _, _, position, other, axes = min(fits, key=lambda fit: fit[:3])
             same[value.name] = Pair(value.name, other.name, axes, True)
@@ -238,8 +245,14 @@ def _same_kind(
         return None
     taken = {p.candidate for p in (*same.values(), *departed.values())}
     ours = [value for value in open_values if kinds[value.name] == first]
-    theirs = [v for v in trace.values if v.name not in taken and (v.operation, v.is_module) == (second.operation, second.is_module)]
-    if len(ours) != len(theirs) or any(best_axes(a.value, b.value) is None for a, b in zip(ours, theirs, strict=True)):
+    theirs = [
+        v
+        for v in trace.values
+        if v.name not in taken and (v.operation, v.is_module) == (second.operation, second.is_module)
+    ]
+    if len(ours) != len(theirs) or any(
+        best_axes(a.value, b.value) is None for a, b in zip(ours, theirs, strict=True)
+    ):
         return None
     pairs = {a.name: _pair(a, b) for a, b in zip(ours, theirs, strict=True)}
     tried = run(replacements({**departed, **pairs}, reference, trace))
@@ -291,7 +304,8 @@ def _choices(value: Value, free: Sequence[Value]) -> list[tuple[Value, tuple[int
             fits.append((_unlikeness(value.value, other.value, found[0]), other, found[0]))
     near = sorted(fits, key=lambda fit: fit[0])
     kind = [fit for fit in fits if _family(fit[1].operation) == _family(value.operation)]
-    chosen = {fit[1].name: fit[1:] for fit in (*kind[:2], *near[:3], *fits[:1])}
+    near = [fit for fit in near if fit[0] < _UNLIKE]
+    chosen = {fit[1].name: fit[1:] for fit in (*kind[:2], *near[:3])}
     return list(chosen.values())
 
 

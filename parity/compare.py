@@ -19,9 +19,10 @@ import numpy as np
 
 from parity.alignment import Pair, align, best_axes, largest_error, replacements, squeeze, to_reference
 from parity.causes import Cause, Departure
+from parity.causes.search import find_cause
 from parity.report import Difference, Report, Stage, Tensor
 from parity.trace import Array, Inputs, Model, ParityError, Trace, Value
-from parity.weights import Audit, audit
+from parity.weights import audit, segment, stage_parameters
 
 _Pick = Callable[[Trace, str], Array | None]
 
@@ -130,7 +131,9 @@ class _Comparison:
             theirs[b] = squeeze(ours[a]).transpose(np.argsort(axes)).reshape(shape)
         return ours, theirs
 
-    def _run_reference(self, float64: bool = False, inputs: Inputs = None, **replaced: Mapping[str, Array]) -> Trace:
+    def _run_reference(
+        self, float64: bool = False, inputs: Inputs = None, **replaced: Mapping[str, Array]
+    ) -> Trace:
         cotangents = None if self.cotangents is None else self.cotangents[0]
         inputs = self.inputs if inputs is None else inputs
         return self.reference.run(inputs, float64=float64, cotangents=cotangents, **replaced)
@@ -176,7 +179,9 @@ class _Comparison:
             wrong, right = self._gradients_compared(departed)
             open_names = self._open_gradients(wrong, right | set(departed))
             best: tuple[int, str] | None = None
-            for name in [value.name for value in reversed(self.twin.values) if value.name in open_names][:_TRIALS]:
+            for name in [value.name for value in reversed(self.twin.values) if value.name in open_names][
+                :_TRIALS
+            ]:
                 now, _ = self._gradients_compared({**departed, name: self.pairs[name]})
                 gain = len(wrong) - len(now)
                 if gain > 0 and (best is None or gain > best[0]):
@@ -192,7 +197,9 @@ class _Comparison:
         wrong = {tensor.reference for tensor in self._gradients_of_leaves() if tensor.departs}
         right = set()
         for name, pair in self.pairs.items():
-            if not self._tensor("input gradient", name, pair.candidate, pair.axes, _pick_gradient, self._floor()).departs:
+            if not self._tensor(
+                "input gradient", name, pair.candidate, pair.axes, _pick_gradient, self._floor()
+            ).departs:
                 right.add(name)
         return wrong, right
 
@@ -229,7 +236,11 @@ class _Comparison:
             return largest_error(truth, squeeze(array).transpose(axes).reshape(truth.shape), scale)
 
         def noise(key: str, eps: float) -> float:
-            errors = [largest_error(truth, array, scale) for t in self.noise[key] if (array := pick(t, name)) is not None]
+            errors = [
+                largest_error(truth, array, scale)
+                for t in self.noise[key]
+                if (array := pick(t, name)) is not None
+            ]
             return max([eps, *errors])
 
         native_eps = _EPS[self.native]
@@ -259,7 +270,9 @@ class _Comparison:
         forward = self._tensor("output", name, pair.candidate, pair.axes, _pick_value)
         backward = None
         if self.gradients and value.gradient is not None:
-            backward = self._tensor("input gradient", name, pair.candidate, pair.axes, _pick_gradient, self._floor())
+            backward = self._tensor(
+                "input gradient", name, pair.candidate, pair.axes, _pick_gradient, self._floor()
+            )
             backward = replace(backward, departs=departs)
         return Stage(value=value, other=other, pair=pair, forward=forward, backward=backward)
 
@@ -297,52 +310,116 @@ class _Comparison:
         return [value.name for value in self.twin.values if value.is_module and value.name not in paired]
 
     def _first_difference(self, stages: Sequence[Stage], tensors: Sequence[Tensor]) -> Difference | None:
+        """The first departing stage forward, else the last backward, else the first of the other tensors."""
         for stage in stages:
             if stage.forward.departs:
-                return self._difference(stage.forward, stage)
+                return self._weight_fault(stage) or self._difference(stage.forward, stage)
         for stage in reversed(stages):
-            # The gradient of a stage is made by the operations behind it.
             if stage.backward is not None and stage.backward.departs:
-                return self._difference(stage.backward, stage)
+                return self._difference(stage.backward, self._reader(stage, stages))
         for tensor in tensors:
             if tensor.departs:
-                return self._difference(tensor, None)
+                return self._difference(tensor, self._reader_of(tensor.reference, stages))
+        return None
+
+    def _weight_fault(self, stage: Stage) -> Difference | None:
+        """A parameter of a departing stage that is not the reference's."""
+        read = stage_parameters(self.twin, stage.value.name, set(self.pairs))
         for fault in self.weights.faults:
-            return Difference("parameter", fault.reference, fault.candidate, fault.error, 0.0, None, fault.sentence, "")
+            if fault.reference in read:
+                where = stage.other.where
+                return Difference(
+                    "parameter",
+                    fault.reference,
+                    fault.candidate,
+                    fault.error,
+                    0.0,
+                    None,
+                    fault.sentence,
+                    where,
+                    fault.id,
+                )
+        return None
+
+    def _reader(self, stage: Stage, stages: Sequence[Stage]) -> Stage:
+        """The stage that reads a value: its backward pass makes the gradient of that value."""
+        return self._reader_of(stage.value.name, stages) or stage
+
+    def _reader_of(self, name: str, stages: Sequence[Stage]) -> Stage | None:
+        """The first paired stage that reads a value, an input or a parameter."""
+        for stage in stages:
+            inside = segment(self.twin, stage.value.name, set(self.pairs))
+            if any(name in (*value.inputs, *value.parameters) for value in inside):
+                return stage
         return None
 
     def _difference(self, tensor: Tensor, stage: Stage | None) -> Difference:
-        pick = _PICKS[(tensor.what, stage is not None)]
-        trace = self.alone[not tensor.coarse]
-        truth, array = pick(self.twin, tensor.reference), pick(trace, tensor.candidate)
+        """Describe a tensor that departs, with its cause. `stage` made it."""
+        is_value = tensor.reference in self.pairs
+        pick = _PICKS[(tensor.what, is_value)]
+        truth, array = (
+            pick(self.twin, tensor.reference),
+            pick(self.alone[not tensor.coarse], tensor.candidate),
+        )
         assert truth is not None
-        index: tuple[int, ...] | None = None
-        axes = self._axes(tensor, stage)
+        index, aligned = None, np.zeros(truth.shape)
         if array is not None:
-            array = squeeze(array).transpose(axes).reshape(truth.shape)
+            aligned = squeeze(array).transpose(self._axes(tensor, truth, array)).reshape(truth.shape)
             with np.errstate(invalid="ignore"):
-                apart = np.nan_to_num(np.abs(truth - array), nan=np.inf)
+                apart = np.nan_to_num(np.abs(truth - aligned), nan=np.inf)
             index = tuple(int(i) for i in np.unravel_index(int(apart.argmax()), truth.shape))
-        cause = None
-        where = stage.other.where if stage is not None else ""
+        cause = None if stage is None else self._cause(tensor, stage, truth, aligned)
+        name, other = tensor.reference, tensor.candidate
+        if is_value and tensor.what == "input gradient" and stage is not None:
+            name, other = stage.value.name, stage.other.name
         return Difference(
             what=tensor.what,
-            reference=tensor.reference,
-            candidate=tensor.candidate,
+            reference=name,
+            candidate=other,
             error=tensor.made_here,
             noise=tensor.allowed / (FACTOR_NATIVE if tensor.coarse else FACTOR),
             index=index,
-            cause=cause,
-            where=where,
+            cause=None if cause is None else cause.sentence,
+            where=stage.other.where if stage is not None else "",
+            cause_id="" if cause is None else cause.id,
         )
 
-    def _axes(self, tensor: Tensor, stage: Stage | None) -> tuple[int, ...]:
-        if stage is not None:
-            return stage.pair.axes
+    def _cause(self, tensor: Tensor, stage: Stage, truth: Array, array: Array) -> Cause | None:
+        """Try the hypotheses on the stage alone."""
+        ours = segment(self.twin, stage.value.name, set(self.pairs))
+        candidates = {pair.candidate for pair in self.pairs.values()}
+        read = dict.fromkeys(name for value in ours for name in value.inputs)
+        arrays = {**self.twin.inputs, **{value.name: value.value for value in self.twin.values}}
+        inside = {value.name for value in ours}
+        module = stage.value.module
+        other = _pick_value(self.alone[not tensor.coarse], stage.pair.candidate)
+        assert other is not None
+        departure = Departure(
+            what=tensor.what,
+            reference=stage.value,
+            candidate=stage.other,
+            segment=tuple(segment(self.whole_twin, stage.pair.candidate, candidates)),
+            inputs={name: arrays[name] for name in read if name in arrays and name not in inside},
+            parameters={p: self.twin.parameters[p] for value in ours for p in value.parameters},
+            state={n: a for n, a in self.twin.state_before.items() if module and n.startswith(f"{module}.")},
+            output=stage.value.value,
+            candidate_output=to_reference(stage.pair, other, stage.value.value.shape),
+            gradient=stage.value.gradient,
+            result=truth,
+            candidate_result=array,
+            result_name=tensor.reference,
+            noise=tensor.allowed / FACTOR,
+            train=bool(stage.value.attributes.get("training", False)),
+        )
+        return find_cause(departure)
+
+    def _axes(self, tensor: Tensor, truth: Array, array: Array) -> tuple[int, ...]:
+        if tensor.reference in self.pairs:
+            return self.pairs[tensor.reference].axes
         for match in self.weights.matches:
             if tensor.what == "parameter gradient" and match.reference == tensor.reference:
                 return match.axes
-        found = best_axes(*(np.asarray(_PICKS[(tensor.what, False)](t, n)) for t, n in ((self.twin, tensor.reference), (self.alone[True], tensor.candidate))))
+        found = best_axes(truth, array)
         return found[0] if found is not None else ()
 
 
@@ -440,11 +517,15 @@ def _paired_state(ours: Trace, theirs: Trace) -> list[tuple[str, str, tuple[int,
     taken: set[str] = set()
     for limit in (1e-6, np.inf):
         for a, left in ours.state.items():
-            fits = [] if a in pairs else [
-                (found[1], index, b, found[0])
-                for index, (b, right) in enumerate(theirs.state.items())
-                if b not in taken and (found := best_axes(left, right)) is not None and found[1] <= limit
-            ]
+            fits = (
+                []
+                if a in pairs
+                else [
+                    (found[1], index, b, found[0])
+                    for index, (b, right) in enumerate(theirs.state.items())
+                    if b not in taken and (found := best_axes(left, right)) is not None and found[1] <= limit
+                ]
+            )
             if fits and left.size > 1:
                 _, _, b, axes = min(fits, key=lambda fit: (fit[0] > 1e-6, _kind(fit[2]) != _kind(a), fit[1]))
                 pairs[a] = a, b, axes

@@ -77,7 +77,11 @@ class JaxModel(Model):
 
     def precision(self) -> str:
         """See `Model`."""
-        types = Counter(str(np.asarray(a).dtype) if not hasattr(a, "dtype") else str(a.dtype) for a in self._params.values() if _is_float(a))
+        types = Counter(
+            str(np.asarray(a).dtype) if not hasattr(a, "dtype") else str(a.dtype)
+            for a in self._params.values()
+            if _is_float(a)
+        )
         return types.most_common(1)[0][0] if types else "float32"
 
     def run(
@@ -97,9 +101,13 @@ class JaxModel(Model):
             args, kwargs = _arguments(inputs, lambda a: _cast(np.asarray(a), dtype))
             params, state = ({k: cast(v) for k, v in tree.items()} for tree in (self._params, self._state))
             jaxpr, out_tree = self._trace(params, state, args, kwargs)
-            tape = _Tape(float64, cotangents is not None, replace or {}, replace_gradients or {}, self._attributes)
+            tape = _Tape(
+                float64, cotangents is not None, replace or {}, replace_gradients or {}, self._attributes
+            )
             named = _named_inputs(args, kwargs)
-            cells = [_Cell(a, parameters=frozenset([n]), wants_gradient=_is_float(a)) for n, a in params.items()]
+            cells = [
+                _Cell(a, parameters=frozenset([n]), wants_gradient=_is_float(a)) for n, a in params.items()
+            ]
             parameter_cells = dict(zip(params, cells, strict=True))
             cells += [_Cell(a) for a in state.values()]
             input_cells = {name: _Cell(a, name=name, wants_gradient=_is_float(a)) for name, a in named}
@@ -119,7 +127,9 @@ class JaxModel(Model):
             return Trace(
                 values=[_value(record, with_gradients) for record in tape.records],
                 outputs={name: _numpy(cell.array) for name, cell in outputs.items()},
-                output_values={name: cell.name if cell.name not in named else "" for name, cell in outputs.items()},
+                output_values={
+                    name: cell.name if cell.name not in named else "" for name, cell in outputs.items()
+                },
                 inputs={name: _numpy(cell.array) for name, cell in floats.items()},
                 input_gradients={n: _gradient(c) for n, c in floats.items()} if with_gradients else {},
                 parameters={name: _numpy(parameter_cells[name].array) for name in order},
@@ -129,6 +139,7 @@ class JaxModel(Model):
                     if with_gradients and parameter_cells[name].wants_gradient
                 },
                 state={n: _numpy(c.array) for n, c in new_state.items() if _is_float(c.array)},
+                state_before={n: _numpy(a) for n, a in state.items() if _is_float(a)},
             )
 
     def _trace(self, params: Tree, state: Tree, args: Any, kwargs: Any) -> tuple[ClosedJaxpr, Any]:
@@ -168,7 +179,9 @@ class _Tape:
         self._by_cell: dict[int, _Record] = {}
         self._by_name: dict[str, _Record] = {}
 
-    def evaluate(self, jaxpr: Jaxpr, consts: Sequence[_Cell], arguments: Sequence[_Cell], scope: str) -> list[_Cell]:
+    def evaluate(
+        self, jaxpr: Jaxpr, consts: Sequence[_Cell], arguments: Sequence[_Cell], scope: str
+    ) -> list[_Cell]:
         """Compute a jaxpr; `scope` is the module in which it stands."""
         cells = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
 
@@ -205,7 +218,11 @@ class _Tape:
     def _while(self, params: Mapping[str, Any], operands: list[_Cell], module: str) -> list[_Cell]:
         test, body = params["cond_jaxpr"], params["body_jaxpr"]
         split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-        test_consts, body_consts, carry = operands[: split[0]], operands[split[0] : split[1]], operands[split[1] :]
+        test_consts, body_consts, carry = (
+            operands[: split[0]],
+            operands[split[0] : split[1]],
+            operands[split[1] :],
+        )
         consts = [[_Cell(c) for c in closed.consts] for closed in (test, body)]
         for _ in range(100_000):
             tried = _Tape(self.float64, False, {}, {}, {})
@@ -265,7 +282,9 @@ class _Tape:
                 continue
             self.used.update(dict.fromkeys(weights))
             if _is_float(out.array):
-                kind = name if name not in ("custom_jvp_call", "custom_vjp_call") else _function_name(equation)
+                kind = (
+                    name if name not in ("custom_jvp_call", "custom_vjp_call") else _function_name(equation)
+                )
                 self._record(out, kind, module, read, weights, _where(equation), _plain(params), index)
             else:
                 out.name = next(operand.name for operand in operands if operand.name)
@@ -278,11 +297,15 @@ class _Tape:
         arrays = [operand.array for operand in operands]
         if promote and any(_is_float(a) and a.dtype == np.float64 for a in arrays if hasattr(a, "dtype")):
             arrays = [_cast(a, np.float64) if _is_float(a) else a for a in arrays]
-        parameters = frozenset().union(*(operand.parameters for operand in operands)) if operands else frozenset()
+        parameters = (
+            frozenset().union(*(operand.parameters for operand in operands)) if operands else frozenset()
+        )
         parameters = frozenset() if any(operand.name for operand in operands) else parameters
         wanted = [i for i, operand in enumerate(operands) if operand.wants_gradient and _is_float(arrays[i])]
         if not (self.gradients and wanted):
-            outs = [_Cell(out, parameters=parameters, wants_gradient=bool(wanted)) for out in compute(*arrays)]
+            outs = [
+                _Cell(out, parameters=parameters, wants_gradient=bool(wanted)) for out in compute(*arrays)
+            ]
         else:
 
             def of_wanted(*floats: Any) -> list[Any]:
@@ -360,7 +383,9 @@ class _Tape:
     def backward(self) -> None:
         """Go through the operations from the last to the first and add up the gradients."""
         for operands, pullback, outs in reversed(self._steps):
-            given = [self.replace_gradients.get(out.name) if id(out) in self._by_cell else None for out in outs]
+            given = [
+                self.replace_gradients.get(out.name) if id(out) in self._by_cell else None for out in outs
+            ]
             if all(out.gradient is None and array is None for out, array in zip(outs, given, strict=True)):
                 continue
             cotangents = []
@@ -395,7 +420,9 @@ def jax_model(f: Callable[..., Any], params: Tree, state: Tree = None) -> Model:
         tree = jax.tree.unflatten(structure, list(flat.values()))
         if state is None:
             return f(tree, *args, **kwargs), {}
-        output, after = f(tree, jax.tree.unflatten(state_structure, list(flat_state.values())), *args, **kwargs)
+        output, after = f(
+            tree, jax.tree.unflatten(state_structure, list(flat_state.values())), *args, **kwargs
+        )
         return output, _flat(after)[0]
 
     return JaxModel(apply, leaves, state_leaves)
@@ -471,7 +498,9 @@ def linen_model(module: Any, variables: Mapping[str, Any], **kwargs: Any) -> Mod
 @contextlib.contextmanager
 def _wrapped(types: set[type], paths: Mapping[int, str]) -> Iterator[None]:
     """Context in which the modules of a model name the values that they return."""
-    originals = {kind: kind.__dict__.get("__call__") for kind in types if callable(getattr(kind, "__call__", None))}
+    originals = {
+        kind: kind.__dict__.get("__call__") for kind in types if callable(getattr(kind, "__call__", None))
+    }
 
     def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -514,7 +543,9 @@ def _where(equation: Any) -> str:
     """File and line of the user's own code that made an operation."""
     traceback = equation.source_info.traceback
     for frame in traceback.frames if traceback is not None else ():
-        if not any(library in frame.file_name for library in _LIBRARIES) and not frame.file_name.startswith("<"):
+        if not any(library in frame.file_name for library in _LIBRARIES) and not frame.file_name.startswith(
+            "<"
+        ):
             return f"{os.path.basename(frame.file_name)}:{frame.line_num}"
     return ""
 
@@ -580,7 +611,9 @@ def _is_float(array: Any) -> bool:
 
 def _cast(array: Any, dtype: Any) -> Any:
     """A floating-point array in another precision; any other array as it is."""
-    return jnp.asarray(array, dtype) if _is_float(array) else jnp.asarray(array) if not _is_key(array) else array
+    return (
+        jnp.asarray(array, dtype) if _is_float(array) else jnp.asarray(array) if not _is_key(array) else array
+    )
 
 
 def _is_key(array: Any) -> bool:
@@ -601,4 +634,6 @@ def _value(record: _Record, gradients: bool) -> Value:
     fields = dict(record.fields)
     array = _numpy(fields.pop("array"))
     gradient = record.cell.gradient
-    return Value(value=array, gradient=None if gradient is None or not gradients else _numpy(gradient), **fields)
+    return Value(
+        value=array, gradient=None if gradient is None or not gradients else _numpy(gradient), **fields
+    )

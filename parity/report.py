@@ -78,7 +78,11 @@ class Difference:
     cause_id: str = ""
 
     def __str__(self) -> str:
-        names = self.reference if self.reference == self.candidate else f"{self.reference} (candidate: {self.candidate})"
+        names = (
+            self.reference
+            if self.reference == self.candidate
+            else f"{self.reference} (candidate: {self.candidate})"
+        )
         place = f", at {self.where}" if self.where else ""
         size = f"off by {self.error:.1e} of its largest magnitude, noise {self.noise:.1e}"
         at = f", most at {list(self.index)}" if self.index is not None else ""
@@ -121,14 +125,18 @@ class Report:
         rows = [title]
         for stage in self.stages:
             forward, backward = stage.forward, stage.backward
-            gradient = "" if backward is None else f"{backward.made_here:.0e}{'!' if backward.departs else ' '}"
+            gradient = (
+                "" if backward is None else f"{backward.made_here:.0e}{'!' if backward.departs else ' '}"
+            )
             mark = "!" if forward.departs else " "
             rows.append(
                 f"{_short(stage.value.name):<32}{_short(stage.other.name):<32}{forward.error:>9.0e}"
                 f"{forward.noise:>9.0e}{forward.made_here:>10.0e}{mark}{gradient:>10}"
             )
         departing = [tensor for tensor in self.tensors if tensor.departs]
-        rows += [f"{t.what} of {t.reference}: {t.made_here:.1e}, allowed {t.allowed:.1e} !" for t in departing]
+        rows += [
+            f"{t.what} of {t.reference}: {t.made_here:.1e}, allowed {t.allowed:.1e} !" for t in departing
+        ]
         rows += [f"not found in the candidate: {', '.join(self.unmatched)}"] if self.unmatched else []
         rows += self.notes
         return "\n".join([*rows, "", self.verdict])
@@ -137,7 +145,9 @@ class Report:
     def verdict(self) -> str:
         """The result in a sentence or two."""
         if self.first_difference is None:
-            return f"The models agree: {len(self.stages)} stages, {len(self.tensors)} gradients and statistics."
+            return (
+                f"The models agree: {len(self.stages)} stages, {len(self.tensors)} gradients and statistics."
+            )
         return str(self.first_difference)
 
     def save(self, path: str | Path) -> None:

@@ -61,6 +61,7 @@ class Trace:
         parameters: by name, in the order of their first use.
         parameter_gradients: by name; 0 where a parameter has no effect; empty without gradients.
         state: running statistics and other state after the run, by name.
+        state_before: the same before the run.
     """
 
     values: Sequence[Value]
@@ -71,6 +72,7 @@ class Trace:
     parameters: Mapping[str, Array]
     parameter_gradients: Mapping[str, Array]
     state: Mapping[str, Array]
+    state_before: Mapping[str, Array] = field(default_factory=dict)
 
 
 class Model(abc.ABC):

@@ -113,7 +113,9 @@ def _fits(a: Array, b: Array, axes: tuple[int, ...]) -> bool:
 def _usual_axes(found: Mapping[str, Match], ours: Mapping[str, Array], rank: int) -> tuple[int, ...] | None:
     """The order of axes that most equal parameters of this rank have."""
     counts = Counter(
-        match.axes for name, match in found.items() if match.equal and ours[name].ndim == rank == len(match.axes)
+        match.axes
+        for name, match in found.items()
+        if match.equal and ours[name].ndim == rank == len(match.axes)
     )
     return counts.most_common(1)[0][0] if counts else None
 
@@ -128,7 +130,15 @@ def _faults(
     """What looks wrong with one parameter."""
     name, other = match.reference, match.candidate
     if not other:
-        return [WeightFault(name, "", float("inf"), f"the candidate has no parameter like {name} {list(ours[name].shape)}", "missing-parameter")]
+        return [
+            WeightFault(
+                name,
+                "",
+                float("inf"),
+                f"the candidate has no parameter like {name} {list(ours[name].shape)}",
+                "missing-parameter",
+            )
+        ]
     if match.equal:
         return _equal_faults(match, matches, ours, theirs, stages)
     truth = squeeze(ours[name])
@@ -137,11 +147,17 @@ def _faults(
     error = largest_error(truth, array)
     for precision, rounding in _ROUNDED.items():
         relative = np.abs(truth - array) / np.maximum(np.abs(truth), 1e-300)
-        if np.median(relative) > 0 and relative.max(initial=0) <= 2 * rounding * 1.01 and np.median(relative) > rounding / 64:
+        if (
+            np.median(relative) > 0
+            and relative.max(initial=0) <= 2 * rounding * 1.01
+            and np.median(relative) > rounding / 64
+        ):
             sentence = f"{other} is {name} rounded to {precision}: load it in its own precision"
             return [WeightFault(name, other, error, sentence, "weight-of-lower-precision")]
     if array.size and np.ptp(array) == 0 and np.ptp(truth) > 0:
-        sentence = f"{other} is {array.reshape(-1)[0]:g} everywhere, {name} is not: it was left at its initial value"
+        sentence = (
+            f"{other} is {array.reshape(-1)[0]:g} everywhere, {name} is not: it was left at its initial value"
+        )
         return [WeightFault(name, other, error, sentence, "weight-not-loaded")]
     flat = truth.reshape(-1), array.reshape(-1)
     dot = float(flat[0] @ flat[0])
@@ -165,7 +181,9 @@ def _equal_faults(
     """A parameter with the right numbers that is transposed unlike the others, or read at another place."""
     name, other = match.reference, match.candidate
     rank = squeeze(ours[name]).ndim
-    peers = [m for m in matches if m.equal and m.reference != name and squeeze(ours[m.reference]).ndim == rank]
+    peers = [
+        m for m in matches if m.equal and m.reference != name and squeeze(ours[m.reference]).ndim == rank
+    ]
     usual = Counter(m.axes for m in peers).most_common(1)
     if rank > 1 and len(peers) > 1 and usual[0][0] != match.axes and usual[0][1] > len(peers) / 2:
         shape = squeeze(theirs[other]).shape
@@ -177,6 +195,8 @@ def _equal_faults(
         place = next((left for left, right in stages if other in right), [])
         like = [p for p in place if ours[p].shape == ours[name].shape]
         if like:
-            sentence = f"{other}, which has the numbers of {name}, is where {like[0]} belongs: they are swapped"
+            sentence = (
+                f"{other}, which has the numbers of {name}, is where {like[0]} belongs: they are swapped"
+            )
             return [WeightFault(name, other, float("inf"), sentence, "weights-swapped")]
     return []

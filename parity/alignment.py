@@ -303,9 +303,11 @@ def _choices(value: Value, free: Sequence[Value]) -> list[tuple[Value, tuple[int
         if found is not None:
             fits.append((_unlikeness(value.value, other.value, found[0]), other, found[0]))
     near = sorted(fits, key=lambda fit: fit[0])
-    kind = [fit for fit in fits if _family(fit[1].operation) == _family(value.operation)]
     near = [fit for fit in near if fit[0] < _UNLIKE]
-    chosen = {fit[1].name: fit[1:] for fit in (*kind[:2], *near[:3])}
+    kind = [fit for fit in fits if _family(fit[1].operation) == _family(value.operation)][:2]
+    names = {fit[1].name for fit in kind}
+    behind = [fit for fit in fits if names & set(fit[1].inputs)][:2]  # the bias is added to a product
+    chosen = {fit[1].name: fit[1:] for fit in (*kind[:1], *behind, *near[:3], *kind[1:])}
     return list(chosen.values())
 
 

@@ -10,7 +10,7 @@ from parity.trace import Inputs
 
 
 def named_leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Yield what tuples, lists, mappings and dataclasses contain, None left out: "output.0", "output.logits"."""
+    """Yield what tuples, lists, mappings and dataclasses contain, but None: "output.0", "output.logits"."""
     if isinstance(tree, Mapping):
         items = [(str(key), value) for key, value in tree.items()]
     elif isinstance(tree, tuple | list):

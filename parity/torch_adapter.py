@@ -106,7 +106,7 @@ class TorchModel(Model):
 
 
 def _forward(module: torch.nn.Module, recorder: Recorder, args: Any, kwargs: Any) -> Any:
-    """Run the module on views of the inputs, which it may change in place."""
+    """Run the module on copies of the inputs, which it may change in place."""
 
     def given(name: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -116,7 +116,7 @@ def _forward(module: torch.nn.Module, recorder: Recorder, args: Any, kwargs: Any
         return value
 
     names = list(named_arguments(args, kwargs))
-    args = tuple(given(name, value) for name, value in zip(names, args, strict=False))
+    args = tuple(map(given, names, args))
     kwargs = {key: given(name, kwargs[key]) for name, key in zip(names[len(args) :], kwargs, strict=True)}
     try:
         with recorder:
@@ -172,13 +172,12 @@ def _tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
 @contextlib.contextmanager
 def _as_found(device: torch.device) -> Iterator[None]:
     """Context after which random states and the default type are what they were."""
-    python, numpy, default = random.getstate(), np.random.get_state(), torch.get_default_dtype()
+    python, default = random.getstate(), torch.get_default_dtype()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         random.setstate(python)
-        np.random.set_state(numpy)
         torch.set_default_dtype(default)
 
 

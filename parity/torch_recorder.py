@@ -9,47 +9,31 @@ read: an unknown tensor by its `grad_fn`, a changed one by its version.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
-import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from parity.nesting import is_plain, named_leaves, unique_name
+from parity.torch_functions import (
+    FACTORIES,
+    METADATA,
+    OPENED,
+    SAME,
+    attributes_of,
+    changes_first,
+    node_operation,
+    operation_name,
+    widened,
+)
 from parity.trace import Array, ParityError, Value
 
-# These return what they are given: in another precision, place or shape without a change of order.
-_SAME = {"alias", "broadcast_to", "clone", "contiguous", "cpu", "cuda", "data", "detach", "dropout", "expand"}
-_SAME |= {"expand_as", "squeeze", "to", "type", "type_as", "unsqueeze"}
-_NARROWER = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
-_SAME |= {"float", "double", "half", "bfloat16"}
-# In place, but the values stay: run as they are.
-_METADATA = {"detach", "requires_grad", "resize", "resize_as", "set", "share_memory", "squeeze", "unsqueeze"}
-_METADATA |= {"as_strided", "retain_grad", "swapaxes", "swapdims", "t", "transpose"}
-# These read a shape and a type, but no numbers.
-_FACTORIES = {"empty_like", "full_like", "ones_like", "zeros_like"}
-_FACTORIES |= {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
-# These are two functions under one name, with and without indices.
-_POOLS = {f"{kind}max_pool{n}d" for kind in ("", "adaptive_", "fractional_") for n in (1, 2, 3)}
 _FOREIGN = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
-
-
-def _opened(function: types.FunctionType) -> Callable[..., Any]:
-    """The same Python function, whose inner calls the mode sees."""
-    names = {**function.__globals__, "has_torch_function": lambda *_: False}
-    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-_OPENED = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
 
 
 class _Replace(torch.autograd.Function):
@@ -169,7 +153,7 @@ class Recorder(TorchFunctionMode):
                 return output
 
             part.register_forward_pre_hook(enter, prepend=True)
-            part.register_forward_hook(leave)
+            part.register_forward_hook(leave, always_call=True)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -178,27 +162,27 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._quiet:
             return func(*args, **kwargs)
-        if func in _OPENED:
+        if func in OPENED:
             with self:
-                return _OPENED[func](*args, **kwargs)
-        operation = _operation(func)
-        target = args[0] if args and _changes_first(func, operation, args, kwargs) else None
+                return OPENED[func](*args, **kwargs)
+        operation = operation_name(func)
+        target = args[0] if args and changes_first(func, args, kwargs) else None
         args, kwargs = self._resolved((args, kwargs), target)
         if self._float64:
-            func, args, kwargs = _widened(func, args, kwargs)
-        if operation in _FACTORIES:
+            func, args, kwargs = widened(func, args, kwargs)
+        if operation in FACTORIES:
             return func(*args, **kwargs)
         read = [self._known[id(t)] for t in _tensors((args, kwargs)) if id(t) in self._known]
         sources = tuple(dict.fromkeys(known.record for known in read if known.record is not None))
         parameters = tuple(
             dict.fromkeys(p for known in read if known.record is None for p in known.parameters)
         )
-        in_place = target is not None and operation not in _METADATA
+        in_place = target is not None and operation not in METADATA and target.is_floating_point()
         if in_place and sources:
             copy = args[0].clone()
             result = func(copy, *args[1:], **kwargs)
             self._check_random(operation)
-            attributes = _attributes(func, operation, args, kwargs)
+            attributes = attributes_of(func, operation, args, kwargs)
             new, record = self._recorded(copy, operation, sources, parameters, attributes)
             args[0].copy_(new)
             self._know(args[0], record)
@@ -214,14 +198,16 @@ class Recorder(TorchFunctionMode):
                     self._know(tensor, None, tuple(dict.fromkeys((*before, *parameters))))
             return result
         if target is not None:
+            if operation not in METADATA:
+                self._know(target, sources[0])
             return result
         given = {id(t) for t in _tensors((args, kwargs))}
-        attributes = _attributes(func, operation, args, kwargs)
+        attributes = attributes_of(func, operation, args, kwargs)
 
         def new_tensor(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor) or id(leaf) in given:
                 return leaf
-            if operation in _SAME or not leaf.is_floating_point():
+            if operation in SAME or not leaf.is_floating_point():
                 self._know(leaf, sources[0])
                 return leaf
             return self._recorded(leaf, operation, sources, parameters, attributes)[0]
@@ -254,8 +240,8 @@ class Recorder(TorchFunctionMode):
         self.records.append(record)
         self._know(tensor, record)
         if record.key in self._replace:
-            replacement = torch.tensor(self._replace[record.key], dtype=tensor.dtype, device=tensor.device)
-            tensor = _Replace.apply(tensor, replacement)
+            replacement = torch.tensor(self._replace[record.key]).to(tensor)
+            tensor = _Replace.apply(tensor, replacement)  # type: ignore[no-untyped-call]
             self._know(tensor, record)
         if self._gradients and tensor.requires_grad:
 
@@ -269,7 +255,7 @@ class Recorder(TorchFunctionMode):
                     else torch.tensor(other, dtype=gradient.dtype, device=gradient.device)
                 )
 
-            tensor.register_hook(hook)
+            tensor.register_hook(hook)  # type: ignore[no-untyped-call]
         return tensor, record
 
     def _know(self, tensor: torch.Tensor, record: Record | None, parameters: tuple[str, ...] = ()) -> None:
@@ -315,8 +301,8 @@ class Recorder(TorchFunctionMode):
             seen.add(node)
             if node in self._nodes:
                 sources[self._nodes[node]] = None
-            elif id(getattr(node, "variable", None)) in self._leaves:
-                parameters[self._leaves[id(node.variable)]] = None
+            elif (leaf := id(getattr(node, "variable", None))) in self._leaves:
+                parameters[self._leaves[leaf]] = None
             else:
                 open_nodes += [inner for inner, _ in reversed(node.next_functions)]
         self._make_known(tensor, tuple(sources), tuple(parameters))
@@ -341,7 +327,7 @@ class Recorder(TorchFunctionMode):
             self._know(tensor, sources[0] if sources else None, parameters)
             return
         node = tensor.grad_fn.name().rpartition("::")[2] if tensor.grad_fn is not None else "in_place"
-        current, _ = self._recorded(tensor, _node_operation(node), sources, parameters, {})
+        current, _ = self._recorded(tensor, node_operation(node), sources, parameters, {})
         if current is not tensor:
             self._known[id(tensor)].current = current
 
@@ -423,103 +409,3 @@ def _generator(device: torch.device) -> torch.Generator:
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]
     return torch.default_generator
-
-
-def _operation(func: Callable[..., Any]) -> str:
-    """ "add" for torch.add, Tensor.add_ and Tensor.__add__; "T" for the property."""
-    name = getattr(func, "__name__", type(func).__name__)
-    if name == "__get__":
-        name = getattr(getattr(func, "__self__", None), "__name__", name)
-    return name.strip("_")
-
-
-def _node_operation(name: str) -> str:
-    """ "MyFunction" for MyFunctionBackward, "copy_slices" for CopySlices, "unbind" for UnbindBackward0."""
-    builtin = re.fullmatch(r"(\w+?)Backward\d+|CopySlices|AsStridedBackward", name)
-    name = re.sub(r"Backward\d*$", "", name)
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower() if builtin else name
-
-
-def _changes_first(func: Callable[..., Any], operation: str, args: Any, kwargs: Any) -> bool:
-    """True if the function works in place on its first argument."""
-    name = getattr(func, "__name__", "")
-    if not isinstance(args[0], torch.Tensor):
-        return False
-    if name == "__setitem__" or re.fullmatch(
-        r"__i(add|sub|mul|truediv|floordiv|pow|matmul|and|or|xor)__", name
-    ):
-        return True
-    if name.endswith("_") and not name.endswith("__"):
-        return True
-    if isinstance(func, types.FunctionType):
-        parameters = list(inspect.signature(func).parameters)
-        index = parameters.index("inplace") if "inplace" in parameters else len(args)
-        return bool(kwargs.get("inplace", index < len(args) and args[index]))
-    return False
-
-
-def _widened(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Callable[..., Any], Any, Any]:
-    """The same call with float64 in place of every other floating type."""
-
-    def widen(leaf: Any) -> Any:
-        return torch.float64 if isinstance(leaf, torch.dtype) and leaf.is_floating_point else leaf
-
-    func = torch.Tensor.double if func in _NARROWER else func
-    return func, *tree_map(widen, (args, kwargs))
-
-
-def _attributes(func: Callable[..., Any], operation: str, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The plain Python values among the arguments of a function, by name, with defaults."""
-    given: dict[str, Any] = {}
-    for parameters in _signatures(func, operation):
-        bound = _bind(parameters, args, kwargs)
-        if bound is not None:
-            given = bound
-            break
-    else:
-        given = {"args": tuple(a for a in args if is_plain(a)), **kwargs}
-    return {
-        name: value
-        for name, value in given.items()
-        if is_plain(value) and not name.startswith("_") and value != () and not (name == "inplace")
-    }
-
-
-def _signatures(func: Callable[..., Any], operation: str) -> list[list[tuple[str, bool, Any]]]:
-    """The parameters of each form of a function: (name, by keyword only, default)."""
-    inner = getattr(F, f"_{operation}", None) if operation in _POOLS else func
-    if isinstance(inner, types.FunctionType):
-        parameters = inspect.signature(inner).parameters.values()
-        if all(p.kind is not inspect.Parameter.VAR_POSITIONAL for p in parameters):
-            return [[(p.name, p.kind is inspect.Parameter.KEYWORD_ONLY, p.default) for p in parameters]]
-    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{operation}")
-    empty = inspect.Parameter.empty
-    return [
-        [
-            (a.name, a.kwarg_only, a.default_value if a.has_default_value() else empty)
-            for a in schema.arguments
-        ]
-        for schema in schemas
-    ]
-
-
-def _bind(parameters: list[tuple[str, bool, Any]], args: Any, kwargs: Any) -> dict[str, Any] | None:
-    """Arguments by name, with defaults; None if they do not fit."""
-    positional = [name for name, keyword_only, _ in parameters if not keyword_only]
-    if len(args) > len(positional) and all(isinstance(a, int) for a in args[1:]) and len(positional) > 1:
-        args = (args[0], tuple(args[1:]))  # x.permute(0, 2, 1)
-    if len(args) > len(positional):
-        return None
-    bound = dict(zip(positional, args, strict=False))
-    names = {name for name, _, _ in parameters}
-    for name, value in kwargs.items():
-        name = "self" if name == "input" and "self" in names else name
-        if name not in names or name in bound:
-            return None
-        bound[name] = value
-    for name, _, default in parameters:
-        if name not in bound:
-            if default is inspect.Parameter.empty:
-                return None
-            bound[name] = default
-    return bound

@@ -45,6 +45,7 @@ class TorchModel(Model):
             self.run(inputs, float64=float64)
         module = self._copy(float64)
         dtype = torch.float64 if float64 else getattr(torch, self.precision())
+        before = {n: to_numpy(b) for n, b in module.named_buffers() if b.is_floating_point()}
         parameters = {n: p for n, p in module.named_parameters() if p.is_floating_point()}
         first = next(iter(module.parameters()), None)
         device = torch.device("cpu") if first is None else first.device
@@ -85,6 +86,7 @@ class TorchModel(Model):
             parameters={name: to_numpy(p) for name, p in order.items()},
             parameter_gradients={name: gradients[id(p)] for name, p in order.items() if gradients},
             state={n: to_numpy(b) for n, b in module.named_buffers() if b.is_floating_point()},
+            state_before=before,
         )
 
     def _copy(self, float64: bool) -> torch.nn.Module:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from parity.compare import compare as compare
-
-
+from parity.files import save as save
+from parity.files import saved_model as saved_model
 from parity.function_adapter import function_model as function_model
 from parity.numpy_adapter import numpy_model as numpy_model
 from parity.report import Difference as Difference

@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Exit status: 0 if the models agree, 1 if they part, 2 for a mistake in the arguments or the file.",
     )
     parser.add_argument("file", metavar="FILE.py", type=Path)
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write the report there, too, as one HTML file")
+    parser.add_argument(
+        "--html", metavar="FILE", type=Path, help="write the report there, too, as one HTML file"
+    )
     options = parser.parse_args(argv)
     try:
         report = run_file(options.file)

@@ -270,13 +270,13 @@ def _departure(
 ) -> tuple[dict[str, Pair], Trace, dict[str, Pair]] | None:
     """Find the first value that departs and its pair: the one behind which most values are the same again."""
     taken = {pair.candidate for pair in (*same.values(), *departed.values())}
-    outputs = set(filter(None, reference.output_values.values()))
+    outputs = dict(zip(reference.output_values.values(), trace.output_values.values(), strict=False))
     free = [value for value in trace.values if value.name not in taken]
     before = len(same)
     trials = 0
     for value in open_values:
         best: tuple[int, dict[str, Pair], Trace, dict[str, Pair]] | None = None
-        for other, axes in _choices(value, free):
+        for other, axes in _choices(value, free, outputs.get(value.name)):
             trials += 1
             pair = {value.name: Pair(value.name, other.name, axes, False)}
             tried = run(replacements({**departed, **pair}, reference, trace))
@@ -295,13 +295,18 @@ def _departure(
     return None
 
 
-def _choices(value: Value, free: Sequence[Value]) -> list[tuple[Value, tuple[int, ...]]]:
-    """The values that may be the counterpart of one that departs: of its kind, like it, or next in order."""
+def _choices(value: Value, free: Sequence[Value], output: str | None) -> list[tuple[Value, tuple[int, ...]]]:
+    """The values that may be the counterpart of one that departs: of its kind, or like it.
+
+    The counterpart of an output is known: `output`.
+    """
     fits = []
     for other in free:
         found = best_axes(value.value, other.value)
         if found is not None:
             fits.append((_unlikeness(value.value, other.value, found[0]), other, found[0]))
+    if any(fit[1].name == output for fit in fits):
+        return [fit[1:] for fit in fits if fit[1].name == output]
     near = sorted(fits, key=lambda fit: fit[0])
     near = [fit for fit in near if fit[0] < _UNLIKE]
     kind = [fit for fit in fits if _family(fit[1].operation) == _family(value.operation)][:2]

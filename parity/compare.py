@@ -21,7 +21,7 @@ from parity.alignment import Pair, align, best_axes, largest_error, replacements
 from parity.causes import Cause, Departure
 from parity.causes.search import find_cause
 from parity.report import Difference, Report, Stage, Tensor
-from parity.trace import Array, Inputs, Model, ParityError, Trace, Value
+from parity.trace import Array, Inputs, Model, ParityError, Trace, Value, random_cotangents
 from parity.weights import audit, segment, stage_parameters
 
 _Pick = Callable[[Trace, str], Array | None]
@@ -83,7 +83,8 @@ class _Comparison:
         self.inputs, self.names, self.seed = inputs, names, seed
         self.candidate_inputs = inputs if candidate_inputs is None else candidate_inputs
         self.gradients = gradients and reference.records and candidate.records
-        self.native = reference.precision()
+        self.native = max(reference.precision(), candidate.precision(), key=lambda name: _EPS[name])
+        self.mixed = reference.precision() != candidate.precision()
 
     def report(self) -> Report:
         """Make all runs and the verdict."""
@@ -118,16 +119,28 @@ class _Comparison:
             weights=self.weights,
             unmatched=self._unmatched(),
             first_difference=self._first_difference(stages, tensors),
+            notes=self._notes(),
         )
+
+    def _notes(self) -> list[str]:
+        """What was not compared."""
+        notes = []
+        if self.mixed:
+            both = f"The reference is in {self.reference.precision()}, the candidate in {self.candidate.precision()}"
+            notes.append(f"{both}: rounding was not compared, only their float64 twins.")
+        if not (self.reference.records and self.candidate.records):
+            notes.append("Of a plain function only outputs are known: no stages, no gradients.")
+        if self.weights.extra:
+            notes.append(f"Parameters that only the candidate has: {', '.join(self.weights.extra)}.")
+        return notes
 
     def _cotangents(self, plain: Trace) -> tuple[dict[str, Array], dict[str, Array]] | None:
         """Random weights of the outputs, in the layout of each side."""
         if not self.gradients:
             return None
-        ours, theirs = {}, {}
-        for index, (a, (b, axes, shape)) in enumerate(self.outputs.items()):
-            rng = np.random.default_rng([self.seed, index])
-            ours[a] = rng.normal(size=plain.outputs[a].shape)
+        ours = random_cotangents(plain, self.seed)
+        theirs = {}
+        for a, (b, axes, shape) in self.outputs.items():
             theirs[b] = squeeze(ours[a]).transpose(np.argsort(axes)).reshape(shape)
         return ours, theirs
 
@@ -250,7 +263,7 @@ class _Comparison:
         # A constant such as 0.1 that is stored in float32 is no fault.
         allowed = max(FACTOR * made_noise, 2 * native_eps if self.native != "float64" else 0.0)
         exact = made > allowed
-        coarse = not exact and native > FACTOR_NATIVE * native_noise
+        coarse = not exact and not self.mixed and native > FACTOR_NATIVE * native_noise
         whole = error(self.whole)
         return Tensor(
             what=what,
@@ -299,7 +312,11 @@ class _Comparison:
 
     def _tensors(self) -> list[Tensor]:
         """Gradients of inputs and parameters, and the state after the run."""
-        tensors = self._gradients_of_leaves() if self.gradients else []
+        tensors = []
+        for a, (b, axes, _) in self.outputs.items():
+            if self.twin.output_values[a] not in self.pairs:
+                tensors.append(self._tensor("output", a, b, axes, _pick_output))
+        tensors += self._gradients_of_leaves() if self.gradients else []
         for a, b, axes in _paired_state(self.twin, self.alone[True]):
             tensors.append(self._tensor("statistics", a, b, axes, _pick_state))
         return tensors
@@ -431,6 +448,10 @@ def _pick_value(trace: Trace, name: str) -> Array | None:
     return next((value.value for value in trace.values if value.name == name), None)
 
 
+def _pick_output(trace: Trace, name: str) -> Array | None:
+    return trace.outputs.get(name)
+
+
 def _pick_gradient(trace: Trace, name: str) -> Array | None:
     """The gradient; 0 where nothing flows back."""
     value = next((value for value in trace.values if value.name == name), None)
@@ -453,6 +474,7 @@ def _pick_state(trace: Trace, name: str) -> Array | None:
 
 _PICKS: dict[tuple[str, bool], _Pick] = {
     ("output", True): _pick_value,
+    ("output", False): _pick_output,
     ("input gradient", True): _pick_gradient,
     ("input gradient", False): _pick_input_gradient,
     ("parameter gradient", False): _pick_parameter_gradient,

@@ -153,7 +153,9 @@ class Report:
         """Write the report as one self-contained HTML file."""
         from jinja2 import Environment, PackageLoader
 
-        template = Environment(loader=PackageLoader("parity", "."), autoescape=True).get_template("report.html")
+        template = Environment(loader=PackageLoader("parity", "."), autoescape=True).get_template(
+            "report.html"
+        )
         title = "The models agree" if self.agrees else f"The models part at {self.first_difference.reference}"  # type: ignore[union-attr]
         about = f"Reference: {self.reference}, {self.precision}. Candidate: {self.candidate}."
         page = template.render(report=self, title=title, about=about, figure=_figure(self.stages))
@@ -180,16 +182,29 @@ def _figure(stages: Sequence[Stage]) -> str:
             ("allowed", [t.allowed for t in tensors], {"color": "#0072b2", "linestyle": ":"}),
         )
         for label, errors, style in curves:
-            axes.semilogy(x, [min(max(error, 1e-17), 1e3) for error in errors], label=label, linewidth=1.3, **style)
+            axes.semilogy(
+                x, [min(max(error, 1e-17), 1e3) for error in errors], label=label, linewidth=1.3, **style
+            )
         departing = [index for index, tensor in enumerate(tensors) if tensor.departs]
-        axes.plot(departing, [min(tensors[i].made_here, 1e3) for i in departing], "o", color="#d55e00", label="departs")
+        axes.plot(
+            departing,
+            [min(tensors[i].made_here, 1e3) for i in departing],
+            "o",
+            color="#d55e00",
+            label="departs",
+        )
         axes.set_title(f"{title}: largest error, relative", loc="left", fontsize=10, fontweight="bold")
         axes.set_xticks(x, [_short(t.reference) for t in tensors], rotation=90, fontsize=7)
         if len(tensors) > 60:
-            axes.set_xticks(x[:: -(-len(tensors) // 60)], [_short(t.reference) for t in tensors[:: -(-len(tensors) // 60)]])
+            axes.set_xticks(
+                x[:: -(-len(tensors) // 60)],
+                [_short(t.reference) for t in tensors[:: -(-len(tensors) // 60)]],
+            )
         axes.grid(color="#dfe4e9", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(ncols=5, fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0.3, 1.0), borderaxespad=0.1)
+        axes.legend(
+            ncols=5, fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0.3, 1.0), borderaxespad=0.1
+        )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return base64.b64encode(buffer.getvalue()).decode()

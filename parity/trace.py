@@ -116,5 +116,13 @@ class Model(abc.ABC):
         """The precision of the parameters: "float32", "float64", "bfloat16", "float16"."""
 
 
+def random_cotangents(trace: Trace, seed: int) -> dict[str, Array]:
+    """Standard normal numbers in the shape of each output: the gradients are those of their sum of products."""
+    return {
+        name: np.random.default_rng([seed, index]).normal(size=array.shape)
+        for index, (name, array) in enumerate(trace.outputs.items())
+    }
+
+
 class ParityError(Exception):
     """A comparison that cannot be made. The message is one paragraph for the user."""

@@ -55,10 +55,11 @@ class FunctionModel(Model):
 
 def _array(leaf: Any) -> Array:
     """A NumPy array of its own; tensors that require gradients are detached, bfloat16 becomes float32."""
-    leaf = leaf.detach().cpu() if hasattr(leaf, "detach") else leaf
-    if "bfloat16" in str(getattr(leaf, "dtype", "")):
-        leaf = leaf.float() if hasattr(leaf, "float") else np.asarray(leaf).astype(np.float32)
-    return np.array(leaf)
+    if hasattr(leaf, "detach"):
+        leaf = leaf.detach().cpu()
+        leaf = (leaf.float() if "bfloat16" in str(leaf.dtype) else leaf).numpy()
+    array = np.array(leaf)
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def function_model(f: Callable[..., Any]) -> Model:

@@ -1,4 +1,4 @@
-"""Models in NumPy: layers with `forward`, `backward` and `parameters()`, such as those of hand-written networks.
+"""Models in NumPy: layers and networks with `forward`, `backward` and `parameters()`.
 
 Each layer's `forward` and `backward` are wrapped on a copy. A value is what a layer returns; what it computes
 inside is not seen, so layers that are fused into one give one value.
@@ -7,6 +7,7 @@ inside is not seen, so layers that are fused into one give one value.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import os
 from collections import Counter
@@ -49,8 +50,8 @@ class NumpyModel(Model):
             layer = copy.deepcopy(self._layer)
         except Exception as error:
             raise ParityError(
-                f"{type(self._layer).__name__} cannot be copied, and the comparison runs a copy so that yours "
-                f"stays as it is: {type(error).__name__}: {error}"
+                f"{type(self._layer).__name__} cannot be copied, and the comparison runs a copy so that "
+                f"yours stays as it is: {type(error).__name__}: {error}"
             ) from error
         if float64:
             _widen(layer, {})
@@ -143,6 +144,7 @@ class _Recorder:
         names = tuple(name for name, parameter in self._parameters.items() if id(parameter) in own)
         attributes = {k: v for k, v in vars(layer).items() if not k.startswith("_") and is_plain(v)}
 
+        @functools.wraps(forward)
         def recorded_forward(*args: Any, **kwargs: Any) -> Any:
             self.used.update(dict.fromkeys(names))
             out = forward(*args, **kwargs)
@@ -168,6 +170,7 @@ class _Recorder:
             self._arrays[id(out)] = value.name, out
             return out
 
+        @functools.wraps(backward)
         def recorded_backward(dy: Any, *args: Any, **kwargs: Any) -> Any:
             index = calls.pop() if calls else None
             if index is not None:
@@ -187,7 +190,7 @@ def _walk(layer: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parts(layer: Any) -> Iterator[tuple[str, Any]]:
-    """The layers that a layer is made of: by its own `parts()`, else its attributes and what those contain."""
+    """The layers that a layer is made of: by its own `parts()`, else its attributes and their items."""
     if callable(getattr(layer, "parts", None)):
         yield from layer.parts()
         return
@@ -252,7 +255,7 @@ def _where(forward: Callable[..., Any]) -> str:
 
 
 def _widen(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
-    """The same with float64 in place of every other floating type; objects, lists and dictionaries in place."""
+    """The same with every floating type as float64; objects, lists and dictionaries are changed in place."""
     if id(value) in done:
         return done[id(value)][1]
     wide = value

@@ -96,9 +96,9 @@ class TorchModel(Model):
             module = copy.deepcopy(module)
         except Exception as error:
             raise ParityError(
-                f"the module {type(module).__name__} cannot be copied, and the comparison runs a copy so that "
-                f"yours stays as it is: {_one_line(error)}. Remove from it what copy.deepcopy refuses, such as "
-                "a tensor with a history, an open file or a lock"
+                f"the module {type(module).__name__} cannot be copied, and the comparison runs a copy so "
+                f"that yours stays as it is: {_one_line(error)}. Remove from it what copy.deepcopy refuses, "
+                "such as a tensor with a history, an open file or a lock"
             ) from error
         if float64:
             module.double()

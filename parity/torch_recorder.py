@@ -119,6 +119,7 @@ class Recorder(TorchFunctionMode):
         self._modules: list[str] = []
         self._keys: set[str] = set()
         self._quiet = False
+        self._custom = _custom_functions(torch.autograd.Function)
         self._generator = _generator(device)
         self._random = self._generator.get_state()
 
@@ -160,7 +161,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Compute one function of PyTorch and record its results."""
         kwargs = kwargs or {}
-        if self._quiet:
+        if self._quiet or self._in_custom_function():
             return func(*args, **kwargs)
         if func in OPENED:
             with self:
@@ -350,9 +351,20 @@ class Recorder(TorchFunctionMode):
             return
         place = (self._modules[-1] if self._modules else "") or "the model"
         raise ParityError(
-            f"{place} draws random numbers ({operation}): two models draw different ones. If it is a dropout, "
-            "call module.eval(), or set its p to 0 and keep train mode; otherwise pass the numbers as an input"
+            f"{place} draws random numbers ({operation}): two models draw different ones. If it is a "
+            "dropout, call module.eval(), or set its p to 0 and keep train mode; else make them an input"
         )
+
+    def _in_custom_function(self) -> bool:
+        """True inside the forward of a `torch.autograd.Function`, whose result alone is a value."""
+        if torch.is_grad_enabled():
+            return False
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not self.stop:
+            if frame.f_code in self._custom:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+        return False
 
     def _where(self) -> str:
         """File and line of the first caller outside PyTorch and this package."""
@@ -399,6 +411,13 @@ def to_numpy(tensor: torch.Tensor) -> Array:
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def _custom_functions(base: type) -> set[types.CodeType]:
+    """The code of the forward of every subclass of `torch.autograd.Function`."""
+    forward = getattr(base, "forward", None)
+    codes = {forward.__code__} if isinstance(forward, types.FunctionType) else set()
+    return codes.union(*map(_custom_functions, base.__subclasses__()))
 
 
 def _equal(a: Array, b: Array) -> bool:

@@ -54,7 +54,7 @@ def to_candidate(pair: Pair, array: Array, shape: Sequence[int]) -> Array:
 
 
 def largest_error(a: Array, b: Array, scale: float | None = None) -> float:
-    """The largest difference relative to the largest magnitude of `a` (or to `scale`); infinite for NaN in one."""
+    """The largest difference, relative to `scale` or the largest magnitude of `a`; infinite for NaN in one."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.size == 0:
         return 0.0
@@ -150,9 +150,10 @@ def _pair_outputs(reference: Trace, trace: Trace, pairs: dict[str, Pair]) -> Non
     by_name = [{value.name: value for value in t.values} for t in (reference, trace)]
     taken = {pair.candidate for pair in pairs.values()}
     for a, b in zip(reference.output_values.values(), trace.output_values.values(), strict=False):
-        if a and b and a not in pairs and b not in taken:
-            if best_axes(by_name[0][a].value, by_name[1][b].value) is not None:
-                pairs[a] = _pair(by_name[0][a], by_name[1][b])
+        if not a or not b or a in pairs or b in taken:
+            continue
+        if best_axes(by_name[0][a].value, by_name[1][b].value) is not None:
+            pairs[a] = _pair(by_name[0][a], by_name[1][b])
 
 
 def replacements(pairs: Mapping[str, Pair], reference: Trace, candidate: Trace) -> dict[str, Array]:
@@ -290,8 +291,7 @@ def _departure(
             return best[1:]
         if trials >= _TRIALS and value.name not in outputs:
             open_values = [v for v in open_values if v.name in outputs]
-            rest = _output_departure(reference, open_values, trace, taken, departed, run)
-            return rest
+            return _output_departure(reference, open_values, trace, taken, departed, run)
     return None
 
 

@@ -59,7 +59,8 @@ def compare(
         ParityError: the two cannot be compared; the message says why and what to do.
 
     Example:
-        >>> report = parity.compare(parity.torch_model(module), parity.nnx_model(port), x, x.transpose(0, 2, 3, 1))
+        >>> models = parity.torch_model(module), parity.nnx_model(port)
+        >>> report = parity.compare(*models, x, x.transpose(0, 2, 3, 1))  # NCHW and NHWC
         >>> print(report)
     """
     comparison = _Comparison(reference, candidate, inputs, candidate_inputs, gradients, names, seed)
@@ -126,7 +127,8 @@ class _Comparison:
         """What was not compared."""
         notes = []
         if self.mixed:
-            both = f"The reference is in {self.reference.precision()}, the candidate in {self.candidate.precision()}"
+            types = self.reference.precision(), self.candidate.precision()
+            both = "The reference is in {}, the candidate in {}".format(*types)
             notes.append(f"{both}: rounding was not compared, only their float64 twins.")
         if not (self.reference.records and self.candidate.records):
             notes.append("Of a plain function only outputs are known: no stages, no gradients.")
@@ -290,7 +292,7 @@ class _Comparison:
         return Stage(value=value, other=other, pair=pair, forward=forward, backward=backward)
 
     def _floor(self) -> float:
-        """Gradients far below the largest are rounding: a bias before batch norm has none in exact arithmetic."""
+        """Gradients far below the largest are rounding: that of a bias before batch norm is exactly 0."""
         gradients = (*self.twin.parameter_gradients.values(), *self.twin.input_gradients.values())
         return 1e-7 * max((float(np.abs(array).max(initial=0)) for array in gradients), default=0.0)
 
@@ -508,14 +510,14 @@ def _paired_outputs(ours: Trace, theirs: Trace) -> dict[str, tuple[str, tuple[in
     if len(ours.outputs) != len(theirs.outputs):
         raise ParityError(
             f"the reference gives {len(ours.outputs)} outputs ({', '.join(ours.outputs)}), the candidate "
-            f"{len(theirs.outputs)} ({', '.join(theirs.outputs)}): let both return the same, in the same order"
+            f"{len(theirs.outputs)} ({', '.join(theirs.outputs)}): let both return the same, in one order"
         )
     pairs = {}
     for (a, left), (b, right) in zip(ours.outputs.items(), theirs.outputs.items(), strict=True):
         found = best_axes(left, right)
         if found is None:
             raise ParityError(
-                f"{a} of the reference has shape {list(left.shape)}, {b} of the candidate {list(right.shape)}, "
+                f"{a} of the reference has shape {list(left.shape)}, of the candidate {list(right.shape)}, "
                 "which no order of axes makes equal: check the sizes of both models and what each is given "
                 "(candidate_inputs= for another layout)"
             )

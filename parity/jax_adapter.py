@@ -198,7 +198,7 @@ class _Tape:
         return [read(variable) for variable in jaxpr.outvars]
 
     def _inlined(self, equation: Any, operands: list[_Cell], module: str) -> list[_Cell] | None:
-        """The results of an operation that contains others, computed one by one; None for one that does not."""
+        """The results of an operation that contains others, which are computed; None for any other."""
         name, params = equation.primitive.name, equation.params
         if name in ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_lin"):
             inner = params.get("jaxpr", params.get("call_jaxpr"))
@@ -261,9 +261,9 @@ class _Tape:
                 return [dataclasses.replace(operands[0])] if not self.gradients else operands
             if jnp.issubdtype(target, jnp.floating):
                 params["new_dtype"] = np.dtype(np.float64)
-        if self.float64 and params.get("preferred_element_type") is not None:
-            if jnp.issubdtype(params["preferred_element_type"], jnp.floating):
-                params["preferred_element_type"] = np.dtype(np.float64)
+        preferred = params.get("preferred_element_type")
+        if self.float64 and preferred is not None and jnp.issubdtype(preferred, jnp.floating):
+            params["preferred_element_type"] = np.dtype(np.float64)
         bound = primitive.get_bind_params(params)
 
         def compute(*arrays: Any) -> list[Any]:
@@ -402,7 +402,7 @@ class _Tape:
 
 
 def jax_model(f: Callable[..., Any], params: Tree, state: Tree = None) -> Model:
-    """A pure function f(params, *inputs) -> output; with a state f(params, state, *inputs) -> (output, state).
+    """A pure function f(params, *inputs) -> output, or f(params, state, *inputs) -> (output, state).
 
     Args:
         f: any function of JAX; a Haiku or Equinox model in that form. A dictionary of inputs is passed by
@@ -498,9 +498,8 @@ def linen_model(module: Any, variables: Mapping[str, Any], **kwargs: Any) -> Mod
 @contextlib.contextmanager
 def _wrapped(types: set[type], paths: Mapping[int, str]) -> Iterator[None]:
     """Context in which the modules of a model name the values that they return."""
-    originals = {
-        kind: kind.__dict__.get("__call__") for kind in types if callable(getattr(kind, "__call__", None))
-    }
+    called = [kind for kind in types if any("__call__" in vars(base) for base in kind.__mro__[:-1])]
+    originals = {kind: vars(kind).get("__call__") for kind in called}
 
     def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -117,7 +117,7 @@ class Model(abc.ABC):
 
 
 def random_cotangents(trace: Trace, seed: int) -> dict[str, Array]:
-    """Standard normal numbers in the shape of each output: the gradients are those of their sum of products."""
+    """Standard normal numbers in the shape of each output; gradients are those of their sum of products."""
     return {
         name: np.random.default_rng([seed, index]).normal(size=array.shape)
         for index, (name, array) in enumerate(trace.outputs.items())

@@ -43,7 +43,7 @@ class WeightFault:
 
 @dataclass(frozen=True)
 class Audit:
-    """All parameters of the reference with their matches, what looks wrong, and what the candidate has more."""
+    """The reference's parameters with their matches, what looks wrong, and what the candidate has more."""
 
     matches: Sequence[Match]
     faults: Sequence[WeightFault]
@@ -165,9 +165,12 @@ def _faults(
     if dot and factor and largest_error(flat[1], factor * flat[0]) < 1e-6:
         return [WeightFault(name, other, error, f"{other} is {factor:.6g} times {name}", "weight-scaled")]
     if truth.ndim > 1 and sorted(map(float, flat[0])) == sorted(map(float, flat[1])):
-        sentence = f"{other} has the numbers of {name} in another order (reshaped where a transpose is needed, or flipped)"
+        sentence = (
+            f"{other} has the numbers of {name} in another order: reshaped instead of transposed, or flipped"
+        )
         return [WeightFault(name, other, error, sentence, "weight-reordered")]
-    sentence = f"{other} is not {name} (largest difference {error:.1e} of its largest magnitude): it was not loaded, or it is another one"
+    apart = f"largest difference {error:.1e} of its largest magnitude"
+    sentence = f"{other} is not {name} ({apart}): it was not loaded, or it is another one"
     return [WeightFault(name, other, error, sentence, "weight-not-loaded")]
 
 
@@ -188,7 +191,8 @@ def _equal_faults(
     if rank > 1 and len(peers) > 1 and usual[0][0] != match.axes and usual[0][1] > len(peers) / 2:
         shape = squeeze(theirs[other]).shape
         if tuple(shape[axis] for axis in usual[0][0]) == squeeze(ours[name]).shape:
-            sentence = f"{other} is {name} with its axes in the order {match.axes}; the others have {usual[0][0]}: transpose it like them"
+            orders = f"its axes in the order {match.axes}; the others have {usual[0][0]}"
+            sentence = f"{other} is {name} with {orders}: transpose it like them"
             return [WeightFault(name, other, float("inf"), sentence, "kernel-transposed")]
     readers = [(left, right) for left, right in stages if name in left]
     if readers and all(other not in right for _, right in readers):

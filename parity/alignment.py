@@ -54,7 +54,7 @@ def to_candidate(pair: Pair, array: Array, shape: Sequence[int]) -> Array:
 
 
 def largest_error(a: Array, b: Array, scale: float | None = None) -> float:
-    """The largest difference, relative to `scale` or the largest magnitude of `a`; infinite for NaN in one."""
+    """The largest difference, relative to `scale` or the largest magnitude of `a`; infinite for a NaN."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.size == 0:
         return 0.0

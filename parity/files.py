@@ -97,7 +97,7 @@ def saved_model(path: str | Path) -> Model:
         ParityError: the file cannot be read, or is not one of `save`'s.
     """
     try:
-        with safe_open(path, "numpy") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if metadata.get("format") != _FORMAT:

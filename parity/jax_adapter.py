@@ -128,7 +128,7 @@ class JaxModel(Model):
                 values=[_value(record, with_gradients) for record in tape.records],
                 outputs={name: _numpy(cell.array) for name, cell in outputs.items()},
                 output_values={
-                    name: cell.name if cell.name not in named else "" for name, cell in outputs.items()
+                    name: cell.name if cell.name not in input_cells else "" for name, cell in outputs.items()
                 },
                 inputs={name: _numpy(cell.array) for name, cell in floats.items()},
                 input_gradients={n: _gradient(c) for n, c in floats.items()} if with_gradients else {},
@@ -443,7 +443,8 @@ def nnx_model(module: Any, **kwargs: Any) -> Model:
                 f"{_dotted(path) or 'the model'} is a Dropout that is active: two models draw other numbers. "
                 "Call model.eval(), or set its rate to 0 and keep train mode"
             )
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    graph, *states = nnx.split(module, nnx.Param, ...)
+    params, rest = states
     flat_params, params_structure = _flat(params)
     flat_rest, rest_structure = _flat(rest)
     attributes: dict[str, Mapping[str, Any]] = {}
@@ -513,14 +514,14 @@ def _wrapped(types: set[type], paths: Mapping[int, str]) -> Iterator[None]:
 
     try:
         for kind in originals:
-            kind.__call__ = wrap(kind.__call__)  # type: ignore[method-assign, operator]
+            setattr(kind, "__call__", wrap(getattr(kind, "__call__")))  # noqa: B009, B010
         yield
     finally:
         for kind, original in originals.items():
             if original is None:
-                del kind.__call__  # type: ignore[operator]
+                delattr(kind, "__call__")
             else:
-                kind.__call__ = original  # type: ignore[method-assign, operator]
+                setattr(kind, "__call__", original)  # noqa: B010
 
 
 def _marked(output: Tree, path: str, kind: str) -> Tree:
@@ -621,8 +622,8 @@ def _is_key(array: Any) -> bool:
 
 def _numpy(array: Any) -> Array:
     """A NumPy array of its own; bfloat16 as float32."""
-    array = np.array(array)
-    return array if array.dtype in (np.float32, np.float64, np.float16) else array.astype(np.float32)
+    own: Array = np.array(array)
+    return own if own.dtype in (np.float32, np.float64, np.float16) else own.astype(np.float32)
 
 
 def _gradient(cell: _Cell) -> Array:

@@ -309,7 +309,7 @@ def _choices(value: Value, free: Sequence[Value], output: str | None) -> list[tu
         return [fit[1:] for fit in fits if fit[1].name == output]
     near = sorted(fits, key=lambda fit: fit[0])
     near = [fit for fit in near if fit[0] < _UNLIKE]
-    kind = [fit for fit in fits if _family(fit[1].operation) == _family(value.operation)][:2]
+    kind = [fit for fit in fits if family(fit[1].operation) == family(value.operation)][:2]
     names = {fit[1].name for fit in kind}
     behind = [fit for fit in fits if names & set(fit[1].inputs)][:2]  # the bias is added to a product
     chosen = {fit[1].name: fit[1:] for fit in (*kind[:1], *behind, *near[:3], *kind[1:])}
@@ -324,11 +324,12 @@ _FAMILIES = {
     "mean": ("mean", "reduce_sum"),
     "activation": ("relu", "gelu", "silu", "swish", "elu", "sigmoid", "logistic", "tanh", "softplus", "max"),
     "softmax": ("softmax",),
+    "order": ("flatten", "reshape", "view", "transpose", "permute", "ravel"),
     "sum": ("add", "__add__", "__iadd__", "__radd__"),
 }
 
 
-def _family(operation: str) -> str:
+def family(operation: str) -> str:
     """The kind of an operation, the same in all frameworks as far as names tell."""
     name = operation.lower()
     for family, words in _FAMILIES.items():

@@ -17,7 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from parity.alignment import Pair, align, best_axes, largest_error, replacements, squeeze, to_reference
+from parity.alignment import (
+    SAME,
+    Pair,
+    family,
+    align,
+    best_axes,
+    largest_error,
+    replacements,
+    squeeze,
+    to_reference,
+)
 from parity.causes import Cause, Departure
 from parity.causes.search import find_cause
 from parity.report import Difference, Report, Stage, Tensor
@@ -332,7 +342,11 @@ class _Comparison:
         """The first departing stage forward, else the last backward, else the first of the other tensors."""
         for stage in stages:
             if stage.forward.departs:
-                return self._weight_fault(stage) or self._difference(stage.forward, stage)
+                return (
+                    self._weight_fault(stage)
+                    or self._earlier_difference(stage)
+                    or self._difference(stage.forward, stage)
+                )
         for stage in reversed(stages):
             if stage.backward is not None and stage.backward.departs:
                 return self._difference(stage.backward, self._reader(stage, stages))
@@ -358,6 +372,46 @@ class _Comparison:
                     where,
                     fault.id,
                 )
+        return None
+
+    def _earlier_difference(self, stage: Stage) -> Difference | None:
+        """A value before a departing stage that has no pair since its shape or its order is another one."""
+        ours = segment(self.twin, stage.value.name, set(self.pairs))[:-1]
+        theirs = segment(self.whole_twin, stage.other.name, {pair.candidate for pair in self.pairs.values()})[
+            :-1
+        ]
+        for value in ours:
+            if any(
+                best_axes(value.value, other.value) is not None
+                for other in theirs
+                if _same_kind(value, other)
+            ):
+                fits = [other for other in theirs if other.value.size == value.value.size]
+                reordered = [other for other in fits if _reordered(value.value, other.value)]
+                if not reordered:
+                    continue
+                other = reordered[0]
+            else:
+                same_kind = [other for other in theirs if _same_kind(value, other)]
+                if not same_kind:
+                    continue
+                other = same_kind[0]
+            pair = Pair(value.name, other.name, tuple(range(squeeze(other.value).ndim)), False)
+            made = _pick_value(self.alone[True], other.name)
+            assert made is not None
+            forward = replace(stage.forward, reference=value.name, candidate=other.name)
+            early = replace(stage, value=value, other=other, pair=pair, forward=forward)
+            cause = self._cause(forward, early, value.value, made)
+            shapes = f"{list(value.value.shape)} and {list(made.shape)}"
+            if value.value.size != made.size:
+                sentence = f"The shapes differ: {shapes} (the reference's and the candidate's)."
+            else:
+                sentence = "The candidate has the same numbers in another order."
+            sentence = sentence if cause is None else cause.sentence
+            found = "" if cause is None else cause.id
+            return Difference(
+                "output", value.name, other.name, float("inf"), 0.0, None, sentence, other.where, found
+            )
         return None
 
     def _reader(self, stage: Stage, stages: Sequence[Stage]) -> Stage:
@@ -422,7 +476,11 @@ class _Comparison:
             parameters={p: self.twin.parameters[p] for value in ours for p in value.parameters},
             state={n: a for n, a in self.twin.state_before.items() if module and n.startswith(f"{module}.")},
             output=stage.value.value,
-            candidate_output=to_reference(stage.pair, other, stage.value.value.shape),
+            candidate_output=(
+                to_reference(stage.pair, other, stage.value.value.shape)
+                if other.size == stage.value.value.size
+                else other
+            ),
             gradient=stage.value.gradient,
             result=truth,
             candidate_result=array,
@@ -555,6 +613,18 @@ def _paired_state(ours: Trace, theirs: Trace) -> list[tuple[str, str, tuple[int,
                 pairs[a] = a, b, axes
                 taken.add(b)
     return [pairs[a] for a in ours.state if a in pairs]
+
+
+def _same_kind(a: Value, b: Value) -> bool:
+    return family(a.operation) == family(b.operation)
+
+
+def _reordered(a: Array, b: Array) -> bool:
+    """True if two arrays have the same numbers, but are not the same with other axes."""
+    found = best_axes(a, b)
+    if found is not None and found[1] <= SAME:
+        return False
+    return largest_error(np.sort(a, axis=None), np.sort(b, axis=None)) <= SAME
 
 
 def _kind(name: str) -> str:

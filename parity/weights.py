@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -129,6 +130,12 @@ def _faults(
 ) -> list[WeightFault]:
     """What looks wrong with one parameter."""
     name, other = match.reference, match.candidate
+    if not other and name.rpartition(".")[2] == "bias":
+        return [
+            WeightFault(
+                name, "", float("inf"), f"the candidate has no {name}: add a bias there", "missing-bias"
+            )
+        ]
     if not other:
         return [
             WeightFault(
@@ -164,6 +171,11 @@ def _faults(
     factor = float(flat[0] @ flat[1]) / dot if dot else 0.0
     if dot and factor and largest_error(flat[1], factor * flat[0]) < 1e-6:
         return [WeightFault(name, other, error, f"{other} is {factor:.6g} times {name}", "weight-scaled")]
+    for count in range(1, truth.ndim - 1):
+        for flipped in itertools.combinations(range(2, truth.ndim), count):
+            if np.array_equal(np.flip(truth, flipped), array):
+                sentence = f"{other} is {name} mirrored along its axes {flipped}: PyTorch and JAX both correlate, do not flip"
+                return [WeightFault(name, other, error, sentence, "kernel-flipped")]
     if truth.ndim > 1 and sorted(map(float, flat[0])) == sorted(map(float, flat[1])):
         sentence = (
             f"{other} has the numbers of {name} in another order: reshaped instead of transposed, or flipped"

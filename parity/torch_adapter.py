@@ -92,13 +92,15 @@ class TorchModel(Model):
     def _copy(self, float64: bool) -> torch.nn.Module:
         """A copy of the user's module, in the mode and precision asked for."""
         module = getattr(self._module, "_orig_mod", self._module)  # what torch.compile was given
-        try:
-            module = copy.deepcopy(module)
+        attributes = [value for part in module.modules() for value in vars(part).values()]
+        history = [v for v in attributes if isinstance(v, torch.Tensor) and not v.is_leaf]
+        try:  # deepcopy refuses tensors with a history, such as the weight that nn.utils.weight_norm computes
+            module = copy.deepcopy(module, {id(tensor): tensor.detach().clone() for tensor in history})
         except Exception as error:
             raise ParityError(
                 f"the module {type(module).__name__} cannot be copied, and the comparison runs a copy so "
                 f"that yours stays as it is: {_one_line(error)}. Remove from it what copy.deepcopy refuses, "
-                "such as a tensor with a history, an open file or a lock"
+                "such as an open file or a lock"
             ) from error
         if float64:
             module.double()
@@ -147,6 +149,8 @@ def _gradients(
                 [torch.tensor(cotangents[n], dtype=t.dtype, device=t.device) for n, t in reached.items()],
                 allow_unused=True,
             )
+        except ParityError:
+            raise
         except Exception as error:
             raise ParityError(f"the PyTorch model has no gradients: {_one_line(error)}") from error
     return {
@@ -204,7 +208,8 @@ def torch_model(module: torch.nn.Module, *, train: bool | None = None) -> Model:
             in train mode is refused.
 
     Raises:
-        ParityError: from `Model.run`, if the module cannot be copied, does not run, or draws random numbers.
+        ParityError: from `Model.run`, if the module cannot be copied, does not run, draws random numbers, or
+            uses `torch.utils.checkpoint`.
 
     Example:
         >>> parity.torch_model(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()))

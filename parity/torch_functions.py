@@ -78,11 +78,9 @@ def changes_first(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
         return True
     if name.endswith("_") and not name.endswith("__"):
         return True
-    if isinstance(func, types.FunctionType):
-        parameters = list(inspect.signature(func).parameters)
-        index = parameters.index("inplace") if "inplace" in parameters else len(args)
-        return bool(kwargs.get("inplace", index < len(args) and args[index]))
-    return False
+    parameters = [parameter.name for parameter in _python_parameters(func)]
+    index = parameters.index("inplace") if "inplace" in parameters else len(args)
+    return bool(kwargs.get("inplace", index < len(args) and args[index]))
 
 
 def widened(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Callable[..., Any], Any, Any]:
@@ -114,11 +112,10 @@ def attributes_of(func: Callable[..., Any], operation: str, args: Any, kwargs: A
 
 def _signatures(func: Callable[..., Any], operation: str) -> list[list[tuple[str, bool, Any]]]:
     """The parameters of each form of a function: (name, by keyword only, default)."""
-    inner = getattr(F, f"_{operation}", None) if operation in _POOLS else func
-    if isinstance(inner, types.FunctionType):
-        parameters = inspect.signature(inner).parameters.values()
-        if all(p.kind is not inspect.Parameter.VAR_POSITIONAL for p in parameters):
-            return [[(p.name, p.kind is inspect.Parameter.KEYWORD_ONLY, p.default) for p in parameters]]
+    inner = getattr(F, f"_{operation}", func) if operation in _POOLS else func
+    parameters = _python_parameters(inner)
+    if parameters and all(p.kind is not inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return [[(p.name, p.kind is inspect.Parameter.KEYWORD_ONLY, p.default) for p in parameters]]
     schemas = torch._C._jit_get_schemas_for_operator(f"aten::{operation}")
     empty = inspect.Parameter.empty
     return [
@@ -128,6 +125,16 @@ def _signatures(func: Callable[..., Any], operation: str) -> list[list[tuple[str
         ]
         for schema in schemas
     ]
+
+
+def _python_parameters(func: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a function written in Python; none for a builtin, also where Python wraps it."""
+    if not isinstance(func, types.FunctionType):
+        return []
+    try:
+        return list(inspect.signature(func).parameters.values())
+    except ValueError:  # Tensor.__pow__ wraps a builtin
+        return []
 
 
 def _bind(parameters: list[tuple[str, bool, Any]], args: Any, kwargs: Any) -> dict[str, Any] | None:

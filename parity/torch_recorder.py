@@ -118,7 +118,7 @@ class Recorder(TorchFunctionMode):
             self._known[id(parameter)] = _Known(parameter, -1, None, (name,))
         self._modules: list[str] = []
         self._keys: set[str] = set()
-        self._quiet = False
+        self._quiet = self._ended = False
         self._custom = _custom_functions(torch.autograd.Function)
         self._generator = _generator(device)
         self._random = self._generator.get_state()
@@ -135,10 +135,17 @@ class Recorder(TorchFunctionMode):
     def watch(self, module: torch.nn.Module) -> None:
         """Register the hooks that follow a module and all its parts."""
         for path, part in module.named_modules():
+            if isinstance(part, torch.jit.ScriptModule):
+                continue  # takes no hooks
             attributes = {k: v for k, v in vars(part).items() if not k.startswith("_") and is_plain(v)}
             attributes.pop("training", None)
 
             def enter(part: Any, args: Any, path: str = path) -> None:
+                if self._ended:
+                    raise ParityError(
+                        f"{path or 'the model'} is computed again in the backward pass "
+                        "(torch.utils.checkpoint): switch checkpointing off for the comparison"
+                    )
                 self._modules.append(path)
 
             def leave(
@@ -245,16 +252,14 @@ class Recorder(TorchFunctionMode):
             tensor = _Replace.apply(tensor, replacement)  # type: ignore[no-untyped-call]
             self._know(tensor, record)
         if self._gradients and tensor.requires_grad:
+            like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
-            def hook(gradient: torch.Tensor) -> torch.Tensor | None:
-                array = to_numpy(gradient)
-                record.gradient = array if record.gradient is None else record.gradient + array
+            def hook(gradient: torch.Tensor | None) -> torch.Tensor | None:
+                if gradient is not None:  # it is None for an unused result of several, as of chunk
+                    array = to_numpy(gradient)
+                    record.gradient = array if record.gradient is None else record.gradient + array
                 other = self._replace_gradients.get(record.name)
-                return (
-                    None
-                    if other is None
-                    else torch.tensor(other, dtype=gradient.dtype, device=gradient.device)
-                )
+                return None if other is None else torch.tensor(other).to(like)
 
             tensor.register_hook(hook)  # type: ignore[no-untyped-call]
         return tensor, record
@@ -378,6 +383,7 @@ class Recorder(TorchFunctionMode):
 
     def name_values(self, inputs: Iterable[str]) -> None:
         """Give every value its final, unique name. Call it once the model has run."""
+        self._ended = True
         taken = set(inputs)
         for record in self.records:
             record.name = unique_name(record.name, taken)

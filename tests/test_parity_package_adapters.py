@@ -7,16 +7,19 @@ import random
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import numpy_ref
 import torch_oracle
 from numpy_ref import layers as numpy_layers
+from numpy_ref.state_dict import to_torch_layout
 from parity.function_adapter import function_model
 from parity.numpy_adapter import numpy_model
 from parity.torch_adapter import torch_model
@@ -75,7 +78,7 @@ def full_trace(model: Model, inputs, **options) -> Trace:
 def loss_of(outputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The sum whose gradients `full_trace` gives."""
     rng = np.random.default_rng(1)
-    return sum((t * torch.tensor(rng.normal(size=t.shape))).sum() for t in outputs.values())
+    return torch.stack([(t * torch.tensor(rng.normal(size=t.shape))).sum() for t in outputs.values()]).sum()
 
 
 def by_name(trace: Trace) -> dict[str, Value]:
@@ -84,9 +87,10 @@ def by_name(trace: Trace) -> dict[str, Value]:
     return values
 
 
-def close(actual: np.ndarray | None, expected: torch.Tensor | np.ndarray) -> None:
+def close(actual: np.ndarray | None, expected: torch.Tensor | np.ndarray | None) -> None:
     expected = expected.detach().numpy() if isinstance(expected, torch.Tensor) else expected
     assert actual is not None
+    assert expected is not None
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -140,7 +144,7 @@ def test_torch_values_and_gradients_are_those_of_autograd(net: Net, image: np.nd
     values["mean"] = values["avg_pool2d"].mean((2, 3))
     values["fc"] = twin.fc(values["mean"])
     loss = loss_of({"features": values["avg_pool2d"], "logits": values["fc"]})
-    gradients = torch.autograd.grad(loss, values.values(), retain_graph=True)
+    gradients = torch.autograd.grad(loss, list(values.values()), retain_graph=True)
     assert [value.name for value in trace.values] == list(values)
     for value, tensor, gradient in zip(trace.values, values.values(), gradients, strict=True):
         close(value.value, tensor)
@@ -333,7 +337,7 @@ class Mixed(nn.Module):
 def test_torch_float64_twin_is_float64_throughout() -> None:
     x = np.random.default_rng(0).normal(size=(2, 3))
     trace = torch_model(Mixed()).run(x, float64=True)
-    assert [(v.operation, v.value.dtype) for v in trace.values] == [("linear", np.float64)]
+    assert [(v.operation, v.value.dtype) for v in trace.values] == [("linear", np.dtype(np.float64))]
     close(trace.outputs["output"], x * np.array([0.1, 0.2, 0.3], np.float32).astype(np.float64))
 
 
@@ -375,7 +379,7 @@ def test_torch_train_overrides_the_mode(net: Net, image: np.ndarray) -> None:
     assert by_name(torch_model(net).run(image))["block.bn"].attributes["training"] is False
 
 
-def state_of_torch(module: nn.Module) -> dict[str, object]:
+def state_of_torch(module: nn.Module) -> dict[str, Any]:
     """Everything that a run could change."""
     return {
         "tensors": {name: tensor.clone() for name, tensor in module.state_dict().items()},
@@ -445,9 +449,76 @@ def test_torch_errors_are_one_paragraph(net: Net) -> None:
     with pytest.raises(ParityError, match=r"does not run on these inputs: RuntimeError: .*channels") as error:
         torch_model(net).run(np.ones((2, 1, 8, 8)))
     assert "\n" not in str(error.value)
-    net.lock = threading.Lock()
+    vars(net)["lock"] = threading.Lock()
     with pytest.raises(ParityError, match="Net cannot be copied"):
         torch_model(net).run(np.ones((2, 3, 8, 8)))
+
+
+def channels_first(array: np.ndarray | None) -> np.ndarray:
+    assert array is not None
+    return array.transpose(0, 3, 1, 2) if array.ndim == 4 else array
+
+
+class Various(nn.Module):
+    """Functions of all kinds: builtins wrapped in Python, unused results, axes as arguments."""
+
+    def forward(self, x):
+        first, _ = x.chunk(2, 1)
+        largest = (x**2).topk(2).values
+        return first.permute(1, 0), largest / 2, 1 - F.pad(x, (1, 1)), torch.einsum("ij,kj->ik", x, x)
+
+
+def test_torch_functions_of_all_kinds() -> None:
+    x = np.random.default_rng(0).normal(size=(2, 4))
+    trace = full_trace(torch_model(Various()), x)
+    values = by_name(trace)
+    assert list(values) == ["chunk", "chunk.2", "pow", "topk", "permute", "div", "pad", "rsub", "einsum"]
+    told: dict[str, dict[str, Any]] = {
+        "pow": {"exponent": 2},
+        "topk": {"k": 2, "largest": True},
+        "permute": {"dims": (1, 0)},
+        "pad": {"pad": (1, 1), "mode": "constant"},
+        "einsum": {"args": ("ij,kj->ik",)},
+    }
+    for name, attributes in told.items():
+        assert values[name].attributes.items() >= attributes.items()
+    assert values["chunk.2"].gradient is None
+    leaf = torch.tensor(x, requires_grad=True)
+    loss = loss_of({f"output.{index}": tensor for index, tensor in enumerate(Various()(leaf))})
+    close(trace.input_gradients["input"], torch.autograd.grad(loss, leaf)[0])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_torch_checkpointing_is_refused_in_words() -> None:
+    with pytest.raises(
+        ParityError, match=r"inner is computed again in the backward pass .*checkpointing off"
+    ):
+        full_trace(torch_model(Checkpointed()), np.ones((2, 4)))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_torch_weights_made_from_parameters(norm) -> None:
+    module = nn.Sequential(norm(nn.Linear(4, 3)))
+    x = np.random.default_rng(0).normal(size=(2, 4))
+    trace = full_trace(torch_model(module), x)
+    (value,) = trace.values
+    assert set(value.parameters) == set(trace.parameters) == {name for name, _ in module.named_parameters()}
+    twin = copy.deepcopy(trace.parameters)
+    scale, direction, bias = (
+        next(a for name, a in twin.items() if name.endswith(ends))
+        for ends in (("_g", "original0"), ("_v", "original1"), "bias")
+    )
+    weight = scale * direction / np.linalg.norm(direction, axis=1, keepdims=True)
+    close(value.value, x @ weight.T + bias)
 
 
 def numpy_network(fast: bool) -> numpy_ref.resnet.ResNet:
@@ -471,16 +542,16 @@ def test_numpy_agrees_with_torch(fast: bool, train: bool) -> None:
         one, two = by_name(a)[name], by_name(b)[name]
         if one.operation == "BatchNormAddRelu":
             continue
-        axes = (0, 3, 1, 2) if one.value.ndim == 4 else (0, 1)
-        np.testing.assert_allclose(one.value.transpose(axes), two.value, rtol=1e-8, atol=1e-8)
-        np.testing.assert_allclose(one.gradient.transpose(axes), two.gradient, rtol=1e-8, atol=1e-8)
-    dx = a.input_gradients["input"].transpose(0, 3, 1, 2)
+        np.testing.assert_allclose(channels_first(one.value), two.value, rtol=1e-8, atol=1e-8)
+        assert two.gradient is not None
+        np.testing.assert_allclose(channels_first(one.gradient), two.gradient, rtol=1e-8, atol=1e-8)
+    dx = channels_first(a.input_gradients["input"])
     np.testing.assert_allclose(dx, b.input_gradients["input"], rtol=1e-8, atol=1e-8)
     assert a.parameter_gradients.keys() == b.parameter_gradients.keys()
     for name, gradient in a.parameter_gradients.items():
         expected = b.parameter_gradients[name]
-        axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[gradient.ndim]
-        np.testing.assert_allclose(gradient.transpose(axes), expected, rtol=1e-7, atol=1e-7)
+        actual = to_torch_layout(gradient)
+        np.testing.assert_allclose(actual, expected, rtol=1e-7, atol=1e-7)
     assert a.state.keys() == b.state.keys()
     for name, array in a.state.items():
         np.testing.assert_allclose(array, b.state[name], rtol=1e-10)
@@ -534,7 +605,7 @@ class Plain:
 
 class Factor:
     def __init__(self, value: float) -> None:
-        self.value, self.grad = np.float32([value]), None
+        self.value, self.grad = np.array([value], np.float32), None
 
 
 class Scale:

@@ -64,6 +64,7 @@ class NumpyModel(Model):
         args, kwargs = arguments(inputs, convert)
         named = {name: a for name, a in named_arguments(args, kwargs).items() if a.dtype.kind == "f"}
         before = {name: array.copy() for name, array in named.items()}
+        state_before = _arrays(state)
         recorder = _Recorder(parameters, named, replace or {}, replace_gradients or {})
         recorder.wrap(layer)
         if "train" in inspect.signature(layer.forward).parameters:
@@ -91,7 +92,8 @@ class NumpyModel(Model):
             parameter_gradients={
                 name: np.array(parameters[name].grad) for name in order if cotangents is not None
             },
-            state={name: np.array(vars(part)[attribute]) for name, (part, attribute) in state.items()},
+            state=_arrays(state),
+            state_before=state_before,
         )
 
 
@@ -247,6 +249,10 @@ def _training(forward: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, 
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     return {"training": bool(bound.arguments["train"])}
+
+
+def _arrays(state: Mapping[str, tuple[Any, str]]) -> dict[str, Array]:
+    return {name: np.array(vars(part)[attribute]) for name, (part, attribute) in state.items()}
 
 
 def _where(forward: Callable[..., Any]) -> str:

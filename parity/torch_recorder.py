@@ -151,6 +151,8 @@ class Recorder(TorchFunctionMode):
             def leave(
                 part: Any, args: Any, output: Any, path: str = path, attributes: dict[str, Any] = attributes
             ) -> Any:
+                if self._ended:
+                    return output
                 self._quiet = True
                 try:
                     output = self._resolved(output)

@@ -580,6 +580,10 @@ def test_numpy_replacement_is_local_and_nothing_changes() -> None:
     assert [set(vars(layer)) for layer in network.walk()] == attributes
     for name, array in numpy_ref.state_dict(network).items():
         np.testing.assert_array_equal(array, state[name])
+    for name, array in before.state_before.items():
+        np.testing.assert_array_equal(array, state[name])
+        assert (before.state[name] != array).any()
+    assert list(before.state_before) == list(before.state) != []
     assert not any(parameter.grad.any() for parameter in network.parameters())
 
 

@@ -1,13 +1,15 @@
-"""`python -m experiment COMMAND ...`: work on data sets and on completed runs."""
+"""`python -m experiment COMMAND ...`, installed `threeway-resnet COMMAND ...`: train; work on runs."""
 
 import importlib
 import sys
 from collections.abc import Sequence
 
 from experiment.errors import UserError
+from experiment.program import command
 from experiment.run.console import exit_status
 
 COMMANDS = {
+    "train": "train a ResNet with JAX or with NumPy",
     "compare": "runs side by side: curves over one another, results, differences of their options",
     "convert": "weights from PyTorch's files (.pth, .ckpt, .pth.tar, ...) to safetensors, or back",
     "evaluate": "test a completed run: one crop, ten crops, or whole images at several scales",
@@ -20,17 +22,17 @@ COMMANDS = {
 """Each command, a module of `experiment.commands` with a `main(argv) -> int`, and its line of help."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status (see `exit_status`)."""
-    return exit_status(lambda: _run(argv))
+    return exit_status(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
 def _run(argv: Sequence[str]) -> int:
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
-        lines = "\n".join(f"  {command:<10} {text}" for command, text in COMMANDS.items())
-        print(f"usage: python -m experiment COMMAND ...\n\n{lines}\n")
-        print("`python -m experiment COMMAND --help` lists its arguments.", flush=True)
+        lines = "\n".join(f"  {word:<10} {text}" for word, text in COMMANDS.items())
+        print(f"usage: {command('COMMAND')} ...\n\n{lines}\n")
+        print(f"`{command('COMMAND')} --help` lists its arguments.", flush=True)
         return 0
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
@@ -40,4 +42,4 @@ def _run(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -63,6 +63,7 @@ class Engine:
             move with each.
         remat: backward recomputes each residual block instead of saving its inner activations.
         chunk: the most steps that one call of a compiled function takes; None is what suits the back end.
+        log_gradients: add the norm of each parameter's gradient to the metrics, as "grad_norm/NAME".
     """
 
     compiles = True  # the first step waits for XLA
@@ -85,6 +86,7 @@ class Engine:
         accumulate: int = 1,
         remat: bool = False,
         chunk: int | None = None,
+        log_gradients: bool = False,
     ) -> None:
         self.learning_rate = learning_rate
         self.optimizer = Optimizer(optimizer, dict(optimizer_options))
@@ -112,7 +114,14 @@ class Engine:
         self.gradient_fn: GradientFn = compute_gradient
         if accumulate > 1:
             self.gradient_fn = partial(accumulate_gradient, accumulate)
-        self._step = partial(train_step, self.network, self.optimizer, gradient_fn=self.gradient_fn)
+        self.log_gradients = log_gradients
+        self._step = partial(
+            train_step,
+            self.network,
+            self.optimizer,
+            gradient_fn=self.gradient_fn,
+            log_gradients=log_gradients,
+        )
         self._initial: Parts | None = parts  # until `init` or `from_tree`: steps donate their arrays
         self._placement = Placement()
         self._chunk = chunk or best_chunk()
@@ -128,7 +137,7 @@ class Engine:
         if self._chunk > 1:  # a GPU
             return Chunked(self._step, self._placement, self._chunk)
         if blocks is not None:  # a single CPU device
-            return Blockwise(blocks, self.optimizer, self._placement)
+            return Blockwise(blocks, self.optimizer, self._placement, log_gradients=self.log_gradients)
         return self.whole()
 
     def whole(self) -> Whole:

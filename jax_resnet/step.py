@@ -33,6 +33,7 @@ def train_step(
     lr: jax.Array,
     *,
     gradient_fn: GradientFn | None = None,
+    log_gradients: bool = False,
 ) -> StepOutput:
     """Take one step of gradient descent.
 
@@ -44,11 +45,14 @@ def train_step(
         lr: the learning rate of this step; shape ().
         gradient_fn: how the gradient is computed: None is `compute_gradient`; the other is in
             `strategies/accumulate.py`.
+        log_gradients: add `gradient_norms` to the metrics.
     """
     gradient = (gradient_fn or compute_gradient)(network, state.params, state.batch_stats, batch)
     trainable = network.trainable(state.params)
     update = apply_gradients(optimizer, trainable, state.opt_state, gradient.grads, lr)
     metrics = merge_metrics([update.metrics])
+    if log_gradients:
+        metrics |= gradient_norms(gradient.grads)
     step, first_nonfinite_step = count_step(
         state.step, state.first_nonfinite_step, gradient.loss, metrics["grad_norm"]
     )
@@ -198,6 +202,15 @@ def count_step(
     step = step + 1
     is_first = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm)) & (first_nonfinite_step < 0)
     return step, jnp.where(is_first, step, first_nonfinite_step)
+
+
+def gradient_norms(grads: Mapping[str, jax.Array]) -> Metrics:
+    """The L2 norm of each parameter's gradient: {"grad_norm/NAME": shape ()}.
+
+    Behind a barrier, so that XLA computes the update with the same bits as without these norms.
+    """
+    grads = jax.lax.optimization_barrier(dict(grads))
+    return {f"grad_norm/{name}": optax.tree.norm(grad) for name, grad in grads.items()}
 
 
 def l2_norm(arrays: Mapping[str, jax.Array]) -> jax.Array:

@@ -73,6 +73,7 @@ class Engine:
         processes: the number of processes that share a batch; by default the number of cores. With more than
             one, a script must have `if __name__ == "__main__":` around its main program, since each process
             imports the script again.
+        log_gradients: add the norm of each parameter's gradient to the metrics, as "grad_norm/NAME".
 
     Raises:
         ValueError: if a name is unknown or a number out of its range.
@@ -99,6 +100,7 @@ class Engine:
         seed: int = 0,
         freeze_backbone: bool = False,
         processes: int | None = None,
+        log_gradients: bool = False,
     ) -> None:
         self.learning_rate = learning_rate
         self.processes = core_count() if processes is None else processes
@@ -114,6 +116,7 @@ class Engine:
             dtype=precision,
             seed=seed,
             freeze_backbone=freeze_backbone,
+            log_gradients=log_gradients,
         )
         if model not in resnet.MODELS:
             raise ValueError(f"unknown model {model!r}; choose one of {', '.join(resnet.MODELS)}")

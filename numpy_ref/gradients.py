@@ -39,7 +39,7 @@ def check_gradients(layer: Layer, x: npt.ArrayLike, train: bool = True, *, toler
             another type than float64, an output that is random, gradients of a wrong shape, and a `backward`
             that changes dy.
 
-    Example:
+    Examples:
         >>> rng = np.random.default_rng(0)
         >>> check_gradients(Linear(3, 2, rng=rng, dtype=np.float64), rng.normal(size=(4, 3))) < 1e-6
         True

@@ -35,6 +35,7 @@ class Setup:
     dtype: str
     seed: int
     freeze_backbone: bool
+    log_gradients: bool = False
 
     def network(self, *, initial: bool) -> Network:
         """Build the network, with its initial weights or with zeros."""
@@ -146,16 +147,29 @@ class Replica:
     def update_group(self, layer: Layer) -> Array:
         """Update this process's share of the group of parameters that is complete after `layer`, if any.
 
-        Returns the sums of `Optimizer.update_parameters`.
+        Returns the sums of `Optimizer.update_parameters`; with `log_gradients`, also `_squares`.
         """
         indices = [self.index[id(parameter)] for parameter in self.groups.get(id(layer), [])]
         if not indices or self.gradients is None:
-            return self.optimizer.update_parameters(indices)
+            squares = self._squares(indices)
+            return np.append(self.optimizer.update_parameters(indices), squares)
         active, rank = self.communicator.active, self.communicator.rank
         self.communicator.wait()  # until the gradients of all parts are written
+        squares = self._squares(indices[rank::active])
         sums = self.optimizer.update_parameters(indices, self.gradients[:active], (rank, active))
         self.communicator.wait()  # until no process reads them any more
-        return sums
+        return np.append(sums, squares)
+
+    def _squares(self, indices: Sequence[int]) -> Array:
+        """The sum of squares of each parameter's gradient, 0 if not in `indices`; empty if not logged."""
+        squares = np.zeros(len(self.parameters) if self.setup.log_gradients else 0)
+        for index in indices if self.setup.log_gradients else ():
+            grad = self.optimizer.parameters[index].grad
+            if self.gradients is not None:  # those of the parts of the batch
+                first, *others = (part[index] for part in self.gradients[: self.communicator.active])
+                grad = sum(others, first)
+            squares[index] = np.vdot(grad, grad)
+        return squares
 
 
 def update_groups(network: Network) -> dict[int, list[Parameter]]:

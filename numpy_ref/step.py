@@ -54,11 +54,14 @@ def train_step(
         total = replica.communicator.all_reduce(np.append(np.sum(sums, 0), loss))
         grad_norm, update_norm = np.sqrt(total[:2])
     metrics: Metrics = {
-        "loss": total[4],
+        "loss": total[-1],
         "logits": logits,
         "grad_norm": grad_norm,
         "update_norm": update_norm,
     }
+    if replica.setup.log_gradients:
+        norms = np.sqrt(total[4:-1])
+        metrics |= {f"grad_norm/{name}": norm for name, norm in zip(replica.parameters, norms, strict=True)}
     if optimizer.bounds is not None:
         metrics["lower_bound"], metrics["upper_bound"] = optimizer.bounds
         metrics["at_lower"], metrics["at_upper"] = total[2:4] / replica.size

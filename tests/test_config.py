@@ -79,6 +79,7 @@ VALUES: dict[str, tuple[list[str], object]] = {
     "checkpoint_every": (["5"], 5),
     "eval_every": (["6"], 6),
     "log_every": (["1"], 1),
+    "log_gradients": ([], True),
     "keep_checkpoints": (["1"], 1),
     "test": ([], False),
     "report": ([], False),

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
 import os
+import posixpath
 import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
@@ -74,12 +79,104 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) < 800
 
 
-def test_links_lead_to_files_of_the_tree():
-    folders = ("", "docs", "docs/studies", "benchmarks", "weights")
-    for document in [path for folder in folders for path in sorted((ROOT / folder).glob("*.md"))]:
-        for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
-            if not target.startswith("https://"):
-                assert (document.parent / target).exists(), f"{document.name}: {target}"
+@functools.cache
+def files() -> frozenset[str]:
+    """Every file that git does not ignore, and every folder that has one, relative to ROOT."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    names = [name for name in names if (ROOT / name).is_file()]
+    folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
+    return frozenset(names) | folders
+
+
+def documents() -> list[str]:
+    """The Markdown files and the notebooks of the project."""
+    names = (name for name in files() if not name.startswith(("docs/runs/", "tests/fixtures/")))
+    return sorted(name for name in names if name.endswith((".md", ".ipynb")))
+
+
+def markdown(document: str) -> str:
+    """Return the text of a document; of a notebook, that of its Markdown cells."""
+    text = (ROOT / document).read_text("utf-8")
+    if not document.endswith(".ipynb"):
+        return text
+    cells = json.loads(text)["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings: small letters, hyphens for spaces, no other signs."""
+    tokens = MarkdownIt().parse(text)
+    result: set[str] = set()
+    for opening, inline in itertools.pairwise(tokens):
+        if opening.type == "heading_open":
+            title = "".join(
+                part.content for part in inline.children or () if part.type in ("text", "code_inline")
+            )
+            slug = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+            counted = (f"{slug}-{n}" for n in itertools.count(1))
+            result.add(next(name for name in itertools.chain([slug], counted) if name not in result))
+    return result
+
+
+def link_errors(document: str, text: str) -> Iterator[str]:
+    """Yield "document: target: reason" for each link or image in `text` that leads nowhere.
+
+    Links to other hosts are not followed; they must be https://HOST/...
+    """
+    for token in MarkdownIt().enable("table").parse(text):
+        for part in token.children or ():
+            target = str(part.attrGet("href") or part.attrGet("src") or "")
+            if part.type not in ("link_open", "image"):
+                continue
+            if ":" in target:
+                if not re.fullmatch(r"https://[\w-]+(\.[\w-]+)+(/\S*)?", target):
+                    yield f"{document}: {target}: not an address of the form https://HOST/..."
+                continue
+            path, _, anchor = target.partition("#")
+            name = posixpath.normpath(posixpath.join(posixpath.dirname(document), path))
+            if path and name not in files():
+                yield f"{document}: {target}: no such file"
+            elif anchor and anchor not in anchors(markdown(name) if path else text):
+                yield f"{document}: {target}: no such heading"
+
+
+def test_every_link_leads_to_a_file_and_a_heading() -> None:
+    names = documents()
+    assert {"README.md", "benchmarks/RESULTS.md", "docs/studies/cars.md", "weights/README.md"} < set(names)
+    assert "docs/notebooks/one_gradient_by_hand.ipynb" in names
+    errors = [error for name in names for error in link_errors(name, markdown(name))]
+    assert not errors, "\n".join(errors)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[a](tour.md)", None),
+        ("[a](../README.md)", None),
+        ("[a](runs/digits-adam)", None),
+        ("[a](tour.md#step-through-it-with-a-debugger)", None),
+        ("# The `a_b` of C, 2\n\n[a](#the-a_b-of-c-2)", None),
+        ("# A\n\n# A\n\n[a](#a-1)", None),
+        ("[a](https://arxiv.org/abs/1412.6980)", None),
+        ("`[a](nothing.md)`", None),
+        ("```\n[a](nothing.md)\n```", None),
+        ("[a](nothing.md)", "no such file"),
+        ("![a](nothing.png)", "no such file"),
+        ("| a |\n| --- |\n| [a](nothing.md) |", "no such file"),
+        ("[a](Tour.md)", "no such file"),
+        ("[a](../../README.md)", "no such file"),
+        ("[a](../.git/config)", "no such file"),
+        ("[a](tour.md#nothing)", "no such heading"),
+        ("# A\n\n[a](#a-1)", "no such heading"),
+        ("[a](http://arxiv.org)", "not an address of the form https://HOST/..."),
+        ("[a](https:/arxiv.org)", "not an address of the form https://HOST/..."),
+    ],
+)
+def test_a_link_that_leads_nowhere_is_noticed(text: str, reason: str | None) -> None:
+    assert [error.rsplit(": ", 1)[1] for error in link_errors("docs/page.md", text)] == (
+        [reason] if reason else []
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "studies").glob("*.json")), ids=lambda p: p.stem)

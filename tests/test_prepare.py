@@ -231,4 +231,4 @@ def rows(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def test_install_command_is_that_of_this_project() -> None:
     assert (ROOT / "constraints.txt").is_file()
     assert "prepare = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert "-c constraints.txt -e '.[prepare]'" in prepare.INSTALL
+    assert "-c constraints.txt -e '.[prepare]'" in prepare.install()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from experiment.errors import UserError
 from experiment.options.command_line import Parser
+from experiment.program import command
 from experiment.report import write_page
 from experiment.report.comparison import is_comparison, render_comparison
 from experiment.report.reading import read_run
@@ -17,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: fewer than two runs; a folder that is not that of a run; DIR is in use or cannot be made.
     """
     parser = Parser(
-        prog="python -m experiment compare",
+        prog=command("compare"),
         description="Runs side by side, finished or not: their curves over one another, a table of final and "
         "best results and of speeds, and the options in which they differ.",
     )

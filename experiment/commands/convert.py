@@ -12,11 +12,11 @@ from experiment.errors import UserError, first_of
 from experiment.files import weights
 from experiment.files.run_folder import write_file
 from experiment.options.command_line import Parser
+from experiment.program import command, install_command
 
 SAFETENSORS = ".safetensors"
 TORCH = (".pth", ".pt", ".th", ".pth.tar", ".ckpt", ".bin")
 SUFFIXES = (SAFETENSORS, *TORCH)
-INSTALL = "pip install -c constraints.txt -e '.[test]'"
 NAMES = 4  # how many of the tensors that are left out are named
 
 
@@ -28,11 +28,11 @@ def main(argv: Sequence[str]) -> int:
             state dicts; values that no trained network has; PyTorch is missing.
     """
     parser = Parser(
-        prog="python -m experiment convert",
+        prog=command("convert"),
         description="Convert weights between PyTorch's files and safetensors files. Names, shapes and types "
         "stay as they are, but for prefixes of wrappers (`module.`, `_orig_mod.`, `model.`, ...), which are "
         "removed.",
-        epilog=f"Needs PyTorch, which the extra `test` brings: {INSTALL}",
+        epilog=f"Needs PyTorch, which the extra `test` brings: {install_command('test')}",
     )
     source, target = (
         "the file to read; its content says its kind",
@@ -47,7 +47,9 @@ def main(argv: Sequence[str]) -> int:
 
     _check(source, target)
     if importlib.util.find_spec("torch") is None:
-        raise UserError(f"convert needs PyTorch, which the extra `test` brings: run `{INSTALL}`")
+        raise UserError(
+            f"convert needs PyTorch, which the extra `test` brings: run `{install_command('test')}`"
+        )
     import torch_oracle.weights
 
     try:

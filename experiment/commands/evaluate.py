@@ -26,6 +26,7 @@ from experiment.files import run_folder
 from experiment.metrics import Metrics, log_softmax
 from experiment.options.command_line import Parser
 from experiment.options.config import MIN_IMAGE_SIZE, check_limits
+from experiment.program import command
 from experiment.run.completed_run import CompletedRun, add_run, open_run
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m experiment evaluate",
+        prog=command("evaluate"),
         description="Loss, top-1, top-5 and macro F1 of a completed run. Over crops and scales the class "
         "probabilities are averaged.",
     )

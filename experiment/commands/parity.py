@@ -21,6 +21,7 @@ from experiment.files import weights
 from experiment.files.identify import Network, identify
 from experiment.options.command_line import Parser
 from experiment.options.config import MODELS, check_limits, parse_image_size
+from experiment.program import command
 
 Stages = Mapping[str, np.ndarray]
 
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m experiment parity",
+        prog=command("parity"),
         description="Run one network in every implementation and compare what each of its stages gives: "
         "NumPy, JAX, PyTorch where it is installed, and with --reference your own program.",
         epilog="Exit status: 0 if all agree, 1 if a stage departs, 2 for a mistake in the arguments.",

@@ -17,9 +17,10 @@ from experiment.errors import UserError
 from experiment.metrics import softmax
 from experiment.options.command_line import Parser
 from experiment.options.config import check_limits
+from experiment.program import command, found, shipped
 from experiment.run.completed_run import add_run, open_run
 
-RELEASED = Path(__file__).parents[2] / "weights" / "digits-resnet8"
+RELEASED = shipped("weights") / "digits-resnet8"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: no completed run, or a file that is no image, damaged or too large.
     """
     parser = Parser(
-        prog="python -m experiment predict",
+        prog=command("predict"),
         description="The most likely classes of images, of any format that Pillow reads, by a finished "
         "run, or without RUN by a network of handwritten digits that comes along. They are brought "
         "to the run's size as its test images were; a run with --crop-to-bbox wants the object alone. "
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
 def _check(options: argparse.Namespace) -> None:
     """Treat RUN as an image if it is a file. Raise UserError, where possible, before anything is opened."""
     check_limits("--top", options.top, least=1)
-    first: Path = options.run
+    first: Path = found(options.run)
     if not first.exists():
         raise UserError(f"{first}: not found; name the folder of a run, or image files")
     if first.is_file():

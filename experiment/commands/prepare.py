@@ -14,10 +14,14 @@ from experiment.data.builtin import BUILTIN
 from experiment.data.prepared import check_known, data_root, find_prepared, prepare_command
 from experiment.errors import UserError, named_line, one_line
 from experiment.options.command_line import Parser
+from experiment.program import command, install_command
 
 ENVIRONMENT = ".venv-prepare"
-INSTALL = f"python -m venv {ENVIRONMENT} && {ENVIRONMENT}/bin/pip install -c constraints.txt -e '.[prepare]'"
-"""Makes the environment that prepares data; to be run where this project was cloned."""
+
+
+def install() -> str:
+    """Return the command that makes the environment for preparing data."""
+    return f"python -m venv {ENVIRONMENT} && {ENVIRONMENT}/bin/{install_command('prepare')}"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,9 +34,9 @@ def main(argv: Sequence[str]) -> int:
         UserError: an unknown name, TensorFlow is missing, or the download or the preparation failed.
     """
     parser = Parser(
-        prog="python -m experiment prepare",
+        prog=command("prepare"),
         description="Download a TFDS data set and write it as array_record files, which training reads.",
-        epilog=f"Needs TensorFlow, in an environment of its own: {INSTALL}",
+        epilog=f"Needs TensorFlow, in an environment of its own: {install()}",
     )
     parser.add_argument("name", metavar="NAME", help="a plain TFDS name: mnist, cifar10, ...")
     parser.add_data_dir("where to put it (default: TFDS' own)")
@@ -48,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     check_known(name)
     if importlib.util.find_spec("tensorflow") is None:
-        command = prepare_command(name, data_dir).replace("python", f"{ENVIRONMENT}/bin/python", 1)
-        raise UserError(f"preparing {name} needs TensorFlow: run `{INSTALL} && {command}`")
+        prepare = f"{ENVIRONMENT}/bin/{prepare_command(name, data_dir)}"
+        raise UserError(f"preparing {name} needs TensorFlow: run `{install()} && {prepare}`")
     builder = _prepare(name, data_dir)
     sizes = ", ".join(f"{split} {info.num_examples}" for split, info in builder.info.splits.items())
     print(f"{name} {builder.version} is prepared in {builder.data_dir}: {sizes}")

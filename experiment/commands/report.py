@@ -6,6 +6,7 @@ from experiment.errors import UserError
 from experiment.files import metrics_log
 from experiment.files.run_folder import write_file
 from experiment.options.command_line import Parser
+from experiment.program import command
 from experiment.report import FOLDER, write_report
 from experiment.report.reading import read_run
 
@@ -17,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: a folder that is not that of a run, or cannot be written in.
     """
     parser = Parser(
-        prog="python -m experiment report",
+        prog=command("report"),
         description=f"Write {FOLDER}/index.html in the folder of a run, and the figures in it as PNG. The "
         "run may go on meanwhile, or have been killed: the page says what is absent.",
     )

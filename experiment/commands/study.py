@@ -15,6 +15,7 @@ from experiment.errors import UserError
 from experiment.files import run_folder
 from experiment.options.command_line import Parser
 from experiment.options.config import FRAMEWORKS
+from experiment.program import command, found
 from experiment.run import signals
 from experiment.study import running
 from experiment.study.plan import Plan, framework_of, read
@@ -29,13 +30,13 @@ def main(argv: Sequence[str]) -> int:
         UserError: a file that is no study, or runs in the folder that are of another.
     """
     parser = Parser(
-        prog="python -m experiment study",
+        prog=command("study"),
         description="Compare optimizers over seeds by a TOML file: tune each on validation with the same "
         "number of configurations, train each with every seed, write tables with intervals, and curves. The "
         "same command again passes over what is finished and continues what was stopped.",
     )
     add = parser.add_argument
-    parser.add_path("file", metavar="FILE", help="the study, such as those in studies/")
+    parser.add_path("file", metavar="FILE", help="the study: a TOML file, or one of studies/")
     parser.add_path("--run-dir", metavar="DIR", help="its folder (default: runs/study-NAME)")
     add("--framework", choices=FRAMEWORKS, help="engine that trains (default: the file's)")
     parser.add_data_dir("where TFDS keeps its data (default: TFDS' own)")
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     add("--report-only", action="store_true", help="train nothing; tables of the runs that there are")
     options = parser.parse_args(argv)
     given = {"framework": options.framework, "data_dir": options.data_dir, "report": options.report}
-    plan = read(options.file, {name: value for name, value in given.items() if value is not None})
+    plan = read(found(options.file), {name: value for name, value in given.items() if value is not None})
     folder = options.run_dir or Path("runs") / f"study-{plan.name}"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--run-dir: {folder} is a file; name a folder")
@@ -66,12 +67,12 @@ def main(argv: Sequence[str]) -> int:
             print(f"{stopped}\nthe same command continues", file=sys.stderr)
             status = stopped.status
     if folder.is_dir():
-        command = [shlex.quote(str(options.file))]
-        command += [f"--framework {options.framework}"] if options.framework else []
-        command += [] if options.vmap is None else ["--vmap" if options.vmap else "--no-vmap"]
-        command += ["--data-dir DIR"] if options.data_dir else []
-        command += [] if options.report is None else ["--report" if options.report else "--no-report"]
-        _report(plan, folder, command)
+        words = [shlex.quote(str(options.file))]
+        words += [f"--framework {options.framework}"] if options.framework else []
+        words += [] if options.vmap is None else ["--vmap" if options.vmap else "--no-vmap"]
+        words += ["--data-dir DIR"] if options.data_dir else []
+        words += [] if options.report is None else ["--report" if options.report else "--no-report"]
+        _report(plan, folder, words)
     return status
 
 

@@ -13,12 +13,13 @@ from typing import Any
 from experiment.data.builtin import BUILTIN
 from experiment.errors import UserError, one_line
 from experiment.options.paths import local_path
+from experiment.program import command
 
 
 def prepare_command(name: str, data_dir: str | None) -> str:
     """Return the command that downloads and prepares a data set."""
     directory = "" if data_dir is None else f" --data-dir {shlex.quote(data_dir)}"
-    return f"python -m experiment prepare {name}{directory}"
+    return f"{command('prepare')} {name}{directory}"
 
 
 def check_name(name: str, data_dir: str | None) -> None:

@@ -18,6 +18,8 @@ from experiment.files.run_folder import finite
 
 NAME = "metrics.jsonl"
 KINDS = {"split": str, "scope": str, "step": int}
+GRADIENT_NORM = "grad_norm/"
+"""The start of a name in a step's line; a parameter's name follows, with --log-gradients."""
 Line = dict[str, Any]
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from experiment.errors import FolderLostError, UserError
 from experiment.options.config import Config
 from experiment.options.resolving import is_changeable
+from experiment.program import ROOT, in_checkout
 
 if TYPE_CHECKING:
     from experiment.data.loading import Data
@@ -287,8 +288,9 @@ def session(step: int, device: str, argv: list[str]) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The commit of the source tree, with `-dirty` behind it if files differ; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    if not in_checkout():  # a virtual environment may lie in the repository of another project
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -11,6 +11,7 @@ import numpy as np
 from experiment.errors import UserError
 from experiment.files.identify import HEAD_NAMES, Shapes
 from experiment.files.run_folder import write_file
+from experiment.program import command
 
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?"}
 TYPES |= {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)}
@@ -41,7 +42,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except SafetensorError as error:
-        remedy = "`python -m experiment convert` makes one of PyTorch's files"
+        remedy = f"`{command('convert')}` makes one of PyTorch's files"
         raise UserError(f"{path}: no safetensors file, or a damaged one ({error}); {remedy}") from None
     tensors = {}
     for name, entry in sorted(entries, key=lambda item: item[0]):  # the library's order is another each time
@@ -117,7 +118,7 @@ def network_names(shapes: Shapes) -> dict[str, str]:
     if len(prefixes) > 1:
         words = ", ".join(sorted(prefix.removesuffix(".") for prefix in prefixes))
         raise UserError(
-            f"it holds several networks, under {words}: name one with --key of `python -m experiment convert`"
+            f"it holds several networks, under {words}: name one with --key of `{command('convert')}`"
         )
     if prefixes:
         prefix = prefixes[0]

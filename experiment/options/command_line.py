@@ -13,6 +13,7 @@ from experiment.errors import UserError
 from experiment.options.config import GROUPS, Config, flag_of
 from experiment.options.paths import local_path
 from experiment.options.resolving import resolve, with_local_paths
+from experiment.program import command
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """The command line of train.py, made from Config. Flags that are not given are absent from its result."""
     parser = Parser(
-        prog="python train.py",
+        prog=command("train"),
         description="Train a ResNet with JAX or with NumPy.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

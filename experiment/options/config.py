@@ -130,6 +130,7 @@ class Config:
     checkpoint_every: int | None = option(None, "steps between checkpoints (default: an epoch)", least=1)
     eval_every: int | None = option(None, "steps between validations (default: an epoch)", least=1)
     log_every: int = option(10, "steps between updates of the metrics", least=1)
+    log_gradients: bool = option(False, "the norm of each parameter's gradient in the metrics and the report")
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", least=1)
     test: bool = option(True, "evaluate the test set after the last step", flag="no-test")
     report: bool = option(True, "a report at the end, and TensorBoard files", flag="no-report")
@@ -225,7 +226,8 @@ class Config:
 
     def engine_options(self) -> dict[str, Any]:
         """The keyword arguments of an engine that follow from the options alone, without its optimizer."""
-        names = ["model", "precision", "seed", *(["accumulate", "remat"] if self.framework == "jax" else [])]
+        jax_only = ["accumulate", "remat"] if self.framework == "jax" else []
+        names = ["model", "precision", "seed", "log_gradients", *jax_only]
         return {"model_options": self.model_options(), **{name: getattr(self, name) for name in names}}
 
     def optimizer_options(self) -> dict[str, Any]:

@@ -8,14 +8,14 @@ A file opens with a comment: its command, what it reproduces, the source, the re
 import dataclasses
 import tomllib
 import typing
-from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
 from experiment.options.config import Config
 from experiment.options.resolving import fits
+from experiment.program import shipped
 
-FOLDER = Path(__file__).parents[2] / "recipes"
+FOLDER = shipped("recipes")
 NOT_IN_RECIPES = frozenset({"recipe", "run_dir", "resume", "data_dir"})  # of a run or a machine, in no recipe
 
 

@@ -29,6 +29,7 @@ CHANGEABLE = frozenset(
     {
         *("framework", "steps", "epochs", "data_dir", "run_dir", "resume", "distributed"),
         *("checkpoint_every", "eval_every", "log_every", "keep_checkpoints", "report", "test"),
+        "log_gradients",
         "early_stopping_patience",  # like steps: when the run ends
         "schedule_steps",  # train.py sees to it that the schedule stays as long as it was
     }

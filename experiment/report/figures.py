@@ -34,6 +34,7 @@ ALT = {  # each figure in words, for those who cannot see it
     "norms": "norms of gradient and update against the step",
     "bounds": "lower and upper bound of AdaBound against the step",
     "clipped": "fraction of coordinates at each bound against the step",
+    "gradients": "norm of each layer's gradient, at the first, the middle and the last step",
     "filters": "filters of the first convolution",
     "confusion": "confusion matrix of the test set",
     "samples": "images of the test set with true and predicted class",
@@ -69,6 +70,7 @@ def draw(run: RunFiles) -> dict[str, ReportFigure]:
             **{key: _metric(run, key) for key in METRICS},
             **{name: _lines(run, *curves) for name, curves in LINES.items()},
         }
+        figures["gradients"] = _gradients(run)
         if run.kernel is not None:
             figures["filters"] = filters(*run.kernel)
         if run.predictions is not None:
@@ -164,6 +166,31 @@ def _lines(run: RunFiles, title: str, labels: dict[str, str], logarithmic: bool)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter("{x:g}")  # a power of ten above the axis would hide the title
     _finish(run, axes)
+    return figure
+
+
+def _gradients(run: RunFiles) -> Figure | None:
+    """The norm of the gradient of each convolution and of the head, from the image on; a line is a step."""
+    if not run.gradient_norms:
+        return None
+    figure, axes = panel("Gradient norm by layer")
+    for (step, norms), color in zip(run.gradient_norms, (BLUE, ORANGE, GREEN), strict=False):
+        axes.plot(list(norms.values()), "o-", color=color, ms=2.5, lw=1.2, label=f"step {step:,}")
+    layers = list(norms)
+    stages = [layer.partition(".")[0] for layer in layers]
+    starts = [
+        index for index, stage in enumerate(stages) if stages.index(stage) == index and "." in layers[index]
+    ]
+    axes.set_xticks(starts, [stages[index].removeprefix("layer") for index in starts])
+    words = f"; numbers: the start of {stages[starts[0]]} to {stages[starts[-1]]}" if starts else ""
+    axes.set_xlabel(f"layer, from {layers[0]} to {layers[-1]}{words}")
+    values = np.array([value for _, norms in run.gradient_norms for value in norms.values()])
+    if len(positive := values[np.isfinite(values) & (values > 0)]):
+        decades = np.log10([positive.min(), positive.max()])
+        axes.set_yscale("log")
+        axes.set_ylim(10 ** np.floor(decades[0]), 10 ** np.ceil(decades[1] + 0.01))
+        axes.yaxis.set_minor_formatter("")
+    legend(axes)
     return figure
 
 

@@ -15,6 +15,7 @@ from experiment.data.types import Pixels
 from experiment.files.predictions import Predictions
 from experiment.files.run_folder import short_commit
 from experiment.options.resolving import resolve
+from experiment.program import command
 from experiment.report.figures import SHEETS, ReportFigure, caption, chosen
 from experiment.report.reading import RunFiles
 from experiment.report.tables import class_table, most_confused
@@ -114,8 +115,9 @@ def millions(count: int) -> str:
 
 def command_line(session: Mapping[str, Any]) -> str:
     """Return the command of a start or resume, as a shell takes it."""
-    command = session.get("command")
-    return shlex.join(["python", "train.py", *map(str, command if isinstance(command, list) else ())])
+    words = session.get("command")
+    flags = shlex.join(map(str, words if isinstance(words, list) else ()))
+    return f"{command('train')} {flags}".rstrip()
 
 
 def value_words(value: Any) -> str:

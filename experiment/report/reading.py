@@ -1,5 +1,6 @@
 """Read the folder of a run for a report, however much of it is there."""
 
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from experiment.files import metrics_log, predictions, results, run_folder, weig
 from experiment.options.command_line import argv_of
 from experiment.options.config import Config
 from experiment.options.resolving import resolve
+from experiment.program import command
 
 Floats = npt.NDArray[np.float64]
 
@@ -56,7 +58,7 @@ class RunFiles:
     @property
     def words(self) -> list[str]:
         """The command line that repeats the run, in words as a shell takes them."""
-        return ["python", "train.py", *map(shlex.quote, argv_of(self.config))]
+        return [*command("train").split(), *map(shlex.quote, argv_of(self.config))]
 
     @property
     def step(self) -> int:
@@ -101,6 +103,17 @@ class RunFiles:
         points = np.array(pairs, np.float64).reshape(-1, 2)
         return points[:, 0], points[:, 1]
 
+    @property
+    def gradient_norms(self) -> list[tuple[int, dict[str, float]]]:
+        """The first, the middle and the last step with the norm of each layer's gradient (weights alone, from
+        the image on), of the steps that have any: {layer: norm}, NaN where it was not finite.
+        """
+        lines = [
+            line for line in self.lines if any(name.startswith(metrics_log.GRADIENT_NORM) for name in line)
+        ]
+        picked = sorted({0, len(lines) // 2, len(lines) - 1} & set(range(len(lines))))
+        return [(lines[index]["step"], _weight_norms(lines[index])) for index in picked]
+
     def last(self, split: str) -> dict[str, Any] | None:
         """The newest line of a split over a whole epoch or part."""
         return next(metrics_log.select(reversed(self.lines), split, "epoch"), None)
@@ -109,6 +122,21 @@ class RunFiles:
     def best(self) -> dict[str, Any] | None:
         """The line of the lowest validation loss."""
         return metrics_log.best(self.lines)
+
+
+def _weight_norms(line: dict[str, Any]) -> dict[str, float]:
+    """Return the norms of the gradients of convolutions and the head: {layer: norm}, from the image on."""
+    layers = {}
+    for name, value in line.items():
+        layer = name.removeprefix(metrics_log.GRADIENT_NORM).removesuffix(".weight")
+        is_batch_norm = re.search(r"(^|\.)bn\d|downsample\.1", layer)
+        if name == f"{metrics_log.GRADIENT_NORM}{layer}.weight" and not is_batch_norm:
+            layers[layer] = np.nan if value is None else value
+
+    def depth(layer: str) -> tuple[bool, list[int]]:  # conv1, layer1.0.conv1, ..., layer4.2.conv3, fc
+        return layer == "fc", [int(number) for number in re.findall(r"\d+", layer)]
+
+    return {layer: layers[layer] for layer in sorted(layers, key=depth)}
 
 
 def read_run(folder: Path) -> RunFiles:

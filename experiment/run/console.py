@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from experiment import program
 from experiment.errors import UserError
 
 PLAIN_LINE_SECONDS = 5.0
@@ -94,7 +95,7 @@ class Console:
         """The last line of a run that failed or was interrupted: on stderr after a label, and in the log."""
         self.stop()
         with suppress(OSError, ValueError):
-            print(f"train.py: {label}{text}", file=sys.stderr)
+            print(f"{program.label()}{label}{text}", file=sys.stderr)
         self.log(text)
 
     def log(self, text: str) -> None:

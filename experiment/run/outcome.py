@@ -9,6 +9,7 @@ from pathlib import Path
 
 from experiment.errors import UserError, named_line
 from experiment.files.checkpoints import Checkpoints
+from experiment.program import command
 
 
 class End(enum.Enum):
@@ -77,4 +78,4 @@ def what_is_safe(checkpoints: Checkpoints, run_dir: Path, first: str = "") -> st
 
 def resume_command(run_dir: Path) -> str:
     """Return the command that continues a run."""
-    return f"python train.py --resume --run-dir {shlex.quote(str(run_dir))}"
+    return f"{command('train')} --resume --run-dir {shlex.quote(str(run_dir))}"

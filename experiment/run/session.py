@@ -21,6 +21,7 @@ from experiment.options.config import Config
 from experiment.options.recipes import with_recipe
 from experiment.options.resolving import resolve, with_local_paths
 from experiment.processes import SINGLE_PROCESS, connect
+from experiment.program import command
 from experiment.report import write_report
 from experiment.run.console import Console, conclude, describe
 from experiment.run.outcome import End, Outcome, describe_failure, resume_command, what_is_safe
@@ -211,7 +212,7 @@ def write_the_report(run_dir: Path, step: int, console: Console) -> Path | None:
     except Exception as error:  # of a library that draws
         console.report(
             f"the run is saved, but its report could not be made ({type(error).__name__}: {error}); "
-            f"try python -m experiment report {shlex.quote(str(run_dir))}"
+            f"try {command('report')} {shlex.quote(str(run_dir))}"
         )
         return None
 

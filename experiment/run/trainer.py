@@ -16,6 +16,7 @@ import numpy as np
 from experiment.data.loading import Data
 from experiment.engines import Engine, caches_compilation
 from experiment.errors import DivergedError, RunFailedError
+from experiment.files.metrics_log import GRADIENT_NORM
 from experiment.files.predictions import Collector
 from experiment.files.results import WEIGHTS
 from experiment.metrics import Metrics
@@ -167,7 +168,9 @@ class Trainer:
             batch.update(logits, label, loss)
             self.epoch_metrics.update(logits, label, loss)
             line = self._line("train", "step", step)
-            numbers = {name: float(metrics[name]) for name in STEP_METRICS if name in metrics}
+            names = [name for name in STEP_METRICS if name in metrics]
+            names += sorted(name for name in metrics if name.startswith(GRADIENT_NORM))
+            numbers = {name: float(metrics[name]) for name in names}
             self.log.append({**line, **batch.compute(), "lr": self.engine.learning_rate(step - 1), **numbers})
             if step % self.steps_per_epoch == 0:
                 self.log.append({**self._line("train", "epoch", step), **self.epoch_metrics.compute()})

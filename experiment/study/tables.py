@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiment.files.run_folder import short_commit
+from experiment.program import command
 from experiment.report.page import render
 from experiment.study.running import words
 
@@ -150,5 +151,5 @@ def head(study: Json) -> str:
     sessions = study["made_with"]
     devices = "; ".join(sorted({f"{s['device']}, {s['cpu_count']} cores" for s in sessions}))
     commits = ", ".join(sorted({short_commit(session["git_commit"]) for session in sessions}))
-    command = " ".join(["python -m experiment study", *study["command"]])
-    return f"Made again by `{command}`. Runs on {devices or '-'}, of commit {commits or '-'}."
+    words = " ".join([command("study"), *study["command"]])
+    return f"Made again by `{words}`. Runs on {devices or '-'}, of commit {commits or '-'}."

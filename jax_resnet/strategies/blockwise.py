@@ -34,6 +34,7 @@ from jax_resnet.step import (
     apply_gradients,
     count_step,
     cross_entropy,
+    gradient_norms,
     merge_metrics,
 )
 
@@ -88,10 +89,12 @@ class Blockwise:
 
     max_steps = 1
 
-    def __init__(self, blocks: Blocks, optimizer: Optimizer, placement: Placement) -> None:
+    def __init__(
+        self, blocks: Blocks, optimizer: Optimizer, placement: Placement, *, log_gradients: bool = False
+    ) -> None:
         self._blocks, self._placement = blocks, placement
         self._loss = jit_for_cpu(jax.value_and_grad(cross_entropy))
-        self._backward = jit_for_cpu(partial(_backward, optimizer), donate_argnums=(0, 1))
+        self._backward = jit_for_cpu(partial(_backward, optimizer, log_gradients), donate_argnums=(0, 1))
         self._summarize = jit_for_cpu(_summarize)
 
     def run(
@@ -118,14 +121,18 @@ class Blockwise:
 
         counts = counts_of(state.opt_state)
         updates = []
+        norms: Metrics = {}
         for block in reversed(self._blocks.blocks):
             params = take(state.params, block.params)
             moments = moments_of(state.opt_state, block.params)
             pullback = pullbacks.pop()  # the arrays that it saved are free after this
             x = inputs.pop()
-            update, dy = self._backward(params, moments, counts, pullback, x, dy, lr)
+            update, block_norms, dy = self._backward(params, moments, counts, pullback, x, dy, lr)
             del pullback, x
             updates.append(rename_update(update, block.params))
+            norms |= rename(
+                block_norms, {f"grad_norm/{k}": f"grad_norm/{v}" for k, v in block.params.items()}
+            )
 
         params = union(*(update.params for update in updates))
         opt_state = map_moments(union, *(update.opt_state for update in updates))
@@ -133,7 +140,7 @@ class Blockwise:
             state.step, state.first_nonfinite_step, loss, [update.metrics for update in updates]
         )
         new_state = TrainState(params, new_batch_stats, opt_state, step, first_nonfinite_step)
-        return StepOutput(new_state, loss, logits, batch["label"], metrics)
+        return StepOutput(new_state, loss, logits, batch["label"], {**metrics, **norms})
 
 
 @partial(jit_for_cpu, static_argnums=0)
@@ -163,6 +170,7 @@ def _forward(
 
 def _backward(
     optimizer: Optimizer,
+    log_gradients: bool,
     params: Arrays,
     moments: Any,
     counts: Any,
@@ -170,15 +178,16 @@ def _backward(
     x: jax.Array,
     dy: jax.Array,
     lr: jax.Array,
-) -> tuple[Update, jax.Array | None]:
-    """The block's parameters and optimizer state after the update, and dL/dx."""
+) -> tuple[Update, Metrics, jax.Array | None]:
+    """The block's parameters and optimizer state after the update, its `gradient_norms`, and dL/dx."""
     pullback.args_res = [params, x][: len(pullback.args_res)]
     grads, *dx = pullback(dy)
     opt_state = map_moments(pack_vectors, join_opt_state(moments, counts))
     update = apply_gradients(optimizer, pack_vectors(params), opt_state, pack_vectors(grads), lr)
     unpack = partial(unpack_vectors, like=params)
     unpacked = Update(unpack(update.params), map_moments(unpack, update.opt_state), update.metrics)
-    return unpacked, dx[0] if dx else None
+    norms = gradient_norms(grads) if log_gradients else {}
+    return unpacked, norms, dx[0] if dx else None
 
 
 def _summarize(

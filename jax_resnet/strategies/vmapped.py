@@ -77,7 +77,15 @@ class VmappedEngines:
         self, state: TrainState, batch: Batch, lr: jax.Array, mean: jax.Array, std: jax.Array
     ) -> StepOutput:
         network = dataclasses.replace(self._main.network, mean=mean, std=std)
-        return train_step(network, self._main.optimizer, state, batch, lr, gradient_fn=self._main.gradient_fn)
+        return train_step(
+            network,
+            self._main.optimizer,
+            state,
+            batch,
+            lr,
+            gradient_fn=self._main.gradient_fn,
+            log_gradients=self._main.log_gradients,
+        )
 
 
 class Rendezvous:

@@ -281,7 +281,7 @@ class Sequential(Layer):
         return iter(self.layers)
 
     def forward(self, x: Array, train: bool = False) -> Array:
-        """layers[-1](... layers[0](x))."""
+        """Return `layers[-1](... layers[0](x))`."""
         for layer in self.layers:
             x = layer.forward(x, train)
         return x

@@ -129,7 +129,7 @@ def oracle(model: str, tree: dict) -> torch.nn.Module:
 
 def train_on_devices() -> dict[str, np.ndarray]:
     """20 steps and an evaluation of 5 images: the losses, the tree after step 10, and the logits; then
-    losses of batches in two micro-batches."""
+    losses and first gradient norms of batches in two micro-batches."""
     engine = shared()
     batches = make_batches(20)
     state, metrics = train(engine, engine.init(), batches[:10])
@@ -137,7 +137,8 @@ def train_on_devices() -> dict[str, np.ndarray]:
     state, rest = train(engine, state, batches[10:])
     (logits,) = engine.evaluate(state, make_batches(1, size=5, seed=1))
     losses = np.array([step["loss"] for step in [*metrics, *rest]])
-    accumulating = make_engine(accumulate=2)
+    accumulating = make_engine(accumulate=2, log_gradients=True)
     _, metrics = train(accumulating, accumulating.init(), make_batches(3, size=16))
     parts = np.array([step["loss"] for step in metrics])
-    return {"losses": losses, "logits": logits, "parts": parts, **flat(tree)}
+    norms = np.array([value for name, value in sorted(metrics[0].items()) if name.startswith("grad_norm/")])
+    return {"losses": losses, "logits": logits, "parts": parts, "norms": norms, **flat(tree)}

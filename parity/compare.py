@@ -29,7 +29,7 @@ from parity.alignment import (
     to_reference,
 )
 from parity.causes import Cause, Departure
-from parity.causes.search import find_cause
+from parity.causes.search import find_cause, find_precision
 from parity.report import Difference, Report, Stage, Tensor
 from parity.trace import Array, Inputs, Model, ParityError, Trace, Value, random_cotangents
 from parity.weights import audit, segment, stage_parameters
@@ -488,6 +488,8 @@ class _Comparison:
             noise=tensor.allowed / FACTOR,
             train=bool(stage.value.attributes.get("training", False)),
         )
+        if tensor.coarse and tensor.what == "output":
+            return find_precision(departure, array)
         return find_cause(departure)
 
     def _axes(self, tensor: Tensor, truth: Array, array: Array) -> tuple[int, ...]:

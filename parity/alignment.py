@@ -8,6 +8,7 @@ candidate goes on with the reference's numbers in its place, and what follows is
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,7 +124,7 @@ def align(
     trace = run({})
     same = _same_values(reference, trace, departed)
     for name, other in (given or {}).items():
-        same.setdefault(name, _pair(by_name[name], {v.name: v for v in trace.values}[other]))
+        same.setdefault(name, _pair(by_name[name], {v.name: v for v in trace.values}[other], {}))
     for _ in range(_ROUNDS):
         open_values = _open_values(reference, {**same, **departed})
         if not open_values:
@@ -139,10 +140,31 @@ def align(
     return {value.name: pairs[value.name] for value in reference.values if value.name in pairs}
 
 
-def _pair(a: Value, b: Value, same: bool = False) -> Pair:
-    found = best_axes(a.value, b.value)
-    axes = found[0] if found is not None else tuple(range(squeeze(b.value).ndim))
-    return Pair(a.name, b.name, axes, same)
+def usual_axes(reference: Trace, candidate: Trace, same: Mapping[str, Pair]) -> dict[int, tuple[int, ...]]:
+    """The order of axes that most equal inputs and values have, by the number of axes."""
+    counts: dict[int, Counter[tuple[int, ...]]] = {}
+    for a, b in zip(reference.inputs.values(), candidate.inputs.values(), strict=False):
+        found = best_axes(a, b)
+        if found is not None and found[1] <= SAME:
+            counts.setdefault(len(found[0]), Counter())[found[0]] += 1
+    for pair in same.values():
+        counts.setdefault(len(pair.axes), Counter())[pair.axes] += 1
+    return {rank: counter.most_common(1)[0][0] for rank, counter in counts.items()}
+
+
+def _pair(a: Value, b: Value, usual: Mapping[int, tuple[int, ...]]) -> Pair:
+    """A pair of values that differ: their numbers do not tell the order of axes, the usual one does."""
+    return Pair(a.name, b.name, departing_axes(a.value, b.value, usual), False)
+
+
+def departing_axes(a: Array, b: Array, usual: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
+    """The usual order of the axes of `b` if its shape allows that, else the one that is nearest to `a`."""
+    shape = squeeze(b).shape
+    axes = usual.get(len(shape))
+    if axes is not None and (tuple(shape[axis] for axis in axes) == squeeze(a).shape or a.size != b.size):
+        return axes
+    found = best_axes(a, b)
+    return found[0] if found is not None else tuple(range(len(shape)))
 
 
 def _pair_outputs(reference: Trace, trace: Trace, pairs: dict[str, Pair]) -> None:
@@ -153,7 +175,7 @@ def _pair_outputs(reference: Trace, trace: Trace, pairs: dict[str, Pair]) -> Non
         if not a or not b or a in pairs or b in taken:
             continue
         if best_axes(by_name[0][a].value, by_name[1][b].value) is not None:
-            pairs[a] = _pair(by_name[0][a], by_name[1][b])
+            pairs[a] = _pair(by_name[0][a], by_name[1][b], usual_axes(reference, trace, pairs))
 
 
 def replacements(pairs: Mapping[str, Pair], reference: Trace, candidate: Trace) -> dict[str, Array]:
@@ -255,7 +277,8 @@ def _same_kind(
         best_axes(a.value, b.value) is None for a, b in zip(ours, theirs, strict=True)
     ):
         return None
-    pairs = {a.name: _pair(a, b) for a, b in zip(ours, theirs, strict=True)}
+    usual = usual_axes(reference, trace, same)
+    pairs = {a.name: _pair(a, b, usual) for a, b in zip(ours, theirs, strict=True)}
     tried = run(replacements({**departed, **pairs}, reference, trace))
     now = _same_values(reference, tried, {**departed, **pairs})
     return (pairs, tried, now) if len(now) > len(same) else None
@@ -277,7 +300,7 @@ def _departure(
     trials = 0
     for value in open_values:
         best: tuple[int, dict[str, Pair], Trace, dict[str, Pair]] | None = None
-        for other, axes in _choices(value, free, outputs.get(value.name)):
+        for other, axes in _choices(value, free, outputs.get(value.name), usual_axes(reference, trace, same)):
             trials += 1
             pair = {value.name: Pair(value.name, other.name, axes, False)}
             tried = run(replacements({**departed, **pair}, reference, trace))
@@ -295,16 +318,18 @@ def _departure(
     return None
 
 
-def _choices(value: Value, free: Sequence[Value], output: str | None) -> list[tuple[Value, tuple[int, ...]]]:
+def _choices(
+    value: Value, free: Sequence[Value], output: str | None, usual: Mapping[int, tuple[int, ...]]
+) -> list[tuple[Value, tuple[int, ...]]]:
     """The values that may be the counterpart of one that departs: of its kind, or like it.
 
     The counterpart of an output is known: `output`.
     """
     fits = []
     for other in free:
-        found = best_axes(value.value, other.value)
-        if found is not None:
-            fits.append((_unlikeness(value.value, other.value, found[0]), other, found[0]))
+        if best_axes(value.value, other.value) is not None:
+            axes = departing_axes(value.value, other.value, usual)
+            fits.append((_unlikeness(value.value, other.value, axes), other, axes))
     if any(fit[1].name == output for fit in fits):
         return [fit[1:] for fit in fits if fit[1].name == output]
     near = sorted(fits, key=lambda fit: fit[0])

@@ -20,13 +20,15 @@ import numpy as np
 from parity.alignment import (
     SAME,
     Pair,
-    family,
     align,
     best_axes,
+    departing_axes,
+    family,
     largest_error,
     replacements,
     squeeze,
     to_reference,
+    usual_axes,
 )
 from parity.causes import Cause, Departure
 from parity.causes.search import find_cause, find_precision
@@ -396,7 +398,8 @@ class _Comparison:
                 if not same_kind:
                     continue
                 other = same_kind[0]
-            pair = Pair(value.name, other.name, tuple(range(squeeze(other.value).ndim)), False)
+            usual = usual_axes(self.twin, self.whole_twin, {n: p for n, p in self.pairs.items() if p.same})
+            pair = Pair(value.name, other.name, departing_axes(value.value, other.value, usual), False)
             made = _pick_value(self.alone[True], other.name)
             assert made is not None
             forward = replace(stage.forward, reference=value.name, candidate=other.name)
@@ -479,7 +482,7 @@ class _Comparison:
             candidate_output=(
                 to_reference(stage.pair, other, stage.value.value.shape)
                 if other.size == stage.value.value.size
-                else other
+                else squeeze(other).transpose(stage.pair.axes)
             ),
             gradient=stage.value.gradient,
             result=truth,

@@ -64,12 +64,14 @@ def find_precision(departure: Departure, native: Array) -> Cause | None:
                 (arrays, "its operands"),
             ):
                 result = form.result(knobs)
-                if result.shape == form.view(native).shape:
-                    places.append((float(np.abs(result - form.view(native)).max()), name, where))
+                if result.shape != form.view(native).shape:
+                    continue
+                for array in (result, rounded(result)):
+                    places.append((float(np.abs(array - form.view(native)).max()), name, where))
     if not places:
         return None
     error, name, where = min(places, key=lambda place: place[0])
-    if error > before / 8:
+    if error > before / 4:
         return None
     identifier = {"bfloat16": "bfloat16-cast", "float16": "float16-cast", "TF32": "tf32"}[name]
     remedy = 'jax.default_matmul_precision("highest")' if name == "TF32" else "float32 there"

@@ -45,11 +45,8 @@ def label() -> str:
 
 def install_command(extra: str) -> str:
     """Return the command that installs an extra; WHEEL stands for the file that was installed."""
-    return (
-        f"pip install -c constraints.txt -e '.[{extra}]'"
-        if in_checkout()
-        else f"pip install 'WHEEL[{extra}]'"
-    )
+    what = "-c constraints.txt -e '.[{}]'" if in_checkout() else "'WHEEL[{}]'"
+    return f"pip install {what.format(extra)}"
 
 
 def shipped(name: str) -> Path:
@@ -61,7 +58,7 @@ def shipped(name: str) -> Path:
 
 
 def found(path: Path) -> Path:
-    """Return a path, or if nothing is there the shipped file of that name, such as weights/digit.png."""
+    """Return `path`; if nothing is there, the shipped file of that name, such as weights/digit.png."""
     inside = path.parts[:1] in (("studies",), ("weights",)) and ".." not in path.parts
     data = shipped(path.parts[0]).joinpath(*path.parts[1:]) if inside else path
     return data if not path.exists() and data.exists() else path

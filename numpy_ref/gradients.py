@@ -23,7 +23,7 @@ def check_gradients(layer: Layer, x: npt.ArrayLike, train: bool = True, *, toler
 
     Two forward passes for each number: use a small layer. Parameters and running statistics are restored,
     and gradients are set to 0. Frozen parameters are not compared. At a kink (ReLU at 0, equal values in a
-    max-pooling window) there is no derivative, and the check may fail: choose another x.
+    max-pooling window) there is no derivative, and the check may fail: choose another x, such as noise.
 
     Args:
         layer: with parameters of float64, such as `Linear(3, 2, rng=rng, dtype=np.float64)`.

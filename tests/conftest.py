@@ -34,10 +34,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
-# Most of the time goes into compilation. LLVM's lowest level takes half of it, for slower code of the same
-# operations; the level that `train.py` has is 3.
+# Most of the time goes into compilation. These flags take a third of it, for slower code of the same kind:
+# LLVM's lowest level (`train.py` has 3), fusions emitted by XLA's older code generator, one module for LLVM.
 if not ON_GPU and "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    quick += " --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 
 # With `-n 2` two processes of tests share the cores. NumPy and PyTorch read this when they are imported.
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

@@ -346,7 +346,6 @@ def test_any_number_of_devices_trains_alike_and_continues_on_another(tmp_path):
     processes = {}
     for devices in (2, 8):
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-        flags += " --xla_backend_optimization_level=0"  # compiled in half the time
         processes[devices] = subprocess.Popen(
             [sys.executable, "-c", ON_DEVICES, str(tmp_path / f"{devices}.npz"), str(devices)],
             cwd=ROOT,

@@ -21,7 +21,7 @@ from experiment.files import weights
 from experiment.files.identify import Network, identify
 from experiment.options.command_line import Parser
 from experiment.options.config import MODELS, check_limits, parse_image_size
-from experiment.program import command
+from experiment.program import command, found
 
 Stages = Mapping[str, np.ndarray]
 
@@ -47,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
         UserError: a file that is absent or damaged, weights of an unknown network, arguments that do not fit.
     """
     options = _parser().parse_args(argv)
+    options.weights = found(options.weights)
+    options.image = None if options.image is None else found(options.image)
     check_limits("--seed", options.seed, least=0)
     if options.tolerance is not None:
         check_limits("--tolerance", options.tolerance, least=0)

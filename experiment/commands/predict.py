@@ -71,6 +71,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"IMAGE: name image files after the run {first}")
     elif not options.images:
         options.images = [first]
+    options.images = [found(path) for path in options.images]
     for path in options.images:
         if path.is_dir():
             raise UserError(

@@ -1,4 +1,4 @@
-"""`python -m experiment study FILE`: optimizers x seeds from one TOML file, with intervals.
+"""`python -m experiment study STUDY`: optimizers x seeds from one TOML file, with intervals.
 
 Every run is an ordinary run folder; the same command again continues where it stopped.
 """
@@ -15,10 +15,10 @@ from experiment.errors import UserError
 from experiment.files import run_folder
 from experiment.options.command_line import Parser
 from experiment.options.config import FRAMEWORKS
-from experiment.program import command, found
+from experiment.program import command
 from experiment.run import signals
 from experiment.study import running
-from experiment.study.plan import Plan, framework_of, read
+from experiment.study.plan import Plan, framework_of, names, read
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         "same command again passes over what is finished and continues what was stopped.",
     )
     add = parser.add_argument
-    parser.add_path("file", metavar="FILE", help="the study: a TOML file, or one of studies/")
+    parser.add_path("file", metavar="STUDY", help=f"a TOML file, or one of {', '.join(names())}")
     parser.add_path("--run-dir", metavar="DIR", help="its folder (default: runs/study-NAME)")
     add("--framework", choices=FRAMEWORKS, help="engine that trains (default: the file's)")
     parser.add_data_dir("where TFDS keeps its data (default: TFDS' own)")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     add("--report-only", action="store_true", help="train nothing; tables of the runs that there are")
     options = parser.parse_args(argv)
     given = {"framework": options.framework, "data_dir": options.data_dir, "report": options.report}
-    plan = read(found(options.file), {name: value for name, value in given.items() if value is not None})
+    plan = read(options.file, {name: value for name, value in given.items() if value is not None})
     folder = options.run_dir or Path("runs") / f"study-{plan.name}"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--run-dir: {folder} is a file; name a folder")

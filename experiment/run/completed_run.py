@@ -15,6 +15,7 @@ from experiment.files.results import WEIGHTS
 from experiment.options.command_line import Parser
 from experiment.options.config import FRAMEWORKS, Config
 from experiment.options.resolving import resolve
+from experiment.program import found
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def open_run(
         UserError: no folder of a run; its files are damaged; the weights are absent, of another network or of
             another step than the run; an engine that cannot do the run's precision.
     """
+    run_dir = found(run_dir)
     if not run_dir.exists():
         raise UserError(f"{run_dir}: not found; name the folder of a run")
     record = run_folder.read_named_record(run_dir)

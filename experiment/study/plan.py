@@ -35,8 +35,10 @@ from experiment.errors import UserError
 from experiment.options.config import FRAMEWORKS
 from experiment.options.recipes import checked
 from experiment.options.resolving import resolve
+from experiment.program import found, shipped
 
 Options = dict[str, Any]
+FOLDER = shipped("studies")
 GIVEN_BY_STUDY = {"seed", "test"}
 COMMON = {"framework", "deterministic"}  # of the process that makes all runs
 
@@ -83,21 +85,27 @@ class Plan:
         return [(method.name, names[key]) for method, key in pairs if names[key] != method.name]
 
 
+def names() -> list[str]:
+    """The shipped studies."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
 def read(path: Path, given: Options) -> Plan:
     """Return the study that the file at `path` describes.
 
     Args:
-        path: TOML, as above.
+        path: TOML, as above, or the name of a shipped study, such as `Path("cars")`.
         given: options that override those of the file: framework, data_dir, report.
 
     Raises:
         UserError: the file is absent, no TOML, or not as described; an option is unknown, of the wrong
             type or out of range; the optimizers have different numbers of candidates.
     """
+    path = FOLDER / f"{path}.toml" if str(path) in names() and not path.is_file() else found(path)
     try:
         return _plan(path.stem, tomllib.loads(path.read_text(encoding="utf-8")), given)
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; name the file of a study, such as those in studies/") from None
+        raise UserError(f"{path}: not found; name a file, or one of {', '.join(names())}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); fix the file") from None
     except UserError as error:

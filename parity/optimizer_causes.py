@@ -6,6 +6,7 @@ the fewest changes to it that reproduce the candidate to noise, and names them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -183,7 +184,7 @@ def momentum(u: Update, s: Array, state: State, t: int) -> Array:
     if u.nesterov == "plain":
         return k * s / now + u.b1 * state.m / following
     b_t, b_next = (u.b1 * (1 - 0.5 * 0.96 ** (0.004 * step)) for step in (t, t + 1))  # NAdam, Dozat 2016
-    state.product *= b_t
+    state.product = float(np.float32(state.product) * np.float32(b_t))  # PyTorch holds it in float32
     return (1 - b_t) * s / (1 - state.product) + b_next * state.m / (1 - state.product * b_next)
 
 
@@ -229,6 +230,9 @@ def run(u: Update, data: Evidence, rates: Array | str) -> tuple[Array, Array]:
     return np.stack(path), np.array(used)
 
 
+RATES = ("b1", "b2")
+
+
 @dataclass(frozen=True)
 class Fit:
     """An update whose path is that of an optimizer, to noise."""
@@ -239,7 +243,8 @@ class Fit:
 
 def reproduce(update: Update, data: Evidence, rates: Array | str) -> Fit | None:
     """The fit if every coordinate at every step is within the tolerance."""
-    path, used = run(update, data, rates)
+    with np.errstate(all="ignore"):
+        path, used = run(update, data, rates)
     same = (np.abs(path - data.path) <= data.tolerance) | (np.isnan(path) & np.isnan(data.path))
     return Fit(update, used) if same.all() else None
 
@@ -252,16 +257,17 @@ def fit_numbers(update: Update, data: Evidence, rates: Array | str) -> tuple[flo
     movement = np.abs(data.path - data.values).max(axis=0) + 1e3 * data.tolerance.max(axis=0) + 1e-30
 
     def at(x: Array) -> Update:  # a decay rate b as log(1 - b), another number as its logarithm
-        values = {n: -math.expm1(min(y, 0.0)) if n in ("b1", "b2") else math.exp(min(y, 50.0)) for n, y in zip(names, x, strict=True)}
-        return replace(update, **values)
+        pairs = zip(names, np.clip(x, -60, 60), strict=True)
+        return replace(update, **{n: 1 - math.exp(np.clip(y, -11, -1e-3)) if n in RATES else math.exp(y) for n, y in pairs})
 
     def residuals(x: Array) -> Array:
-        path, _ = run(at(x), data, rates)
+        with np.errstate(all="ignore"):
+            path, _ = run(at(x), data, rates)
         return np.clip(np.nan_to_num((path - data.path) / movement, nan=1e3), -1e3, 1e3).ravel()
 
     if not names:
         return float(np.abs(residuals(np.zeros(0))).max()), update
-    start = [math.log(1 - getattr(update, n) if n in ("b1", "b2") else getattr(update, n)) for n in names]
+    start = [math.log(max(1 - getattr(update, n) if n in RATES else getattr(update, n), 1e-12)) for n in names]
     best = least_squares(residuals, start, method="lm", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=30 * (len(names) + 1))
     fitted = at(best.x)
     rounded = replace(fitted, **{n: float(f"{getattr(fitted, n):.6g}") for n in names})
@@ -270,42 +276,90 @@ def fit_numbers(update: Update, data: Evidence, rates: Array | str) -> tuple[flo
     return float(np.sqrt(np.mean(best.fun**2))), fitted
 
 
-def reset_numbers(fit: Fit, wanted: Update, data: Evidence, rates: Array | str) -> Fit:
-    """The same fit with the numbers of `wanted` wherever they do as well."""
-    for name in fit.update.numbers():
-        other = reproduce(replace(fit.update, **{name: getattr(wanted, name)}), data, rates)
-        fit = other or fit
+def changed(old: Update, new: Update) -> list[str]:
+    """The fields that differ and have an effect."""
+    numbers = [n for n in new.numbers() if n not in OPTIONS and n in old.numbers()]
+    added = [n for n in new.numbers() if n not in OPTIONS and n not in old.numbers()]
+    names = [n for n in OPTIONS if NEEDS.get(n, lambda u: True)(new) or NEEDS.get(n, lambda u: True)(old)]
+    return [n for n in [*names, *numbers, *added] if getattr(old, n) != getattr(new, n)]
+
+
+def simplify(fit: Fit, wanted: Update, data: Evidence) -> Fit:
+    """The same fit with the fields of `wanted` wherever they do as well."""
+    for name in [*OPTIONS, *fit.update.numbers()]:
+        if getattr(fit.update, name) != getattr(wanted, name):
+            other = replace(fit.update, **{name: getattr(wanted, name)})
+            fit = reproduce(other, data, fit.rates) or fit
     return fit
 
 
-def search(starts: Sequence[Update], data: Evidence, modes: Sequence[Array | str], depth: int) -> Fit | None:
-    """The update fewest changes away from one of `starts`: as it stands, then with its numbers fitted.
+def relation(reference: Array, candidate: Array) -> tuple[str, float]:
+    """How the candidate's rates follow from the reference's: "same", "scaled" (by), "later", "earlier", "other"."""
+    close = {"rtol": 1e-7, "atol": 1e-9 * float(np.abs(reference).max())}
+    if np.allclose(candidate, reference, **close):
+        return "same", 1.0
+    ratio = float(candidate @ reference / max(float(reference @ reference), 1e-300))
+    if np.allclose(candidate, ratio * reference, **close):
+        return "scaled", ratio
+    if len(reference) > 2 and np.allclose(candidate[1:], reference[:-1], **close):
+        return "later", 1.0
+    if len(reference) > 2 and np.allclose(candidate[:-1], reference[1:], **close):
+        return "earlier", 1.0
+    return "other", 1.0
 
-    After the first round, changes are tried on the three updates that came closest.
+
+def search(starts: Sequence[Update], data: Evidence, depth: int, wanted: Fit | None = None) -> Fit | None:
+    """The update fewest changes away from one of `starts`, first as it stands, then with its numbers fitted.
+
+    A neighbor of the three updates that came closest is one change further away. With `wanted`, the fit of the
+    reference: its rates are tried first, and rates unrelated to them last.
     """
+    modes: list[Array | str] = ["constant", "free"] if wanted is None else [wanted.rates, "constant", "free"]
+
+    def fits(update: Update, mode: Array | str) -> Fit | None:
+        fit = reproduce(update, data, mode)
+        if fit and wanted and relation(wanted.rates, fit.rates)[0] == "other":
+            return None
+        return simplify(fit, wanted.update, data) if fit and wanted else fit
+
     frontier = list(starts)
     for changes in range(depth + 1):
-        for mode in modes:
-            for update in frontier:
-                if fit := reproduce(update, data, mode):
-                    return fit
-            if changes == 0 and len(starts) > 1:  # an unknown optimizer: numbers before other rates
-                break
+        exact = modes if wanted or len(starts) == 1 else modes[:1]
+        for mode, update in itertools.product(exact, frontier):
+            if fit := fits(update, mode):
+                return fit
         fitted: list[tuple[float, Update]] = []
-        for mode in modes:
+        for mode in modes if changes == 0 else modes[:-1]:
             results = [fit_numbers(update, data, mode) for update in frontier]
-            fits = [fit for _, update in results if (fit := reproduce(update, data, mode))]
-            fits = [reset_numbers(fit, starts[0], data, mode) for fit in fits]
-            if fits:
-                return min(fits, key=lambda fit: len(changed(starts[0], fit.update)))
+            found = [fit for _, update in results if (fit := fits(update, mode))]
+            if found:
+                return min(found, key=lambda fit: len(changed(starts[0], fit.update)))
             fitted += results
         closest = [update for _, update in sorted(fitted, key=lambda pair: pair[0])[:3]]
         frontier = list(dict.fromkeys(near for update in closest for near in update.neighbors()))
-    return None
+    return next((fit for update in starts if (fit := reproduce(update, data, "free"))), None)
 
 
-def changed(old: Update, new: Update) -> list[str]:
-    """The fields that differ and have an effect."""
-    numbers = set(new.numbers()) | set(old.numbers()) - {"b1", "b2"}
-    names = [*OPTIONS, *(n for n in ("b1", "b2", "eps", "weight_decay", "max_norm", "dampening") if n in numbers)]
-    return [name for name in names if getattr(old, name) != getattr(new, name)]
+def explain(
+    short: tuple[Evidence, Evidence], long: tuple[Evidence, Evidence], hints: tuple[list[Update], list[Update]]
+) -> tuple[Fit, Fit, tuple[Array, Array]] | None:
+    """The fits of the reference and of the candidate, and the rates that differ; None if there is no fit.
+
+    Args:
+        short: a run of each in which every variant shows.
+        long: a run of each in which they depart; it shows rates that differ later than the short one.
+        hints: guesses of each; empty for none.
+    """
+    reference = search(hints[0] or list(BASES.values()), short[0], 2 if hints[0] else 1)
+    if reference is None:
+        return None
+    candidate = search([reference.update, *hints[1]], short[1], 2, reference)
+    if candidate is None:
+        return None
+    rates = reference.rates, candidate.rates
+    if not changed(reference.update, candidate.update) and relation(*rates)[0] == "same":
+        fits = [reproduce(reference.update, data, "free") for data in long]
+        if fits[0] is None or fits[1] is None:
+            return None
+        rates = fits[0].rates, fits[1].rates
+    return reference, candidate, rates

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from parity.optimizer_causes import Evidence
+from parity.optimizer_causes import Evidence, Update, explain
+from parity.optimizer_hints import optax_hint, torch_hint
+from parity.optimizer_words import sentence
 from parity.trace import Array, ParityError
 
 FACTOR = 32.0
@@ -212,10 +214,16 @@ def compare_optimizers(
                 i = int(ratio[step].argmax())
                 values = (float(ours[step, i]), float(theirs[step, i]), float(error[step, i]), float(noise[step, i]))
                 first = OptimizerDifference(name, step, *start.locate(i), *values, cause=None)
+                tolerance, shown = np.fmax(FACTOR * noise, 1e-30), slice(step + 100)
+                departing = tuple(
+                    Evidence(start.values, gradients[shown], path[: step + 101], tolerance[: step + 101], start.ndims())
+                    for path in (ours, theirs)
+                )
         if first is not None:
-            kinds = (kind_of("reference", reference), kind_of("candidate", candidate))
-            evidence = collect(run_reference, start), collect(run_candidate, start)
-            first = OptimizerDifference(**{**vars(first), "cause": explain(*evidence, *kinds)})
+            short = collect(run_reference, start), collect(run_candidate, start)
+            found = explain(short, departing, (hint(reference, start), hint(candidate, start)))
+            cause = found and sentence(*found, kind_of("candidate", candidate))
+            first = replace(first, cause=cause)
     return OptimizerReport(first, largest, steps)
 
 
@@ -269,6 +277,17 @@ def kind_of(side: str, optimizer: Any) -> str:
         f"The {side} is a {type(optimizer).__name__}: neither a PyTorch factory, "
         "`lambda p: torch.optim.Adam(p, 1e-3)`, nor an optax transformation, `optax.adam(1e-3)`."
     )
+
+
+def hint(optimizer: Any, start: Parameters) -> list[Update]:
+    """Guesses of the equation from the settings; empty where they are of no known kind."""
+    if hasattr(optimizer, "update"):
+        return optax_hint(optimizer)
+    import torch
+
+    tensors = [torch.nn.Parameter(torch.tensor(x)) for x in start.split(start.values).values()]
+    built = optimizer(tensors)
+    return torch_hint(built[0] if isinstance(built, (tuple, list)) else built)
 
 
 @contextlib.contextmanager

@@ -263,12 +263,13 @@ def fit_numbers(update: Update, data: Evidence, rates: Array | str) -> tuple[flo
     def residuals(x: Array) -> Array:
         with np.errstate(all="ignore"):
             path, _ = run(at(x), data, rates)
-        return np.clip(np.nan_to_num((path - data.path) / movement, nan=1e3), -1e3, 1e3).ravel()
+            error = np.nan_to_num((path - data.path) / movement, nan=1e3)
+        return np.clip(error, -1e3, 1e3).ravel()
 
     if not names:
         return float(np.abs(residuals(np.zeros(0))).max()), update
     start = [math.log(max(1 - getattr(update, n) if n in RATES else getattr(update, n), 1e-12)) for n in names]
-    best = least_squares(residuals, start, method="lm", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=30 * (len(names) + 1))
+    best = least_squares(residuals, start, method="lm", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=15 * (len(names) + 1))
     fitted = at(best.x)
     rounded = replace(fitted, **{n: float(f"{getattr(fitted, n):.6g}") for n in names})
     if reproduce(rounded, data, rates):
@@ -329,12 +330,12 @@ def search(starts: Sequence[Update], data: Evidence, depth: int, wanted: Fit | N
             if fit := fits(update, mode):
                 return fit
         fitted: list[tuple[float, Update]] = []
-        for mode in modes if changes == 0 else modes[:-1]:
-            results = [fit_numbers(update, data, mode) for update in frontier]
-            found = [fit for _, update in results if (fit := fits(update, mode))]
+        for mode in modes if changes == 0 else modes[:1]:
+            results = [(update, *fit_numbers(update, data, mode)) for update in frontier]
+            found = [fit for _, _, update in results if (fit := fits(update, mode))]
             if found:
                 return min(found, key=lambda fit: len(changed(starts[0], fit.update)))
-            fitted += results
+            fitted += [(distance, update) for update, distance, _ in results]
         closest = [update for _, update in sorted(fitted, key=lambda pair: pair[0])[:3]]
         frontier = list(dict.fromkeys(near for update in closest for near in update.neighbors()))
     return next((fit for update in starts if (fit := reproduce(update, data, "free"))), None)

@@ -165,6 +165,8 @@ def sentence(reference: Fit, candidate: Fit, rates: tuple[Array, Array], kind: s
         if name in ("weight_decay", "max_norm", "dampening", "b1", "b2") and name not in candidate.update.numbers():
             continue  # part of what the candidate leaves out
         write = argument(name, reference.update)
+        if name == "clip" and reference.update.clip == "none":
+            write = "no clipping"
         advice = f"write `{write}`" if write else f"{framework} has no argument for it"
         ours, theirs = phrase(name, reference.update), phrase(name, candidate.update)
         sentences.append(f"The candidate {theirs}, the reference {ours}: {advice}.")

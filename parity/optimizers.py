@@ -252,9 +252,9 @@ def collect(run: Run, start: Parameters) -> Evidence:
 
     Half of the parameters begin at 0: their steps are known to the last bit.
     """
-    steps, size = 24, start.values.size
+    steps, size = 16, start.values.size
     rng = np.random.default_rng(3)
-    profile = np.array([1, 1, 0.5, 30, 1, 0.1, 0, 1, 0.2, 0.02, 3, 0.01] * 2)
+    profile = np.array([1, 1, 0.5, 30, 1, 0.1, 0, 1, 0.2, 0.02, 3, 0.01, 1, 0.3, 0.1, 1])
     gradients = rng.normal(size=(steps, size)) * profile[:, None] * 10 ** rng.permutation(np.linspace(-10, 1.5, size))
     gradients[:3, ::3] = 0.0
     values = np.where(np.arange(size) % 2, start.values, 0.0)
@@ -281,13 +281,15 @@ def kind_of(side: str, optimizer: Any) -> str:
 
 def hint(optimizer: Any, start: Parameters) -> list[Update]:
     """Guesses of the equation from the settings; empty where they are of no known kind."""
-    if hasattr(optimizer, "update"):
-        return optax_hint(optimizer)
-    import torch
+    try:
+        if hasattr(optimizer, "update"):
+            return optax_hint(optimizer)
+        import torch
 
-    tensors = [torch.nn.Parameter(torch.tensor(x)) for x in start.split(start.values).values()]
-    built = optimizer(tensors)
-    return torch_hint(built[0] if isinstance(built, (tuple, list)) else built)
+        built = optimizer([torch.nn.Parameter(torch.tensor(x)) for x in start.split(start.values).values()])
+        return [u for part in (built if isinstance(built, (tuple, list)) else [built]) for u in torch_hint(part)]
+    except (AttributeError, KeyError, TypeError, ValueError):  # settings of another kind: no guess
+        return []
 
 
 @contextlib.contextmanager
@@ -369,14 +371,19 @@ def optax_run(side: str, optimizer: Any, start: Parameters) -> Run:
             leaves.append(jnp.ravel(node))
         return jnp.concatenate(leaves)
 
+    def begin(values: Any) -> Any:
+        """Parameters and state; a step count in int64, since int32 / int is float32 in JAX, in a schedule too."""
+        params = start.nested(values)
+        state = optimizer.init(params)
+        wide = jax.tree.map(lambda x: x.astype(jnp.int64) if getattr(x, "dtype", None) == jnp.int32 else x, state)
+        return params, wide
+
     @jax.jit
     def scan(values: Any, gradients: Any, factors: Any) -> Any:
-        params = start.nested(values)
-        return jax.lax.scan(step, (params, optimizer.init(params)), (gradients, factors))[1]
+        return jax.lax.scan(step, begin(values), (gradients, factors))[1]
 
     def loop(values: Any, gradients: Any, factors: Any) -> Any:
-        params = start.nested(values)
-        carry, path = (params, optimizer.init(params)), []
+        carry, path = begin(values), []
         for t in range(len(gradients)):
             carry, flat = step(carry, (gradients[t], factors[t]))
             path.append(flat)

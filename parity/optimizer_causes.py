@@ -113,7 +113,9 @@ NEEDS: dict[str, Callable[[Update], bool]] = {
     "eps_root": lambda u: u.second != "none" and u.eps_place != "inside",
     "centered": lambda u: u.second == "ema",
     "after": lambda u: u.first != "none" and u.second != "none",
-    "rate_inside": lambda u: u.first == "sum" and (u.after or u.second == "none") and u.nesterov != "scheduled",
+    "rate_inside": lambda u: (
+        u.first == "sum" and (u.after or u.second == "none") and u.nesterov != "scheduled"
+    ),
 }
 
 ADAM = Update(first="ema", second="ema", correct1=True, correct2=True)
@@ -258,7 +260,10 @@ def fit_numbers(update: Update, data: Evidence, rates: Array | str) -> tuple[flo
 
     def at(x: Array) -> Update:  # a decay rate b as log(1 - b), another number as its logarithm
         pairs = zip(names, np.clip(x, -60, 60), strict=True)
-        return replace(update, **{n: 1 - math.exp(np.clip(y, -11, -1e-3)) if n in RATES else math.exp(y) for n, y in pairs})
+        return replace(
+            update,
+            **{n: 1 - math.exp(np.clip(y, -11, -1e-3)) if n in RATES else math.exp(y) for n, y in pairs},
+        )
 
     def residuals(x: Array) -> Array:
         with np.errstate(all="ignore"):
@@ -268,8 +273,12 @@ def fit_numbers(update: Update, data: Evidence, rates: Array | str) -> tuple[flo
 
     if not names:
         return float(np.abs(residuals(np.zeros(0))).max()), update
-    start = [math.log(max(1 - getattr(update, n) if n in RATES else getattr(update, n), 1e-12)) for n in names]
-    best = least_squares(residuals, start, method="lm", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=15 * (len(names) + 1))
+    start = [
+        math.log(max(1 - getattr(update, n) if n in RATES else getattr(update, n), 1e-12)) for n in names
+    ]
+    best = least_squares(
+        residuals, start, method="lm", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=15 * (len(names) + 1)
+    )
     fitted = at(best.x)
     rounded = replace(fitted, **{n: float(f"{getattr(fitted, n):.6g}") for n in names})
     if reproduce(rounded, data, rates):
@@ -342,7 +351,9 @@ def search(starts: Sequence[Update], data: Evidence, depth: int, wanted: Fit | N
 
 
 def explain(
-    short: tuple[Evidence, Evidence], long: tuple[Evidence, Evidence], hints: tuple[list[Update], list[Update]]
+    short: tuple[Evidence, Evidence],
+    long: tuple[Evidence, Evidence],
+    hints: tuple[list[Update], list[Update]],
 ) -> tuple[Fit, Fit, tuple[Array, Array]] | None:
     """The fits of the reference and of the candidate, and the rates that differ; None if there is no fit.
 

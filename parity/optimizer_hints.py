@@ -66,15 +66,25 @@ def optax_hint(transformation: Any) -> list[Update]:
         known = True
         match name:
             case "scale_by_adam" | "scale_by_amsgrad":
-                correct1, correct2 = bool(s.get("bias_correction_mu", True)), bool(s.get("bias_correction_nu", True))
+                correct1, correct2 = (
+                    bool(s.get("bias_correction_mu", True)),
+                    bool(s.get("bias_correction_nu", True)),
+                )
                 u = replace(u, **averages, correct1=correct1, correct2=correct2, b1=s["b1"], b2=s["b2"])
-                u = replace(u, eps=s["eps"], eps_root=s["eps_root"], nesterov="plain" if s.get("nesterov") else "none")
+                u = replace(
+                    u, eps=s["eps"], eps_root=s["eps_root"], nesterov="plain" if s.get("nesterov") else "none"
+                )
                 if name == "scale_by_amsgrad":
                     u = replace(u, maximum="corrected" if correct2 else "uncorrected")
             case "scale_by_rms" | "scale_by_stddev":
                 place = "inside" if s["eps_in_sqrt"] else "outside"
                 u = replace(u, second="ema", b2=s["decay"], eps=s["eps"], eps_place=place)
-                u = replace(u, initial=s["initial_scale"], correct2=bool(s["bias_correction"]), centered=name == "scale_by_stddev")
+                u = replace(
+                    u,
+                    initial=s["initial_scale"],
+                    correct2=bool(s["bias_correction"]),
+                    centered=name == "scale_by_stddev",
+                )
             case "scale_by_rss":
                 u = replace(u, second="sum", eps=s["eps"], eps_place="inside")
                 u = replace(u, initial=s["initial_accumulator_value"])

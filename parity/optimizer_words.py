@@ -67,7 +67,9 @@ def phrase(name: str, update: Update) -> str:
     """What an update does in one field: "has no momentum"."""
     if name in PHRASES:
         return PHRASES[name][getattr(update, name)].format(**vars(update))
-    label = {"initial": "begins v at", "eps_root": "adds under the root eps_root ="}.get(name, f"has {name} =")
+    label = {"initial": "begins v at", "eps_root": "adds under the root eps_root ="}.get(
+        name, f"has {name} ="
+    )
     return f"{label} {getattr(update, name):g}"
 
 
@@ -83,7 +85,9 @@ def torch_argument(name: str, r: Update) -> str | None:
         "eps": f"eps={r.eps:g}",
         "weight_decay": f"weight_decay={r.weight_decay:g}",
         "dampening": f"dampening={r.dampening:g}",
-        "decay": f"{decoupled}(..., weight_decay={r.weight_decay:g})" if r.decay == "decoupled" and adam else decay.get(r.decay),
+        "decay": f"{decoupled}(..., weight_decay={r.weight_decay:g})"
+        if r.decay == "decoupled" and adam
+        else decay.get(r.decay),
         "maximum": f"amsgrad={r.maximum == 'raw'}" if adam and r.maximum in ("none", "raw") else None,
         "initial": f"initial_accumulator_value={r.initial:g}" if r.second == "sum" else None,
         "centered": f"centered={r.centered}",
@@ -102,7 +106,15 @@ def optax_argument(name: str, r: Update) -> str | None:
     """What to write in optax for the field `name` of the update `r`; None if no argument does it."""
     adam, rms = r.first == r.second == "ema", r.second == "ema" and r.first != "ema"
     chain = "optax.chain({}, ...)".format
-    function = "optax.adam" if adam else "optax.rmsprop" if rms else "optax.adagrad" if r.second == "sum" else "optax.sgd"
+    function = (
+        "optax.adam"
+        if adam
+        else "optax.rmsprop"
+        if rms
+        else "optax.adagrad"
+        if r.second == "sum"
+        else "optax.sgd"
+    )
     arguments = {
         "b1": f"b1={r.b1:g}" if adam else f"{function}(..., momentum={r.b1:g})",
         "b2": f"b2={r.b2:g}" if adam else f"{function}(..., decay={r.b2:g})",
@@ -111,7 +123,9 @@ def optax_argument(name: str, r: Update) -> str | None:
         "eps_root": f"eps_root={r.eps_root:g}" if adam else None,
         "nesterov": None if r.nesterov == "scheduled" else f"nesterov={r.nesterov == 'plain'}",
         "centered": f"{function}(..., centered={r.centered})" if rms else None,
-        "mask": "mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)" if r.mask == "matrices" else "mask=None",
+        "mask": "mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)"
+        if r.mask == "matrices"
+        else "mask=None",
         "clip": chain(f"optax.clip_by_global_norm({r.max_norm:g})") if r.clip == "norm" else None,
     }
     if name == "eps_place" and rms:
@@ -162,7 +176,10 @@ def sentence(reference: Fit, candidate: Fit, rates: tuple[Array, Array], kind: s
     framework = "optax" if kind == "optax" else "PyTorch"
     sentences = []
     for name in changed(reference.update, candidate.update):
-        if name in ("weight_decay", "max_norm", "dampening", "b1", "b2") and name not in candidate.update.numbers():
+        if (
+            name in ("weight_decay", "max_norm", "dampening", "b1", "b2")
+            and name not in candidate.update.numbers()
+        ):
             continue  # part of what the candidate leaves out
         write = argument(name, reference.update)
         if name == "clip" and reference.update.clip == "none":

@@ -67,13 +67,18 @@ class OptimizerReport:
         return self.first_difference is None
 
     def __str__(self) -> str:
-        lines = [f"{'gradients':<12}{'largest error':>15}{'error / noise':>15}   ({self.steps} steps, float64)"]
+        lines = [
+            f"{'gradients':<12}{'largest error':>15}{'error / noise':>15}   ({self.steps} steps, float64)"
+        ]
         lines += [f"{name:<12}{error:>15.1e}{ratio:>15.1f}" for name, (error, ratio) in self.largest.items()]
         d = self.first_difference
         if d is None:
             return "\n".join([*lines, f"The optimizers agree: no error exceeds {FACTOR:g} times its noise."])
         place = d.parameter + (str(list(d.coordinate)) if d.coordinate else "")
-        cause = d.cause or "no variant of SGD, Adam, RMSprop or Adagrad that was tried gives both optimizers' steps."
+        cause = (
+            d.cause
+            or "no variant of SGD, Adam, RMSprop or Adagrad that was tried gives both optimizers' steps."
+        )
         lines += [
             f"They differ first after step {d.step} of the {d.sequence} gradients, in {place}:",
             f"reference {d.reference:.17g}, candidate {d.candidate:.17g}, error {d.error:.1e}, noise {d.noise:.1e}.",
@@ -103,7 +108,9 @@ class Parameters:
 
         visit(tree, ())
         if not leaves or () in leaves:
-            raise ParityError("parameters is a mapping of names to arrays, nested or not, with at least one array.")
+            raise ParityError(
+                "parameters is a mapping of names to arrays, nested or not, with at least one array."
+            )
         flat = np.concatenate([value.ravel() for value in leaves.values()])
         return cls({path: value.shape for path, value in leaves.items()}, flat)
 
@@ -212,11 +219,22 @@ def compare_optimizers(
             if departed.size and (first is None or departed[0] < first.step):
                 step = int(departed[0])
                 i = int(ratio[step].argmax())
-                values = (float(ours[step, i]), float(theirs[step, i]), float(error[step, i]), float(noise[step, i]))
+                values = (
+                    float(ours[step, i]),
+                    float(theirs[step, i]),
+                    float(error[step, i]),
+                    float(noise[step, i]),
+                )
                 first = OptimizerDifference(name, step, *start.locate(i), *values, cause=None)
                 tolerance, shown = np.fmax(FACTOR * noise, 1e-30), slice(step + 100)
                 departing = tuple(
-                    Evidence(start.values, gradients[shown], path[: step + 101], tolerance[: step + 101], start.ndims())
+                    Evidence(
+                        start.values,
+                        gradients[shown],
+                        path[: step + 101],
+                        tolerance[: step + 101],
+                        start.ndims(),
+                    )
                     for path in (ours, theirs)
                 )
         if first is not None:
@@ -255,7 +273,9 @@ def collect(run: Run, start: Parameters) -> Evidence:
     steps, size = 16, start.values.size
     rng = np.random.default_rng(3)
     profile = np.array([1, 1, 0.5, 30, 1, 0.1, 0, 1, 0.2, 0.02, 3, 0.01, 1, 0.3, 0.1, 1])
-    gradients = rng.normal(size=(steps, size)) * profile[:, None] * 10 ** rng.permutation(np.linspace(-10, 1.5, size))
+    gradients = (
+        rng.normal(size=(steps, size)) * profile[:, None] * 10 ** rng.permutation(np.linspace(-10, 1.5, size))
+    )
     gradients[:3, ::3] = 0.0
     values = np.where(np.arange(size) % 2, start.values, 0.0)
     path, noise = path_and_noise(run, values, gradients)
@@ -287,7 +307,9 @@ def hint(optimizer: Any, start: Parameters) -> list[Update]:
         import torch
 
         built = optimizer([torch.nn.Parameter(torch.tensor(x)) for x in start.split(start.values).values()])
-        return [u for part in (built if isinstance(built, (tuple, list)) else [built]) for u in torch_hint(part)]
+        return [
+            u for part in (built if isinstance(built, (tuple, list)) else [built]) for u in torch_hint(part)
+        ]
     except (AttributeError, KeyError, TypeError, ValueError):  # settings of another kind: no guess
         return []
 
@@ -375,7 +397,9 @@ def optax_run(side: str, optimizer: Any, start: Parameters) -> Run:
         """Parameters and state; a step count in int64, since int32 / int is float32 in JAX, in a schedule too."""
         params = start.nested(values)
         state = optimizer.init(params)
-        wide = jax.tree.map(lambda x: x.astype(jnp.int64) if getattr(x, "dtype", None) == jnp.int32 else x, state)
+        wide = jax.tree.map(
+            lambda x: x.astype(jnp.int64) if getattr(x, "dtype", None) == jnp.int32 else x, state
+        )
         return params, wide
 
     @jax.jit

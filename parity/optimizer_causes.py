@@ -1,4 +1,4 @@
-"""Why two optimizers differ: equations of SGD, Adam, RMSprop and Adagrad, fitted to the steps that each takes.
+"""Why two optimizers differ: equations of SGD, Adam, RMSprop and Adagrad, fitted to the steps of each.
 
 `Update` is one parametrized update. `explain` finds the `Update` that reproduces the reference to noise, then
 the fewest changes to it that reproduce the candidate to noise, and names them.
@@ -25,8 +25,8 @@ class Update:
         clip: "none", "norm" (of all gradients together) or "value": to at most `max_norm`.
         decay: "none"; "coupled" g += wd p; "decoupled" d += wd p; "unscaled" p -= wd p, without the rate.
         mask: "all" parameters decay, or "matrices", those of two axes and more.
-        first: "none"; "sum" m = b1 m + g; "ema" m = b1 m + (1 - b1) g; "dampened" m = b1 m + (1 - dampening) g,
-            where the first step takes g itself.
+        first: "none"; "sum" m = b1 m + g; "ema" m = b1 m + (1 - b1) g; "dampened" m = g in the first step,
+            then m = b1 m + (1 - dampening) g.
         after: m is the average of g divided by its root (RMSprop), not of g (Adam).
         rate_inside: m also takes in the rate, m = b1 m + lr d: another step as soon as the rate changes.
         nesterov: "none"; "plain" b1 m + g in place of m; "scheduled", NAdam's b1 that grows with t.
@@ -80,8 +80,9 @@ class Update:
         """Updates that differ in one field of the equation and mean something else."""
         for name, values in OPTIONS.items():
             for value in values:
-                if value != getattr(self, name) and NEEDS.get(name, lambda u: True)(self):
-                    yield replace(self, **{name: value})
+                if value != getattr(self, name) and (name not in NEEDS or NEEDS[name](self)):
+                    change: dict[str, Any] = {name: value}
+                    yield replace(self, **change)
 
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -187,14 +188,15 @@ def momentum(u: Update, s: Array, state: State, t: int) -> Array:
         return k * s / now + u.b1 * state.m / following
     b_t, b_next = (u.b1 * (1 - 0.5 * 0.96 ** (0.004 * step)) for step in (t, t + 1))  # NAdam, Dozat 2016
     state.product = float(np.float32(state.product) * np.float32(b_t))  # PyTorch holds it in float32
-    return (1 - b_t) * s / (1 - state.product) + b_next * state.m / (1 - state.product * b_next)
+    now, following = 1 - state.product, 1 - state.product * b_next
+    return np.asarray((1 - b_t) * s / now + b_next * state.m / following)
 
 
 def run(u: Update, data: Evidence, rates: Array | str) -> tuple[Array, Array]:
     """The path [T + 1, P] of an update and its rates [T].
 
     `rates` are given, or found from the path of `data`: "constant", from the first step that moves; "free",
-    from each step. A rate is the least-squares solution of step = lr d, each coordinate in units of its noise.
+    from each step. A rate is the least-squares solution of step = lr d, coordinates in units of their noise.
     """
     p = data.values
     state = State(np.zeros_like(p), np.full_like(p, u.initial), np.zeros_like(p), np.zeros_like(p))
@@ -259,17 +261,16 @@ def fit_numbers(update: Update, data: Evidence, rates: Array | str) -> tuple[flo
     movement = np.abs(data.path - data.values).max(axis=0) + 1e3 * data.tolerance.max(axis=0) + 1e-30
 
     def at(x: Array) -> Update:  # a decay rate b as log(1 - b), another number as its logarithm
-        pairs = zip(names, np.clip(x, -60, 60), strict=True)
-        return replace(
-            update,
-            **{n: 1 - math.exp(np.clip(y, -11, -1e-3)) if n in RATES else math.exp(y) for n, y in pairs},
-        )
+        values: dict[str, Any] = {}
+        for name, y in zip(names, x, strict=True):
+            values[name] = 1 - math.exp(min(max(y, -11), -1e-3)) if name in RATES else math.exp(min(y, 60))
+        return replace(update, **values)
 
     def residuals(x: Array) -> Array:
         with np.errstate(all="ignore"):
             path, _ = run(at(x), data, rates)
             error = np.nan_to_num((path - data.path) / movement, nan=1e3)
-        return np.clip(error, -1e3, 1e3).ravel()
+        return np.asarray(np.clip(error, -1e3, 1e3)).ravel()
 
     if not names:
         return float(np.abs(residuals(np.zeros(0))).max()), update
@@ -280,7 +281,8 @@ def fit_numbers(update: Update, data: Evidence, rates: Array | str) -> tuple[flo
         residuals, start, method="lm", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=15 * (len(names) + 1)
     )
     fitted = at(best.x)
-    rounded = replace(fitted, **{n: float(f"{getattr(fitted, n):.6g}") for n in names})
+    digits: dict[str, Any] = {n: float(f"{getattr(fitted, n):.6g}") for n in names}
+    rounded = replace(fitted, **digits)
     if reproduce(rounded, data, rates):
         fitted = rounded
     return float(np.sqrt(np.mean(best.fun**2))), fitted
@@ -288,41 +290,45 @@ def fit_numbers(update: Update, data: Evidence, rates: Array | str) -> tuple[flo
 
 def changed(old: Update, new: Update) -> list[str]:
     """The fields that differ and have an effect."""
-    numbers = [n for n in new.numbers() if n not in OPTIONS and n in old.numbers()]
-    added = [n for n in new.numbers() if n not in OPTIONS and n not in old.numbers()]
-    names = [n for n in OPTIONS if NEEDS.get(n, lambda u: True)(new) or NEEDS.get(n, lambda u: True)(old)]
-    return [n for n in [*names, *numbers, *added] if getattr(old, n) != getattr(new, n)]
+    names = [n for n in OPTIONS if n not in NEEDS or NEEDS[n](new) or NEEDS[n](old)]
+    numbers = [n for n in new.numbers() if n not in OPTIONS and n in old.numbers()]  # both sides have them
+    return [n for n in [*names, *numbers] if getattr(old, n) != getattr(new, n)]
 
 
 def simplify(fit: Fit, wanted: Update, data: Evidence) -> Fit:
     """The same fit with the fields of `wanted` wherever they do as well."""
     for name in [*OPTIONS, *fit.update.numbers()]:
         if getattr(fit.update, name) != getattr(wanted, name):
-            other = replace(fit.update, **{name: getattr(wanted, name)})
+            change: dict[str, Any] = {name: getattr(wanted, name)}
+            other = replace(fit.update, **change)
             fit = reproduce(other, data, fit.rates) or fit
     return fit
 
 
 def relation(reference: Array, candidate: Array) -> tuple[str, float]:
-    """How the candidate's rates follow from the reference's: "same", "scaled" (by), "later", "earlier", "other"."""
-    close = {"rtol": 1e-7, "atol": 1e-9 * float(np.abs(reference).max())}
-    if np.allclose(candidate, reference, **close):
+    """How the candidate's rates follow from the reference's: "same", "later", "earlier", "scaled" or "other".
+
+    The second value is the factor of "scaled". A shifted exponential is scaled too: it counts as shifted.
+    """
+
+    def close(a: Array, b: Array) -> bool:
+        return np.allclose(a, b, rtol=1e-7, atol=1e-9 * float(np.abs(reference).max()))
+
+    if close(candidate, reference):
         return "same", 1.0
-    ratio = float(candidate @ reference / max(float(reference @ reference), 1e-300))
-    if np.allclose(candidate, ratio * reference, **close):
-        return "scaled", ratio
-    if len(reference) > 2 and np.allclose(candidate[1:], reference[:-1], **close):
+    if len(reference) > 2 and close(candidate[1:], reference[:-1]):
         return "later", 1.0
-    if len(reference) > 2 and np.allclose(candidate[:-1], reference[1:], **close):
+    if len(reference) > 2 and close(candidate[:-1], reference[1:]):
         return "earlier", 1.0
-    return "other", 1.0
+    ratio = float(candidate @ reference / max(float(reference @ reference), 1e-300))
+    return ("scaled", ratio) if close(candidate, ratio * reference) else ("other", 1.0)
 
 
 def search(starts: Sequence[Update], data: Evidence, depth: int, wanted: Fit | None = None) -> Fit | None:
     """The update fewest changes away from one of `starts`, first as it stands, then with its numbers fitted.
 
-    A neighbor of the three updates that came closest is one change further away. With `wanted`, the fit of the
-    reference: its rates are tried first, and rates unrelated to them last.
+    A neighbor of the three updates that came closest is one change further away. `wanted` is the fit of the
+    reference, if it is known: its rates are tried first, and rates unrelated to them last.
     """
     modes: list[Array | str] = ["constant", "free"] if wanted is None else [wanted.rates, "constant", "free"]
 

@@ -1,4 +1,4 @@
-"""Guess an optimizer's equation from its settings. A guess counts only if it reproduces the optimizer's steps."""
+"""Guess an optimizer's equation from its settings. A guess counts only if it reproduces the steps."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def torch_hint(optimizer: Any) -> list[Update]:
         b1, b2 = settings["betas"]
         maximum = "raw" if settings.get("amsgrad") else "none"
         nesterov = "scheduled" if "momentum_decay" in settings else "none"
-        averages = {"first": "ema", "second": "ema", "correct1": True, "correct2": True}
-        return [replace(u, **averages, b1=b1, b2=b2, maximum=maximum, nesterov=nesterov)]
+        u = replace(u, first="ema", second="ema", correct1=True, correct2=True, b1=b1, b2=b2)
+        return [replace(u, maximum=maximum, nesterov=nesterov)]
     momentum = settings.get("momentum", 0.0)
     if momentum:
         nesterov = "plain" if settings.get("nesterov") else "none"
@@ -44,7 +44,7 @@ def torch_hint(optimizer: Any) -> list[Update]:
 
 
 def pieces(transformation: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Name and settings of every transformation in a chain of optax, in order: "scale_by_adam", {"b1": 0.9, ...}."""
+    """Name and settings of each transformation in a chain of optax: "scale_by_adam", {"b1": 0.9, ...}."""
     update = getattr(transformation, "update", transformation)
     if not inspect.isfunction(update):
         return
@@ -61,7 +61,6 @@ def pieces(transformation: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def optax_hint(transformation: Any) -> list[Update]:
     """A guess from the closures of an optax transformation; empty if none of its parts is known."""
     u, rate_applied, known = Update(), False, False
-    averages = {"first": "ema", "second": "ema"}
     for name, s in pieces(transformation):
         known = True
         match name:
@@ -70,7 +69,8 @@ def optax_hint(transformation: Any) -> list[Update]:
                     bool(s.get("bias_correction_mu", True)),
                     bool(s.get("bias_correction_nu", True)),
                 )
-                u = replace(u, **averages, correct1=correct1, correct2=correct2, b1=s["b1"], b2=s["b2"])
+                u = replace(u, first="ema", second="ema")
+                u = replace(u, correct1=correct1, correct2=correct2, b1=s["b1"], b2=s["b2"])
                 u = replace(
                     u, eps=s["eps"], eps_root=s["eps_root"], nesterov="plain" if s.get("nesterov") else "none"
                 )
@@ -109,5 +109,6 @@ def optax_hint(transformation: Any) -> list[Update]:
                 rate_applied = True
             case _:
                 pass
-    numbers = ("b1", "b2", "eps", "eps_root", "initial", "weight_decay", "max_norm")
-    return [replace(u, **{n: float(getattr(u, n)) for n in numbers})] if known else []
+    names = ("b1", "b2", "eps", "eps_root", "initial", "weight_decay", "max_norm")
+    numbers: dict[str, Any] = {name: float(getattr(u, name)) for name in names}
+    return [replace(u, **numbers)] if known else []

@@ -13,7 +13,7 @@ PHRASES: dict[str, dict[Any, str]] = {
     "eps_place": {
         "outside": "adds eps beside the root, sqrt(v) + eps",
         "inside": "adds eps inside the root, sqrt(v + eps)",
-        "uncorrected": "adds eps beside the root before v's bias is corrected, (sqrt(v) + eps) / sqrt(1 - b2^t)",
+        "uncorrected": "adds eps beside the uncorrected root, (sqrt(v) + eps) / sqrt(1 - b2^t)",
     },
     "decay": {
         "none": "has no weight decay",
@@ -157,8 +157,8 @@ def rate_sentence(reference: Array, candidate: Array) -> str | None:
         if np.isclose(ratio, -1):
             return "The candidate steps in the opposite direction (it maximizes)."
         return (
-            f"The candidate's learning rate is {ratio:.6g} times the reference's: at the first step {candidate[0]:.6g} "
-            f"against {reference[0]:.6g}."
+            f"The candidate's learning rate is {ratio:.6g} times the reference's: "
+            f"{candidate[0]:.6g} against {reference[0]:.6g} at the first step."
         )
     if kind in ("later", "earlier"):
         side = "behind" if kind == "later" else "ahead of"

@@ -1,10 +1,11 @@
-"""Where do two optimizers part? The same parameters and the same gradients for both, step by step, in float64."""
+"""Where do two optimizers part? Both get the same parameters and gradients, step by step, in float64."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ FACTOR = 32.0
 ULP = float(np.finfo(np.float64).eps)
 
 Run = Callable[[Array, Array, Array], Array]
-"""Flat parameters [P], gradients [T, P], factors of the parameters after each step [T, P] -> path [T + 1, P]."""
+"""Parameters [P], gradients [T, P], factors of the parameters after each step [T, P] -> path [T + 1, P]."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class OptimizerReport:
         )
         lines += [
             f"They differ first after step {d.step} of the {d.sequence} gradients, in {place}:",
-            f"reference {d.reference:.17g}, candidate {d.candidate:.17g}, error {d.error:.1e}, noise {d.noise:.1e}.",
+            f"reference {d.reference:.17g}, candidate {d.candidate:.17g}, "
+            f"error {d.error:.1e}, noise {d.noise:.1e}.",
             f"Cause: {cause}",
         ]
         return "\n".join(lines)
@@ -207,54 +209,73 @@ def compare_optimizers(
     with contextlib.ExitStack() as stack:
         run_reference = stack.enter_context(runner("reference", reference, start))
         run_candidate = stack.enter_context(runner("candidate", candidate, start))
-        largest: dict[str, tuple[float, float]] = {}
-        first: OptimizerDifference | None = None
+        pairs = []
         for name, gradients in gradient_sequences(steps, start.values.size).items():
-            ours, noise = path_and_noise(run_reference, start.values, gradients)
-            theirs = run_candidate(start.values, gradients, np.ones_like(gradients))
-            error = distance(ours, theirs)
-            ratio = np.divide(error, noise, out=np.where(error > 0, np.inf, 0.0), where=noise > 0)
-            largest[name] = (float(error.max()), float(ratio.max()))
-            departed = np.flatnonzero((ratio > FACTOR).any(axis=1))
-            if departed.size and (first is None or departed[0] < first.step):
-                step = int(departed[0])
-                i = int(ratio[step].argmax())
-                values = (
-                    float(ours[step, i]),
-                    float(theirs[step, i]),
-                    float(error[step, i]),
-                    float(noise[step, i]),
-                )
-                first = OptimizerDifference(name, step, *start.locate(i), *values, cause=None)
-                tolerance, shown = np.fmax(FACTOR * noise, 1e-30), slice(step + 100)
-                departing = tuple(
-                    Evidence(
-                        start.values,
-                        gradients[shown],
-                        path[: step + 101],
-                        tolerance[: step + 101],
-                        start.ndims(),
-                    )
-                    for path in (ours, theirs)
-                )
-        if first is not None:
-            short = collect(run_reference, start), collect(run_candidate, start)
-            found = explain(short, departing, (hint(reference, start), hint(candidate, start)))
-            cause = found and sentence(*found, kind_of("candidate", candidate))
-            first = replace(first, cause=cause)
-    return OptimizerReport(first, largest, steps)
+            path, noise = path_and_noise(run_reference, start.values, gradients)
+            other = run_candidate(start.values, gradients, np.ones_like(gradients))
+            pairs.append(Pair(name, gradients, path, other, noise))
+        largest = {pair.name: (float(pair.error.max()), float(pair.ratio.max())) for pair in pairs}
+        pair = min(pairs, key=lambda pair: pair.first_step)
+        if pair.first_step == math.inf:
+            return OptimizerReport(None, largest, steps)
+        short = collect(run_reference, start), collect(run_candidate, start)
+        found = explain(short, pair.evidence(start), (hint(reference, start), hint(candidate, start)))
+    cause = sentence(*found, kind_of("candidate", candidate)) if found else None
+    return OptimizerReport(pair.difference(start, cause), largest, steps)
 
 
-def distance(reference: Array, candidate: Array) -> Array:
-    """|candidate - reference|; 0 where both are NaN or the same infinity, infinite where one is not finite."""
-    with np.errstate(invalid="ignore"):
-        error = np.abs(candidate - reference)
-    same = (candidate == reference) | (np.isnan(candidate) & np.isnan(reference))
-    return np.where(same, 0.0, np.where(np.isfinite(error), error, np.inf))
+@dataclass(frozen=True)
+class Pair:
+    """The paths of both optimizers [T + 1, P] on one sequence of gradients [T, P], and their noise."""
+
+    name: str
+    gradients: Array
+    reference: Array
+    candidate: Array
+    noise: Array
+
+    @property
+    def error(self) -> Array:
+        """|candidate - reference|; 0 where both are NaN or equal, infinite where only one is finite."""
+        with np.errstate(invalid="ignore"):
+            error = np.abs(self.candidate - self.reference)
+        same = (self.candidate == self.reference) | (np.isnan(self.candidate) & np.isnan(self.reference))
+        return np.where(same, 0.0, np.where(np.isfinite(error), error, np.inf))
+
+    @property
+    def ratio(self) -> Array:
+        """error / noise, infinite where the noise is 0 and the error is not."""
+        error = self.error
+        infinite = np.where(error > 0, np.inf, 0.0)
+        return np.asarray(np.divide(error, self.noise, out=infinite, where=self.noise > 0))
+
+    @property
+    def first_step(self) -> float:
+        """The first step at which a coordinate departs, or infinity."""
+        departed = np.flatnonzero((self.ratio > FACTOR).any(axis=1))
+        return float(departed[0]) if departed.size else math.inf
+
+    def difference(self, start: Parameters, cause: str | None) -> OptimizerDifference:
+        """The coordinate that departs most at the first step."""
+        t = int(self.first_step)
+        i = int(self.ratio[t].argmax())
+        ours, theirs = float(self.reference[t, i]), float(self.candidate[t, i])
+        error, noise = float(self.error[t, i]), float(self.noise[t, i])
+        return OptimizerDifference(self.name, t, *start.locate(i), ours, theirs, error, noise, cause)
+
+    def evidence(self, start: Parameters) -> tuple[Evidence, Evidence]:
+        """The run of each, up to 100 steps after the first difference."""
+        stop = int(self.first_step) + 100
+        tolerance = np.fmax(FACTOR * self.noise, 1e-30)[: stop + 1]
+        data = start.values, self.gradients[:stop]
+        return (
+            Evidence(*data, self.reference[: stop + 1], tolerance, start.ndims()),
+            Evidence(*data, self.candidate[: stop + 1], tolerance, start.ndims()),
+        )
 
 
 def path_and_noise(run: Run, values: Array, gradients: Array) -> tuple[Array, Array]:
-    """The path of the parameters [T + 1, P] and what rounding makes of it, up to each step: the same shape."""
+    """The path of the parameters, and what rounding makes of it up to each step: both [T + 1, P]."""
     path = run(values, gradients, np.ones_like(gradients))
     noise = 4 * ULP * np.abs(path)
     rng = np.random.default_rng(2)
@@ -266,7 +287,7 @@ def path_and_noise(run: Run, values: Array, gradients: Array) -> tuple[Array, Ar
 
 
 def collect(run: Run, start: Parameters) -> Evidence:
-    """A short run on gradients in which every variant shows: from 1e-10 to 1e3, with a burst, zeros and signs.
+    """A short run on gradients in which every variant shows: from 1e-10 to 1e3, with a burst and zeros.
 
     Half of the parameters begin at 0: their steps are known to the last bit.
     """
@@ -288,8 +309,8 @@ def kind_of(side: str, optimizer: Any) -> str:
         return "optax"
     if hasattr(optimizer, "param_groups"):
         raise ParityError(
-            f"The {side} is an optimizer that holds parameters already. Give a factory, so that it can be built "
-            "on the comparison's own: `lambda p: torch.optim.Adam(p, 1e-3)`."
+            f"The {side} is an optimizer that has parameters already. Give a factory, so that it can be "
+            "built on the comparison's own: `lambda p: torch.optim.Adam(p, 1e-3)`."
         )
     if callable(optimizer):
         return "torch"
@@ -343,8 +364,8 @@ def torch_run(side: str, factory: Any, start: Parameters) -> Run:
             return parts
         hint = " If it is one of optax, call it first: `optax.adam(1e-3)`." if hasattr(built, "init") else ""
         raise ParityError(
-            f"The {side}'s factory returns a {type(built).__name__}, which has no `step()`. A factory takes a "
-            f"list of tensors and returns a PyTorch optimizer, or an optimizer and a scheduler.{hint}"
+            f"The {side}'s factory returns a {type(built).__name__}, which has no `step()`. A factory takes "
+            f"a list of tensors and returns a PyTorch optimizer, or an optimizer and a scheduler.{hint}"
         )
 
     def run(values: Array, gradients: Array, factors: Array) -> Array:
@@ -365,7 +386,7 @@ def torch_run(side: str, factory: Any, start: Parameters) -> Run:
                 raise ParityError(f"The {side} fails at step {t + 1}: {error}") from error
             with torch.no_grad():
                 for p, move in zip(tensors, moves, strict=True):
-                    p *= move[t]
+                    p.mul_(move[t])
             path.append(np.concatenate([p.detach().numpy().ravel() for p in tensors]))
         return np.stack(path)
 
@@ -394,7 +415,7 @@ def optax_run(side: str, optimizer: Any, start: Parameters) -> Run:
         return jnp.concatenate(leaves)
 
     def begin(values: Any) -> Any:
-        """Parameters and state; a step count in int64, since int32 / int is float32 in JAX, in a schedule too."""
+        """Parameters and state; counts in int64, since int32 / int is float32 in JAX, in schedules too."""
         params = start.nested(values)
         state = optimizer.init(params)
         wide = jax.tree.map(

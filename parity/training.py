@@ -15,8 +15,8 @@ from parity.trace import Array, ParityError
 FACTOR = 32.0
 """With `perturbed`: a tensor departs where its error exceeds this many times its noise."""
 ROUNDING, GROWTH = 64.0, 1.5
-"""Without it: where it exceeds 64 units of rounding times 1.5 for each step. Measured: float32 training of a small
-ResNet with the last bit of one weight changed moves the loss by 1e-3 at step 20, 1e4 times the rounding: 1.6 a step."""
+"""Without it: where it exceeds 64 units of rounding times 1.5 for each step. Measured: in float32 training of
+a small ResNet a last bit of one weight moves the loss by 1e-3 at step 20, 1e4 units of rounding: 1.6 a step."""
 
 Step = Callable[[Any], Mapping[str, Any]]
 
@@ -76,8 +76,8 @@ class TrainingReport:
         if d is None:
             return "\n".join([*lines, f"The loops agree in {len(self.pairs)} tensors at every step."])
         lines += [
-            f"They differ first at step {d.step}, in {d.reference} (candidate: {d.candidate}) at {list(d.index)}: "
-            f"error {d.error:.1e}, noise {d.noise:.1e}, relative to its largest number.",
+            f"They differ first at step {d.step}, in {d.reference} (candidate: {d.candidate}) at "
+            f"{list(d.index)}: error {d.error:.1e}, noise {d.noise:.1e}, relative to its largest number.",
             f"At this step {', '.join(d.departed)} differ." + (f" {d.cause}" if d.cause else ""),
         ]
         return "\n".join(lines)
@@ -94,18 +94,18 @@ def compare_training(
     """Run two training loops side by side and find the first step and tensor that depart.
 
     Return tensors in the order of computation, so that the first one that departs is where to look: the loss,
-    then gradients, then parameters after the step. Names are matched where they are equal, others at the first
-    step by value, up to a permutation of axes; the nearest pairs first. It stops after the first step that differs.
+    then gradients, then parameters after the step. Equal names are matched, others by value at the first step
+    up to a permutation of axes, the nearest pairs first. It stops after the first step that differs.
 
     The tolerance: give `perturbed`, the reference's loop once more from parameters moved by a last bit. Its
-    distance to the reference is the noise (at least 8 units of rounding), and a tensor departs where its error
-    exceeds `FACTOR` times the largest noise so far. Without it the tolerance is 64 units of rounding of the less
-    precise side, times 1.5 for each step after the first, at most 1: after 20 float32 steps 8e-3. Training is
-    chaotic: compare a few steps, in float64 where you can.
+    distance to the reference is the noise, at least 8 units of rounding. A tensor departs where its error
+    exceeds `FACTOR` times the largest noise so far. Without `perturbed` the tolerance is 64 units of rounding
+    of the less precise side, times 1.5 for each step after the first, at most 1: 8e-3 at step 20 in float32.
+    Training is chaotic: compare a few steps, in float64 where you can.
 
     Args:
-        reference_step, candidate_step: take a batch, train on it, return the tensors of this step: a mapping of
-            names to arrays of any framework, nested or not: {"loss": ..., "gradients": {...}, "parameters": {...}}.
+        reference_step, candidate_step: take a batch, train on it, return the tensors of this step: a mapping
+            of names to arrays of any framework, nested or not: {"loss": ..., "parameters": {...}}.
         batches: one for each step.
         candidate_batches: the same in the candidate's layout, where it differs.
 
@@ -117,7 +117,8 @@ def compare_training(
         ...     loss = criterion(model(batch["x"]), batch["y"])
         ...     optimizer.zero_grad(); loss.backward(); optimizer.step()
         ...     parameters = dict(model.named_parameters())
-        ...     return {"loss": loss, "gradients": {n: p.grad for n, p in parameters.items()}, "parameters": parameters}
+        ...     gradients = {name: p.grad for name, p in parameters.items()}
+        ...     return {"loss": loss, "gradients": gradients, "parameters": parameters}
         >>> print(compare_training(torch_step, jax_step, batches))
     """
     errors: list[tuple[float, float]] = []
@@ -175,19 +176,23 @@ def part_of_step(i: int, departed: tuple[str, ...], names: list[str]) -> str | N
     if "loss" in wrong and i == 0:
         return "The loss differs before any update: the forward pass, the batch or the initial parameters."
     if "grad" in wrong and kinds["loss"] and "loss" not in wrong:
-        return "The loss agrees and gradients do not: the backward pass, or how gradients are averaged or clipped."
+        return (
+            "The loss agrees, gradients do not: the backward pass, or how gradients are averaged or clipped."
+        )
     if "param" in wrong and kinds["grad"] and "grad" not in wrong:
-        return "The gradients agree and the parameters after the step do not: the optimizer; see `compare_optimizers`."
+        return (
+            "The gradients agree, the parameters after the step do not: the optimizer (`compare_optimizers`)."
+        )
     return None
 
 
 def tensors(side: str, result: Any) -> dict[str, Array]:
     """Copies of the floating-point tensors of one step by dotted name."""
     if not isinstance(result, Mapping) or not result:
-        kind = type(result).__name__
+        kind = "an empty mapping" if isinstance(result, Mapping) else f"a {type(result).__name__}"
         raise ParityError(
-            f"The {side}'s step returns {kind if not isinstance(result, Mapping) else 'an empty mapping'}. It returns "
-            'a mapping of names to arrays: {"loss": ..., "parameters": {...}}.'
+            f"The {side}'s step returns {kind}. Return a mapping of names to arrays: "
+            '{"loss": ..., "gradients": {...}, "parameters": {...}}.'
         )
     found: dict[str, Array] = {}
 
@@ -239,7 +244,7 @@ def match(
     reference: Mapping[str, Array], candidate: Mapping[str, Array]
 ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], tuple[str, ...]]:
     """Pair tensors: by equal name and size, then by value up to a permutation of axes, the nearest first."""
-    distances = []
+    distances: list[tuple[Any, ...]] = []
     for (name, ours), (partner, theirs) in itertools.product(reference.items(), candidate.items()):
         if ours.ndim != theirs.ndim or sorted(ours.shape) != sorted(theirs.shape):
             continue
@@ -268,8 +273,8 @@ def match(
             taken.add(partner)
     if not pairs:
         raise ParityError(
-            "The steps have nothing in common: no tensor of the candidate has the shape of one of the reference, in "
-            f"any order of axes. Reference: {shapes(reference)}. Candidate: {shapes(candidate)}."
+            "The steps have nothing in common: no tensor of the candidate has the shape of one of the "
+            f"reference, in any order of axes. Reference: {shapes(reference)}. Candidate: {shapes(candidate)}."
         )
     unmatched = [n for n in reference if n not in pairs] + [n for n in candidate if n not in taken]
     return {name: pairs[name] for name in reference if name in pairs}, tuple(unmatched)
@@ -282,7 +287,7 @@ def shapes(found: Mapping[str, Array]) -> str:
 
 @dataclass(frozen=True)
 class ScheduleReport:
-    """The result of `compare_schedules`: the first step whose rates differ, from 0, or None; and the cause."""
+    """The result of `compare_schedules`; `first_difference` is the first step, from 0, or None."""
 
     first_difference: int | None
     reference: Array
@@ -310,8 +315,8 @@ def compare_schedules(reference: Any, candidate: Any, steps: int, *, base_lr: fl
     Rates are equal within 1e-12 of the largest one, the rounding of float64.
 
     Args:
-        reference, candidate: each a function of the step, or an optax schedule, or a factory of a PyTorch scheduler,
-            `lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 30)`.
+        reference, candidate: each a function of the step, an optax schedule, or a factory of a PyTorch
+            scheduler, `lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 30)`.
         base_lr: the learning rate of the optimizer that a factory is given.
 
     Raises:
@@ -363,8 +368,8 @@ def rates(side: str, schedule: Any, steps: int, base_lr: float) -> Array:
             scheduler.step()
     except Exception as error:
         raise ParityError(
-            f"The {side} is neither a function of the step, step -> learning rate, nor a factory of a PyTorch "
-            f"scheduler, `lambda optimizer: StepLR(optimizer, 30)`: {error}"
+            f"The {side} is neither a function of the step, step -> learning rate, nor a factory of a "
+            f"PyTorch scheduler, `lambda optimizer: StepLR(optimizer, 30)`: {error}"
         ) from error
     return np.array(found)
 

@@ -346,7 +346,7 @@ def runner(side: str, optimizer: Any, start: Parameters) -> Iterator[Run]:
     else:
         import jax
 
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
             yield optax_run(side, optimizer, start)
 
 
@@ -398,6 +398,8 @@ def optax_run(side: str, optimizer: Any, start: Parameters) -> Run:
     import jax
     import jax.numpy as jnp
 
+    steps: list[int] = []
+
     def step(carry: Any, inputs: Any) -> Any:
         params, state = carry
         gradients, factors = inputs
@@ -435,9 +437,11 @@ def optax_run(side: str, optimizer: Any, start: Parameters) -> Run:
         return jnp.stack(path)
 
     def run(values: Array, gradients: Array, factors: Array) -> Array:
-        arguments = [jnp.asarray(x) for x in (values, gradients, factors)]
+        steps.append(len(gradients))
+        rest = ((0, max(steps) - len(gradients)), (0, 0))  # one length, compiled once
+        arguments = [jnp.asarray(values), jnp.asarray(gradients), jnp.asarray(factors)]
         try:
-            path = scan(*arguments)
+            path = scan(values, np.pad(gradients, rest), np.pad(factors, rest))[: len(gradients)]
         except Exception:
             try:
                 path = loop(*arguments)

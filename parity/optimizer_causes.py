@@ -278,7 +278,7 @@ def fit_numbers(update: Update, data: Evidence, rates: Array | str) -> tuple[flo
         math.log(max(1 - getattr(update, n) if n in RATES else getattr(update, n), 1e-12)) for n in names
     ]
     best = least_squares(
-        residuals, start, method="lm", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=15 * (len(names) + 1)
+        residuals, start, method="lm", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=12 * (len(names) + 1)
     )
     fitted = at(best.x)
     digits: dict[str, Any] = {n: float(f"{getattr(fitted, n):.6g}") for n in names}
@@ -327,7 +327,7 @@ def relation(reference: Array, candidate: Array) -> tuple[str, float]:
 def search(starts: Sequence[Update], data: Evidence, depth: int, wanted: Fit | None = None) -> Fit | None:
     """The update fewest changes away from one of `starts`, first as it stands, then with its numbers fitted.
 
-    A neighbor of the three updates that came closest is one change further away. `wanted` is the fit of the
+    A neighbor of the two updates that came closest is one change further away. `wanted` is the fit of the
     reference, if it is known: its rates are tried first, and rates unrelated to them last.
     """
     modes: list[Array | str] = ["constant", "free"] if wanted is None else [wanted.rates, "constant", "free"]
@@ -351,7 +351,7 @@ def search(starts: Sequence[Update], data: Evidence, depth: int, wanted: Fit | N
             if found:
                 return min(found, key=lambda fit: len(changed(starts[0], fit.update)))
             fitted += [(distance, update) for update, distance, _ in results]
-        closest = [update for _, update in sorted(fitted, key=lambda pair: pair[0])[:3]]
+        closest = [update for _, update in sorted(fitted, key=lambda pair: pair[0])[:2]]
         frontier = list(dict.fromkeys(near for update in closest for near in update.neighbors()))
     return next((fit for update in starts if (fit := reproduce(update, data, "free"))), None)
 

@@ -200,8 +200,8 @@ def compare_optimizers(
     Example:
         >>> report = compare_optimizers(lambda p: torch.optim.RMSprop(p, 1e-3), optax.rmsprop(1e-3, 0.99))
         >>> print(report.first_difference.cause)
-        The candidate adds eps inside the root, sqrt(v + eps), the reference beside it, sqrt(v) + eps: write
-        `optax.rmsprop(..., eps_in_sqrt=False)`.
+        The candidate adds eps inside the root, sqrt(v + eps), the reference adds eps beside the root,
+        sqrt(v) + eps: write `optax.rmsprop(..., eps_in_sqrt=False)`.
     """
     if steps < 1:
         raise ParityError(f"steps={steps}: at least 1.")

@@ -5,6 +5,7 @@ PyTorch is the truth: every form in NumPy equals its function, and faults are ma
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from parity.causes import Departure
 from parity.causes.search import find_cause, known_form
+from parity.causes.stage import distance
 from parity.trace import Value
 
 RNG = np.random.default_rng(0)
@@ -118,3 +120,228 @@ def test_two_faults_at_once() -> None:
     assert cause is not None
     assert "SAME" in cause.sentence
     assert "bias" in cause.sentence
+
+
+T = normal(3, 5, 8)
+IMAGE = normal(2, 4, 9, 9)
+
+
+def np_(array: torch.Tensor) -> np.ndarray:
+    return array.detach().numpy()
+
+
+def norm(x: np.ndarray = IMAGE, train: bool = False, **more: Any) -> dict[str, Any]:
+    """Parameters and state of a batch norm of 4 channels."""
+    rng = np.random.default_rng(1)
+    names = ("weight", "bias", "running_mean", "running_var")
+    arrays = dict(zip(names, rng.uniform(0.5, 1.5, (4, x.shape[1])), strict=True))
+    return {
+        "parameters": {f"bn.{n}": arrays[n] for n in names[:2]},
+        "state": {f"bn.{n}": arrays[n] for n in names[2:]},
+        "train": train,
+    }
+
+
+def batch_norm(
+    x: np.ndarray = IMAGE, train: bool = False, eps: float = 1e-5, affine: bool = True
+) -> np.ndarray:
+    given = norm(x)
+    weight, bias = (tensor(a) for a in given["parameters"].values())
+    mean, var = (tensor(a.copy()) for a in given["state"].values())
+    affine_ = (weight, bias) if affine else (None, None)
+    return np_(F.batch_norm(tensor(x), mean, var, *affine_, training=train, eps=eps))
+
+
+def lstm(kind: str = "LSTM", **options: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    torch.manual_seed(0)
+    module = getattr(torch.nn, kind)(8, 6, dtype=torch.float64, **options)
+    output, _ = module(tensor(T))
+    return {f"rnn.{n}": np_(p) for n, p in module.named_parameters()}, np_(output)
+
+
+HEADS = [normal(2, 3, 5, 4) for _ in range(3)]
+MASK = np.where(np.arange(5) < 3, 0.0, -np.inf) + np.zeros((2, 3, 5, 5))
+SQUARE = normal(8, 8)
+SCALES = np.array([0.5, 2.0, 1.0, 3.0, -1.0, 0.2, 0.7, 1.3])
+
+
+def torch_forms() -> dict[str, Departure]:
+    """Operations of PyTorch with no departure: the form in NumPy must give the same numbers."""
+    x, t, image = tensor(X), tensor(T), tensor(IMAGE)
+    deep, shallow = normal(6, 1, 3, 3), normal(6, 2, 3, 3)
+    narrow = normal(4, 3, 3, 3)
+    q, k, v = map(tensor, HEADS)
+    cases: dict[str, tuple[str, Any, Any, dict[str, Any], torch.Tensor | np.ndarray]] = {
+        "conv2d": (
+            "conv2d",
+            X,
+            CONV,
+            {"padding": "same", "dilation": (2, 2)},
+            conv(padding="same", dilation=2),
+        ),
+        "conv2d depthwise": (
+            "conv2d",
+            X,
+            {"c.weight": deep},
+            {"groups": 6, "stride": 2, "padding": 1},
+            F.conv2d(x, tensor(deep), groups=6, stride=2, padding=1),
+        ),
+        "conv2d groups": (
+            "conv2d",
+            X,
+            {"c.weight": shallow},
+            {"groups": 3},
+            F.conv2d(x, tensor(shallow), groups=3),
+        ),
+        "conv1d": ("conv1d", T, {"c.weight": W[:, :5, 0]}, {}, F.conv1d(t, tensor(W[:, :5, 0]))),
+        "conv_transpose2d": (
+            "conv_transpose2d",
+            IMAGE,
+            {"c.weight": narrow, "c.bias": B[:3]},
+            {"stride": (2, 2), "padding": (1, 1), "output_padding": (1, 1)},
+            F.conv_transpose2d(image, tensor(narrow), tensor(B[:3]), 2, 1, 1),
+        ),
+        "layer_norm": (
+            "layer_norm",
+            T,
+            {"n.weight": SCALES, "n.bias": SCALES[::-1]},
+            {"normalized_shape": (8,), "eps": 1e-5},
+            F.layer_norm(t, (8,), tensor(SCALES), tensor(SCALES[::-1])),
+        ),
+        "group_norm": (
+            "group_norm",
+            IMAGE,
+            {},
+            {"num_groups": 2, "eps": 1e-4},
+            F.group_norm(image, 2, eps=1e-4),
+        ),
+        "rms_norm": (
+            "rms_norm",
+            T,
+            {"n.weight": SCALES},
+            {"eps": 1e-6},
+            F.rms_norm(t, (8,), tensor(SCALES), 1e-6),
+        ),
+        "max_pool2d": (
+            "max_pool2d",
+            IMAGE,
+            {},
+            {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True},
+            F.max_pool2d(image, 3, 2, 1, ceil_mode=True),
+        ),
+        "avg_pool2d ceil": (
+            "avg_pool2d",
+            X,
+            {},
+            {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True},
+            F.avg_pool2d(x, 3, 2, 1, ceil_mode=True),
+        ),
+        "avg_pool2d inside": (
+            "avg_pool2d",
+            X,
+            {},
+            {"kernel_size": 3, "stride": 2, "padding": 1, "count_include_pad": False},
+            F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
+        ),
+        "adaptive": ("adaptive_avg_pool2d", X, {}, {"output_size": 1}, F.adaptive_avg_pool2d(x, 1)),
+        "linear": (
+            "linear",
+            T,
+            {"l.weight": SQUARE, "l.bias": SCALES},
+            {},
+            F.linear(t, tensor(SQUARE), tensor(SCALES)),
+        ),
+        "softmax": ("softmax", T, {}, {"dim": 1}, F.softmax(t, 1)),
+        "log_softmax": ("log_softmax", T, {}, {"dim": -1}, F.log_softmax(t, -1)),
+        "attention": ("scaled_dot_product_attention", HEADS, {}, {}, F.scaled_dot_product_attention(q, k, v)),
+        "attention causal": (
+            "scaled_dot_product_attention",
+            HEADS,
+            {},
+            {"is_causal": True},
+            F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        ),
+        "attention mask": (
+            "scaled_dot_product_attention",
+            [*HEADS, MASK],
+            {},
+            {},
+            F.scaled_dot_product_attention(q, k, v, tensor(MASK)),
+        ),
+        "pixel_shuffle": (
+            "pixel_shuffle",
+            IMAGE,
+            {},
+            {"upscale_factor": 2},
+            F.pixel_shuffle(image, 2),
+        ),
+        "flatten": ("flatten", X, {}, {}, x.flatten(1)),
+        "permute": ("permute", X, {}, {}, x.permute(0, 2, 3, 1)),
+        "cat": ("cat", [X, X[:, :2]], {}, {"dim": 1}, torch.cat([x, x[:, :2]], 1)),
+        "add": ("add", [X, X**2], {}, {"alpha": 2.0}, torch.add(x, x**2, alpha=2)),
+        "masked_fill": ("masked_fill", T, {}, {}, t.masked_fill(t > 0.5, -torch.inf)),
+        "lstm": ("lstm", T, lstm(num_layers=2)[0], {}, lstm(num_layers=2)[1]),
+        "gru": ("GRU", T, lstm("GRU")[0], {}, lstm("GRU")[1]),
+        "rnn": ("rnn_tanh", T, lstm("RNN")[0], {}, lstm("RNN")[1]),
+    }
+    for name in ("relu", "silu", "relu6", "leaky_relu", "elu", "selu", "celu", "hardswish", "hardsigmoid"):
+        cases[name] = (name, T, {}, {}, getattr(F, name)(t))
+    for name in ("hardtanh", "softplus", "mish", "sigmoid", "tanh", "softsign", "logsigmoid", "gelu"):
+        cases[name] = (name, T, {}, {}, getattr(F, name)(t))
+    cases["gelu tanh"] = ("gelu", T, {}, {"approximate": "tanh"}, F.gelu(t, approximate="tanh"))
+    for name, options in {
+        "nearest": {},
+        "nearest-exact": {},
+        "bilinear": {},
+        "bilinear corners": {"align_corners": True},
+        "bilinear antialias": {"antialias": True},
+        "bicubic": {},
+        "bicubic corners": {"align_corners": True},
+        "bicubic antialias": {"antialias": True},
+    }.items():
+        mode = name.split()[0]
+        for size in ((13, 11), (5, 4)):
+            output = F.interpolate(image, size, mode=mode, **options)
+            cases[f"{name} {size}"] = (
+                "interpolate",
+                IMAGE,
+                {},
+                {"mode": mode, "size": size, **options},
+                output,
+            )
+    output = F.interpolate(image, scale_factor=1.7, mode="bilinear")
+    cases["scale factor"] = ("interpolate", IMAGE, {}, {"mode": "bilinear", "scale_factor": 1.7}, output)
+    departures = {
+        name: stage(operation, x, parameters, out, out, attributes=attributes)
+        for name, (operation, x, parameters, attributes, out) in cases.items()
+    }
+    for train in (True, False):
+        output = batch_norm(train=train)
+        departures[f"batch_norm {train}"] = stage(
+            "batch_norm", IMAGE, output=output, theirs=output, **norm(train=train)
+        )
+    return departures
+
+
+FORMS = torch_forms()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_form_equals_torch(name: str) -> None:
+    departure = FORMS[name]
+    form = known_form(departure)
+    assert form is not None
+    assert distance(form.result(), form.view(departure.output)) < 1e-12
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_unrelated_difference_has_no_cause(name: str) -> None:
+    departure = FORMS[name]
+    noise = (
+        np.random.default_rng(3).normal(size=departure.output.shape)
+        * np.abs(departure.output[np.isfinite(departure.output)]).max()
+    )
+    for theirs in (departure.output + noise, departure.output + 1e-4 * noise):
+        unlike = dataclasses.replace(departure, candidate_output=theirs, candidate_result=theirs)
+        found = find_cause(unlike)
+        assert found is None, found

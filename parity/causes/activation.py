@@ -24,7 +24,7 @@ def _elu(x: Array, slope: float = 1.0) -> Array:
 
 
 def _softplus(x: Array, beta: float = 1.0) -> Array:
-    return np.logaddexp(0, beta * x) / beta  # type: ignore[no-any-return]
+    return np.asarray(np.logaddexp(0, beta * x) / beta)
 
 
 FUNCTIONS: dict[str, Function] = {

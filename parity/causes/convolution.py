@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,8 @@ def convolve(
     if max(input_dilation) > 1:
         sides = [(n - 1) * d + 1 for n, d in zip(x.shape[2:], input_dilation, strict=True)]
         spread = np.zeros((*x.shape[:2], *sides))
-        spread[(..., *(slice(None, None, d) for d in input_dilation))] = x
+        places: tuple[Any, ...] = (..., *(slice(None, None, d) for d in input_dilation))
+        spread[places] = x
         x = spread
     x = pad(x, padding, mode=mode)
     kernel = weight.shape[2:]

@@ -27,14 +27,16 @@ def derivatives(departure: Departure, form: Form | None) -> Iterator[Found]:
             does = "passes the gradient on unchanged (straight-through), the reference does not"
             yield "wrong-custom-derivative", dy, does
         else:
-            does = f"passes only the direct part of the gradient to {name}: remove the stop_gradient of the other"
+            does = (
+                f"passes only the direct part of the gradient to {name}: remove the stop_gradient elsewhere"
+            )
             yield "stop-gradient", dy, does
         for other in departure.inputs.values():
             if (
                 np.broadcast_shapes(other.shape, dy.shape) == dy.shape
                 and "mul" in departure.reference.operation
             ):
-                does = f"passes to {name} only the part through this product: remove the stop_gradient of the other"
+                does = f"passes to {name} only what this product gives: remove the stop_gradient elsewhere"
                 yield "stop-gradient", dy * other, does
         if (
             x is not None

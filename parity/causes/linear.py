@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from parity.trace import Array
 def linear(x: Array, weight: Array, bias: Array | None) -> Array:
     """x [..., in] times the transpose of weight [out, in], plus bias [out]."""
     y = x @ weight.T
-    return y if bias is None else y + bias
+    return np.asarray(y if bias is None else y + bias)
 
 
 def forms(departure: Departure) -> Iterator[Form]:
@@ -164,7 +164,8 @@ def binary_forms(departure: Departure) -> Iterator[Form]:
             yield Change("missing-shortcut", "leaves the first value out", own, own, {"function": "second"})
             for function in ("relu", "gelu", "silu", "tanh", "sigmoid"):
                 for knob, array in (("x", x), ("other", other)):
-                    does = f"applies {function} to the {'first' if knob == 'x' else 'second'} value before it {own}"
+                    place = "first" if knob == "x" else "second"
+                    does = f"applies {function} to the {place} value before it {own}"
                     knobs = {knob: FUNCTIONS[function](array)}
                     yield Change("norm-activation-order", does, "does not", f"{function} behind it", knobs)
                 yield Change(
@@ -178,9 +179,11 @@ def binary_forms(departure: Departure) -> Iterator[Form]:
                 if word != name:
                     yield Change("operator", _BINARY_WORDS[word], own, own, {"function": word})
             for knob, word in (("alpha", "second"), ("scale", "first")):
-                value = solve(
-                    lambda v, k=knob: compute(x, other, name, **{k: v}), target, (-1.0, 0.1, 1.0, 4.0)
-                )  # type: ignore[misc, arg-type]
+
+                def scaled(value: float, knob: str = knob) -> Array:
+                    return compute(x, other, name, **{knob: value})
+
+                value = solve(scaled, target, (-1.0, 0.1, 1.0, 4.0))
                 if value is not None:
                     does = f"scales the {word} value by {number(value)}"
                     yield Change(
@@ -196,7 +199,7 @@ def binary_forms(departure: Departure) -> Iterator[Form]:
         yield Form(compute, {"x": x, "other": other, "function": name}, changes)
 
 
-_BINARY = {
+_BINARY: dict[str, Callable[[Array, Array], Array]] = {
     "add": np.add,
     "subtract": np.subtract,
     "multiply": np.multiply,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def normalize(
     y = (y.swapaxes(1, 2) if interleaved else y).reshape(x.shape)
     if weight is not None:
         y = y * (weight + plus_one)
-    return y if bias is None else y + bias
+    return np.asarray(y if bias is None else y + bias)
 
 
 def forms(departure: Departure) -> Iterator[Form]:
@@ -129,7 +130,7 @@ def _form(
     )
     running = Statistics(mean, var) if mean is not None and var is not None else None
     train = bool(attribute(departure, "training", default=departure.train)) if groups is None else True
-    knobs = {
+    knobs: dict[str, Any] = {
         "x": x,
         "weight": across(weight),
         "bias": across(bias),
@@ -281,10 +282,10 @@ def _common(departure: Departure, form: Form, target: Array, of_batch: bool) -> 
             "unbiased-variance", does, "by the biased one (n)", "the variance without correction", {"ddof": 1}
         )
         centered = form.knobs.get("centered", True)
-        does = ("subtracts the mean", "does not", "the root mean square alone")
+        words = ("subtracts the mean", "does not", "the root mean square alone")
         if centered:
-            does = ("does not subtract the mean", "does", "(x - mean) / sqrt(var + eps)")
-        yield Change("mean-subtraction", *does, {"centered": not centered})
+            words = ("does not subtract the mean", "does", "(x - mean) / sqrt(var + eps)")
+        yield Change("mean-subtraction", *words, {"centered": not centered})
     if weight is not None or bias is not None:
         write = "its scale and bias"
         yield Change(

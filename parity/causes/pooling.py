@@ -73,7 +73,7 @@ def forms(departure: Departure) -> Iterator[Form]:
         moved = np.moveaxis(x, channels, 1)
         yield _form(
             departure, moved, kind, per_axis(kernel, x.ndim - 2), lambda y, c=channels: np.moveaxis(y, c, 1)
-        )  # type: ignore[misc]
+        )
 
 
 def _form(departure: Departure, x: Array, kind: str, kernel: tuple[int, ...], view: Any) -> Form:
@@ -126,9 +126,9 @@ def _form(departure: Departure, x: Array, kind: str, kernel: tuple[int, ...], vi
                 )
         if any(ceil):
             words = ("floor mode", "ceil mode") if any(extra) else ("ceil mode", "floor mode")
-            other = [0] * rank if any(extra) else ceil
+            rest = [0] * rank if any(extra) else ceil
             write = f"the last, partial window {'too' if any(extra) else 'left out'}"
-            yield Change("ceil-mode", f"uses {words[0]}", words[1], write, {"extra": other})
+            yield Change("ceil-mode", f"uses {words[0]}", words[1], write, {"extra": rest})
         if kind == "max":
             yield Change(
                 "pool-padding-value",

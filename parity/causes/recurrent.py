@@ -96,9 +96,12 @@ def forms(departure: Departure) -> Iterator[Form]:
         sequence = x[None] if layout == "cell" else x.swapaxes(0, 1) if layout == "batch" else x
         zero = np.zeros((len(layers), sequence.shape[1], hidden))
         start = [a.reshape(zero.shape) for a in arrays[1:] if a.size == zero.size]
-        h, c = (start + [zero, zero])[:2]
+        h, c = [*start, zero, zero][:2]
         knobs = {"x": sequence, "h": h, "c": c, **own}
-        view = {"cell": lambda y: y[None], "time": np.asarray, "batch": lambda y: y.swapaxes(0, 1)}[layout]
+
+        def view(y: Array, layout: str = layout) -> Array:
+            return y[None] if layout == "cell" else y.swapaxes(0, 1) if layout == "batch" else y
+
         yield Form(_stack, knobs, lambda target, knobs=knobs: _changes(knobs), view)  # type: ignore[misc]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def matrix(
             "even": np.round(position),
             "down": np.ceil(position - 0.5),
         }[kernel]
-        return np.eye(old)[np.clip(index, 0, old - 1).astype(int)]
+        return np.asarray(np.eye(old)[np.clip(index, 0, old - 1).astype(int)])
     if kernel == "linear" and clamp:
         position = np.maximum(position, 0)
     wide = max(scale, 1.0) if antialias else 1.0
@@ -58,7 +59,7 @@ def matrix(
 
 def _kernel(t: Array, kernel: str) -> Array:
     if kernel == "linear":
-        return np.maximum(1 - t, 0)
+        return np.asarray(np.maximum(1 - t, 0))
     a = -0.75 if kernel == "cubic" else -0.5
     inner = ((a + 2) * t - (a + 3)) * t * t + 1
     outer = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
@@ -102,14 +103,20 @@ def forms(departure: Departure) -> Iterator[Form]:
         if factor is not None and not attribute(departure, "recompute_scale_factor", default=False):
             factors = factor if isinstance(factor, tuple | list) else [factor] * len(shape)
             scales = tuple(1 / float(f) for f in factors)
-        knobs = {"x": moved, "shape": shape, "grid": grid, "kernel": kernel, "antialias": antialias}
+        knobs: dict[str, Any] = {
+            "x": moved,
+            "shape": shape,
+            "grid": grid,
+            "kernel": kernel,
+            "antialias": antialias,
+        }
         knobs |= {"clamp": True, "scales": scales}
         yield Form(resize, knobs, lambda target, knobs=knobs: _changes(knobs), view, per_example=True)  # type: ignore[misc]
 
 
-def _changes(knobs: dict[str, object]) -> Iterable[Change]:
+def _changes(knobs: dict[str, Any]) -> Iterable[Change]:
     own = (knobs["grid"], knobs["kernel"], knobs["antialias"], True)
-    words = _words(*own)  # type: ignore[arg-type]
+    words = _words(*own)
     every = itertools.product(_GRIDS, _KERNELS, (False, True), (True, False))
     for other in sorted(every, key=lambda o: sum(a != b for a, b in zip(o, own, strict=True))):
         if other == own:
@@ -134,7 +141,7 @@ def _changes(knobs: dict[str, object]) -> Iterable[Change]:
             "antialias": antialias,
             "clamp": clamp,
             "scales": (None,) * len(knobs["shape"]),
-        }  # type: ignore[arg-type]
+        }
         yield Change(id_, f"resizes by {_words(*other)}", f"by {words}", words, changed)
 
 

@@ -24,7 +24,7 @@ from parity.causes import (
     resizing,
     statistics,
 )
-from parity.causes.stage import Change, Form, distance, first_input, number
+from parity.causes.stage import Change, Form, distance, number
 from parity.trace import Array
 
 _SECONDS = 8.0  # after which no more pairs of changes are tried

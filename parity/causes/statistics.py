@@ -81,10 +81,10 @@ def _others(
         yield "statistics-updated-twice", twice, f"updates {name} twice in a step, the reference once" + more
         step = new - old
         share = float(np.vdot(step, target - old) / (np.vdot(step, step) or 1.0))
-        words = (
+        sentence = (
             f"takes {number(share)} of the new statistics, {own}: change the momentum of the candidate" + more
         )
-        yield "momentum", old + share * step, words
+        yield "momentum", old + share * step, sentence
         yield (
             "statistics-added",
             old + rate * new,

@@ -24,7 +24,7 @@ def _elu(x: Array, slope: float = 1.0) -> Array:
 
 
 def _softplus(x: Array, beta: float = 1.0) -> Array:
-    return np.logaddexp(0, beta * x) / beta  # type: ignore[no-any-return]
+    return np.asarray(np.logaddexp(0, beta * x) / beta)
 
 
 FUNCTIONS: dict[str, Function] = {
@@ -110,13 +110,13 @@ def forms(departure: Departure) -> Iterator[Form]:
         reference = _words(name, own)
         for other in FUNCTIONS:
             if other != name:
-                yield _change(other, {}, reference)
+                yield _change(other, {}, reference, name)
         for other, (_, argument) in _SOLVED.items():
             grid = np.concatenate([-np.geomspace(1e-3, 1, 4), np.geomspace(1e-4, 10, 21)]).tolist()
             grid = [g for g in grid if g > 0 or argument == "slope"]
             value = solve(lambda v, o=other, a=argument: apply(x, o, **{a: v}), target, grid)  # type: ignore[misc]
             if value is not None:
-                yield _change(other, {argument: value}, reference)
+                yield _change(other, {argument: value}, reference, name)
 
     yield Form(compute, {"x": x, "function": (name, own)}, changes)
 
@@ -132,36 +132,38 @@ def _words(name: str, arguments: dict[str, float]) -> str:
     return words.get(name, name.replace("_", " ")) + value
 
 
-def _change(name: str, arguments: dict[str, float], reference: str) -> Change:
-    write = {
-        "the exact GELU (erf)": "approximate=False",
-        "the tanh approximation of GELU": "approximate=True",
-    }
-    known = {
-        "gelu": "gelu-exact",
-        "gelu-tanh": "gelu-tanh",
-        "gelu-sigmoid": "gelu-sigmoid",
-        "identity": "activation-missing",
-    }
-    id_ = (
-        "activation-slope"
-        if arguments and name.replace("_", " ") in reference
-        else known.get(name, "activation")
-    )
-    does = f"uses {_words(name, arguments)}"
-    advice = write.get(reference, reference) if "gelu" in name else reference
-    return Change(id_, does, reference, advice, {"function": (name, arguments)})
+def _change(name: str, arguments: dict[str, float], reference: str, base: str) -> Change:
+    id_ = "activation"
+    if name == base:
+        id_ = "activation-slope"
+    elif {name, base} == {"gelu", "gelu-tanh"}:
+        id_ = "gelu-tanh"
+    elif arguments and {name, base} == {"leaky_relu", "relu"}:
+        id_ = "activation-slope"
+    advice = {"gelu": "approximate=False", "gelu-tanh": "approximate=True"}.get(base, reference)
+    advice = advice if "gelu" in name else reference
+    return Change(id_, f"uses {_words(name, arguments)}", reference, advice, {"function": (name, arguments)})
 
 
 def softmax(
-    x: Array, axis: int | tuple[int, ...], log: bool = False, scale: float = 1.0, more: float = 0.0
+    x: Array,
+    axis: int | tuple[int, ...],
+    log: bool = False,
+    scale: float = 1.0,
+    more: float = 0.0,
+    sums: Array | float = 1.0,
 ) -> Array:
-    """Softmax or its logarithm along an axis; `more` is added to the sum (0, or 1 for "softmax one")."""
+    """Softmax or its logarithm along an axis.
+
+    Args:
+        more: added to the sum of exponentials: 0, or 1 for "softmax one".
+        sums: what the result adds up to.
+    """
     x = x * scale
     top = x.max(axis=axis, keepdims=True)
     total = np.exp(x - top).sum(axis=axis, keepdims=True) + more * np.exp(-top)
     logs = x - top - np.log(total)
-    return logs if log else np.exp(logs)
+    return np.asarray(logs if log else np.exp(logs) * sums)
 
 
 def softmax_forms(departure: Departure) -> Iterator[Form]:
@@ -186,13 +188,20 @@ def softmax_forms(departure: Departure) -> Iterator[Form]:
                 )
             words = ("log-softmax", "softmax") if not log else ("softmax", "log-softmax")
             yield Change("log-softmax", f"computes {words[0]}", words[1], words[1], {"log": not log})
+            sums = target.sum(axis, keepdims=True)
+            if not log and ((sums > 0) & (sums < 1 + 1e-9)).all():
+                does, write = (
+                    "hides positions behind the softmax (sums below 1)",
+                    "-inf for these scores before it",
+                )
+                yield Change("mask-after-softmax", does, "before it", write, {"sums": sums})
             does = "adds 1 to the sum of exponentials"
             yield Change("softmax-sum", does, "does not", "a plain softmax", {"more": 1.0})
             value = solve(lambda v: softmax(x, axis, log, v), target, np.geomspace(1e-3, 1e3, 25).tolist())
             if value is not None:
                 does = f"multiplies the scores by {number(value)}"
                 yield Change(
-                    "softmax-scale", does, "does not", "scores without this factor", {"scale": value}
+                    "attention-scale", does, "does not", "scores without this factor", {"scale": value}
                 )
 
         yield Form(softmax, {"x": x, "axis": axis, "log": log}, changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,8 @@ def convolve(
     if max(input_dilation) > 1:
         sides = [(n - 1) * d + 1 for n, d in zip(x.shape[2:], input_dilation, strict=True)]
         spread = np.zeros((*x.shape[:2], *sides))
-        spread[(..., *(slice(None, None, d) for d in input_dilation))] = x
+        places: tuple[Any, ...] = (..., *(slice(None, None, d) for d in input_dilation))
+        spread[places] = x
         x = spread
     x = pad(x, padding, mode=mode)
     kernel = weight.shape[2:]
@@ -125,6 +127,7 @@ def _form(
     def changes(target: Array) -> Iterable[Change]:
         yield from padding_changes(departure, padding, sizes, sides, stride)
         yield from _paddings_of_other_kinds(knobs["mode"])  # type: ignore[arg-type]
+        yield from _strides(stride)
         yield from _dilations(weight, padding, dilation)
         yield from _kernels(weight, groups)
         yield from _channels(x, weight, groups)
@@ -139,6 +142,19 @@ def _paddings_of_other_kinds(mode: str) -> Iterator[Change]:
             write = f"padding of the kind {words[mode]!r}"
             yield Change(
                 "padding-mode", f"pads with the kind {word!r}", f"{words[mode]!r}", write, {"mode": other}
+            )
+
+
+def _strides(stride: tuple[int, ...]) -> Iterator[Change]:
+    for other in range(1, 5):
+        if any(s != other for s in stride):
+            write = f"a stride of {stride}"
+            yield Change(
+                "stride-placement",
+                f"has stride {other}",
+                f"{stride[0]}",
+                write,
+                {"stride": (other,) * len(stride)},
             )
 
 
@@ -184,7 +200,7 @@ def _kernels(weight: Array, groups: int) -> Iterator[Change]:
             (exchanged.swapaxes(-1, -2), " and height and width"),
         ):
             does = f"exchanges input and output channels of the kernel{also}"
-            yield Change("kernel-in-out", does, f"uses it {uses}", write, {"weight": array})
+            yield Change("kernel-transposed", does, f"uses it {uses}", write, {"weight": array})
 
 
 def _channels(x: Array, weight: Array, groups: int) -> Iterator[Change]:
@@ -200,7 +216,7 @@ def _channels(x: Array, weight: Array, groups: int) -> Iterator[Change]:
                 does = f"has the {word} channels of the groups interleaved"
                 write = "the channels of one group side by side"
                 yield Change(
-                    "channel-order-of-groups",
+                    "groups",
                     does,
                     "has them side by side",
                     write,
@@ -209,7 +225,7 @@ def _channels(x: Array, weight: Array, groups: int) -> Iterator[Change]:
     if weight.shape[0] % (groups + 1):
         rolled = weight.reshape(groups, -1, *weight.shape[1:])[::-1].reshape(weight.shape)
         yield Change(
-            "channel-order-of-groups",
+            "groups",
             "takes the groups in reverse order",
             "in order",
             "the groups in order",

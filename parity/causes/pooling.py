@@ -73,7 +73,7 @@ def forms(departure: Departure) -> Iterator[Form]:
         moved = np.moveaxis(x, channels, 1)
         yield _form(
             departure, moved, kind, per_axis(kernel, x.ndim - 2), lambda y, c=channels: np.moveaxis(y, c, 1)
-        )  # type: ignore[misc]
+        )
 
 
 def _form(departure: Departure, x: Array, kind: str, kernel: tuple[int, ...], view: Any) -> Form:
@@ -84,12 +84,12 @@ def _form(departure: Departure, x: Array, kind: str, kernel: tuple[int, ...], vi
     sides = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
     sizes = x.shape[-rank:]
     padding = paddings(attribute(departure, "padding", default=0), sizes, sides, stride)
-    extra = [0] * rank
-    if attribute(departure, "ceil_mode", default=False):
-        for axis, (n, k, s, (a, b)) in enumerate(zip(sizes, sides, stride, padding, strict=True)):
-            count = -(-(n + a + b - k) // s) + 1
-            count -= (count - 1) * s >= n + a  # the last window starts inside
-            extra[axis] = max((count - 1) * s + k - n - a - b, 0)
+    ceil = []
+    for n, k, s, (a, b) in zip(sizes, sides, stride, padding, strict=True):
+        count = -(-(n + a + b - k) // s) + 1
+        count -= (count - 1) * s >= n + a  # the last window starts inside
+        ceil.append(max((count - 1) * s + k - n - a - b, 0))
+    extra = ceil if attribute(departure, "ceil_mode", default=False) else [0] * rank
     counted = "all" if attribute(departure, "count_include_pad", default=True) else "inside"
     knobs = {"x": x, "kind": kind, "kernel": kernel, "stride": stride, "padding": padding}
     knobs |= {"dilation": dilation, "extra": extra, "counted": counted}
@@ -124,26 +124,21 @@ def _form(departure: Departure, x: Array, kind: str, kernel: tuple[int, ...], vi
                 yield Change(
                     word.id, word.does, word.reference, word.write, {"padding": tuple(every), "extra": rest}
                 )
-        if any(extra):
-            yield Change(
-                "ceil-mode",
-                "uses floor mode",
-                "ceil mode",
-                "the last, partial window too",
-                {"extra": [0] * rank},
-            )
+        if any(ceil):
+            words = ("floor mode", "ceil mode") if any(extra) else ("ceil mode", "floor mode")
+            rest = [0] * rank if any(extra) else ceil
+            write = f"the last, partial window {'too' if any(extra) else 'left out'}"
+            yield Change("ceil-mode", f"uses {words[0]}", words[1], write, {"extra": rest})
         if kind == "max":
             yield Change(
-                "max-pool-pads-zero",
+                "pool-padding-value",
                 "pads the maximum with 0",
                 "with -inf",
                 "a padding of -inf",
                 {"pad_value": 0.0},
             )
         for other in {"max", "avg", "sum"} - {kind}:
-            yield Change(
-                "pooling-kind", f"pools by {other}", f"by {kind}", f"{kind} pooling", {"kind": other}
-            )
+            yield Change("pool-kind", f"pools by {other}", f"by {kind}", f"{kind} pooling", {"kind": other})
         for step in range(1, 4):
             yield Change(
                 "dilation",
@@ -180,7 +175,13 @@ def _adaptive(departure: Departure, x: Array, kind: str) -> Iterator[Form]:
         def changes(target: Array, axes: tuple[int, ...] = axes) -> Iterable[Change]:
             for other in {"max", "avg", "sum"} - {kind}:
                 does, write = f"takes the {_WORDS[other]}", f"the {_WORDS[kind]}"
-                yield Change("mean-or-sum", does, write, write, {"kind": other})
+                yield Change(
+                    "pool-kind" if {kind, other} == {"avg", "max"} else "mean-or-sum",
+                    does,
+                    write,
+                    write,
+                    {"kind": other},
+                )
             for count in range(1, x.ndim + 1):
                 for tried in itertools.combinations(range(x.ndim), count):
                     if tried != axes:

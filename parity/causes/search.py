@@ -1,237 +1,292 @@
-"""The search for a cause: which variant of the reference's operation gives the candidate's numbers."""
+"""`find_cause`: try every hypothesis about a stage and return the one that gives the candidate's numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from parity.causes import Cause, Departure, activation, convolution, linear, normalization, pooling
-from parity.causes.stage import Form, distance, first_input, number
+from parity.causes import (
+    Cause,
+    Departure,
+    activation,
+    attention,
+    convolution,
+    gradients,
+    linear,
+    normalization,
+    pooling,
+    precision,
+    recurrent,
+    resizing,
+    statistics,
+)
+from parity.causes.stage import Change, Form, distance, number
 from parity.trace import Array
 
-_TOLERANCE = 10.0  # a variant fits if its error is at most this many times the noise, or 1e-9
+_SECONDS = 8.0  # after which no more pairs of changes are tried
 _FORMS: tuple[tuple[str, Callable[[Departure], Iterator[Form]]], ...] = (
-    ("conv", convolution.forms),
-    ("pool", pooling.forms),
-    ("reduce_window", pooling.forms),
-    ("mean", pooling.forms),
-    ("softmax", activation.softmax_forms),
-    ("norm", normalization.forms),
-    ("linear", linear.forms),
-    ("dense", linear.forms),
-    ("dot_general", linear.forms),
-    ("matmul", linear.forms),
-    ("add", linear.sums),
-    ("flatten", linear.permutations),
-    ("reshape", linear.permutations),
-    ("transpose", linear.permutations),
-    ("permute", linear.permutations),
-    ("", activation.forms),
+    (r".*conv.*", convolution.forms),
+    (r".*norm", normalization.forms),
+    (r".*pool|reduce_window.*|mean|sum|amax|reduce_(sum|max|mean)", pooling.forms),
+    (r"(log_?)?softmax", activation.softmax_forms),
+    (r"linear|dense|matmul|bmm|mm|addmm|dot_general|einsum", linear.forms),
+    (r"flatten|reshape|view|unflatten|ravel", linear.reshape_forms),
+    (r"permute|transpose|swapaxes|movedim|moveaxis|t", linear.transpose_forms),
+    (r"cat|concat|concatenate", linear.concatenate_forms),
+    (r"scaled_dot_product_attention|dot_product_attention", attention.forms),
+    (r"masked_fill|where|select_n", attention.mask_forms),
+    (r"interpolate|upsample.*|resize", resizing.forms),
+    (r"pixel_?shuffle", resizing.shuffle_forms),
+    (r".*(lstm|gru|rnn).*", recurrent.forms),
 )
 
 
 def find_cause(departure: Departure) -> Cause | None:
-    """Return the variant that explains a departure; None if no known one does."""
-    if departure.what == "output":
-        return _variant(departure) or _factor(departure)
+    """Name the change of the reference's operation that gives the candidate's result, or None.
+
+    A change of the operation is tried only if the operation, as it is written here, gives the reference's
+    own result. One change is preferred to two, a change of the operation to a mere factor.
+
+    Example:
+        >>> find_cause(departure).sentence
+        'port.py:41 pads 0 before and 1 behind (SAME), the reference 1 and 1: write padding=((1, 1), (1, 1))'
+    """
     if departure.what == "statistics":
-        return _statistics(departure)
-    return _gradient(departure)
+        return _first_fit(departure, statistics.updates(departure)) or _general(departure)
+    form = known_form(departure)
+    if departure.what == "output":
+        found = None if form is None else _search(departure, form)
+        return found or _general(departure)
+    found = _first_fit(departure, gradients.derivatives(departure, form)) or _general(departure)
+    if found is None and departure.what == "input gradient" and activation.name_of(departure) is not None:
+        words = (
+            f"has a derivative that is not that of {departure.reference.operation}: correct its custom rule"
+        )
+        error = distance(departure.result, departure.candidate_result)
+        return Cause("wrong-custom-derivative", f"{_place(departure)} {words}", error)
+    return found
 
 
 def find_precision(departure: Departure, native: Array) -> Cause | None:
-    """Return the precision to which a stage rounds, where the float64 twins agree.
+    """Name the precision to which a stage rounds, where the float64 twins agree.
 
     Args:
         departure: of the twins.
-        native: the candidate's output in its own precision, made from the reference's inputs.
+        native: the candidate's output in its own precision, made from the reference's inputs, in the axis
+            order of the reference.
     """
-    before = float(np.abs(native - departure.output).max())
-    places: list[tuple[float, str, str]] = []
-    for name, rounded in _ROUNDINGS.items():
-        places.append((float(np.abs(rounded(departure.output) - native).max()), name, "its output"))
-        for form in _forms(departure):
-            if distance(form.result(), form.view(departure.output)) > _limit(departure):
-                continue
-            arrays = {
-                k: rounded(v)
-                for k, v in form.knobs.items()
-                if isinstance(v, np.ndarray) and v.dtype.kind == "f"
-            }
-            for knobs, where in (
-                ({k: v for k, v in arrays.items() if k == "x"}, "its input"),
-                (arrays, "its operands"),
-            ):
-                result = form.result(knobs)
-                if result.shape != form.view(native).shape:
-                    continue
-                for array in (result, rounded(result)):
-                    places.append((float(np.abs(array - form.view(native)).max()), name, where))
-    if not places:
-        return None
-    error, name, where = min(places, key=lambda place: place[0])
-    if error > before / 4:
-        return None
-    identifier = {"bfloat16": "bfloat16-cast", "float16": "float16-cast", "TF32": "tf32"}[name]
-    remedy = 'jax.default_matmul_precision("highest")' if name == "TF32" else "float32 there"
-    sentence = f"{_place(departure)} rounds {where} to {name}, the reference does not: use {remedy}."
-    return Cause(identifier, sentence, error)
+    return precision.rounded_to(departure, native, known_form(departure))
 
 
-def _forms(departure: Departure) -> Iterator[Form]:
-    name = departure.reference.operation.lower()
-    for word, forms in _FORMS:
-        if word in name:
-            yield from forms(departure)
+def tolerance(departure: Departure) -> float:
+    """How near a variant must be: the noise, or float32 constants where the departure is far larger."""
+    error = distance(departure.candidate_result, departure.result)
+    return max(10 * departure.noise, 1e-9, min(3e-7, 1e-3 * error))
 
 
-def _limit(departure: Departure) -> float:
-    return max(_TOLERANCE * departure.noise, 1e-9)
+def kind_of(operation: str) -> str:
+    """The name of an operation without dimensions: "conv" for "Conv2d", "conv2d" and "conv"."""
+    return re.sub(r"_?\d+d(_|$)", "", operation.lower().strip("_")).removesuffix("_layer")
+
+
+def known_form(departure: Departure) -> Form | None:
+    """The operation in NumPy, in the layout in which it gives the reference's own output."""
+    operation = departure.reference.operation
+    makers = [make for pattern, make in _FORMS if re.fullmatch(pattern, kind_of(operation))]
+    if activation.name_of(departure) is not None:
+        makers.insert(0, activation.forms)
+    if linear.is_binary(operation):
+        makers.append(linear.binary_forms)
+    limit = max(10 * departure.noise, 1e-7)
+    for make in makers:
+        for form in make(departure):
+            if distance(form.result(), form.view(departure.output)) <= limit:
+                return form
+    return None
 
 
 def _place(departure: Departure) -> str:
-    """The candidate's line, or its stage."""
     return departure.candidate.where or departure.candidate.name
 
 
-def _variant(departure: Departure) -> Cause | None:
-    """Try each change of each form that gives the reference's own output."""
-    limit = _limit(departure)
-    fits: list[tuple[int, float, Cause]] = []
-    for form in _forms(departure):
-        if distance(form.result(), form.view(departure.output)) > limit:
-            continue
-        target = departure.candidate_output
-        target = form.view(target) if target.ndim == departure.output.ndim else target
-        for change in form.changes(target):
-            error = distance(form.result(change.knobs), target)
-            if error <= limit:
-                sentence = f"{_place(departure)} {change.does}, the reference: {change.reference}; write {change.write}."
-                fits.append((len(change.knobs), error, Cause(change.id, sentence, error)))
-    return min(fits, key=lambda fit: fit[:2])[2] if fits else None
+def _search(departure: Departure, form: Form) -> Cause | None:
+    """The best single change, else the best pair of changes of different knobs."""
+    limit = tolerance(departure)
+    for target in _targets(departure, form):
+        if distance(form.result(), target) <= limit:
+            return None
+        singles = [*form.changes(target), *_of_inputs(form)]
+        found = _best(departure, form, target, limit, [(change,) for change in singles])
+        found = found or _best(departure, form, target, limit, _pairs(singles))
+        if found is not None:
+            return found
+    return None
 
 
-def _factor(departure: Departure) -> Cause | None:
-    """A constant factor or offset between both."""
-    a, b = departure.output.reshape(-1), departure.candidate_output.reshape(-1)
-    if a.shape != b.shape or not a.size:
+def _targets(departure: Departure, form: Form) -> Iterator[Array]:
+    """The candidate's output in the form's layout; of another shape, in each layout that it may have."""
+    theirs = departure.candidate_output
+    if theirs.shape == departure.output.shape:
+        yield form.view(theirs)
+    elif theirs.ndim == departure.output.ndim and theirs.ndim > 2:
+        yield from (theirs, np.moveaxis(theirs, -1, 1))
+
+
+def _pairs(changes: Sequence[Change]) -> Iterator[tuple[Change, Change]]:
+    start = time.monotonic()
+    for pair in itertools.combinations(changes, 2):
+        if time.monotonic() - start > _SECONDS:
+            return
+        if not set(pair[0].knobs) & set(pair[1].knobs):
+            yield pair
+
+
+def _best(
+    departure: Departure, form: Form, target: Array, limit: float, variants: Iterable[tuple[Change, ...]]
+) -> Cause | None:
+    """The variant with the smallest error within the limit; of errors far within it the first."""
+    best: tuple[float, tuple[Change, ...]] | None = None
+    for changes in variants:
+        knobs = {knob: value for change in changes for knob, value in change.knobs.items()}
+        error = _error(form, knobs, target, limit)
+        if error <= limit and (best is None or error < best[0]):
+            best = error, changes
+            if error <= limit / 10:
+                break
+    if best is None:
         return None
-    square = float(a @ a)
-    factor = float(a @ b) / square if square else 0.0
-    if factor and distance(factor * a, b) <= _limit(departure):
-        sentence = f"The candidate's {departure.candidate.name} is {number(factor)} times the reference's."
-        identifier = (
-            "attention-scale" if departure.reference.operation in ("div", "mul") else "constant-factor"
-        )
-        return Cause(identifier, sentence, distance(factor * a, b))
-    return None
+    parts = [f"{change.does}, the reference {change.reference}: write {change.write}" for change in best[1]]
+    return Cause(best[1][0].id, f"{_place(departure)} {'; and it '.join(parts)}", best[0])
 
 
-def _gradient(departure: Departure) -> Cause | None:
-    """A gradient that does not pass, or passes changed."""
-    truth, found, place = departure.result, departure.candidate_result, _place(departure)
-    if not np.any(found):
-        sentence = f"No gradient passes through {place} (a stop_gradient, or a detached value): let it pass."
-        return Cause("stop-gradient", sentence, 0.0)
-    x = first_input(departure)
-    if "norm" in departure.reference.operation.lower() and x is not None and departure.gradient is not None:
-        cause = _constant_statistics(departure, x)
-        if cause is not None:
-            return cause
-    a, b = truth.reshape(-1), found.reshape(-1)
-    factor = float(a @ b) / float(a @ a) if np.any(a) else 0.0
-    if factor and distance(factor * a, b) <= _limit(departure):
-        sentence = f"The derivative of {place} is {number(factor)} times the right one: a custom derivative is wrong."
-        return Cause("wrong-custom-derivative", sentence, distance(factor * a, b))
-    if activation.name_of(departure) is not None:
-        sentence = f"The derivative at {place} is not that of {departure.reference.operation}: a custom derivative is wrong."
-        return Cause("wrong-custom-derivative", sentence, distance(a, b))
-    other = departure.gradient
-    if other is not None and other.shape == found.shape and distance(other, found) <= _limit(departure):
-        sentence = f"A part of the gradient does not pass through {place} (a stop_gradient): let it pass."
-        return Cause("stop-gradient", sentence, 0.0)
-    return None
+def _error(form: Form, knobs: dict[str, object], target: Array, limit: float) -> float:
+    """The distance of a variant; infinite if the first example alone rules it out."""
+    x = knobs.get("x", form.knobs.get("x"))
+    if form.per_example and isinstance(x, np.ndarray) and len(x) > 1 and len(x) == len(target):
+        first = form.result({**knobs, "x": x[:1]})
+        if first.shape != target[:1].shape:
+            return np.inf
+        with np.errstate(all="ignore"):
+            if np.abs(first - target[:1]).max() > 1.01 * limit * np.abs(target).max():
+                return np.inf
+    return distance(form.result(knobs), target)
 
 
-def _constant_statistics(departure: Departure, x: Array) -> Cause | None:
-    """Mean, variance or both taken for constants in the backward pass of a normalization."""
-    dy = departure.gradient
-    assert dy is not None
-    for form in normalization.forms(departure):
-        if distance(form.result(), departure.output) > _limit(departure):
-            continue
-        knobs = form.knobs
-        axes, channel = knobs["axes"], knobs["channel"]
-        shape = [-1 if axis == channel % x.ndim else 1 for axis in range(x.ndim)]
-        weight = knobs["weight"]
-        g = dy if weight is None else dy * (weight if weight.ndim > 1 else weight.reshape(shape))
-        centered = x - x.mean(axes, keepdims=True)
-        inverse = 1 / np.sqrt(x.var(axes, keepdims=True) + knobs["eps"])
-        by_mean = -g.mean(axes, keepdims=True)
-        by_var = -centered * inverse**2 * (g * centered).mean(axes, keepdims=True)
-        terms = {
-            "mean and variance are constants": g * inverse,
-            "the variance is a constant": (g + by_mean) * inverse,
-            "the mean is a constant": (g + by_var) * inverse,
-        }
-        for words, result in terms.items():
-            if distance(result, departure.candidate_result) <= _limit(departure):
-                sentence = f"In the backward pass of {_place(departure)} {words}: differentiate through the batch statistics."
-                return Cause(
-                    "batch-statistics-constant", sentence, distance(result, departure.candidate_result)
-                )
-    return None
+def _of_inputs(form: Form) -> Iterator[Change]:
+    """Changes of what any operation reads: its bias, its input."""
+    bias = form.knobs.get("bias")
+    if bias is not None:
+        yield Change("missing-bias", "adds no bias", "does", "the bias too", {"bias": None})
+        yield Change("bias-twice", "adds the bias twice", "once", "it once", {"bias": 2 * bias})
+        yield Change("bias-sign", "subtracts the bias", "adds it", "+ bias", {"bias": -bias})
+    x = form.knobs.get("x")
+    if x is None or "function" in form.knobs:
+        return
+    for name in ("relu", "gelu", "gelu-tanh", "silu", "tanh", "sigmoid", "relu6", "leaky_relu", "elu"):
+        does, write = f"applies {name} before this operation", f"{name} where the reference has it"
+        yield Change("norm-activation-order", does, "does not", write, {"x": activation.apply(x, name)})
+    if x.ndim > 1:
+        does, write = "reads the channels in reverse order", "the channels in their order (RGB, not BGR)"
+        yield Change("channels-reversed", does, "does not", write, {"x": np.flip(x, 1)})
+    for axis in range(2, x.ndim):
+        does, write = f"reads axis {axis} of its input backwards", "the input as it is"
+        yield Change("input-flipped", does, "does not", write, {"x": np.flip(x, axis)})
+    if x.ndim > 2 and x.shape[-1] == x.shape[-2]:
+        does, write = "exchanges the last two axes of its input", "the axes in their order"
+        yield Change("input-axes", does, "does not", write, {"x": x.swapaxes(-1, -2)})
 
 
-def _statistics(departure: Departure) -> Cause | None:
-    """Running statistics: the share of the new ones, and which variance they take."""
-    old = departure.state.get(departure.result_name)
-    truth, found = departure.result, departure.candidate_result
-    if old is None or old.shape != found.shape:
+def _general(departure: Departure) -> Cause | None:
+    """What needs no knowledge of the operation: a simple function of the reference's result."""
+    if departure.result.shape != departure.candidate_result.shape:
         return None
-    if distance(found, old) <= _limit(departure):
-        sentence = f"The candidate does not update {departure.result_name}: run it in train mode and keep the new state."
-        return Cause("statistics-not-updated", sentence, 0.0)
-    rate = departure.reference.attributes.get("momentum")
-    rate = 0.1 if rate is None else float(rate)
-    batch = old + (truth - old) / rate  # what the reference mixed in
-    x = first_input(departure)
-    count = 0 if x is None else x.size // max(old.size, 1)
-    tried = [
-        (
-            "momentum-convention",
-            share,
-            batch,
-            f"takes {number(share)} of the new statistics, the reference {number(rate)}",
-        )
-        for share in (1 - rate, 0.01, 0.001, 0.1, 0.9, 0.99)
-    ]
-    if count > 1 and "var" in departure.result_name:
-        does = "stores the biased variance, the reference the unbiased one (n / (n - 1))"
-        tried.insert(0, ("biased-running-variance", rate, batch * (count - 1) / count, does))
-    for identifier, share, new, does in tried:
-        error = distance(old + share * (new - old), found)
-        if error <= _limit(departure):
-            write = {
-                "momentum-convention": f"momentum={number(1 - rate)} where it is the share of the old ones"
-            }
-            remedy = write.get(identifier, "the unbiased variance into the running statistics")
-            return Cause(identifier, f"The candidate {does}; write {remedy}.", error)
+    return _first_fit(departure, _functions_of_result(departure))
+
+
+def _first_fit(departure: Departure, results: Iterable[tuple[str, Array, str]]) -> Cause | None:
+    """The first of (id, result, rest of the sentence) that is the candidate's result."""
+    limit, theirs = tolerance(departure), departure.candidate_result
+    if distance(departure.result, theirs) <= limit / 10:
+        return None
+    for id_, result, words in results:
+        error = distance(result, theirs)
+        if error <= limit:
+            return Cause(id_, f"{_place(departure)} {words}", error)
     return None
 
 
-def _bits(array: Array, drop: int) -> Array:
-    """float32 with the last `drop` bits of its fraction rounded away, to even."""
-    bits = np.asarray(array, np.float32).view(np.uint32)
-    half = np.uint32((1 << (drop - 1)) - 1)
-    even = (bits >> np.uint32(drop)) & np.uint32(1)
-    mask = np.uint32(0xFFFFFFFF ^ ((1 << drop) - 1))
-    return ((bits + half + even) & mask).view(np.float32).astype(np.float64)
+def _functions_of_result(departure: Departure) -> Iterator[tuple[str, Array, str]]:
+    truth, theirs = departure.result, departure.candidate_result
+    if not (np.isfinite(truth).all() and np.isfinite(theirs).all()):
+        return
+    yield "zero", np.zeros_like(truth), "gives 0, the reference does not"
+    gradient = departure.what.endswith("gradient")
+    if departure.what == "output":
+        yield from _without_and_more(departure, truth)
+    square = float(np.vdot(truth, truth))
+    factor = _simple(float(np.vdot(truth, theirs)) / square) if square else 0.0
+    if factor:
+        id_ = "wrong-custom-derivative" if departure.what == "input gradient" else "constant-factor"
+        divides = departure.reference.operation.lower() in ("div", "mul", "true_divide")
+        id_ = "attention-scale" if divides and departure.what == "output" else id_
+        what = "a gradient that is " if gradient else ""
+        yield (
+            id_,
+            factor * truth,
+            f"gives {what}{number(factor)} times the reference's{_meaning(factor, departure)}",
+        )
+    if gradient:
+        return
+    offset = float(np.median(theirs - truth))
+    yield "offset", truth + offset, f"gives the reference's plus {number(offset)} everywhere"
+    for axis in range(truth.ndim):
+        yield "output-flipped", np.flip(truth, axis), f"gives the reference's backwards along axis {axis}"
+    for axes in itertools.permutations(range(truth.ndim)) if truth.ndim <= 5 else ():
+        if tuple(truth.shape[axis] for axis in axes) == truth.shape:
+            yield (
+                "output-axes",
+                truth.transpose(axes),
+                f"gives the reference's with its axes in the order {axes}",
+            )
 
 
-_ROUNDINGS: dict[str, Callable[[Array], Array]] = {
-    "bfloat16": lambda array: _bits(array, 16),
-    "TF32": lambda array: _bits(array, 13),
-    "float16": lambda array: np.asarray(array, np.float16).astype(np.float64),
-}
+def _without_and_more(departure: Departure, truth: Array) -> Iterator[tuple[str, Array, str]]:
+    """The operation left out, or another one behind it."""
+    for name, x in departure.inputs.items():
+        if x.shape == truth.shape:
+            words = f"gives {name} as it is, the reference applies {departure.reference.operation}"
+            yield "operation-missing", x, words
+            yield "residual-added", truth + x, f"adds {name} to the result, the reference does not here"
+    for name, function in activation.FUNCTIONS.items():
+        if name not in ("identity", "exp", "erf", "square"):
+            with np.errstate(all="ignore"):
+                result = function(truth)
+            yield "activation", result, f"applies {name} to the result, the reference does not here"
+
+
+def _simple(value: float) -> float:
+    """The same number with few digits, or the inverse of an integer, where it is one to 1e-9."""
+    inverse = 1 / round(1 / value) if 1e-9 < abs(value) <= 1 else value
+    for other in (float(f"{value:.3g}"), inverse):
+        if abs(other - value) <= 1e-9 * abs(value):
+            return other
+    return value
+
+
+def _meaning(factor: float, departure: Departure) -> str:
+    """What a factor is, in sizes of the arrays."""
+    for array in (*departure.inputs.values(), departure.output):
+        if not array.ndim:
+            continue
+        sizes = {"batch": len(array), "last axis": array.shape[-1], "whole array": array.size}
+        for (name, size), power in itertools.product(sizes.items(), (1.0, 0.5)):
+            words = f"the {'root of the ' if power < 1 else ''}size of the {name}"
+            if size > 1 and abs(factor * size**power - 1) < 1e-9:
+                return f" (1 / {number(size**power)}, {words})"
+            if size > 1 and abs(factor / size**power - 1) < 1e-9:
+                return f" ({words})"
+    return ""

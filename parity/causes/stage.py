@@ -227,7 +227,9 @@ def pad(x: Array, padding: Padding, value: float = 0.0, mode: str = "constant") 
         end = x.shape[axis] + min(behind, 0)
         x = x[(slice(None),) * axis + (slice(max(-before, 0), end),)]
     widths = [(0, 0)] * lead + [(max(a, 0), max(b, 0)) for a, b in padding]
-    return np.pad(x, widths, constant_values=value) if mode == "constant" else np.pad(x, widths, mode=mode)  # type: ignore[call-overload, no-any-return]
+    if mode == "constant":
+        return np.pad(x, widths, constant_values=value)
+    return np.asarray(np.pad(x, widths, mode=mode))  # type: ignore[call-overload]
 
 
 def windows(x: Array, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Array:
@@ -235,5 +237,5 @@ def windows(x: Array, kernel: Sequence[int], stride: Sequence[int], dilation: Se
     rank = len(kernel)
     sides = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
     every = np.lib.stride_tricks.sliding_window_view(x, sides, axis=tuple(range(-rank, 0)))
-    steps = [slice(None, None, s) for s in (*stride, *dilation)]
-    return every[(..., *steps)]
+    steps: tuple[Any, ...] = tuple(slice(None, None, s) for s in (*stride, *dilation))
+    return np.asarray(every[(..., *steps)])

@@ -15,12 +15,15 @@ from parity.files import save as save
 from parity.files import saved_model as saved_model
 from parity.function_adapter import function_model as function_model
 from parity.numpy_adapter import numpy_model as numpy_model
+from parity.optimizers import compare_optimizers as compare_optimizers
 from parity.report import Difference as Difference
 from parity.report import Report as Report
 from parity.trace import Model as Model
 from parity.trace import ParityError as ParityError
 from parity.trace import Trace as Trace
 from parity.trace import Value as Value
+from parity.training import compare_schedules as compare_schedules
+from parity.training import compare_training as compare_training
 
 if TYPE_CHECKING:
     from parity.jax_adapter import jax_model as jax_model

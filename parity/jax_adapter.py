@@ -514,7 +514,7 @@ def _wrapped(types: set[type], paths: Mapping[int, str]) -> Iterator[None]:
 
     try:
         for kind in originals:
-            setattr(kind, "__call__", wrap(getattr(kind, "__call__")))  # noqa: B009, B010
+            setattr(kind, "__call__", wrap(getattr(kind, "__call__")))  # noqa: B004, B009, B010
         yield
     finally:
         for kind, original in originals.items():

@@ -174,7 +174,8 @@ def _faults(
     for count in range(1, truth.ndim - 1):
         for flipped in itertools.combinations(range(2, truth.ndim), count):
             if np.array_equal(np.flip(truth, flipped), array):
-                sentence = f"{other} is {name} mirrored along its axes {flipped}: PyTorch and JAX both correlate, do not flip"
+                mirrored = f"{other} is {name} mirrored along its axes {flipped}"
+                sentence = f"{mirrored}: PyTorch and JAX both correlate, do not flip"
                 return [WeightFault(name, other, error, sentence, "kernel-flipped")]
     if truth.ndim > 1 and sorted(map(float, flat[0])) == sorted(map(float, flat[1])):
         sentence = (

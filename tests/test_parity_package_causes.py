@@ -70,7 +70,8 @@ def conv(x: Any = X, w: Any = W, b: Any = B, **options: Any) -> np.ndarray:
 
 
 def padded(x: np.ndarray, before: int, behind: int, mode: str = "constant") -> np.ndarray:
-    return np.pad(x, ((0, 0), (0, 0), (before, behind), (before, behind)), mode=mode)
+    widths = ((0, 0), (0, 0), (before, behind), (before, behind))
+    return np.pad(x, widths, mode=mode)  # type: ignore[call-overload, no-any-return]
 
 
 CONV = {"conv.weight": W, "conv.bias": B}
@@ -97,7 +98,7 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("id_", CONVOLUTIONS)
 def test_convolution(id_: str) -> None:
     options, theirs = CONVOLUTIONS[id_]
-    departure = stage("conv2d", X, CONV, conv(**options), theirs, attributes=options)
+    departure = stage("conv2d", X, CONV, conv(**options), theirs, attributes=options)  # type: ignore[arg-type]
     cause = find_cause(departure)
     assert cause is not None
     assert cause.id == id_.strip(), cause.sentence
@@ -149,7 +150,7 @@ def batch_norm(
     weight, bias = (tensor(a) for a in given["parameters"].values())
     mean, var = (tensor(a.copy()) for a in given["state"].values())
     affine_ = (weight, bias) if affine else (None, None)
-    return np_(F.batch_norm(tensor(x), mean, var, *affine_, training=train, eps=eps))
+    return np_(F.batch_norm(tensor(x), mean, var, *affine_, training=train, eps=eps))  # type: ignore[misc]
 
 
 def lstm(kind: str = "LSTM", **options: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -316,9 +317,9 @@ def torch_forms() -> dict[str, Departure]:
         for name, (operation, x, parameters, attributes, out) in cases.items()
     }
     for train in (True, False):
-        output = batch_norm(train=train)
+        normalized = batch_norm(train=train)
         departures[f"batch_norm {train}"] = stage(
-            "batch_norm", IMAGE, output=output, theirs=output, **norm(train=train)
+            "batch_norm", IMAGE, output=normalized, theirs=normalized, **norm(train=train)
         )
     return departures
 

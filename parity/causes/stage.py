@@ -72,7 +72,7 @@ def distance(result: Array, target: Array) -> float:
         finite = np.isfinite(target) & np.isfinite(result)
         if not (same | finite).all() or not finite.any():
             return np.inf
-        error, scale = np.abs(result - target)[finite].max(), np.abs(target[finite]).max()
+        error, scale = np.abs(result[finite] - target[finite]).max(), np.abs(target[finite]).max()
     return float(error / scale) if scale else (0.0 if error == 0 else np.inf)
 
 

@@ -40,7 +40,7 @@ FUNCTIONS: dict[str, Function] = {
     "celu": lambda x, slope=1.0: np.maximum(x, 0) + slope * np.expm1(np.minimum(x, 0) / slope),
     "hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
     "hardsigmoid": lambda x: np.clip(x + 3, 0, 6) / 6,
-    "hardtanh": lambda x: np.clip(x, -1, 1),
+    "hardtanh": lambda x, low=-1.0, high=1.0: np.clip(x, low, high),
     "hardsigmoid-0.2": lambda x: np.clip(0.2 * x + 0.5, 0, 1),
     "softplus": _softplus,
     "mish": lambda x: x * np.tanh(np.logaddexp(0, x)),
@@ -80,11 +80,17 @@ def name_of(departure: Departure) -> str | None:
     approximate = attribute(departure, "approximate", default="none")
     if name == "gelu" and approximate in ("tanh", True):
         return "gelu-tanh"
+    if name in ("hardtanh", "clamp", "clip"):
+        limits = attribute(departure, "min_val", "min"), attribute(departure, "max_val", "max")
+        return "relu6" if limits == (0, 6) else "relu" if limits == (0, None) else "hardtanh"
     return name if name in FUNCTIONS else None
 
 
 def arguments_of(departure: Departure, name: str) -> dict[str, float]:
     """Slope or steepness of the reference's activation."""
+    if name == "hardtanh":
+        low, high = attribute(departure, "min_val", "min"), attribute(departure, "max_val", "max")
+        return {key: float(v) for key, v in (("low", low), ("high", high)) if v is not None}
     if name not in _SOLVED:
         return {}
     value = attribute(departure, "negative_slope", "alpha", "beta")
@@ -128,7 +134,8 @@ def _words(name: str, arguments: dict[str, float]) -> str:
         "identity": "no activation",
     }
     words["gelu-sigmoid"] = "the sigmoid approximation of GELU (quick GELU)"
-    value = "".join(f" with {_SOLVED[name][0]} {number(v)}" for v in arguments.values())
+    named = ((_SOLVED[name][0] if name in _SOLVED else key, v) for key, v in arguments.items())
+    value = "".join(f" with {key} {number(v)}" for key, v in named)
     return words.get(name, name.replace("_", " ")) + value
 
 

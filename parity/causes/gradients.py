@@ -18,6 +18,10 @@ def derivatives(departure: Departure, form: Form | None) -> Iterator[Found]:
     name = departure.result_name
     truth, dy, x = departure.result, departure.gradient, first_input(departure)
     yield "stop-gradient", np.zeros_like(truth), f"lets no gradient pass to {name}: remove the stop_gradient"
+    theirs = departure.candidate_result
+    if theirs.shape == truth.shape and (theirs == 0).any():
+        does = f"lets the gradient to {name} pass at some places only: remove the stop_gradient"
+        yield "stop-gradient", np.where(theirs == 0, 0, truth), does
     if dy is None or departure.what != "input gradient":
         return
     if form is not None and "axes" in form.knobs and "eps" in form.knobs:

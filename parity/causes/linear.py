@@ -150,7 +150,9 @@ def transpose_forms(departure: Departure) -> Iterator[Form]:
 def binary_forms(departure: Departure) -> Iterator[Form]:
     """a + b, a - b, a * b, a / b, the larger; with a parameter for b too."""
     arrays = [*departure.inputs.values(), *departure.parameters.values()]
-    arrays = arrays * 2 if len(arrays) == 1 else arrays
+    if len(arrays) == 1:
+        given = attribute(departure, "other", "value")
+        arrays.append(arrays[0] if given is None else np.full(arrays[0].shape, float(given)))
     if len(arrays) != 2:
         return
     name = _BINARY_NAMES[departure.reference.operation.lower().rstrip("_").removeprefix("i")]

@@ -109,6 +109,11 @@ def _form(departure: Departure, x: Array, kind: str, kernel: tuple[int, ...], vi
                 write,
                 {"counted": other},
             )
+        if any(ceil):
+            words = ("floor mode", "ceil mode") if any(extra) else ("ceil mode", "floor mode")
+            rest = [0] * rank if any(extra) else ceil
+            write = f"the last, partial window {'too' if any(extra) else 'left out'}"
+            yield Change("ceil-mode", f"uses {words[0]}", words[1], write, {"extra": rest})
         spatial = [axis for axis in range(rank) if kernel[axis] > 1]
         for change in padding_changes(
             departure,
@@ -124,11 +129,6 @@ def _form(departure: Departure, x: Array, kind: str, kernel: tuple[int, ...], vi
                 yield Change(
                     word.id, word.does, word.reference, word.write, {"padding": tuple(every), "extra": rest}
                 )
-        if any(ceil):
-            words = ("floor mode", "ceil mode") if any(extra) else ("ceil mode", "floor mode")
-            rest = [0] * rank if any(extra) else ceil
-            write = f"the last, partial window {'too' if any(extra) else 'left out'}"
-            yield Change("ceil-mode", f"uses {words[0]}", words[1], write, {"extra": rest})
         if kind == "max":
             yield Change(
                 "pool-padding-value",

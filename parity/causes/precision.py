@@ -60,14 +60,24 @@ def rounded_to(departure: Departure, native: Array, form: Form | None) -> Cause 
                 places["its weights"] = form.result(weights)
             places["its operands"] = form.result(products)
             places["its operands and its output"] = rounding(places["its operands"])
+            if form.knobs.get("bias") is not None:
+                product = form.result({**products, "bias": None})
+                bias = rounding(places["its operands"] - product)
+                places["its operands, its product and its output"] = rounding(rounding(product) + bias)
         for place, result in places.items():
-            exact = place == "its output" and np.array_equal(rounding(theirs), theirs)
-            if result.shape == truth.shape and (name != "TF32" or place != "its output"):
-                tried.append((_size(theirs - result) * (0.5 if exact else 1.0), name, place))
+            if result.shape == truth.shape and (name != "TF32" or "output" not in place):
+                tried.append((_size(theirs - result), name, place))
+    coarse = _grid_of(theirs, truth)
+    if coarse:
+        # All its numbers lie on the coarse grid: that is certain, and the rest only where else it rounds.
+        tried = [t for t in tried if t[1] == coarse and t[2] != "its operands"]
+    else:
+        # The fractions of both are alike; a product of float16 gives float16.
+        tried = [t for t in tried if t[1] != "float16" or t[2] != "its operands"]
     if not tried:
         return None
     left, name, place = min(tried, key=lambda t: t[0])
-    if not left <= _SHARE * before:
+    if not left <= (1.0 if coarse else _SHARE) * before:
         return None
     here = departure.candidate.where or departure.candidate.name
     write = (
@@ -77,6 +87,19 @@ def rounded_to(departure: Departure, native: Array, form: Form | None) -> Cause 
     )
     sentence = f"{here} rounds {place} to {name}, the reference does not: write {write}"
     return Cause(_IDS[name], sentence, left)
+
+
+def _grid_of(theirs: Array, truth: Array) -> str:
+    """The precision that holds all of these numbers, but not those of the reference."""
+    for name in ("bfloat16", "float16"):
+        rounding = ROUNDINGS[name]
+        if (
+            theirs.size > 8
+            and np.array_equal(rounding(theirs), theirs)
+            and not np.array_equal(rounding(truth), truth)
+        ):
+            return name
+    return ""
 
 
 def _size(array: Array) -> float:

@@ -244,7 +244,15 @@ def _functions_of_result(departure: Departure) -> Iterator[tuple[str, Array, str
     offset = float(np.median(theirs - truth))
     yield "offset", truth + offset, f"gives the reference's plus {number(offset)} everywhere"
     for axis in range(truth.ndim):
-        yield "output-flipped", np.flip(truth, axis), f"gives the reference's backwards along axis {axis}"
+        order = _order_along(truth, theirs, axis)
+        if order is not None:
+            words = f"has another order along axis {axis}: its index 1 is the reference's {order[1]}"
+            flipped = (order == np.arange(len(order))[::-1]).all()
+            yield (
+                "output-flipped" if flipped else "groups" if axis == 1 else "order",
+                truth.take(order, axis),
+                words,
+            )
     for axes in itertools.permutations(range(truth.ndim)) if truth.ndim <= 5 else ():
         if tuple(truth.shape[axis] for axis in axes) == truth.shape:
             yield (
@@ -252,6 +260,18 @@ def _functions_of_result(departure: Departure) -> Iterator[tuple[str, Array, str
                 truth.transpose(axes),
                 f"gives the reference's with its axes in the order {axes}",
             )
+
+
+def _order_along(truth: Array, theirs: Array, axis: int) -> Array | None:
+    """The order in which the candidate has the slices along an axis, by their norms; None if it is the same."""
+    if truth.shape[axis] < 2:
+        return None
+    ours, found = (
+        np.square(np.moveaxis(a, axis, 0)).reshape(a.shape[axis], -1).sum(1) for a in (truth, theirs)
+    )
+    order = np.empty(len(ours), int)
+    order[np.argsort(found)] = np.argsort(ours)
+    return None if (order == np.arange(len(order))).all() else order
 
 
 def _without_and_more(departure: Departure, truth: Array) -> Iterator[tuple[str, Array, str]]:

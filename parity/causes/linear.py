@@ -238,7 +238,7 @@ def concatenate_forms(departure: Departure) -> Iterator[Form]:
     for axis in range(departure.output.ndim) if given is None else [int(given)]:
 
         def changes(target: Array, axis: int = axis) -> Iterable[Change]:
-            for order in list(itertools.permutations(range(len(arrays))))[1:120]:
+            for order in itertools.islice(itertools.permutations(range(len(arrays))), 1, 120):
                 does, own = f"has the parts in the order {order}", tuple(range(len(arrays)))
                 yield Change("concat-order", does, f"{own}", f"the order {own}", {"order": order})
 

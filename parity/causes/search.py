@@ -246,7 +246,7 @@ def _functions_of_result(departure: Departure) -> Iterator[tuple[str, Array, str
     for axis in range(truth.ndim):
         order = _order_along(truth, theirs, axis)
         if order is not None:
-            words = f"gives the reference's in another order along axis {axis}: index 1 is the reference's {order[1]}"
+            words = f"has another order along axis {axis}: its index 1 is the reference's {order[1]}"
             flipped = (order == np.arange(len(order))[::-1]).all()
             yield (
                 "output-flipped" if flipped else "groups" if axis == 1 else "order",

@@ -337,7 +337,7 @@ def _choices(
     kind = [fit for fit in fits if family(fit[1].operation) == family(value.operation)][:2]
     names = {fit[1].name for fit in kind}
     behind = [fit for fit in fits if names & set(fit[1].inputs)][:2]  # the bias is added to a product
-    chosen = {fit[1].name: fit[1:] for fit in (*kind[:1], *behind, *near[:3], *kind[1:])}
+    chosen = {fit[1].name: fit[1:] for fit in (*behind[:1], *kind[:1], *near[:3], *behind[1:], *kind[1:])}
     return list(chosen.values())
 
 

@@ -423,7 +423,10 @@ class _Comparison:
 
     def _reader_of(self, name: str, stages: Sequence[Stage]) -> Stage | None:
         """The first paired stage that reads a value, an input or a parameter."""
+        module = name.rpartition(".")[0]
         for stage in stages:
+            if name in self.twin.state and stage.value.is_module and stage.value.module == module:
+                return stage  # its running statistics
             inside = segment(self.twin, stage.value.name, set(self.pairs))
             if any(name in (*value.inputs, *value.parameters) for value in inside):
                 return stage

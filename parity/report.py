@@ -158,7 +158,9 @@ class Report:
         )
         title = "The models agree" if self.agrees else f"The models part at {self.first_difference.reference}"  # type: ignore[union-attr]
         about = f"Reference: {self.reference}, {self.precision}. Candidate: {self.candidate}."
-        page = template.render(report=self, title=title, about=about, figure=_figure(self.stages))
+        page = template.render(
+            report=self, title=title, about=about, figure=_figure(self.stages) if self.stages else ""
+        )
         Path(path).write_text(page, encoding="utf-8")
 
 

@@ -201,7 +201,7 @@ def _equal_faults(
         m for m in matches if m.equal and m.reference != name and squeeze(ours[m.reference]).ndim == rank
     ]
     usual = Counter(m.axes for m in peers).most_common(1)
-    if rank > 1 and len(peers) > 1 and usual[0][0] != match.axes and usual[0][1] > len(peers) / 2:
+    if rank > 1 and peers and usual[0][0] != match.axes and usual[0][1] > len(peers) / 2:
         shape = squeeze(theirs[other]).shape
         if tuple(shape[axis] for axis in usual[0][0]) == squeeze(ours[name]).shape:
             orders = f"its axes in the order {match.axes}; the others have {usual[0][0]}"
@@ -210,7 +210,9 @@ def _equal_faults(
     readers = [(left, right) for left, right in stages if name in left]
     if readers and all(other not in right for _, right in readers):
         place = next((left for left, right in stages if other in right), [])
-        like = [p for p in place if ours[p].shape == ours[name].shape]
+        here = {m.reference: m.candidate for m in matches}
+        like = [p for p in place if ours[p].shape == ours[name].shape and p != name]
+        like = [p for p in like if any(here[p] in right for _, right in readers)]
         if like:
             sentence = (
                 f"{other}, which has the numbers of {name}, is where {like[0]} belongs: they are swapped"

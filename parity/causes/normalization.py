@@ -264,7 +264,7 @@ def _common(departure: Departure, form: Form, target: Array, of_batch: bool) -> 
     eps, weight, bias = form.knobs["eps"], form.knobs["weight"], form.knobs["bias"]
     word = epsilon_word(departure)
     value = solve(lambda v: form.result({"eps": abs(v)}), target, EPSILONS)
-    if value is not None and abs(value) != eps:
+    if value is not None and abs(value) != eps and abs(value) > 1e-9:
         yield Change(
             "epsilon",
             f"uses epsilon {number(abs(value))}",

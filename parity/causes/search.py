@@ -263,7 +263,7 @@ def _functions_of_result(departure: Departure) -> Iterator[tuple[str, Array, str
 
 
 def _order_along(truth: Array, theirs: Array, axis: int) -> Array | None:
-    """The order in which the candidate has the slices along an axis, by their norms; None if it is the same."""
+    """The order in which the candidate has the slices along an axis, by their norms; None if the same."""
     if truth.shape[axis] < 2:
         return None
     ours, found = (

@@ -196,7 +196,7 @@ def softmax_forms(departure: Departure) -> Iterator[Form]:
             words = ("log-softmax", "softmax") if not log else ("softmax", "log-softmax")
             yield Change("log-softmax", f"computes {words[0]}", words[1], words[1], {"log": not log})
             sums = target.sum(axis, keepdims=True)
-            if not log and ((sums >= 0) & (sums < 1 + 1e-9)).all() and (sums > 0).any():
+            if not log and ((sums > 0) & (sums < 1 + 1e-9)).all():
                 does, write = (
                     "hides positions behind the softmax (sums below 1)",
                     "-inf for these scores before it",

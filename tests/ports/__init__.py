@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tests.ports.case import Fault, Port
 
-MODELS = ("cnn",)
+MODELS = ("cnn", "resnet_cifar", "bottleneck", "preact", "squeeze", "group_norm", "depthwise", "unet", "mixer", "transformer", "lstm", "gru")
 
 
 def all_ports() -> Iterator[Port]:

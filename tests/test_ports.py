@@ -24,6 +24,7 @@ from tests.ports.case import Array, Case, Fault, Port, arrays_of, parameters_of,
 from tests.ports.causes import CAUSES
 
 AGREES = 1e-10  # relative to the largest number of a tensor; float64 rounds at 1e-16
+ROUNDED = 1e-6  # where a library computes in float32 on the way
 DIFFERS = 1e-6
 
 FAULTS = list(all_faults())
@@ -177,7 +178,8 @@ def errors(expected: Mapping[str, Array], actual: Mapping[str, Array]) -> dict[s
 
 @pytest.fixture(autouse=True)
 def float64() -> Iterator[None]:
-    with jax.enable_x64(True):
+    # Compilation takes most of the time, and the models are tiny.
+    with jax.enable_x64(True), jax.disable_most_optimizations(True):
         yield
 
 
@@ -201,7 +203,8 @@ def test_a_correct_port_agrees(port: Port) -> None:
         (reference.parameter_gradients, candidate.parameter_gradients if case.same_gradients else {}),
         (reference.statistics if case.train else {}, candidate.statistics if case.train else {}),
     ):
-        departing = {name: value for name, value in errors(expected, actual).items() if value > AGREES}
+        bound = ROUNDED if port.float32_inside else AGREES
+        departing = {name: value for name, value in errors(expected, actual).items() if value > bound}
         assert not departing, departing
 
 

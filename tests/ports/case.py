@@ -66,10 +66,14 @@ Build = Callable[..., Case]
 
 @dataclass(frozen=True)
 class Port:
-    """A correct port: `port.build(seed)` is a case in which both models agree."""
+    """A correct port: `port.build(seed)` is a case in which both models agree.
+
+    `float32_inside` says that a library rounds to float32 on the way even where everything else is float64.
+    """
 
     name: str
     build: Build
+    float32_inside: bool = False
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,9 @@ def build_jax(seed: int, fault: str = "", dtype: str = "float32", *, scan: bool 
 
 
 class NNX(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.lstm = nnx.RNN(nnx.OptimizedLSTMCell(INPUTS, HIDDEN, rngs=rngs))
+    def __init__(self, dtype: str, rngs: nnx.Rngs) -> None:
+        # The first state has the type of the parameters, which `load_nnx` cannot change.
+        self.lstm = nnx.RNN(nnx.OptimizedLSTMCell(INPUTS, HIDDEN, param_dtype=jnp.dtype(dtype), rngs=rngs))
         self.fc = nnx.Linear(HIDDEN, 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -109,7 +110,7 @@ def convert_nnx(arrays: Arrays) -> dict[str, np.ndarray]:
 def build_nnx(seed: int, fault: str = "", dtype: str = "float32") -> Case:
     reference = seeded(make, seed, dtype, train=False)
     sequence = normal(seed, (3, 5, INPUTS), dtype)
-    model = NNX(nnx.Rngs(seed))
+    model = NNX(dtype, nnx.Rngs(seed))
     load_nnx(model, convert_nnx(arrays_of(reference)))
     model.eval()
     return Case("nnx", reference, model, sequence, sequence, convert_nnx, same_gradients=False)

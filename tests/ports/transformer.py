@@ -165,6 +165,8 @@ def build_jax(seed: int, fault: str = "", dtype: str = "float32") -> Case:
 
 
 class NNXAttention(nnx.Module):
+    library = False  # by jax.nn.dot_product_attention, which computes the softmax in float32 even in float64
+
     def __init__(self, fault: str, rngs: nnx.Rngs) -> None:
         self.fault = fault
         self.qkv = nnx.Linear(WIDTH, 3 * WIDTH, rngs=rngs)
@@ -177,15 +179,23 @@ class NNXAttention(nnx.Module):
             q, k, v = jnp.moveaxis(qkv.reshape(n, length, HEADS, -1, 3), -1, 0)  # fault: qkv-order
         else:
             q, k, v = jnp.moveaxis(qkv.reshape(n, length, 3, HEADS, -1), 2, 0)
-        scale = 1.0 if self.fault == "missing-scale" else None
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :], scale=scale)  # fault: missing-scale
+        visible = mask[:, None, None, :]
+        if self.library:
+            y = jax.nn.dot_product_attention(q, k, v, mask=visible)
+            return self.out(y.reshape(n, length, width))
+        if self.fault == "missing-scale":
+            scores = jnp.einsum("nqhd,nkhd->nhqk", q, k)  # fault: missing-scale
+        else:
+            scores = jnp.einsum("nqhd,nkhd->nhqk", q / math.sqrt(q.shape[-1]), k)
+        weights = jax.nn.softmax(scores, where=visible)
+        y = jnp.einsum("nhqk,nkhd->nqhd", weights, v)
         return self.out(y.reshape(n, length, width))
 
 
 class NNXLayer(nnx.Module):
     def __init__(self, fault: str, rngs: nnx.Rngs) -> None:
         self.fault = fault
-        epsilon = 1e-6 if fault == "epsilon" else 1e-5
+        epsilon = 1e-3 if fault == "epsilon" else 1e-5
         self.norm1 = nnx.LayerNorm(WIDTH, epsilon=1e-5, rngs=rngs)
         self.attention = NNXAttention(fault, rngs)
         self.norm2 = nnx.LayerNorm(WIDTH, epsilon=epsilon, rngs=rngs)
@@ -228,10 +238,11 @@ def convert_fused(reference: nn.Module, arrays: Arrays) -> dict[str, np.ndarray]
     return result
 
 
-def build_nnx(seed: int, fault: str = "", dtype: str = "float32") -> Case:
+def build_nnx(seed: int, fault: str = "", dtype: str = "float32", *, library: bool = False) -> Case:
     reference = seeded(Reference, seed, dtype, train=False)
     convert = functools.partial(convert_fused, reference)
     model = NNXEncoder(fault, nnx.Rngs(seed))
+    model.layer1.attention.library = model.layer2.attention.library = library
     load_nnx(model, convert(arrays_of(reference)))
     model.eval()
     tokens, mask = example(seed)
@@ -242,7 +253,10 @@ def build_nnx(seed: int, fault: str = "", dtype: str = "float32") -> Case:
 
 JAX = Port("transformer-jax", build_jax)
 NNX = Port("transformer-nnx-fused-qkv", build_nnx)
-PORTS = (JAX, NNX)
+LIBRARY = Port(
+    "transformer-nnx-dot-product-attention", functools.partial(build_nnx, library=True), float32_inside=True
+)
+PORTS = (JAX, NNX, LIBRARY)
 FAULTS = (
     fault(JAX, "attention-scale", "layer1.attention.div", accept=("layer1.attention.softmax",)),
     fault(JAX, "mask-after-softmax", "layer1.attention.softmax"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,15 @@ ROUNDED = 1e-6  # where a library computes in float32 on the way
 DIFFERS = 1e-6
 
 FAULTS = list(all_faults())
+QUICK = ("squeeze-", "gru-", "lstm-jax-")  # the others take minutes, most of them to compile
+
+
+def marked(entries: Iterable[Port | Fault]) -> list[Any]:
+    """The entries by name; those that are not quick are marked slow."""
+    return [
+        pytest.param(entry, id=entry.name, marks=() if entry.name.startswith(QUICK) else pytest.mark.slow)
+        for entry in entries
+    ]
 
 
 @dataclass(frozen=True)
@@ -178,8 +187,7 @@ def errors(expected: Mapping[str, Array], actual: Mapping[str, Array]) -> dict[s
 
 @pytest.fixture(autouse=True)
 def float64() -> Iterator[None]:
-    # Compilation takes most of the time, and the models are tiny.
-    with jax.enable_x64(True), jax.disable_most_optimizations(True):
+    with jax.enable_x64(True):
         yield
 
 
@@ -192,7 +200,7 @@ def worst(expected: Mapping[str, Array], actual: Mapping[str, Array]) -> float:
     return max(errors(expected, actual).values(), default=0.0)
 
 
-@pytest.mark.parametrize("port", list(all_ports()), ids=lambda port: port.name)
+@pytest.mark.parametrize("port", marked(all_ports()))
 def test_a_correct_port_agrees(port: Port) -> None:
     case = port.build(0, dtype="float64")
     reference, candidate = run_reference(case), correct_run(port.build)
@@ -208,7 +216,7 @@ def test_a_correct_port_agrees(port: Port) -> None:
         assert not departing, departing
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", marked(FAULTS))
 def test_a_fault_changes_what_its_label_says(fault: Fault) -> None:
     right = correct_run(inspect.unwrap(fault.build).func)  # type: ignore[attr-defined]
     wrong = run_candidate(fault.build(0, dtype="float64"))

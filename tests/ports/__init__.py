@@ -7,7 +7,20 @@ from collections.abc import Iterator
 
 from tests.ports.case import Fault, Port
 
-MODELS = ("cnn", "resnet_cifar", "bottleneck", "preact", "squeeze", "group_norm", "depthwise", "unet", "mixer", "transformer", "lstm", "gru")
+MODELS = (
+    "cnn",
+    "resnet_cifar",
+    "bottleneck",
+    "preact",
+    "squeeze",
+    "group_norm",
+    "depthwise",
+    "unet",
+    "mixer",
+    "transformer",
+    "lstm",
+    "gru",
+)
 
 
 def all_ports() -> Iterator[Port]:

@@ -118,7 +118,9 @@ class Block(linen.Module):
         x = conv(self.width, (1, 1), first, name="conv1")(x)  # fault: stride-placement
         x = linen.relu(BatchNorm(name="bn1", fault=self.fault)(x))
         if self.fault == "float16-cast":
-            x = conv(self.width, (3, 3), second, 1, dtype=jnp.float16, name="conv2")(x).astype(x.dtype)  # fault: float16-cast
+            half, dtype = jnp.float16, x.dtype
+            x = conv(self.width, (3, 3), second, 1, dtype=half, name="conv2")(x)  # fault: float16-cast
+            x = x.astype(dtype)
         else:
             x = conv(self.width, (3, 3), second, 1, name="conv2")(x)
         x = linen.relu(BatchNorm(name="bn2")(x))

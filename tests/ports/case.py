@@ -1,8 +1,8 @@
 """Types of the labeled set, and how weights of a PyTorch module become those of a port.
 
 Each module beside this one holds a reference in PyTorch, its ports and their faults. A port takes the name of
-one fault, so that the fault is one line of it. That line ends in `# fault: NAME`, by which `Fault.where` finds
-it. A fault in copied weights has no such line: the operations of the model are right.
+one fault, so that the fault is one line of it. That line ends in `# fault: NAME`, by which `Fault.where`
+finds it. A fault in copied weights has no such line: the operations of the model are right.
 """
 
 from __future__ import annotations

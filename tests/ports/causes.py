@@ -20,7 +20,7 @@ CAUSES = {
     "momentum-convention": "momentum is the share of the old statistics instead of the new, or the reverse",
     "biased-running-variance": "the running variance takes the biased batch variance",
     "unbiased-variance": "the batch is normalized with the unbiased variance",
-    "batch-statistics-vs-running": "running statistics are used in training, or batch statistics in evaluation",
+    "batch-statistics-vs-running": "running statistics in training, or batch statistics in evaluation",
     "statistics-not-updated": "running statistics stay as they were",
     "layer-norm-axes": "the mean and variance are taken over other axes",
     "norm-activation-order": "the activation and the normalization are exchanged",

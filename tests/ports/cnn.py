@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 from torch import nn
 
-from tests.ports.case import Case, Port, fault, load_nnx, nested, nhwc, normal, seeded, to_flax, arrays_of
+from tests.ports.case import Case, Port, arrays_of, fault, load_nnx, nested, nhwc, normal, seeded, to_flax
 
 SLOPE = 0.1
 
@@ -136,16 +136,18 @@ def cnn(fault: str, p: Params, x: jax.Array) -> jax.Array:
         bias1 = lax.stop_gradient(bias1)  # fault: stop-gradient-bias
     x = conv_by_shifts(x, kernel1, 2) + bias1
     x = jnp.where(x >= 0, x, SLOPE * x)
-    padding = ((0, 0), (0, 1), (0, 1), (0, 0))
+    window, padding = (1, 2, 2, 1), ((0, 0), (0, 1), (0, 1), (0, 0))
     if fault == "pool-padding-value":
-        x = lax.reduce_window(jnp.pad(x, padding), -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")  # fault: pool-padding-value
+        x = jnp.pad(x, padding)
+        x = lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID")  # fault: pool-padding-value
     else:
-        x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), padding)
+        x = lax.reduce_window(x, -jnp.inf, lax.max, window, window, padding)
     kernel2 = p["conv2"]["kernel"]
     if fault == "kernel-flipped-conv2":
         x = conv_by_shifts(x, kernel2[::-1, ::-1], 1) + p["conv2"]["bias"]  # fault: kernel-flipped-conv2
     elif fault == "tf32":
-        x = conv_by_shifts(lax.reduce_precision(x, 8, 10), lax.reduce_precision(kernel2, 8, 10), 1) + p["conv2"]["bias"]  # fault: tf32
+        x, kernel2 = lax.reduce_precision(x, 8, 10), lax.reduce_precision(kernel2, 8, 10)
+        x = conv_by_shifts(x, kernel2, 1) + p["conv2"]["bias"]  # fault: tf32
     else:
         x = conv_by_shifts(x, kernel2, 1) + p["conv2"]["bias"]
     if fault == "wrong-custom-derivative":
@@ -158,9 +160,10 @@ def cnn(fault: str, p: Params, x: jax.Array) -> jax.Array:
     x = jnp.einsum("nhwc,hwco->no", x, p["fc1"]["kernel"]) + p["fc1"]["bias"]
     x = jnp.maximum(x, 0)
     if fault == "kernel-transposed-fc2":
-        x = jnp.tanh(jnp.einsum("ni,oi->no", x, p["fc2"]["kernel"]) + p["fc2"]["bias"])  # fault: kernel-transposed-fc2
+        x = jnp.einsum("ni,oi->no", x, p["fc2"]["kernel"])  # fault: kernel-transposed-fc2
     else:
-        x = jnp.tanh(jnp.einsum("ni,io->no", x, p["fc2"]["kernel"]) + p["fc2"]["bias"])
+        x = jnp.einsum("ni,io->no", x, p["fc2"]["kernel"])
+    x = jnp.tanh(x + p["fc2"]["bias"])
     return x @ p["fc3"]["kernel"] + p["fc3"]["bias"]
 
 

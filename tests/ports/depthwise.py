@@ -37,7 +37,9 @@ Tree = Mapping[str, Any]
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
-def conv(p: Tree, x: jax.Array, stride: int = 1, groups: int = 1, dilation: int = 1, pad: int = 0) -> jax.Array:
+def conv(
+    p: Tree, x: jax.Array, stride: int = 1, groups: int = 1, dilation: int = 1, pad: int = 0
+) -> jax.Array:
     padding = ((pad, pad), (pad, pad))
     y = lax.conv_general_dilated(
         x, p["kernel"], (stride, stride), padding, (1, 1), (dilation, dilation), DIMENSIONS, groups

@@ -39,7 +39,7 @@ class GroupNorm(linen.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", linen.initializers.ones, x.shape[-1:])
         bias = self.param("bias", linen.initializers.zeros, x.shape[-1:])
-        n, h, w, c = x.shape
+        n, h, w, _ = x.shape
         if self.fault == "interleaved-groups":
             groups = jnp.moveaxis(x.reshape(n, h, w, -1, self.groups), -1, -2)  # fault: interleaved-groups
             norm = self.normalize(groups)
@@ -77,7 +77,11 @@ class Net(linen.Module):
             x = linen.silu(x)
         padding = "SAME" if fault == "same-padding" else 1
         x = linen.Conv(16, (3, 3), 2, padding, feature_group_count=4, name="conv2")(x)  # fault: same-padding
-        x = GroupNorm(8, name="norm2")(x) if self.by_hand else linen.GroupNorm(8, epsilon=1e-5, name="norm2")(x)
+        x = (
+            GroupNorm(8, name="norm2")(x)
+            if self.by_hand
+            else linen.GroupNorm(8, epsilon=1e-5, name="norm2")(x)
+        )
         if fault == "celu":
             x = linen.celu(x, 0.5)  # fault: celu
         else:

@@ -46,16 +46,18 @@ def gru(fault: str, p: Tree, x: jax.Array, h: jax.Array) -> jax.Array:
     for time in range(x.shape[1]):
         from_x = x[:, time] @ p["x"]["weight"].T + p["x"]["bias"]
         from_h = h @ weight.T + bias
-        x_reset, x_update, x_new = jnp.split(from_x, 3, -1)
-        h_reset, h_update, h_new = jnp.split(from_h, 3, -1)
         if fault == "gate-order":
-            reset, update = jax.nn.sigmoid(x_update + h_update), jax.nn.sigmoid(x_reset + h_reset)  # fault: gate-order
+            x_update, x_reset, x_new = jnp.split(from_x, 3, -1)  # fault: gate-order
+            h_update, h_reset, h_new = jnp.split(from_h, 3, -1)
         else:
-            reset, update = jax.nn.sigmoid(x_reset + h_reset), jax.nn.sigmoid(x_update + h_update)
+            x_reset, x_update, x_new = jnp.split(from_x, 3, -1)
+            h_reset, h_update, h_new = jnp.split(from_h, 3, -1)
+        reset, update = jax.nn.sigmoid(x_reset + h_reset), jax.nn.sigmoid(x_update + h_update)
         if fault == "stop-gradient":
             reset = lax.stop_gradient(reset)  # fault: stop-gradient
         if fault == "reset-gate-placement":
-            new = jnp.tanh(x_new + (reset * h) @ weight[-HIDDEN:].T + bias[-HIDDEN:])  # fault: reset-gate-placement
+            h_new = (reset * h) @ weight[-HIDDEN:].T + bias[-HIDDEN:]  # fault: reset-gate-placement
+            new = jnp.tanh(x_new + h_new)
         else:
             new = jnp.tanh(x_new + reset * h_new)
         if fault == "update-gate-convention":

@@ -186,9 +186,10 @@ def mixer(fault: str, p: Tree, x: jax.Array) -> jax.Array:
     n = len(x)
     x = x.reshape(n, 3, 4, 3, 4, 3)
     if fault == "flatten-order":
-        x = jnp.einsum("nhiwjc,ijco->nwho", x, p["patches"]["kernel"]) + p["patches"]["bias"]  # fault: flatten-order
+        x = jnp.einsum("nhiwjc,ijco->nwho", x, p["patches"]["kernel"])  # fault: flatten-order
     else:
-        x = jnp.einsum("nhiwjc,ijco->nhwo", x, p["patches"]["kernel"]) + p["patches"]["bias"]
+        x = jnp.einsum("nhiwjc,ijco->nhwo", x, p["patches"]["kernel"])
+    x = x + p["patches"]["bias"]
     x = block(fault, p["block1"], x.reshape(n, 9, 8))
     x = block("", p["block2"], x)
     return linear(p["head"], layer_norm("", p["norm"], x).mean(1))
@@ -212,7 +213,11 @@ FAULTS = (
     fault(LINEN, "epsilon", "block1.norm2"),
     fault(LINEN, "layer-norm-axes", "block1.norm2"),
     fault(
-        LINEN, "kernel-transposed", "block1.tokens.fc1", "parameter", parameter="block1.tokens.fc1.weight",
+        LINEN,
+        "kernel-transposed",
+        "block1.tokens.fc1",
+        "parameter",
+        parameter="block1.tokens.fc1.weight",
     ),
     fault(LINEN, "weights-swapped", "block1.tokens.fc1", "parameter", parameter="block1.tokens.fc1.weight"),
     fault(LINEN, "weight-not-loaded", "norm", "parameter", parameter="norm.weight"),

@@ -1,4 +1,4 @@
-"""A pre-activation ResNet in training: the norm and activation before each convolution, in plain JAX (NHWC)."""
+"""A pre-activation ResNet in training: norm and activation before each convolution, in plain JAX."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def norm(fault: str, p: Tree, s: Tree, x: jax.Array) -> Result:
 def block(fault: str, p: Tree, s: Tree, x: jax.Array, stride: int) -> Result:
     new = {}
     if fault == "norm-activation-order":
-        active, new["norm1"] = norm("", p["norm1"], s["norm1"], jax.nn.relu(x))  # fault: norm-activation-order
+        active = jax.nn.relu(x)  # fault: norm-activation-order
+        active, new["norm1"] = norm("", p["norm1"], s["norm1"], active)
     else:
         active, new["norm1"] = norm("", p["norm1"], s["norm1"], x)
         active = jax.nn.relu(active)
@@ -129,9 +130,7 @@ def build(seed: int, fault: str = "", dtype: str = "float32") -> Case:
     params, state = nested(parameters_of(arrays)), nested(statistics_of(arrays))
     images = normal(seed, (4, 3, 8, 8), dtype)
     model = functools.partial(resnet, fault)
-    return Case(
-        "jax", reference, model, images, nhwc(images), convert, params, state, nhwc=True, train=True
-    )
+    return Case("jax", reference, model, images, nhwc(images), convert, params, state, nhwc=True, train=True)
 
 
 JAX = Port("preact-jax", build)
@@ -141,12 +140,20 @@ FAULTS = (
     fault(JAX, "identity-after-activation", "block1.add", cause="shortcut-source", accept=("block1",)),
     fault(JAX, "shortcut-source", "block2.shortcut"),
     fault(
-        JAX, "default-momentum", "block2.norm2", "statistics", "momentum-convention",
+        JAX,
+        "default-momentum",
+        "block2.norm2",
+        "statistics",
+        "momentum-convention",
         parameter="block2.norm2.running_mean",
     ),
     fault(JAX, "tf32", "block1.relu2", accept=("block1.conv2",)),
     fault(
-        JAX, "kernel-in-bfloat16", "block2.conv1", "parameter", "weight-of-lower-precision",
+        JAX,
+        "kernel-in-bfloat16",
+        "block2.conv1",
+        "parameter",
+        "weight-of-lower-precision",
         parameter="block2.conv1.weight",
     ),
 )

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import torch
 import torch.nn.functional as F
 from flax import nnx
@@ -237,11 +236,20 @@ FAULTS = (
     fault(NNX, "norm-activation-order", "layer1.add", accept=("layer1",)),
     fault(NNX, "weights-swapped", "layer1.bn1", "parameter", parameter="layer1.bn1.weight"),
     fault(
-        NNX, "stop-gradient-projection", "layer2.conv_shortcut", "input gradient", "stop-gradient",
+        NNX,
+        "stop-gradient-projection",
+        "layer2.conv_shortcut",
+        "input gradient",
+        "stop-gradient",
         accept=("layer2",),
     ),
     fault(
-        NNX, "stop-gradient-identity", "layer1.add", "input gradient", "stop-gradient", accept=("layer1",),
+        NNX,
+        "stop-gradient-identity",
+        "layer1.add",
+        "input gradient",
+        "stop-gradient",
+        accept=("layer1",),
     ),
     fault(JAX, "unbiased-variance", "layer1.bn1"),
     fault(JAX, "statistics-not-updated", "layer1.bn1", "statistics", parameter="layer1.bn1.running_var"),

@@ -78,7 +78,9 @@ def build_nnx(seed: int, fault: str = "", dtype: str = "float32") -> Case:
 
 def net(fault: str, p: Mapping[str, Any], x: jax.Array) -> jax.Array:
     """The same with 1x1 convolutions as matrix products, written by hand."""
-    x = lax.conv_general_dilated(x, p["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x = lax.conv_general_dilated(
+        x, p["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     bn = p["bn"]
     x = (x - bn["mean"]) * (bn["scale"] / jnp.sqrt(bn["var"] + 1e-5)) + bn["bias"]
     if fault == "gelu":

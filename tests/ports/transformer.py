@@ -265,7 +265,10 @@ FAULTS = (
     fault(JAX, "mask-value", "layer1.attention.masked_fill", accept=("layer1.attention.softmax",)),
     fault(JAX, "flatten-order", "layer1.attention.transpose", accept=("layer1.attention.flatten",)),
     fault(
-        JAX, "stop-gradient", "layer1.attention.softmax", "input gradient",
+        JAX,
+        "stop-gradient",
+        "layer1.attention.softmax",
+        "input gradient",
         accept=("layer1.attention.matmul",),
     ),
     fault(JAX, "shortcut-source", "layer1.add", accept=("layer1",)),
@@ -275,7 +278,10 @@ FAULTS = (
     fault(JAX, "weights-swapped", "layer1.attention.q", "parameter", parameter="layer1.attention.q.weight"),
     fault(NNX, "qkv-order", "layer1.attention.reshape", cause="flatten-order", accept=("layer1.attention",)),
     fault(
-        NNX, "missing-scale", "layer1.attention.div", cause="attention-scale",
+        NNX,
+        "missing-scale",
+        "layer1.attention.div",
+        cause="attention-scale",
         accept=("layer1.attention.softmax",),
     ),
     fault(NNX, "epsilon", "layer1.norm2"),

@@ -82,7 +82,8 @@ def unet(fault: str, p: Tree, x: jax.Array) -> jax.Array:
     # A stride of 2 with padding 1 and output padding 1 in PyTorch: 3 - 1 - 1 before, one more behind.
     kernel, padding = p["deconv"]["kernel"], ((1, 2), (1, 2))
     if fault == "output-padding":
-        x = lax.conv_transpose(x, kernel, (2, 2), ((2, 1), (2, 1)), transpose_kernel=True)  # fault: output-padding
+        padding = ((2, 1), (2, 1))
+        x = lax.conv_transpose(x, kernel, (2, 2), padding, transpose_kernel=True)  # fault: output-padding
     elif fault == "kernel-flipped":
         x = lax.conv_transpose(x, kernel.swapaxes(2, 3), (2, 2), padding)  # fault: kernel-flipped
     else:

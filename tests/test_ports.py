@@ -6,7 +6,6 @@ Everything is computed in float64 by the frameworks alone, without the package `
 from __future__ import annotations
 
 import functools
-import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -114,7 +113,7 @@ def pure(case: Case) -> tuple[Any, Any, Any]:
     model = case.candidate
     match case.adapter:
         case "nnx":
-            graph, params, rest = nnx.split(model, nnx.Param, ...)
+            graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
 
             def run_nnx(params: Any, *args: Any, **kwargs: Any) -> Any:
                 module = nnx.merge(graph, params, rest, copy=True)
@@ -218,7 +217,7 @@ def test_a_correct_port_agrees(port: Port) -> None:
 
 @pytest.mark.parametrize("fault", marked(FAULTS))
 def test_a_fault_changes_what_its_label_says(fault: Fault) -> None:
-    right = correct_run(inspect.unwrap(fault.build).func)  # type: ignore[attr-defined]
+    right = correct_run(fault.port.build)
     wrong = run_candidate(fault.build(0, dtype="float64"))
     output = worst(right.outputs, wrong.outputs)
     if fault.what in ("output", "parameter"):

@@ -82,6 +82,7 @@ class Fault:
 
     Attributes:
         name: "cnn-nnx/same-padding".
+        port: the correct port.
         stage: the module, or "module.operation", of the reference where the first error arises. For a
             gradient: the one whose backward pass is wrong, given the right gradient of its output.
         what: the first number that is wrong.
@@ -91,6 +92,7 @@ class Fault:
     """
 
     name: str
+    port: Port
     build: Build
     stage: str
     what: What
@@ -124,7 +126,7 @@ def fault(
 ) -> Fault:
     """Label the fault that `port.build(seed, flag)` has; the cause is the flag if none is given."""
     build = functools.partial(port.build, fault=flag)
-    return Fault(f"{port.name}/{flag}", build, stage, what, cause or flag, parameter, accept)
+    return Fault(f"{port.name}/{flag}", port, build, stage, what, cause or flag, parameter, accept)
 
 
 NORMS = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.LayerNorm, torch.nn.GroupNorm)
@@ -137,13 +139,16 @@ def seeded(make: Callable[[], torch.nn.Module], seed: int, dtype: str, train: bo
         reference = make()
         with torch.no_grad():
             for module in reference.modules():
-                if isinstance(module, NORMS):
-                    module.weight.normal_(1, 0.2)
-                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                    module.running_mean.normal_(0, 0.2)
-                    module.running_var.uniform_(0.5, 1.5)
-                if isinstance(getattr(module, "bias", None), torch.Tensor):
-                    module.bias.normal_(0, 0.2)
+                tensors = dict(module.named_parameters(recurse=False)) | dict(
+                    module.named_buffers(recurse=False)
+                )
+                for name, tensor in tensors.items():
+                    if name == "weight" and isinstance(module, NORMS):
+                        tensor.normal_(1, 0.2)
+                    elif name == "running_var":
+                        tensor.uniform_(0.5, 1.5)
+                    elif name == "running_mean" or name.startswith("bias"):
+                        tensor.normal_(0, 0.2)
     return reference.to(getattr(torch, dtype)).train(train)
 
 

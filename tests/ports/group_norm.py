@@ -47,7 +47,7 @@ class GroupNorm(linen.Module):
         return self.normalize(x.reshape(n, h, w, self.groups, -1)).reshape(x.shape) * scale + bias
 
     def normalize(self, groups: jax.Array) -> jax.Array:
-        axes = (1, 2, 4)
+        axes: tuple[int, ...] = (1, 2, 4)
         if self.fault == "layer-norm-axes":
             axes = (4,)
         mean = groups.mean(axes, keepdims=True)  # fault: layer-norm-axes

@@ -29,14 +29,6 @@ class Reference(nn.Module):
         return self.fc(states)
 
 
-def make() -> Reference:
-    """The reference with its biases away from each other."""
-    reference = Reference()
-    nn.init.normal_(reference.lstm.bias_ih_l0, 0, 0.3)
-    nn.init.normal_(reference.lstm.bias_hh_l0, 0, 0.3)
-    return reference
-
-
 Tree = Mapping[str, Mapping[str, jax.Array]]
 Carry = tuple[jax.Array, jax.Array]
 
@@ -80,7 +72,7 @@ def unrolled(fault: str, p: Tree, x: jax.Array) -> jax.Array:
 
 
 def build_jax(seed: int, fault: str = "", dtype: str = "float32", *, scan: bool = True) -> Case:
-    reference = seeded(make, seed, dtype, train=False)
+    reference = seeded(Reference, seed, dtype, train=False)
     sequence = normal(seed, (3, 5, INPUTS), dtype)
     model = functools.partial(scanned if scan else unrolled, fault)
     return Case("jax", reference, model, sequence, sequence, dict, nested(arrays_of(reference)))
@@ -108,7 +100,7 @@ def convert_nnx(arrays: Arrays) -> dict[str, np.ndarray]:
 
 
 def build_nnx(seed: int, fault: str = "", dtype: str = "float32") -> Case:
-    reference = seeded(make, seed, dtype, train=False)
+    reference = seeded(Reference, seed, dtype, train=False)
     sequence = normal(seed, (3, 5, INPUTS), dtype)
     model = NNX(dtype, nnx.Rngs(seed))
     load_nnx(model, convert_nnx(arrays_of(reference)))

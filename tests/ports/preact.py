@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from jax import lax
 from torch import nn
@@ -126,7 +127,7 @@ def build(seed: int, fault: str = "", dtype: str = "float32") -> Case:
     arrays = convert(arrays_of(reference))
     if fault == "kernel-in-bfloat16":
         kernel = jnp.asarray(arrays["block2.conv1.kernel"])
-        arrays["block2.conv1.kernel"] = kernel.astype(jnp.bfloat16).astype(dtype)
+        arrays["block2.conv1.kernel"] = np.asarray(kernel.astype(jnp.bfloat16).astype(dtype))
     params, state = nested(parameters_of(arrays)), nested(statistics_of(arrays))
     images = normal(seed, (4, 3, 8, 8), dtype)
     model = functools.partial(resnet, fault)

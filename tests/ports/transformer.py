@@ -214,9 +214,11 @@ class NNXLayer(nnx.Module):
 
 
 class NNXEncoder(nnx.Module):
-    def __init__(self, fault: str, rngs: nnx.Rngs) -> None:
-        self.embedding = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
-        self.position = nnx.Embed(LENGTH + 1, WIDTH, rngs=rngs)
+    def __init__(self, fault: str, dtype: str, rngs: nnx.Rngs) -> None:
+        # nnx.Embed computes in the type that its parameter has here, whatever is loaded later.
+        embed = functools.partial(nnx.Embed, param_dtype=jnp.dtype(dtype), rngs=rngs)
+        self.embedding = embed(VOCABULARY, WIDTH)
+        self.position = embed(LENGTH + 1, WIDTH)
         self.layer1 = NNXLayer(fault, rngs)
         self.layer2 = NNXLayer("", rngs)
         self.norm = nnx.LayerNorm(WIDTH, epsilon=1e-5, rngs=rngs)
@@ -241,7 +243,7 @@ def convert_fused(reference: nn.Module, arrays: Arrays) -> dict[str, np.ndarray]
 def build_nnx(seed: int, fault: str = "", dtype: str = "float32", *, library: bool = False) -> Case:
     reference = seeded(Reference, seed, dtype, train=False)
     convert = functools.partial(convert_fused, reference)
-    model = NNXEncoder(fault, nnx.Rngs(seed))
+    model = NNXEncoder(fault, dtype, nnx.Rngs(seed))
     model.layer1.attention.library = model.layer2.attention.library = library
     load_nnx(model, convert(arrays_of(reference)))
     model.eval()

@@ -51,12 +51,27 @@ class Rules:
     libraries: frozenset[str] | None  # None: everything that is not forbidden
     forbidden: frozenset[str] = frozenset()
     lazily: dict[str, frozenset[str]] = field(default_factory=dict)  # by file, inside functions: these too
+    adapters: dict[str, frozenset[str]] = field(default_factory=dict)  # by file, which is imported lazily
 
 
 PACKAGES = {
     "numpy_ref": Rules(frozenset({"numpy"})),
     "jax_resnet": Rules(frozenset({"jax", "flax", "optax", "numpy", "jaxtyping"})),
     "torch_oracle": Rules(frozenset({"torch", "numpy", "safetensors"})),
+    "parity": Rules(
+        frozenset({"numpy", "scipy", "safetensors", "matplotlib", "jinja2"}),
+        lazily={
+            "parity/optimizers.py": frozenset({"jax", "optax", "torch"}),
+            "parity/optimizer_hints.py": frozenset({"jax", "optax", "torch"}),
+            "parity/training.py": frozenset({"jax", "optax", "torch"}),
+        },
+        adapters={
+            "parity/jax_adapter.py": frozenset({"jax", "flax"}),
+            "parity/torch_adapter.py": frozenset({"torch"}),
+            "parity/torch_functions.py": frozenset({"torch"}),
+            "parity/torch_recorder.py": frozenset({"torch"}),
+        },
+    ),
     "experiment": Rules(
         HEAVY | {"filelock", "numpy", "rich", "safetensors", "tqdm"},
         lazily={
@@ -148,7 +163,7 @@ def import_violations(path: str, source: str) -> Iterator[str]:
                 package == "experiment" and found.by_name and found.function
             ):
                 yield f"{where}: {package} must not import {root or 'a module that only the run can name'}"
-        elif root in sys.stdlib_module_names or root == package:
+        elif root in sys.stdlib_module_names or root == package or root in rules.adapters.get(path, ()):
             continue
         elif root in rules.lazily.get(path, ()):
             if not lazy:

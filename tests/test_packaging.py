@@ -20,7 +20,7 @@ from experiment.run.outcome import resume_command
 from experiment.study import plan
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("experiment", "jax_resnet", "numpy_ref", "torch_oracle", "recipes", "studies", "weights")
+SOURCES = ("experiment", "jax_resnet", "numpy_ref", "parity", "torch_oracle", "recipes", "studies", "weights")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 TRAIN = shlex.split("train --dataset digits --steps 2 --train-subset 0.2 --batch-size 16 --no-report")
 
@@ -74,10 +74,10 @@ def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> No
     run(*install, "--target", site, wheel, cwd=folder)
     env = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     use(site / "bin" / "threeway-resnet", folder, env)
-    packages = "experiment, jax_resnet, numpy_ref, torch_oracle"
+    packages = "experiment, jax_resnet, numpy_ref, parity, torch_oracle"
     code = f"import {packages}\nfor p in ({packages}): print(p.__file__)"
     files = [Path(line) for line in run(sys.executable, "-c", code, cwd=folder, env=env).splitlines()]
-    assert [file.parts[: len(site.parts)] for file in files] == [site.parts] * 4
+    assert [file.parts[: len(site.parts)] for file in files] == [site.parts] * 5
     assert all(file.with_name("py.typed").is_file() for file in files)
     for name in ("recipes", "studies"):
         installed = {path.name for path in (site / "experiment" / name).iterdir()}

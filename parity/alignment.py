@@ -1,0 +1,393 @@
+"""Which value of the candidate is which value of the reference, found by the numbers alone.
+
+Two values are the same if one is the other with its axes in another order (NCHW and NHWC). Behind a fault no
+value is the same any more. So the first value that departs is paired by order, shape and likeness, the
+candidate goes on with the reference's numbers in its place, and what follows is the same again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from parity.trace import Array, Trace, Value
+
+SAME = 1e-6  # of float64 twins: two values this near, relative to the largest magnitude, are the same
+_TRIALS = 24  # pairs tried for a value that departs
+_UNLIKE = 0.4  # values less like each other than this are tried only if they are of one kind
+_ROUNDS = 60  # faults, one after the other, before the search ends
+_SUMS = 8  # random projections that tell values apart
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A value of the reference and the candidate's.
+
+    Attributes:
+        reference, candidate: their names.
+        axes: `candidate_array.transpose(axes)` without axes of length 1 is in the reference's order.
+        same: the candidate's value, made from the reference's numbers, is the reference's.
+    """
+
+    reference: str
+    candidate: str
+    axes: tuple[int, ...]
+    same: bool
+
+
+def squeeze(array: Array) -> Array:
+    """The array without axes of length 1."""
+    return array.reshape([side for side in array.shape if side != 1])
+
+
+def to_reference(pair: Pair, array: Array, shape: Sequence[int]) -> Array:
+    """A candidate's array in the axis order and shape of the reference."""
+    return squeeze(array).transpose(pair.axes).reshape(shape)
+
+
+def to_candidate(pair: Pair, array: Array, shape: Sequence[int]) -> Array:
+    """A reference's array in the axis order and shape of the candidate."""
+    return squeeze(array).transpose(np.argsort(pair.axes)).reshape(shape)
+
+
+def largest_error(a: Array, b: Array, scale: float | None = None) -> float:
+    """The largest difference, relative to `scale` or the largest magnitude of `a`; infinite for a NaN."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.size == 0:
+        return 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.abs(a - b)
+    error = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, error)
+    if not np.isfinite(error).all():
+        return float("inf")
+    finite = np.abs(a[np.isfinite(a)])
+    scale = float(finite.max(initial=0.0)) if scale is None else scale
+    return float(error.max()) / scale if scale else (0.0 if error.max() == 0 else float("inf"))
+
+
+def best_axes(reference: Array, candidate: Array) -> tuple[tuple[int, ...], float] | None:
+    """The order of the candidate's axes that is nearest to the reference, and the error; None if none fits.
+
+    Axes of length 1 do not count. Of equal errors the first wins, in the order: unchanged, channels moved
+    from behind to the second place, all others.
+    """
+    a, b = squeeze(reference), squeeze(candidate)
+    if sorted(a.shape) != sorted(b.shape):
+        return None
+    best: tuple[tuple[int, ...], float] | None = None
+    for axes in _orders(a.ndim):
+        if tuple(b.shape[axis] for axis in axes) == a.shape:
+            error = largest_error(a, b.transpose(axes))
+            if best is None or error < best[1] * 0.999:
+                best = axes, error
+            if error <= 1e-12:
+                break
+    return best
+
+
+def _orders(rank: int) -> list[tuple[int, ...]]:
+    if rank > 5:
+        return [tuple(range(rank))]
+    usual = [tuple(range(rank))]
+    if rank >= 3:
+        usual += [
+            (0, rank - 1, *range(1, rank - 1)),
+            (0, *range(2, rank), 1),
+            (*range(1, rank - 1), rank - 1, 0),
+        ]
+    if rank == 3:
+        usual += [(2, 0, 1), (1, 2, 0)]
+    return list(dict.fromkeys([*usual, *itertools.permutations(range(rank))]))
+
+
+def align(
+    reference: Trace,
+    run: Callable[[Mapping[str, Array]], Trace],
+    given: Mapping[str, str] | None = None,
+) -> dict[str, Pair]:
+    """Pair the reference's values with the candidate's.
+
+    Args:
+        reference: a run of the reference's float64 twin.
+        run: runs the candidate's float64 twin with values replaced.
+        given: {reference's name: candidate's name}, pairs that the user knows.
+
+    Returns:
+        {reference's name: Pair} in the reference's order. The outputs are always paired.
+    """
+    by_name = {value.name: value for value in reference.values}
+    departed: dict[str, Pair] = {}
+    trace = run({})
+    same = _same_values(reference, trace, departed)
+    for name, other in (given or {}).items():
+        same.setdefault(name, _pair(by_name[name], {v.name: v for v in trace.values}[other], {}))
+    for _ in range(_ROUNDS):
+        open_values = _open_values(reference, {**same, **departed})
+        if not open_values:
+            break
+        found = _same_kind(reference, open_values, trace, same, departed, run)
+        found = found or _departure(reference, open_values, trace, same, departed, run)
+        if found is None:
+            break
+        pairs, trace, same = found
+        departed.update(pairs)
+    pairs = {**same, **departed}
+    _pair_outputs(reference, trace, pairs)
+    return {value.name: pairs[value.name] for value in reference.values if value.name in pairs}
+
+
+def usual_axes(reference: Trace, candidate: Trace, same: Mapping[str, Pair]) -> dict[int, tuple[int, ...]]:
+    """The order of axes that most equal inputs and values have, by the number of axes."""
+    counts: dict[int, Counter[tuple[int, ...]]] = {}
+    for a, b in zip(reference.inputs.values(), candidate.inputs.values(), strict=False):
+        found = best_axes(a, b)
+        if found is not None and found[1] <= SAME:
+            counts.setdefault(len(found[0]), Counter())[found[0]] += 1
+    for pair in same.values():
+        counts.setdefault(len(pair.axes), Counter())[pair.axes] += 1
+    return {rank: counter.most_common(1)[0][0] for rank, counter in counts.items()}
+
+
+def _pair(a: Value, b: Value, usual: Mapping[int, tuple[int, ...]]) -> Pair:
+    """A pair of values that differ: their numbers do not tell the order of axes, the usual one does."""
+    return Pair(a.name, b.name, departing_axes(a.value, b.value, usual), False)
+
+
+def departing_axes(a: Array, b: Array, usual: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
+    """The usual order of the axes of `b` if its shape allows that, else the one that is nearest to `a`."""
+    shape = squeeze(b).shape
+    axes = usual.get(len(shape))
+    if axes is not None and (tuple(shape[axis] for axis in axes) == squeeze(a).shape or a.size != b.size):
+        return axes
+    found = best_axes(a, b)
+    return found[0] if found is not None else tuple(range(len(shape)))
+
+
+def _pair_outputs(reference: Trace, trace: Trace, pairs: dict[str, Pair]) -> None:
+    """Pair outputs with outputs, in their order, where nothing else was found for them."""
+    by_name = [{value.name: value for value in t.values} for t in (reference, trace)]
+    taken = {pair.candidate for pair in pairs.values()}
+    for a, b in zip(reference.output_values.values(), trace.output_values.values(), strict=False):
+        if not a or not b or a in pairs or b in taken:
+            continue
+        if best_axes(by_name[0][a].value, by_name[1][b].value) is not None:
+            pairs[a] = _pair(by_name[0][a], by_name[1][b], usual_axes(reference, trace, pairs))
+
+
+def replacements(pairs: Mapping[str, Pair], reference: Trace, candidate: Trace) -> dict[str, Array]:
+    """For each paired value of the candidate the reference's numbers, in the candidate's layout."""
+    arrays = {value.name: value.value for value in reference.values}
+    shapes = {value.name: value.value.shape for value in candidate.values}
+    return {
+        pair.candidate: to_candidate(pair, arrays[name], shapes[pair.candidate])
+        for name, pair in pairs.items()
+        if pair.candidate in shapes and name in arrays
+    }
+
+
+def _signature(array: Array) -> Array:
+    """Numbers that no order of axes changes."""
+    flat = array.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rms = float(np.sqrt(np.mean(flat**2)))
+        return np.array([rms, flat.max(), flat.min(), np.mean(np.abs(flat))]) if flat.size else np.zeros(4)
+
+
+def _same_values(reference: Trace, trace: Trace, departed: Mapping[str, Pair]) -> dict[str, Pair]:
+    """All pairs of equal values, one to one; among equals by the gradient, then by order."""
+    taken = {pair.candidate for pair in departed.values()}
+    by_size: dict[int, list[tuple[int, Value, Array]]] = {}
+    for position, value in enumerate(trace.values):
+        if value.name not in taken:
+            by_size.setdefault(value.value.size, []).append((position, value, _signature(value.value)))
+    same: dict[str, Pair] = {}
+    last = -1
+    for value in reference.values:
+        if value.name in departed or not np.isfinite(value.value).all():
+            continue
+        wanted = _signature(value.value)
+        scale = max(float(np.abs(value.value).max(initial=0)), 1e-300)
+        fits: list[tuple[float, int, int, Value, tuple[int, ...]]] = []
+        for position, other, signature in by_size.get(value.value.size, ()):
+            if other.name in taken or np.abs(signature - wanted).max() > SAME * scale * 4:
+                continue
+            found = best_axes(value.value, other.value)
+            if found is not None and found[1] <= SAME:
+                fits.append(
+                    (_gradient_distance(value, other, found[0]), position <= last, position, other, found[0])
+                )
+        if fits:
+            _, _, position, other, axes = min(fits, key=lambda fit: fit[:3])
+            same[value.name] = Pair(value.name, other.name, axes, True)
+            taken.add(other.name)
+            last = position
+    return same
+
+
+def _gradient_distance(a: Value, b: Value, axes: tuple[int, ...]) -> float:
+    """0 if the gradients are equal too, or unknown; 1 if they are not."""
+    if a.gradient is None or b.gradient is None:
+        return 0.0
+    error = largest_error(squeeze(a.gradient), squeeze(b.gradient).transpose(axes))
+    return 0.0 if error <= SAME else 1.0
+
+
+def _open_values(reference: Trace, pairs: Mapping[str, Pair]) -> list[Value]:
+    """Values without a pair on which an output depends with no paired value between them."""
+    by_name = {value.name: value for value in reference.values}
+    open_names: set[str] = set()
+    waiting = [name for name in reference.output_values.values() if name and name not in pairs]
+    while waiting:
+        name = waiting.pop()
+        if name in open_names or name in pairs or name not in by_name:
+            continue
+        open_names.add(name)
+        waiting += by_name[name].inputs
+    return [value for value in reference.values if value.name in open_names]
+
+
+def _same_kind(
+    reference: Trace,
+    open_values: Sequence[Value],
+    trace: Trace,
+    same: Mapping[str, Pair],
+    departed: Mapping[str, Pair],
+    run: Callable[[Mapping[str, Array]], Trace],
+) -> tuple[dict[str, Pair], Trace, dict[str, Pair]] | None:
+    """Pair all values of the kind that departed last, in their order: one fault in many modules."""
+    if not departed:
+        return None
+    pair = list(departed.values())[-1]
+    kinds = {value.name: (value.operation, value.is_module) for t in (reference, trace) for value in t.values}
+    first, second = kinds[pair.reference], {v.name: v for v in trace.values}[pair.candidate]
+    if kinds[open_values[0].name] != first:
+        return None
+    taken = {p.candidate for p in (*same.values(), *departed.values())}
+    ours = [value for value in open_values if kinds[value.name] == first]
+    theirs = [
+        v
+        for v in trace.values
+        if v.name not in taken and (v.operation, v.is_module) == (second.operation, second.is_module)
+    ]
+    if len(ours) != len(theirs) or any(
+        best_axes(a.value, b.value) is None for a, b in zip(ours, theirs, strict=True)
+    ):
+        return None
+    usual = usual_axes(reference, trace, same)
+    pairs = {a.name: _pair(a, b, usual) for a, b in zip(ours, theirs, strict=True)}
+    tried = run(replacements({**departed, **pairs}, reference, trace))
+    now = _same_values(reference, tried, {**departed, **pairs})
+    return (pairs, tried, now) if len(now) > len(same) else None
+
+
+def _departure(
+    reference: Trace,
+    open_values: Sequence[Value],
+    trace: Trace,
+    same: Mapping[str, Pair],
+    departed: Mapping[str, Pair],
+    run: Callable[[Mapping[str, Array]], Trace],
+) -> tuple[dict[str, Pair], Trace, dict[str, Pair]] | None:
+    """Find the first value that departs and its pair: the one behind which most values are the same again."""
+    taken = {pair.candidate for pair in (*same.values(), *departed.values())}
+    outputs = dict(zip(reference.output_values.values(), trace.output_values.values(), strict=False))
+    free = [value for value in trace.values if value.name not in taken]
+    before = len(same)
+    trials = 0
+    for value in open_values:
+        best: tuple[int, dict[str, Pair], Trace, dict[str, Pair]] | None = None
+        for other, axes in _choices(value, free, outputs.get(value.name), usual_axes(reference, trace, same)):
+            trials += 1
+            pair = {value.name: Pair(value.name, other.name, axes, False)}
+            tried = run(replacements({**departed, **pair}, reference, trace))
+            now = _same_values(reference, tried, {**departed, **pair})
+            gain = len(now) - before
+            if value.name in outputs and not gain:
+                gain = 1
+            if gain > 0 and (best is None or gain > best[0]):
+                best = gain, pair, tried, now
+        if best is not None:
+            return best[1:]
+        if trials >= _TRIALS and value.name not in outputs:
+            open_values = [v for v in open_values if v.name in outputs]
+            return _output_departure(reference, open_values, trace, taken, departed, run)
+    return None
+
+
+def _choices(
+    value: Value, free: Sequence[Value], output: str | None, usual: Mapping[int, tuple[int, ...]]
+) -> list[tuple[Value, tuple[int, ...]]]:
+    """The values that may be the counterpart of one that departs: of its kind, or like it.
+
+    The counterpart of an output is known: `output`.
+    """
+    fits = []
+    for other in free:
+        if best_axes(value.value, other.value) is not None:
+            axes = departing_axes(value.value, other.value, usual)
+            fits.append((_unlikeness(value.value, other.value, axes), other, axes))
+    if any(fit[1].name == output for fit in fits):
+        return [fit[1:] for fit in fits if fit[1].name == output]
+    near = sorted(fits, key=lambda fit: fit[0])
+    near = [fit for fit in near if fit[0] < _UNLIKE]
+    kind = [fit for fit in fits if family(fit[1].operation) == family(value.operation)][:2]
+    names = {fit[1].name for fit in kind}
+    behind = [fit for fit in fits if names & set(fit[1].inputs)][:2]  # the bias is added to a product
+    chosen = {fit[1].name: fit[1:] for fit in (*behind[:1], *kind[:1], *near[:3], *behind[1:], *kind[1:])}
+    return list(chosen.values())
+
+
+_FAMILIES = {
+    "convolution": ("conv",),
+    "product": ("linear", "dense", "matmul", "addmm", "mm", "bmm", "dot_general", "einsum", "__matmul__"),
+    "normalization": ("norm",),
+    "pooling": ("pool", "reduce_window"),
+    "mean": ("mean", "reduce_sum"),
+    "activation": ("relu", "gelu", "silu", "swish", "elu", "sigmoid", "logistic", "tanh", "softplus", "max"),
+    "softmax": ("softmax",),
+    "order": ("flatten", "reshape", "view", "transpose", "permute", "ravel"),
+    "sum": ("add", "__add__", "__iadd__", "__radd__"),
+}
+
+
+def family(operation: str) -> str:
+    """The kind of an operation, the same in all frameworks as far as names tell."""
+    name = operation.lower()
+    for family, words in _FAMILIES.items():
+        if any(word == name or (len(word) > 3 and word in name) for word in words):
+            return family
+    return name
+
+
+def _output_departure(
+    reference: Trace,
+    outputs: Sequence[Value],
+    trace: Trace,
+    taken: set[str],
+    departed: Mapping[str, Pair],
+    run: Callable[[Mapping[str, Array]], Trace],
+) -> tuple[dict[str, Pair], Trace, dict[str, Pair]] | None:
+    """Where nothing in between could be paired: the outputs themselves."""
+    pairs = dict(departed)
+    _pair_outputs(reference, trace, pairs)
+    new = {name: pair for name, pair in pairs.items() if name not in departed and pair.candidate not in taken}
+    new = {name: pair for name, pair in new.items() if name in {value.name for value in outputs}}
+    if not new:
+        return None
+    tried = run(replacements({**departed, **new}, reference, trace))
+    return new, tried, _same_values(reference, tried, {**departed, **new})
+
+
+def _unlikeness(a: Array, b: Array, axes: tuple[int, ...]) -> float:
+    """1 minus the correlation of two arrays, plus how much their sizes differ."""
+    x, y = squeeze(a).reshape(-1), squeeze(b).transpose(axes).reshape(-1)
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return 2.0
+    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
+    cosine = float(x @ y) / norm if norm else 0.0
+    distance = float(np.linalg.norm(x - y)) / (float(np.linalg.norm(x)) or 1.0)
+    return 0.5 * (1 - cosine) + 0.5 * min(distance, 1.0)

@@ -1,0 +1,221 @@
+"""Are the candidate's parameters the reference's? Each is looked up by its numbers, not by its name."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from parity.alignment import Pair, best_axes, largest_error, squeeze
+from parity.trace import Array, Trace, Value
+
+_ROUNDED = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}  # largest relative rounding
+
+
+@dataclass(frozen=True)
+class Match:
+    """A parameter of the reference and the candidate's; "" if none was found.
+
+    Attributes:
+        reference, candidate: names.
+        axes: the candidate's array transposed by these is in the reference's order.
+        equal: the numbers are the same.
+    """
+
+    reference: str
+    candidate: str
+    axes: tuple[int, ...]
+    equal: bool
+
+
+@dataclass(frozen=True)
+class WeightFault:
+    """A parameter that is not what the reference has, and what it looks like."""
+
+    reference: str
+    candidate: str
+    error: float
+    sentence: str
+    id: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The reference's parameters with their matches, what looks wrong, and what the candidate has more."""
+
+    matches: Sequence[Match]
+    faults: Sequence[WeightFault]
+    extra: Sequence[str]
+
+
+def segment(trace: Trace, name: str, matched: set[str]) -> list[Value]:
+    """The operations from the paired values before a value up to it, in order."""
+    by_name = {value.name: value for value in trace.values}
+    inside: set[str] = set()
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        if current in inside or current not in by_name or (current in matched and current != name):
+            continue
+        inside.add(current)
+        waiting += by_name[current].inputs
+    return [value for value in trace.values if value.name in inside]
+
+
+def stage_parameters(trace: Trace, name: str, matched: set[str]) -> list[str]:
+    """The parameters that a stage reads, those of its unpaired operations among them."""
+    return list(dict.fromkeys(p for value in segment(trace, name, matched) for p in value.parameters))
+
+
+def audit(reference: Trace, candidate: Trace, pairs: Mapping[str, Pair]) -> Audit:
+    """Match the parameters of two models: in paired stages first, by equal numbers, then by shape."""
+    ours, theirs = reference.parameters, candidate.parameters
+    names = set(pairs), {pair.candidate for pair in pairs.values()}
+    stages = [
+        (stage_parameters(reference, name, names[0]), stage_parameters(candidate, pair.candidate, names[1]))
+        for name, pair in pairs.items()
+    ]
+    everything = [(list(ours), list(theirs))]
+    found: dict[str, Match] = {}
+    taken: set[str] = set()
+
+    def match(groups: Sequence[tuple[Sequence[str], Sequence[str]]], equal: bool) -> None:
+        for left, right in groups:
+            for name in left:
+                if name in found:
+                    continue
+                for other in right:
+                    if other in taken:
+                        continue
+                    best = best_axes(ours[name], theirs[other])
+                    if best is not None and (best[1] == 0 or not equal):
+                        axes = best[0] if equal else _usual_axes(found, ours, ours[name].ndim) or best[0]
+                        axes = axes if _fits(ours[name], theirs[other], axes) else best[0]
+                        found[name] = Match(name, other, axes, best[1] == 0)
+                        taken.add(other)
+                        break
+
+    match(stages, True)
+    match(everything, True)
+    match(stages, False)
+    matches = [found.get(name, Match(name, "", (), False)) for name in ours]
+    faults = [fault for one in matches for fault in _faults(one, matches, ours, theirs, stages)]
+    return Audit(matches, faults, [name for name in theirs if name not in taken])
+
+
+def _fits(a: Array, b: Array, axes: tuple[int, ...]) -> bool:
+    a, b = squeeze(a), squeeze(b)
+    return len(axes) == b.ndim == a.ndim and tuple(b.shape[axis] for axis in axes) == a.shape
+
+
+def _usual_axes(found: Mapping[str, Match], ours: Mapping[str, Array], rank: int) -> tuple[int, ...] | None:
+    """The order of axes that most equal parameters of this rank have."""
+    counts = Counter(
+        match.axes
+        for name, match in found.items()
+        if match.equal and ours[name].ndim == rank == len(match.axes)
+    )
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _faults(
+    match: Match,
+    matches: Sequence[Match],
+    ours: Mapping[str, Array],
+    theirs: Mapping[str, Array],
+    stages: Sequence[tuple[Sequence[str], Sequence[str]]],
+) -> list[WeightFault]:
+    """What looks wrong with one parameter."""
+    name, other = match.reference, match.candidate
+    if not other and name.rpartition(".")[2] == "bias":
+        return [
+            WeightFault(
+                name, "", float("inf"), f"the candidate has no {name}: add a bias there", "missing-bias"
+            )
+        ]
+    if not other:
+        return [
+            WeightFault(
+                name,
+                "",
+                float("inf"),
+                f"the candidate has no parameter like {name} {list(ours[name].shape)}",
+                "missing-parameter",
+            )
+        ]
+    if match.equal:
+        return _equal_faults(match, matches, ours, theirs, stages)
+    truth = squeeze(ours[name])
+    array = squeeze(theirs[other])
+    array = array.transpose(match.axes) if len(match.axes) == array.ndim else array
+    error = largest_error(truth, array)
+    for precision, rounding in _ROUNDED.items():
+        relative = np.abs(truth - array) / np.maximum(np.abs(truth), 1e-300)
+        if (
+            np.median(relative) > 0
+            and relative.max(initial=0) <= 2 * rounding * 1.01
+            and np.median(relative) > rounding / 64
+        ):
+            sentence = f"{other} is {name} rounded to {precision}: load it in its own precision"
+            return [WeightFault(name, other, error, sentence, "weight-of-lower-precision")]
+    if array.size and np.ptp(array) == 0 and np.ptp(truth) > 0:
+        sentence = (
+            f"{other} is {array.reshape(-1)[0]:g} everywhere, {name} is not: it was left at its initial value"
+        )
+        return [WeightFault(name, other, error, sentence, "weight-not-loaded")]
+    flat = truth.reshape(-1), array.reshape(-1)
+    dot = float(flat[0] @ flat[0])
+    factor = float(flat[0] @ flat[1]) / dot if dot else 0.0
+    if dot and factor and largest_error(flat[1], factor * flat[0]) < 1e-6:
+        return [WeightFault(name, other, error, f"{other} is {factor:.6g} times {name}", "weight-scaled")]
+    for count in range(1, truth.ndim - 1):
+        for flipped in itertools.combinations(range(2, truth.ndim), count):
+            if np.array_equal(np.flip(truth, flipped), array):
+                mirrored = f"{other} is {name} mirrored along its axes {flipped}"
+                sentence = f"{mirrored}: PyTorch and JAX both correlate, do not flip"
+                return [WeightFault(name, other, error, sentence, "kernel-flipped")]
+    if truth.ndim > 1 and sorted(map(float, flat[0])) == sorted(map(float, flat[1])):
+        sentence = (
+            f"{other} has the numbers of {name} in another order: reshaped instead of transposed, or flipped"
+        )
+        return [WeightFault(name, other, error, sentence, "weight-reordered")]
+    apart = f"largest difference {error:.1e} of its largest magnitude"
+    sentence = f"{other} is not {name} ({apart}): it was not loaded, or it is another one"
+    return [WeightFault(name, other, error, sentence, "weight-not-loaded")]
+
+
+def _equal_faults(
+    match: Match,
+    matches: Sequence[Match],
+    ours: Mapping[str, Array],
+    theirs: Mapping[str, Array],
+    stages: Sequence[tuple[Sequence[str], Sequence[str]]],
+) -> list[WeightFault]:
+    """A parameter with the right numbers that is transposed unlike the others, or read at another place."""
+    name, other = match.reference, match.candidate
+    rank = squeeze(ours[name]).ndim
+    peers = [
+        m for m in matches if m.equal and m.reference != name and squeeze(ours[m.reference]).ndim == rank
+    ]
+    usual = Counter(m.axes for m in peers).most_common(1)
+    if rank > 1 and peers and usual[0][0] != match.axes and usual[0][1] > len(peers) / 2:
+        shape = squeeze(theirs[other]).shape
+        if tuple(shape[axis] for axis in usual[0][0]) == squeeze(ours[name]).shape:
+            orders = f"its axes in the order {match.axes}; the others have {usual[0][0]}"
+            sentence = f"{other} is {name} with {orders}: transpose it like them"
+            return [WeightFault(name, other, float("inf"), sentence, "kernel-transposed")]
+    readers = [(left, right) for left, right in stages if name in left]
+    if readers and all(other not in right for _, right in readers):
+        place = next((left for left, right in stages if other in right), [])
+        here = {m.reference: m.candidate for m in matches}
+        like = [p for p in place if ours[p].shape == ours[name].shape and p != name]
+        like = [p for p in like if any(here[p] in right for _, right in readers)]
+        if like:
+            sentence = (
+                f"{other}, which has the numbers of {name}, is where {like[0]} belongs: they are swapped"
+            )
+            return [WeightFault(name, other, float("inf"), sentence, "weights-swapped")]
+    return []

@@ -1,0 +1,235 @@
+"""`parity.compare`: a small network and its ports, right and with one fault each; saved references."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import parity
+from parity.__main__ import main
+
+X = np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32)
+NHWC = X.transpose(0, 2, 3, 1)
+
+
+class Net(torch.nn.Module):
+    """Convolution with stride, batch norm, a shortcut around a convolution with GELU, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.bn = torch.nn.BatchNorm2d(6)
+        self.conv2 = torch.nn.Conv2d(6, 6, 3, padding=1)
+        self.fc = torch.nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn(self.conv1(x)))
+        x = x + F.gelu(self.conv2(x))
+        logits: torch.Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
+def make_reference() -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Net()
+        for name in ("weight", "bias"):
+            torch.nn.init.normal_(getattr(net.bn, name), 1.0, 0.3)
+    return net
+
+
+def weights(net: Net) -> dict[str, np.ndarray]:
+    """OIHW to HWIO, [out, in] to [in, out]."""
+    order: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+        4: lambda a: a.transpose(2, 3, 1, 0),
+        2: np.transpose,
+    }
+    arrays = {name: p.detach().numpy() for name, p in net.named_parameters()}
+    return {name: order.get(a.ndim, np.asarray)(a) for name, a in arrays.items()}
+
+
+def exact_gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+@jax.custom_vjp
+def wrong_gelu(x: jax.Array) -> jax.Array:
+    """GELU with half its derivative."""
+    return exact_gelu(x)
+
+
+wrong_gelu.defvjp(lambda x: (exact_gelu(x), x), lambda x, g: (jax.vjp(exact_gelu, x)[1](g)[0] / 2,))
+
+
+def port(fault: str = "") -> Callable[[Any, Any, Any], Any]:
+    """The same network in JAX, with running statistics as state."""
+
+    def conv(x: Any, w: Any, stride: int, padding: Any) -> Any:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, w, (stride, stride), padding, dimension_numbers=numbers)
+
+    def f(p: Any, state: Any, x: Any) -> Any:
+        one = ((1, 1), (1, 1))
+        x = conv(x, p["conv1.weight"], 2, "SAME" if fault == "same-padding" else one) + p["conv1.bias"]
+        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        n = x.size // x.shape[-1]
+        share = 0.9 if fault == "momentum-convention" else 0.1
+        state = {
+            "mean": state["mean"] + share * (mean - state["mean"]),
+            "var": state["var"] + share * (var * n / (n - 1) - state["var"]),
+        }
+        if fault == "batch-statistics-constant":
+            mean, var = jax.lax.stop_gradient((mean, var))
+        x = (x - mean) / jnp.sqrt(var + (1e-3 if fault == "epsilon" else 1e-5))
+        x = jnp.maximum(x * p["bn.weight"] + p["bn.bias"], 0)
+        y = conv(x, p["conv2.weight"], 1, one) + p["conv2.bias"]
+        y = y.astype(jnp.bfloat16).astype(y.dtype) if fault == "bfloat16-cast" else y
+        wrong = fault == "wrong-custom-derivative"
+        x = x + (wrong_gelu(y) if wrong else jax.nn.gelu(y, approximate=fault == "gelu-tanh"))
+        return x.mean((1, 2)) @ p["fc.weight"] + p["fc.bias"], state
+
+    return f
+
+
+def candidate(fault: str = "", net: Net | None = None, **changed: np.ndarray) -> parity.Model:
+    from parity.jax_adapter import jax_model
+
+    state = {"mean": np.zeros(6, np.float32), "var": np.ones(6, np.float32)}
+    return jax_model(port(fault), {**weights(net or make_reference()), **changed}, state)
+
+
+def reference(net: Net | None = None) -> parity.Model:
+    from parity.torch_adapter import torch_model
+
+    return torch_model(net or make_reference())
+
+
+def test_a_right_port_agrees_and_everything_stays_as_it_was() -> None:
+    net = make_reference()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    random_state, x64 = torch.random.get_rng_state(), jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    report = parity.compare(reference(net), candidate(net=net), X, NHWC)
+    assert report.agrees, str(report)
+    assert [stage.value.name for stage in report.stages] == [
+        *("conv1", "bn", "relu", "conv2", "gelu", "add", "mean", "fc")
+    ]
+    compared = {(tensor.what, tensor.reference) for tensor in report.tensors}
+    assert {("parameter gradient", name) for name, _ in net.named_parameters()} <= compared
+    assert {("input gradient", "input"), ("statistics", "bn.running_var")} <= compared
+    assert not report.unmatched
+    assert "The models agree" in str(report)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+    assert net.training
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    assert jax.config.jax_enable_x64 == x64  # type: ignore[attr-defined]
+
+
+FAULTS = {  # fault: what departs, the reference's stage or tensor
+    "same-padding": ("output", "conv1"),
+    "epsilon": ("output", "bn"),
+    "gelu-tanh": ("output", "gelu"),
+    "bfloat16-cast": ("output", "gelu"),
+    "momentum-convention": ("statistics", "bn.running_mean"),
+    "batch-statistics-constant": ("input gradient", "bn"),
+    "wrong-custom-derivative": ("input gradient", "gelu"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_placed_and_its_cause_named(fault: str) -> None:
+    difference = parity.compare(reference(), candidate(fault), X, NHWC).first_difference
+    assert difference is not None
+    assert (difference.what, difference.reference) == FAULTS[fault], str(difference)
+    assert difference.cause_id == fault, str(difference)
+    if difference.what == "output":
+        assert difference.where.startswith("test_parity_package.py:")
+
+
+def test_weights_are_audited_first() -> None:
+    arrays = weights(make_reference())
+    square = arrays["conv2.weight"].transpose(0, 1, 3, 2)
+    rounded = np.asarray(jnp.asarray(arrays["fc.weight"], jnp.bfloat16), np.float32)
+    for changed, identifier in (
+        ({"conv2.weight": square}, "kernel-transposed"),
+        ({"fc.bias": np.zeros(5, np.float32)}, "weight-not-loaded"),
+        ({"fc.weight": rounded}, "weight-of-lower-precision"),
+    ):
+        difference = parity.compare(reference(), candidate(**changed), X, NHWC).first_difference
+        assert difference is not None
+        assert (difference.what, difference.reference) == ("parameter", next(iter(changed)))
+        assert difference.cause_id == identifier, str(difference)
+
+
+def test_assert_agrees_gives_the_verdict() -> None:
+    parity.assert_agrees(reference(), candidate(), X, NHWC, gradients=False)
+    with pytest.raises(AssertionError, match=r"(?s)^The models part at the output of bn .*epsilon 0\.001"):
+        parity.assert_agrees(reference(), candidate("epsilon"), X, NHWC, gradients=False)
+
+
+def test_a_saved_reference_serves_without_its_framework(tmp_path: Path) -> None:
+    parity.save(tmp_path / "reference.safetensors", reference(), X)
+    saved = parity.saved_model(tmp_path / "reference.safetensors")
+    assert parity.compare(saved, candidate(), X, NHWC).agrees
+    difference = parity.compare(saved, candidate("gelu-tanh"), X, NHWC).first_difference
+    assert difference is not None
+    assert (difference.reference, difference.cause_id) == ("gelu", "gelu-tanh")
+    with pytest.raises(parity.ParityError, match="of seed 0: give seed=0"):
+        parity.compare(saved, candidate(), X, NHWC, seed=1)
+    (tmp_path / "other.safetensors").write_bytes(b"no")
+    with pytest.raises(parity.ParityError, match="cannot be read"):
+        parity.saved_model(tmp_path / "other.safetensors")
+
+
+def test_a_file_of_two_models_is_compared_and_the_page_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "models.py"
+    file.write_text(
+        "import numpy as np\nimport parity\n"
+        "reference = parity.function_model(lambda x: x * 2)\n"
+        "candidate = parity.function_model(lambda x: x * FACTOR)\n"
+        "inputs = np.ones((2, 3), np.float32)\nFACTOR = 2\n"
+    )
+    assert main([str(file)]) == 0
+    file.write_text(file.read_text().replace("FACTOR = 2", "FACTOR = 3"))
+    assert main([str(file), "--html", str(tmp_path / "page.html")]) == 1
+    out = capsys.readouterr().out
+    assert "The models part at the output of output" in out
+    page = (tmp_path / "page.html").read_text()
+    assert "The models part at output" in page
+    assert "http" not in page.replace("http-equiv", "")
+    (tmp_path / "empty.py").write_text("")
+    for argument, fault in (("absent.py", "no such file"), ("empty.py", "does not define reference")):
+        assert main([str(tmp_path / argument)]) == 2
+        assert fault in capsys.readouterr().err
+
+
+def test_what_cannot_be_compared_is_said_in_one_paragraph() -> None:
+    double = parity.function_model(lambda x: x * 2)
+    for other, words in (
+        (parity.function_model(lambda x: (x, x)), "gives 1 outputs .* let both return the same"),
+        (parity.function_model(lambda x: x[:1]), "which no order of axes makes equal"),
+    ):
+        with pytest.raises(parity.ParityError, match=words):
+            parity.compare(double, other, X)
+    with pytest.raises(parity.ParityError, match="the reference itself gives NaN or infinity"):
+        parity.compare(parity.function_model(lambda x: x * np.nan), double, X)
+    report = parity.compare(double, parity.function_model(lambda x: x * np.nan), X)
+    assert not report.agrees
+
+
+def test_frameworks_are_imported_only_by_their_adapters() -> None:
+    code = "import sys, parity; print(sorted({'jax', 'torch', 'flax', 'optax'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

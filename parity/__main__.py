@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(report)
     if options.html is not None:
-        report.save(options.html)
+        try:
+            report.save(options.html)
+        except OSError as error:
+            print(f"error: --html: {options.html} cannot be written ({error.strerror})", file=sys.stderr)
+            return 2
     return 0 if report.agrees else 1
 
 

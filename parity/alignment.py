@@ -7,20 +7,19 @@ candidate goes on with the reference's numbers in its place, and what follows is
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from parity.axes import best_axes, departing_axes, largest_error, squeeze
 from parity.trace import Array, Trace, Value
 
 SAME = 1e-6  # of float64 twins: two values this near, relative to the largest magnitude, are the same
 _TRIALS = 24  # pairs tried for a value that departs
 _UNLIKE = 0.4  # values less like each other than this are tried only if they are of one kind
 _ROUNDS = 60  # faults, one after the other, before the search ends
-_SUMS = 8  # random projections that tell values apart
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,6 @@ class Pair:
     same: bool
 
 
-def squeeze(array: Array) -> Array:
-    """The array without axes of length 1."""
-    return array.reshape([side for side in array.shape if side != 1])
-
-
 def to_reference(pair: Pair, array: Array, shape: Sequence[int]) -> Array:
     """A candidate's array in the axis order and shape of the reference."""
     return squeeze(array).transpose(pair.axes).reshape(shape)
@@ -52,56 +46,6 @@ def to_reference(pair: Pair, array: Array, shape: Sequence[int]) -> Array:
 def to_candidate(pair: Pair, array: Array, shape: Sequence[int]) -> Array:
     """A reference's array in the axis order and shape of the candidate."""
     return squeeze(array).transpose(np.argsort(pair.axes)).reshape(shape)
-
-
-def largest_error(a: Array, b: Array, scale: float | None = None) -> float:
-    """The largest difference, relative to `scale` or the largest magnitude of `a`; infinite for a NaN."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.size == 0:
-        return 0.0
-    with np.errstate(invalid="ignore", over="ignore"):
-        error = np.abs(a - b)
-    error = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, error)
-    if not np.isfinite(error).all():
-        return float("inf")
-    finite = np.abs(a[np.isfinite(a)])
-    scale = float(finite.max(initial=0.0)) if scale is None else scale
-    return float(error.max()) / scale if scale else (0.0 if error.max() == 0 else float("inf"))
-
-
-def best_axes(reference: Array, candidate: Array) -> tuple[tuple[int, ...], float] | None:
-    """The order of the candidate's axes that is nearest to the reference, and the error; None if none fits.
-
-    Axes of length 1 do not count. Of equal errors the first wins, in the order: unchanged, channels moved
-    from behind to the second place, all others.
-    """
-    a, b = squeeze(reference), squeeze(candidate)
-    if sorted(a.shape) != sorted(b.shape):
-        return None
-    best: tuple[tuple[int, ...], float] | None = None
-    for axes in _orders(a.ndim):
-        if tuple(b.shape[axis] for axis in axes) == a.shape:
-            error = largest_error(a, b.transpose(axes))
-            if best is None or error < best[1] * 0.999:
-                best = axes, error
-            if error <= 1e-12:
-                break
-    return best
-
-
-def _orders(rank: int) -> list[tuple[int, ...]]:
-    if rank > 5:
-        return [tuple(range(rank))]
-    usual = [tuple(range(rank))]
-    if rank >= 3:
-        usual += [
-            (0, rank - 1, *range(1, rank - 1)),
-            (0, *range(2, rank), 1),
-            (*range(1, rank - 1), rank - 1, 0),
-        ]
-    if rank == 3:
-        usual += [(2, 0, 1), (1, 2, 0)]
-    return list(dict.fromkeys([*usual, *itertools.permutations(range(rank))]))
 
 
 def align(
@@ -155,16 +99,6 @@ def usual_axes(reference: Trace, candidate: Trace, same: Mapping[str, Pair]) -> 
 def _pair(a: Value, b: Value, usual: Mapping[int, tuple[int, ...]]) -> Pair:
     """A pair of values that differ: their numbers do not tell the order of axes, the usual one does."""
     return Pair(a.name, b.name, departing_axes(a.value, b.value, usual), False)
-
-
-def departing_axes(a: Array, b: Array, usual: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
-    """The usual order of the axes of `b` if its shape allows that, else the one that is nearest to `a`."""
-    shape = squeeze(b).shape
-    axes = usual.get(len(shape))
-    if axes is not None and (tuple(shape[axis] for axis in axes) == squeeze(a).shape or a.size != b.size):
-        return axes
-    found = best_axes(a, b)
-    return found[0] if found is not None else tuple(range(len(shape)))
 
 
 def _pair_outputs(reference: Trace, trace: Trace, pairs: dict[str, Pair]) -> None:

@@ -10,33 +10,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from parity.alignment import (
-    SAME,
-    Pair,
-    align,
-    best_axes,
-    departing_axes,
-    family,
-    largest_error,
-    replacements,
-    squeeze,
-    to_reference,
-    usual_axes,
+from parity.alignment import Pair, align, replacements
+from parity.axes import best_axes, largest_error, squeeze
+from parity.report import Report, Stage, Tensor
+from parity.tensors import (
+    Pick,
+    check_finite,
+    paired_inputs,
+    paired_outputs,
+    paired_state,
+    pick_gradient,
+    pick_input_gradient,
+    pick_output,
+    pick_parameter_gradient,
+    pick_state,
+    pick_value,
+    value_named,
 )
-from parity.causes import Cause, Departure
-from parity.causes.search import find_cause, find_precision
-from parity.report import Difference, Report, Stage, Tensor
-from parity.trace import Array, Inputs, Model, ParityError, Trace, Value, random_cotangents
-from parity.weights import audit, segment, stage_parameters
-
-_Pick = Callable[[Trace, str], Array | None]
+from parity.trace import Array, Inputs, Model, ParityError, Trace, random_cotangents
+from parity.verdict import Verdict
+from parity.weights import audit
 
 FACTOR = 10.0  # errors above this many times the noise depart, in float64
 FACTOR_NATIVE = 30.0  # the same in the models' own precision, where right algorithms differ more
@@ -103,10 +103,11 @@ class _Comparison:
         """Make all runs and the verdict."""
         plain = self.reference.run(self.inputs, float64=True)
         theirs = self.candidate.run(self.candidate_inputs, float64=True)
-        self.outputs = _paired_outputs(plain, theirs)
-        _check_finite(plain, theirs, self.outputs)
+        self.outputs = paired_outputs(plain, theirs)
+        check_finite(plain)
         self.cotangents = self._cotangents(plain)
         self.twin = self._run_reference(float64=True)
+        self._check_names(theirs)
         pairs = align(self.twin, lambda replace: self._run_candidate(True, replace=replace), self.names)
         self.pairs = pairs
         self.weights = audit(self.twin, theirs, pairs)
@@ -123,6 +124,7 @@ class _Comparison:
         }
         stages = [self._stage(name, pair, name in departed) for name, pair in pairs.items()]
         tensors = self._tensors()
+        verdict = Verdict(self.twin, self.whole_twin, self.alone, pairs, self.weights)
         return Report(
             reference=self.reference.framework,
             candidate=self.candidate.framework,
@@ -131,17 +133,28 @@ class _Comparison:
             tensors=tensors,
             weights=self.weights,
             unmatched=self._unmatched(),
-            first_difference=self._first_difference(stages, tensors),
+            first_difference=verdict.first_difference(stages, tensors),
             notes=self._notes(),
         )
+
+    def _check_names(self, theirs: Trace) -> None:
+        """Refuse names that the user gives and a model does not have."""
+        for side, trace, names in (
+            ("reference", self.twin, self.names.keys() if self.names else ()),
+            ("candidate", theirs, self.names.values() if self.names else ()),
+        ):
+            known = [value.name for value in trace.values]
+            for name in names:
+                if name not in known:
+                    near = ", ".join(difflib.get_close_matches(name, known, 3, 0.0))
+                    raise ParityError(f"names: the {side} has no value {name}; the nearest are {near}")
 
     def _notes(self) -> list[str]:
         """What was not compared."""
         notes = []
         if self.mixed:
-            types = self.reference.precision(), self.candidate.precision()
-            both = "The reference is in {}, the candidate in {}".format(*types)
-            notes.append(f"{both}: rounding was not compared, only their float64 twins.")
+            types = f"{self.reference.precision()} and {self.candidate.precision()}"
+            notes.append(f"The models are in {types}: rounding was not compared, only their float64 twins.")
         if not (self.reference.records and self.candidate.records):
             notes.append("Of a plain function only outputs are known: no stages, no gradients.")
         if self.weights.extra:
@@ -206,9 +219,8 @@ class _Comparison:
             wrong, right = self._gradients_compared(departed)
             open_names = self._open_gradients(wrong, right | set(departed))
             best: tuple[int, str] | None = None
-            for name in [value.name for value in reversed(self.twin.values) if value.name in open_names][
-                :_TRIALS
-            ]:
+            last_first = [value.name for value in reversed(self.twin.values) if value.name in open_names]
+            for name in last_first[:_TRIALS]:
                 now, _ = self._gradients_compared({**departed, name: self.pairs[name]})
                 gain = len(wrong) - len(now)
                 if gain > 0 and (best is None or gain > best[0]):
@@ -225,7 +237,7 @@ class _Comparison:
         right = set()
         for name, pair in self.pairs.items():
             if not self._tensor(
-                "input gradient", name, pair.candidate, pair.axes, _pick_gradient, self._floor()
+                "input gradient", name, pair.candidate, pair.axes, pick_gradient, self._floor()
             ).departs:
                 right.add(name)
         return wrong, right
@@ -248,7 +260,7 @@ class _Comparison:
         return found
 
     def _tensor(
-        self, what: str, name: str, other: str, axes: tuple[int, ...], pick: _Pick, floor: float = 0.0
+        self, what: str, name: str, other: str, axes: tuple[int, ...], pick: Pick, floor: float = 0.0
     ) -> Tensor:
         """Compare one tensor: error and noise of each kind, relative to the tensor's largest magnitude."""
         truth = pick(self.twin, name)
@@ -258,8 +270,7 @@ class _Comparison:
         def error(theirs: Trace) -> float:
             array = pick(theirs, other)
             if array is None:
-                array = np.zeros([truth.shape[i] for i in range(truth.ndim)])
-                return largest_error(truth, array, scale)
+                return largest_error(truth, np.zeros(truth.shape), scale)
             return largest_error(truth, squeeze(array).transpose(axes).reshape(truth.shape), scale)
 
         def noise(key: str, eps: float) -> float:
@@ -290,15 +301,16 @@ class _Comparison:
             allowed=FACTOR_NATIVE * native_noise if coarse else allowed,
             departs=exact or coarse,
             coarse=coarse,
+            factor=FACTOR_NATIVE if coarse else FACTOR,
         )
 
     def _stage(self, name: str, pair: Pair, departs: bool) -> Stage:
-        value, other = _value(self.twin, name), _value(self.whole_twin, pair.candidate)
-        forward = self._tensor("output", name, pair.candidate, pair.axes, _pick_value)
+        value, other = value_named(self.twin, name), value_named(self.whole_twin, pair.candidate)
+        forward = self._tensor("output", name, pair.candidate, pair.axes, pick_value)
         backward = None
         if self.gradients and value.gradient is not None:
             backward = self._tensor(
-                "input gradient", name, pair.candidate, pair.axes, _pick_gradient, self._floor()
+                "input gradient", name, pair.candidate, pair.axes, pick_gradient, self._floor()
             )
             backward = replace(backward, departs=departs)
         return Stage(value=value, other=other, pair=pair, forward=forward, backward=backward)
@@ -312,15 +324,15 @@ class _Comparison:
         """The gradients of inputs and parameters."""
         tensors, floor = [], self._floor()
         theirs = self.whole_twin.inputs
-        for a, b in zip(self.twin.input_gradients, self.whole_twin.input_gradients, strict=False):
+        for a, b in paired_inputs(self.twin, self.whole_twin):
             found = best_axes(self.twin.inputs[a], theirs[b])
             if found is not None:
-                tensors.append(self._tensor("input gradient", a, b, found[0], _pick_input_gradient, floor))
+                tensors.append(self._tensor("input gradient", a, b, found[0], pick_input_gradient, floor))
         for match in self.weights.matches:
             if match.candidate and match.reference in self.twin.parameter_gradients:
                 names = match.reference, match.candidate
                 tensors.append(
-                    self._tensor("parameter gradient", *names, match.axes, _pick_parameter_gradient, floor)
+                    self._tensor("parameter gradient", *names, match.axes, pick_parameter_gradient, floor)
                 )
         return tensors
 
@@ -329,225 +341,16 @@ class _Comparison:
         tensors = []
         for a, (b, axes, _) in self.outputs.items():
             if self.twin.output_values[a] not in self.pairs:
-                tensors.append(self._tensor("output", a, b, axes, _pick_output))
+                tensors.append(self._tensor("output", a, b, axes, pick_output))
         tensors += self._gradients_of_leaves() if self.gradients else []
-        for a, b, axes in _paired_state(self.twin, self.alone[True]):
-            tensors.append(self._tensor("statistics", a, b, axes, _pick_state))
+        for a, b, axes in paired_state(self.twin, self.alone[True]):
+            tensors.append(self._tensor("statistics", a, b, axes, pick_state))
         return tensors
 
     def _unmatched(self) -> list[str]:
         """Modules of the reference without a counterpart."""
         paired = set(self.pairs)
         return [value.name for value in self.twin.values if value.is_module and value.name not in paired]
-
-    def _first_difference(self, stages: Sequence[Stage], tensors: Sequence[Tensor]) -> Difference | None:
-        """The first departing stage forward, else the last backward, else the first of the other tensors."""
-        for stage in stages:
-            if stage.forward.departs:
-                return (
-                    self._weight_fault(stage)
-                    or self._earlier_difference(stage)
-                    or self._difference(stage.forward, stage)
-                )
-        for stage in reversed(stages):
-            if stage.backward is not None and stage.backward.departs:
-                return self._difference(stage.backward, self._reader(stage, stages))
-        for tensor in tensors:
-            if tensor.departs:
-                return self._difference(tensor, self._reader_of(tensor.reference, stages))
-        return None
-
-    def _weight_fault(self, stage: Stage) -> Difference | None:
-        """A parameter of a departing stage that is not the reference's."""
-        read = stage_parameters(self.twin, stage.value.name, set(self.pairs))
-        for fault in self.weights.faults:
-            if fault.reference in read:
-                where = stage.other.where
-                return Difference(
-                    "parameter",
-                    fault.reference,
-                    fault.candidate,
-                    fault.error,
-                    0.0,
-                    None,
-                    fault.sentence,
-                    where,
-                    fault.id,
-                )
-        return None
-
-    def _earlier_difference(self, stage: Stage) -> Difference | None:
-        """A value before a departing stage that has no pair since its shape or its order is another one."""
-        ours = segment(self.twin, stage.value.name, set(self.pairs))[:-1]
-        theirs = segment(self.whole_twin, stage.other.name, {pair.candidate for pair in self.pairs.values()})[
-            :-1
-        ]
-        for value in ours:
-            if any(
-                best_axes(value.value, other.value) is not None
-                for other in theirs
-                if _same_kind(value, other)
-            ):
-                fits = [other for other in theirs if other.value.size == value.value.size]
-                reordered = [other for other in fits if _reordered(value.value, other.value)]
-                if not reordered:
-                    continue
-                other = reordered[0]
-            else:
-                same_kind = [other for other in theirs if _same_kind(value, other)]
-                if not same_kind:
-                    continue
-                other = same_kind[0]
-            usual = usual_axes(self.twin, self.whole_twin, {n: p for n, p in self.pairs.items() if p.same})
-            pair = Pair(value.name, other.name, departing_axes(value.value, other.value, usual), False)
-            made = _pick_value(self.alone[True], other.name)
-            assert made is not None
-            forward = replace(stage.forward, reference=value.name, candidate=other.name)
-            early = replace(stage, value=value, other=other, pair=pair, forward=forward)
-            cause = self._cause(forward, early, value.value, made)
-            shapes = f"{list(value.value.shape)} and {list(made.shape)}"
-            if value.value.size != made.size:
-                sentence = f"The shapes differ: {shapes} (the reference's and the candidate's)."
-            else:
-                sentence = "The candidate has the same numbers in another order."
-            sentence = sentence if cause is None else cause.sentence
-            found = "" if cause is None else cause.id
-            return Difference(
-                "output", value.name, other.name, float("inf"), 0.0, None, sentence, other.where, found
-            )
-        return None
-
-    def _reader(self, stage: Stage, stages: Sequence[Stage]) -> Stage:
-        """The stage that reads a value: its backward pass makes the gradient of that value."""
-        return self._reader_of(stage.value.name, stages) or stage
-
-    def _reader_of(self, name: str, stages: Sequence[Stage]) -> Stage | None:
-        """The first paired stage that reads a value, an input or a parameter."""
-        module = name.rpartition(".")[0]
-        for stage in stages:
-            if name in self.twin.state and stage.value.is_module and stage.value.module == module:
-                return stage  # its running statistics
-            inside = segment(self.twin, stage.value.name, set(self.pairs))
-            if any(name in (*value.inputs, *value.parameters) for value in inside):
-                return stage
-        return None
-
-    def _difference(self, tensor: Tensor, stage: Stage | None) -> Difference:
-        """Describe a tensor that departs, with its cause. `stage` made it."""
-        is_value = tensor.reference in self.pairs
-        pick = _PICKS[(tensor.what, is_value)]
-        truth, array = (
-            pick(self.twin, tensor.reference),
-            pick(self.alone[not tensor.coarse], tensor.candidate),
-        )
-        assert truth is not None
-        index, aligned = None, np.zeros(truth.shape)
-        if array is not None:
-            aligned = squeeze(array).transpose(self._axes(tensor, truth, array)).reshape(truth.shape)
-            with np.errstate(invalid="ignore"):
-                apart = np.nan_to_num(np.abs(truth - aligned), nan=np.inf)
-            index = tuple(int(i) for i in np.unravel_index(int(apart.argmax()), truth.shape))
-        cause = None if stage is None else self._cause(tensor, stage, truth, aligned)
-        name, other = tensor.reference, tensor.candidate
-        if is_value and tensor.what == "input gradient" and stage is not None:
-            name, other = stage.value.name, stage.other.name
-        return Difference(
-            what=tensor.what,
-            reference=name,
-            candidate=other,
-            error=tensor.made_here,
-            noise=tensor.allowed / (FACTOR_NATIVE if tensor.coarse else FACTOR),
-            index=index,
-            cause=None if cause is None else cause.sentence,
-            where=stage.other.where if stage is not None else "",
-            cause_id="" if cause is None else cause.id,
-        )
-
-    def _cause(self, tensor: Tensor, stage: Stage, truth: Array, array: Array) -> Cause | None:
-        """Try the hypotheses on the stage alone."""
-        ours = segment(self.twin, stage.value.name, set(self.pairs))
-        candidates = {pair.candidate for pair in self.pairs.values()}
-        read = dict.fromkeys(name for value in ours for name in value.inputs)
-        arrays = {**self.twin.inputs, **{value.name: value.value for value in self.twin.values}}
-        inside = {value.name for value in ours}
-        module = stage.value.module
-        other = _pick_value(self.alone[not tensor.coarse], stage.pair.candidate)
-        assert other is not None
-        departure = Departure(
-            what=tensor.what,
-            reference=stage.value,
-            candidate=stage.other,
-            segment=tuple(segment(self.whole_twin, stage.pair.candidate, candidates)),
-            inputs={name: arrays[name] for name in read if name in arrays and name not in inside},
-            parameters={p: self.twin.parameters[p] for value in ours for p in value.parameters},
-            state={n: a for n, a in self.twin.state_before.items() if module and n.startswith(f"{module}.")},
-            output=stage.value.value,
-            candidate_output=(
-                to_reference(stage.pair, other, stage.value.value.shape)
-                if other.size == stage.value.value.size
-                else squeeze(other).transpose(stage.pair.axes)
-            ),
-            gradient=stage.value.gradient,
-            result=truth,
-            candidate_result=array,
-            result_name=tensor.reference,
-            noise=tensor.allowed / FACTOR,
-            train=bool(stage.value.attributes.get("training", False)),
-        )
-        if tensor.coarse and tensor.what == "output":
-            return find_precision(departure, array)
-        return find_cause(departure)
-
-    def _axes(self, tensor: Tensor, truth: Array, array: Array) -> tuple[int, ...]:
-        if tensor.reference in self.pairs:
-            return self.pairs[tensor.reference].axes
-        for match in self.weights.matches:
-            if tensor.what == "parameter gradient" and match.reference == tensor.reference:
-                return match.axes
-        found = best_axes(truth, array)
-        return found[0] if found is not None else ()
-
-
-def _value(trace: Trace, name: str) -> Value:
-    return next(value for value in trace.values if value.name == name)
-
-
-def _pick_value(trace: Trace, name: str) -> Array | None:
-    return next((value.value for value in trace.values if value.name == name), None)
-
-
-def _pick_output(trace: Trace, name: str) -> Array | None:
-    return trace.outputs.get(name)
-
-
-def _pick_gradient(trace: Trace, name: str) -> Array | None:
-    """The gradient; 0 where nothing flows back."""
-    value = next((value for value in trace.values if value.name == name), None)
-    if value is None:
-        return None
-    return np.zeros(value.value.shape) if value.gradient is None else value.gradient
-
-
-def _pick_input_gradient(trace: Trace, name: str) -> Array | None:
-    return trace.input_gradients.get(name)
-
-
-def _pick_parameter_gradient(trace: Trace, name: str) -> Array | None:
-    return trace.parameter_gradients.get(name)
-
-
-def _pick_state(trace: Trace, name: str) -> Array | None:
-    return trace.state.get(name)
-
-
-_PICKS: dict[tuple[str, bool], _Pick] = {
-    ("output", True): _pick_value,
-    ("output", False): _pick_output,
-    ("input gradient", True): _pick_gradient,
-    ("input gradient", False): _pick_input_gradient,
-    ("parameter gradient", False): _pick_parameter_gradient,
-    ("statistics", False): _pick_state,
-}
 
 
 def _as_gradients(trace: Trace) -> Trace:
@@ -569,73 +372,3 @@ def _map_inputs(inputs: Inputs, change: Callable[[Array], Array]) -> Inputs:
     if isinstance(inputs, tuple | list):
         return tuple(change(np.asarray(array)) for array in inputs)
     return change(np.asarray(inputs))
-
-
-def _paired_outputs(ours: Trace, theirs: Trace) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """{reference's output: (candidate's, axes, its shape)}, in their order."""
-    if len(ours.outputs) != len(theirs.outputs):
-        raise ParityError(
-            f"the reference gives {len(ours.outputs)} outputs ({', '.join(ours.outputs)}), the candidate "
-            f"{len(theirs.outputs)} ({', '.join(theirs.outputs)}): let both return the same, in one order"
-        )
-    pairs = {}
-    for (a, left), (b, right) in zip(ours.outputs.items(), theirs.outputs.items(), strict=True):
-        found = best_axes(left, right)
-        if found is None:
-            raise ParityError(
-                f"{a} of the reference has shape {list(left.shape)}, of the candidate {list(right.shape)}, "
-                "which no order of axes makes equal: check the sizes of both models and what each is given "
-                "(candidate_inputs= for another layout)"
-            )
-        pairs[a] = b, found[0], right.shape
-    return pairs
-
-
-def _check_finite(ours: Trace, theirs: Trace, outputs: Mapping[str, tuple[str, Any, Any]]) -> None:
-    """Refuse a reference without finite numbers: nothing can be compared with it."""
-    for name, array in ours.outputs.items():
-        if not np.isfinite(array).all():
-            first = next((v.name for v in ours.values if not np.isfinite(v.value).all()), name)
-            raise ParityError(
-                f"the reference itself gives NaN or infinity, first at {first}: give other inputs or weights"
-            )
-
-
-def _paired_state(ours: Trace, theirs: Trace) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Running statistics of both, by equal numbers, then by shape in their order."""
-    pairs: dict[str, tuple[str, str, tuple[int, ...]]] = {}
-    taken: set[str] = set()
-    for limit in (1e-6, np.inf):
-        for a, left in ours.state.items():
-            fits = (
-                []
-                if a in pairs
-                else [
-                    (found[1], index, b, found[0])
-                    for index, (b, right) in enumerate(theirs.state.items())
-                    if b not in taken and (found := best_axes(left, right)) is not None and found[1] <= limit
-                ]
-            )
-            if fits and left.size > 1:
-                _, _, b, axes = min(fits, key=lambda fit: (fit[0] > 1e-6, _kind(fit[2]) != _kind(a), fit[1]))
-                pairs[a] = a, b, axes
-                taken.add(b)
-    return [pairs[a] for a in ours.state if a in pairs]
-
-
-def _same_kind(a: Value, b: Value) -> bool:
-    return family(a.operation) == family(b.operation)
-
-
-def _reordered(a: Array, b: Array) -> bool:
-    """True if two arrays have the same numbers, but are not the same with other axes."""
-    found = best_axes(a, b)
-    if found is not None and found[1] <= SAME:
-        return False
-    return largest_error(np.sort(a, axis=None), np.sort(b, axis=None)) <= SAME
-
-
-def _kind(name: str) -> str:
-    """Mean or variance, as far as a name tells."""
-    last = name.rpartition(".")[2]
-    return "var" if "var" in last else "mean" if "mean" in last else last

@@ -26,6 +26,7 @@ class Tensor:
         allowed: what that may be: a stated multiple of its noise.
         departs: made_here is larger.
         coarse: the twins agree; the candidate computes in a lower precision.
+        factor: `allowed` is this many times the noise.
     """
 
     what: str
@@ -38,6 +39,7 @@ class Tensor:
     allowed: float
     departs: bool
     coarse: bool
+    factor: float
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,13 @@ class Difference:
     cause_id: str = ""
 
     def __str__(self) -> str:
-        names = (
-            self.reference
-            if self.reference == self.candidate
-            else f"{self.reference} (candidate: {self.candidate})"
-        )
+        of = "" if self.reference == self.what else f" of {self.reference}"
+        names = of if self.candidate in (self.reference, "") else f"{of} (candidate: {self.candidate})"
         place = f", at {self.where}" if self.where else ""
         size = f"off by {self.error:.1e} of its largest magnitude, noise {self.noise:.1e}"
         at = f", most at {list(self.index)}" if self.index is not None else ""
         cause = self.cause or "No cause that this tool knows makes them agree."
-        return f"The models part at the {self.what} of {names}{place}: {size}{at}.\n{cause}"
+        return f"The models part at the {self.what}{names}{place}: {size}{at}.\n{cause}"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity.alignment import Pair, best_axes, largest_error, squeeze
+from parity.alignment import Pair
+from parity.axes import best_axes, largest_error, squeeze
 from parity.trace import Array, Trace, Value
 
 _ROUNDED = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}  # largest relative rounding

@@ -67,6 +67,7 @@ PACKAGES = {
         },
         adapters={
             "parity/jax_adapter.py": frozenset({"jax", "flax"}),
+            "parity/jax_tape.py": frozenset({"jax"}),
             "parity/torch_adapter.py": frozenset({"torch"}),
             "parity/torch_functions.py": frozenset({"torch"}),
             "parity/torch_recorder.py": frozenset({"torch"}),

@@ -205,7 +205,7 @@ def test_a_file_of_two_models_is_compared_and_the_page_is_whole(
     file.write_text(file.read_text().replace("FACTOR = 2", "FACTOR = 3"))
     assert main([str(file), "--html", str(tmp_path / "page.html")]) == 1
     out = capsys.readouterr().out
-    assert "The models part at the output of output" in out
+    assert "The models part at the output: off by 5.0e-01" in out
     page = (tmp_path / "page.html").read_text()
     assert "The models part at output" in page
     assert "http" not in page.replace("http-equiv", "")
@@ -233,3 +233,38 @@ def test_frameworks_are_imported_only_by_their_adapters() -> None:
     code = "import sys, parity; print(sorted({'jax', 'torch', 'flax', 'optax'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_inputs_by_keyword_are_paired_by_name() -> None:
+    """JAX sorts a dictionary, PyTorch does not."""
+
+    class Scaled(torch.nn.Module):
+        def forward(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+            return x * torch.tanh(by)
+
+    from parity.jax_adapter import jax_model
+    from parity.torch_adapter import torch_model
+
+    inputs = {"x": X[0, 0], "by": X[1, 1]}
+    port = jax_model(lambda params, *, x, by: x * jnp.tanh(by), {})
+    report = parity.compare(torch_model(Scaled()), port, inputs)
+    assert report.agrees, str(report)
+    gradients = [tensor for tensor in report.tensors if tensor.what == "input gradient"]
+    assert [(t.reference, t.candidate) for t in gradients] == [("input.x",) * 2, ("input.by",) * 2]
+
+
+def test_a_name_that_a_model_does_not_have_is_refused_with_the_nearest() -> None:
+    with pytest.raises(parity.ParityError, match=r"names: the reference has no value con1; .* conv1"):
+        parity.compare(reference(), candidate(), X, NHWC, names={"con1": "add"})
+
+
+def test_a_page_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "models.py"
+    file.write_text(
+        "import numpy as np\nimport parity\nreference = candidate = parity.function_model(np.tanh)\n"
+        "inputs = np.ones(3, np.float32)\n"
+    )
+    assert main([str(file), "--html", str(tmp_path / "absent" / "page.html")]) == 2
+    assert "page.html cannot be written (No such file or directory)" in capsys.readouterr().err

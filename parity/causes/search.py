@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -27,7 +26,7 @@ from parity.causes import (
 from parity.causes.stage import Change, Form, distance, number
 from parity.trace import Array
 
-_SECONDS = 8.0  # after which no more pairs of changes are tried
+_PAIRS = 3000  # so many pairs of changes are tried
 _FORMS: tuple[tuple[str, Callable[[Departure], Iterator[Form]]], ...] = (
     (r".*conv.*", convolution.forms),
     (r".*norm", normalization.forms),
@@ -137,12 +136,9 @@ def _targets(departure: Departure, form: Form) -> Iterator[Array]:
 
 
 def _pairs(changes: Sequence[Change]) -> Iterator[tuple[Change, Change]]:
-    start = time.monotonic()
-    for pair in itertools.combinations(changes, 2):
-        if time.monotonic() - start > _SECONDS:
-            return
-        if not set(pair[0].knobs) & set(pair[1].knobs):
-            yield pair
+    pairs = itertools.combinations(changes, 2)
+    apart = (pair for pair in pairs if not set(pair[0].knobs) & set(pair[1].knobs))
+    yield from itertools.islice(apart, _PAIRS)
 
 
 def _best(

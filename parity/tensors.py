@@ -1,0 +1,124 @@
+"""The tensors of two traces: how one is picked by its name, and which belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from parity.axes import best_axes
+from parity.trace import Array, ParityError, Trace, Value
+
+Pick = Callable[[Trace, str], Array | None]
+"""Returns the array of a trace that has this name; None if it has none."""
+
+
+def value_named(trace: Trace, name: str) -> Value:
+    """The value of that name."""
+    return next(value for value in trace.values if value.name == name)
+
+
+def pick_value(trace: Trace, name: str) -> Array | None:
+    """A value."""
+    return next((value.value for value in trace.values if value.name == name), None)
+
+
+def pick_output(trace: Trace, name: str) -> Array | None:
+    """An output."""
+    return trace.outputs.get(name)
+
+
+def pick_gradient(trace: Trace, name: str) -> Array | None:
+    """The gradient for a value; 0 where nothing flows back."""
+    value = next((value for value in trace.values if value.name == name), None)
+    if value is None:
+        return None
+    return np.zeros(value.value.shape) if value.gradient is None else value.gradient
+
+
+def pick_input_gradient(trace: Trace, name: str) -> Array | None:
+    """The gradient for an input."""
+    return trace.input_gradients.get(name)
+
+
+def pick_parameter_gradient(trace: Trace, name: str) -> Array | None:
+    """The gradient for a parameter."""
+    return trace.parameter_gradients.get(name)
+
+
+def pick_state(trace: Trace, name: str) -> Array | None:
+    """A running statistic after the run."""
+    return trace.state.get(name)
+
+
+PICKS: dict[tuple[str, bool], Pick] = {
+    ("output", True): pick_value,
+    ("output", False): pick_output,
+    ("input gradient", True): pick_gradient,
+    ("input gradient", False): pick_input_gradient,
+    ("parameter gradient", False): pick_parameter_gradient,
+    ("statistics", False): pick_state,
+}
+
+
+def paired_inputs(ours: Trace, theirs: Trace) -> list[tuple[str, str]]:
+    """The floating-point inputs of both: by name if the names are the same, else in their order."""
+    if ours.inputs.keys() == theirs.inputs.keys():
+        return [(name, name) for name in ours.inputs]
+    return list(zip(ours.inputs, theirs.inputs, strict=False))
+
+
+def paired_outputs(ours: Trace, theirs: Trace) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """{reference's output: (candidate's, axes, its shape)}, in their order."""
+    if len(ours.outputs) != len(theirs.outputs):
+        raise ParityError(
+            f"the reference gives {len(ours.outputs)} outputs ({', '.join(ours.outputs)}), the candidate "
+            f"{len(theirs.outputs)} ({', '.join(theirs.outputs)}): let both return the same, in one order"
+        )
+    pairs = {}
+    for (a, left), (b, right) in zip(ours.outputs.items(), theirs.outputs.items(), strict=True):
+        found = best_axes(left, right)
+        if found is None:
+            raise ParityError(
+                f"{a} of the reference has shape {list(left.shape)}, of the candidate {list(right.shape)}, "
+                "which no order of axes makes equal: check the sizes of both models and what each is given "
+                "(candidate_inputs= for another layout)"
+            )
+        pairs[a] = b, found[0], right.shape
+    return pairs
+
+
+def check_finite(ours: Trace) -> None:
+    """Refuse a reference without finite numbers: nothing can be compared with it."""
+    for name, array in ours.outputs.items():
+        if not np.isfinite(array).all():
+            first = next((v.name for v in ours.values if not np.isfinite(v.value).all()), name)
+            raise ParityError(
+                f"the reference itself gives NaN or infinity, first at {first}: give other inputs or weights"
+            )
+
+
+def paired_state(ours: Trace, theirs: Trace) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Running statistics of both, by equal numbers, then by shape in their order."""
+    pairs: dict[str, tuple[str, str, tuple[int, ...]]] = {}
+    taken: set[str] = set()
+    for limit in (1e-6, np.inf):
+        for a, left in ours.state.items():
+            if a in pairs or left.size == 1:
+                continue
+            fits = [
+                (found[1], index, b, found[0])
+                for index, (b, right) in enumerate(theirs.state.items())
+                if b not in taken and (found := best_axes(left, right)) is not None and found[1] <= limit
+            ]
+            if fits:
+                _, _, b, axes = min(fits, key=lambda fit: (fit[0] > 1e-6, _kind(fit[2]) != _kind(a), fit[1]))
+                pairs[a] = a, b, axes
+                taken.add(b)
+    return [pairs[a] for a in ours.state if a in pairs]
+
+
+def _kind(name: str) -> str:
+    """Mean or variance, as far as a name tells."""
+    last = name.rpartition(".")[2]
+    return "var" if "var" in last else "mean" if "mean" in last else last

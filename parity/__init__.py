@@ -1,4 +1,4 @@
-"""Where do two models part, and why? For PyTorch, Flax, any JAX function and NumPy layers.
+"""Where do two models differ, and why? For PyTorch, Flax, any JAX function and NumPy layers.
 
     report = parity.compare(parity.torch_model(module), parity.nnx_model(port), x, candidate_inputs=x_nhwc)
     print(report)
@@ -52,7 +52,7 @@ def assert_agrees(*args: Any, **kwargs: Any) -> None:
     """`compare` for tests: takes its arguments.
 
     Raises:
-        AssertionError: the models part; the message is the verdict.
+        AssertionError: the models differ; the message is the verdict.
     """
     report = compare(*args, **kwargs)
     if not report.agrees:

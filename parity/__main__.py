@@ -15,12 +15,12 @@ _NAMES = ("reference", "candidate", "inputs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; return 0 if the models agree, 1 if they part, 2 for a mistake in the arguments."""
+    """Print the report; return 0 if the models agree, 1 if they differ, 2 for a mistake in the arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m parity",
         description="Compare two models. FILE.py defines reference and candidate (parity.torch_model(...), "
         "parity.nnx_model(...), ...), inputs, and where it differs candidate_inputs.",
-        epilog="Exit status: 0 if the models agree, 1 if they part, 2 for a mistake in arguments or file.",
+        epilog="Exit status: 0 if the models agree, 1 if they differ, 2 for a mistake in arguments or file.",
     )
     parser.add_argument("file", metavar="FILE.py", type=Path)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`compare`: run two models side by side and say where they part.
+"""`compare`: run two models side by side and say where they differ.
 
 1. Both run as float64 twins, where rounding is 1e-16, and their values are paired (`alignment`).
 2. Every paired value of the candidate is replaced by the reference's, and every gradient likewise. What the

@@ -55,7 +55,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first place at which the models part.
+    """The first place at which the models differ.
 
     Attributes:
         what: "parameter", "output", "input gradient", "parameter gradient" or "statistics".
@@ -85,7 +85,7 @@ class Difference:
         size = f"off by {self.error:.1e} of its largest magnitude, noise {self.noise:.1e}"
         at = f", most at {list(self.index)}" if self.index is not None else ""
         cause = self.cause or "No cause that this tool knows makes them agree."
-        return f"The models part at the {self.what}{names}{place}: {size}{at}.\n{cause}"
+        return f"The models first differ at the {self.what}{names}{place}: {size}{at}.\n{cause}"
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,11 @@ class Report:
         template = Environment(loader=PackageLoader("parity", "."), autoescape=True).get_template(
             "report.html"
         )
-        title = "The models agree" if self.agrees else f"The models part at {self.first_difference.reference}"  # type: ignore[union-attr]
+        title = (
+            "The models agree"
+            if self.agrees
+            else f"The models first differ at {self.first_difference.reference}"
+        )  # type: ignore[union-attr]
         about = f"Reference: {self.reference}, {self.precision}. Candidate: {self.candidate}."
         page = template.render(
             report=self, title=title, about=about, figure=_figure(self.stages) if self.stages else ""

@@ -1,4 +1,4 @@
-"""Where two models part first: the stage, and the search for its cause."""
+"""Where two models differ first: the stage, and the search for its cause."""
 
 from __future__ import annotations
 

@@ -173,7 +173,9 @@ def test_weights_are_audited_first() -> None:
 
 def test_assert_agrees_gives_the_verdict() -> None:
     parity.assert_agrees(reference(), candidate(), X, NHWC, gradients=False)
-    with pytest.raises(AssertionError, match=r"(?s)^The models part at the output of bn .*epsilon 0\.001"):
+    with pytest.raises(
+        AssertionError, match=r"(?s)^The models first differ at the output of bn .*epsilon 0\.001"
+    ):
         parity.assert_agrees(reference(), candidate("epsilon"), X, NHWC, gradients=False)
 
 
@@ -205,9 +207,9 @@ def test_a_file_of_two_models_is_compared_and_the_page_is_whole(
     file.write_text(file.read_text().replace("FACTOR = 2", "FACTOR = 3"))
     assert main([str(file), "--html", str(tmp_path / "page.html")]) == 1
     out = capsys.readouterr().out
-    assert "The models part at the output: off by 5.0e-01" in out
+    assert "The models first differ at the output: off by 5.0e-01" in out
     page = (tmp_path / "page.html").read_text()
-    assert "The models part at output" in page
+    assert "The models first differ at output" in page
     assert "http" not in page.replace("http-equiv", "")
     (tmp_path / "empty.py").write_text("")
     for argument, fault in (("absent.py", "no such file"), ("empty.py", "does not define reference")):

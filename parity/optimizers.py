@@ -1,4 +1,4 @@
-"""Where do two optimizers first differ? Both get the same parameters and gradients, step by step, in float64."""
+"""Where do two optimizers first differ? Both get the same parameters and gradients, in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where do two training loops, or two learning-rate schedules, first differ? Step by step, tensor by tensor."""
+"""Where do two training loops, or two learning-rate schedules, first differ? Tensor by tensor."""
 
 from __future__ import annotations
 

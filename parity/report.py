@@ -155,11 +155,8 @@ class Report:
         template = Environment(loader=PackageLoader("parity", "."), autoescape=True).get_template(
             "report.html"
         )
-        title = (
-            "The models agree"
-            if self.agrees
-            else f"The models first differ at {self.first_difference.reference}"
-        )  # type: ignore[union-attr]
+        first = self.first_difference
+        title = "The models agree" if first is None else f"The models first differ at {first.reference}"
         about = f"Reference: {self.reference}, {self.precision}. Candidate: {self.candidate}."
         page = template.render(
             report=self, title=title, about=about, figure=_figure(self.stages) if self.stages else ""

@@ -20,7 +20,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr
 
-from parity.jax_tape import MARK, Cell, Record, Tape, cast_to, is_float, plain
+from parity.jax_tape import MARK, Cell, Operation, Record, Tape, cast_to, is_float, plain
 from parity.nesting import arguments, named_arguments
 from parity.trace import Array, Inputs, Model, ParityError, Trace, Value
 
@@ -49,6 +49,7 @@ class JaxModel(Model):
         self._apply, self._params, self._state = apply, dict(params), dict(state)
         self._attributes = {} if attributes is None else attributes
         self._traced: dict[Any, tuple[ClosedJaxpr, Any]] = {}
+        self._compiled: dict[Any, Operation] = {}
 
     def precision(self) -> str:
         """See `Model`."""
@@ -77,7 +78,12 @@ class JaxModel(Model):
             params, state = ({k: cast(v) for k, v in tree.items()} for tree in (self._params, self._state))
             jaxpr, out_tree = self._trace(params, state, args, kwargs)
             tape = Tape(
-                float64, cotangents is not None, replace or {}, replace_gradients or {}, self._attributes
+                float64,
+                cotangents is not None,
+                replace or {},
+                replace_gradients or {},
+                self._attributes,
+                self._compiled,
             )
             named = named_arguments(args, dict(sorted(kwargs.items())))  # the order of the jaxpr
             cells = [

@@ -44,6 +44,28 @@ class Record:
     fields: dict[str, Any]
 
 
+class Operation:
+    """One operation and its VJP, compiled once for all runs.
+
+    Attributes:
+        forward: takes the operands, returns the results.
+        backward: takes the operands and the gradients of the floating-point results, returns the gradients
+            of the operands `wanted`.
+    """
+
+    def __init__(self, compute: Callable[..., list[Any]], wanted: Sequence[int]) -> None:
+        def backward(arrays: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+            def of_wanted(*floats: Any) -> list[Any]:
+                every = list(arrays)
+                for i, array in zip(wanted, floats, strict=True):
+                    every[i] = array
+                return [out for out in compute(*every) if is_float(out)]
+
+            return jax.vjp(of_wanted, *(arrays[i] for i in wanted))[1](list(cotangents))
+
+        self.forward, self.backward = jax.jit(compute), jax.jit(backward)
+
+
 class Tape:
     """Computes a jaxpr operation by operation, keeps every value, and goes back through it."""
 
@@ -54,14 +76,24 @@ class Tape:
         replace: Mapping[str, Array],
         replace_gradients: Mapping[str, Array],
         attributes: Mapping[str, Mapping[str, Any]],
+        compiled: dict[Any, Operation],
     ) -> None:
+        """
+        Args:
+            float64: casts to another floating type become casts to float64.
+            gradients: prepare for `backward`.
+            replace, replace_gradients: see `Model.run`.
+            attributes: of modules, by path.
+            compiled: the operations of earlier runs; new ones are added.
+        """
+        self.compiled = compiled
         self.float64, self.gradients = float64, gradients
         self.replace, self.replace_gradients = replace, replace_gradients
         self.attributes = attributes
         self.records: list[Record] = []
         self.used: dict[str, None] = {}  # parameters in the order of their first use beside a value
         self._names: Counter[str] = Counter()
-        self._steps: list[tuple[list[Cell], Callable[..., Any], list[Cell]]] = []
+        self._steps: list[tuple[Operation, list[Any], list[Cell], list[Cell]]] = []
         self._by_cell: dict[int, Record] = {}
         self._by_name: dict[str, Record] = {}
 
@@ -111,7 +143,7 @@ class Tape:
         )
         consts = [[Cell(c) for c in closed.consts] for closed in (test, body)]
         for _ in range(100_000):
-            tried = Tape(self.float64, False, {}, {}, {})
+            tried = Tape(self.float64, False, {}, {}, {}, self.compiled)
             if not bool(tried.evaluate(test.jaxpr, consts[0], [*test_consts, *carry], module)[0].array):
                 return carry
             carry = self.evaluate(body.jaxpr, consts[1], [*body_consts, *carry], module)
@@ -125,7 +157,7 @@ class Tape:
         body_consts = [Cell(c) for c in body.consts]
         results: dict[int, list[Cell]] = {}
         for step in steps:
-            rows = [self._apply("slice", lambda a, step=step: [a[step]], [x])[0] for x in xs]
+            rows = [self._apply("slice", lambda a, step=step: [a[step]], [x], step)[0] for x in xs]
             outs = self.evaluate(body.jaxpr, body_consts, [*consts, *carry, *rows], module)
             carry, results[step] = outs[: len(carry)], outs[len(carry) :]
         stacked = [
@@ -156,7 +188,9 @@ class Tape:
             outs = primitive.bind(*arrays, **bound)
             return list(outs) if primitive.multiple_results else [outs]
 
-        outs = self._apply(name, compute, operands, promote=self.float64)
+        inner = any(k in params for k in ("call_jaxpr", "jaxpr", "fwd_jaxpr_thunk", "jvp_jaxpr_fun"))
+        key = id(equation) if inner else str(sorted(params.items()))
+        outs = self._apply(name, compute, operands, key, promote=self.float64)
         if name in _SAME:
             for out in outs:
                 out.name = next((operand.name for operand in operands if operand.name), "")
@@ -177,9 +211,14 @@ class Tape:
         return outs
 
     def _apply(
-        self, name: str, compute: Callable[..., list[Any]], operands: list[Cell], promote: bool = False
+        self,
+        name: str,
+        compute: Callable[..., list[Any]],
+        operands: list[Cell],
+        key: Any = None,
+        promote: bool = False,
     ) -> list[Cell]:
-        """Compute one operation, with its VJP if gradients are wanted."""
+        """Compute one operation; `key` tells it from others of its name."""
         arrays = [operand.array for operand in operands]
         if promote and any(is_float(a) and a.dtype == np.float64 for a in arrays if hasattr(a, "dtype")):
             arrays = [cast_to(a, np.float64) if is_float(a) else a for a in arrays]
@@ -188,19 +227,14 @@ class Tape:
         )
         parameters = frozenset() if any(operand.name for operand in operands) else parameters
         wanted = [i for i, operand in enumerate(operands) if operand.wants_gradient and is_float(arrays[i])]
+        full_key = name, key, self.float64, len(arrays), tuple(wanted)
+        operation = self.compiled.setdefault(full_key, Operation(compute, wanted))
+        results = operation.forward(*arrays)
         if not (self.gradients and wanted):
-            outs = [Cell(out, parameters=parameters, wants_gradient=bool(wanted)) for out in compute(*arrays)]
+            outs = [Cell(out, parameters=parameters, wants_gradient=bool(wanted)) for out in results]
         else:
-
-            def of_wanted(*floats: Any) -> list[Any]:
-                every = list(arrays)
-                for i, array in zip(wanted, floats, strict=True):
-                    every[i] = array
-                return compute(*every)
-
-            results, pullback = jax.vjp(of_wanted, *(arrays[i] for i in wanted))
             outs = [Cell(out, parameters=parameters, wants_gradient=is_float(out)) for out in results]
-            self._steps.append(([operands[i] for i in wanted], pullback, outs))
+            self._steps.append((operation, arrays, [operands[i] for i in wanted], outs))
         if name in ("slice", "stack") and outs and any(operand.name for operand in operands):
             for out in outs:
                 out.name = next(operand.name for operand in operands if operand.name)
@@ -266,7 +300,8 @@ class Tape:
 
     def backward(self) -> None:
         """Go through the operations from the last to the first and add up the gradients."""
-        for operands, pullback, outs in reversed(self._steps):
+        for operation, arrays, operands, outs in reversed(self._steps):
+            outs = [out for out in outs if is_float(out.array)]
             given = [
                 self.replace_gradients.get(out.name) if id(out) in self._by_cell else None for out in outs
             ]
@@ -275,12 +310,10 @@ class Tape:
             cotangents = []
             for out, array in zip(outs, given, strict=True):
                 gradient = out.gradient if array is None else jnp.asarray(array, out.array.dtype)
-                if not is_float(out.array):
-                    gradient = np.zeros(out.array.shape, jax.dtypes.float0)
-                elif gradient is None:
+                if gradient is None:
                     gradient = jnp.zeros(out.array.shape, out.array.dtype)
                 cotangents.append(gradient)
-            for operand, gradient in zip(operands, pullback(cotangents), strict=True):
+            for operand, gradient in zip(operands, operation.backward(arrays, cotangents), strict=True):
                 gradient = gradient.astype(operand.array.dtype)
                 operand.gradient = gradient if operand.gradient is None else operand.gradient + gradient
 

@@ -1,0 +1,144 @@
+"""`python -m tests.ports.score`: what `parity` says about the labeled set, as a table.
+
+A fault is placed if the report names its stage (or one that its label accepts), and explained if it also
+names its cause. A correct port must raise no alarm, in float32 and float64, with every seed.
+
+    python -m tests.ports.score                  # all faults, all ports with one seed
+    python -m tests.ports.score --seeds 5        # the ports with five
+    python -m tests.ports.score gru lstm -v      # some models, and what was said of each miss
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+
+import parity
+from tests.ports import all_faults, all_ports
+from tests.ports.case import Case, Fault, Port
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the report said of one fault.
+
+    Attributes:
+        placed: it names the stage.
+        explained: and the cause.
+        said: stage, cause and sentence, for the reader.
+    """
+
+    fault: Fault
+    placed: bool
+    explained: bool
+    said: str
+
+
+def models(case: Case) -> tuple[parity.Model, parity.Model]:
+    """The reference and the candidate of a case."""
+    match case.adapter:
+        case "nnx":
+            candidate = parity.nnx_model(case.candidate)
+        case "linen":
+            candidate = parity.linen_model(case.candidate, case.variables)
+        case "jax":
+            candidate = parity.jax_model(case.candidate, case.variables, case.state)
+    return parity.torch_model(case.reference), candidate
+
+
+def compare(case: Case) -> parity.Report:
+    """Compare the two models of a case."""
+    return parity.compare(*models(case), case.inputs, case.candidate_inputs)
+
+
+def outcome(fault: Fault) -> Outcome:
+    """Compare a faulty port with its reference, and the report with the label."""
+    try:
+        first = compare(fault.build(0)).first_difference
+    except parity.ParityError as error:
+        return Outcome(fault, False, False, f"refused: {error}")
+    if first is None:
+        return Outcome(fault, False, False, "no difference")
+    placed = is_placed(fault, first)
+    said = f"{first.what} of {first.reference} ({first.candidate}) at {first.where}: {first.cause}"
+    return Outcome(fault, placed, placed and first.cause_id == fault.cause, f"[{first.cause_id}] {said}")
+
+
+def is_placed(fault: Fault, first: parity.Difference) -> bool:
+    """True if the report names the stage, or the parameter or statistic, that the label names."""
+    if fault.parameter and first.reference == fault.parameter:
+        return True
+    names = (fault.stage, *fault.accept)
+    return first.what in (fault.what, "parameter") and any(
+        first.reference == name or first.reference.startswith(f"{name}.") for name in names
+    )
+
+
+def alarms(port: Port, seeds: Sequence[int]) -> Iterator[str]:
+    """What is said against a correct port; nothing if all is well."""
+    for seed in seeds:
+        for dtype in ("float32", "float64"):
+            with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
+                try:
+                    first = compare(port.build(seed, dtype=dtype)).first_difference
+                except parity.ParityError as error:
+                    yield f"seed {seed}, {dtype}: refused: {error}"
+                    continue
+            if first is not None:
+                yield f"seed {seed}, {dtype}: {first}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help="cnn, lstm, cnn-nnx/epsilon, ...; all if none is given"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="of the correct ports (default 1; 0: faults alone)"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="print what was said of each miss")
+    options = parser.parse_args()
+
+    def wanted(name: str) -> bool:
+        return not options.models or any(name.startswith(model) for model in options.models)
+
+    outcomes = []
+    for fault in all_faults():
+        if wanted(fault.name):
+            result = outcome(fault)
+            outcomes.append(result)
+            if options.verbose and not result.explained:
+                mark = "cause" if result.placed else "STAGE"
+                print(
+                    f"{mark} {fault.name}: {fault.what} of {fault.stage}, {fault.cause}\n    {result.said}",
+                    flush=True,
+                )
+    print(table(outcomes))
+    runs = 0
+    for port in all_ports():
+        if wanted(port.name) and options.seeds:
+            said = list(alarms(port, range(options.seeds)))
+            runs += 2 * options.seeds
+            for line in said:
+                print(f"ALARM {port.name}: {line}")
+    print(f"{runs} runs of correct ports")
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Faults, right stages and right causes by model, as Markdown."""
+    lines = ["| model | faults | right stage | right cause |", "| --- | --- | --- | --- |"]
+    rows: dict[str, list[Outcome]] = {}
+    for result in outcomes:
+        rows.setdefault(result.fault.port.name, []).append(result)
+    for name, group in [*rows.items(), ("all", list(outcomes))]:
+        placed, explained = sum(o.placed for o in group), sum(o.explained for o in group)
+        lines.append(f"| {name} | {len(group)} | {placed} | {explained} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

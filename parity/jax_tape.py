@@ -44,6 +44,9 @@ class Record:
     fields: dict[str, Any]
 
 
+_COMPILED: dict[Any, Operation] = {}  # of all models: JAX keeps what it compiles for the same key
+
+
 class Operation:
     """One operation and its VJP, compiled once for all runs.
 
@@ -84,7 +87,7 @@ class Tape:
             gradients: prepare for `backward`.
             replace, replace_gradients: see `Model.run`.
             attributes: of modules, by path.
-            compiled: the operations of earlier runs; new ones are added.
+            compiled: operations with functions inside, such as custom derivatives, from earlier runs.
         """
         self.compiled = compiled
         self.float64, self.gradients = float64, gradients
@@ -157,7 +160,7 @@ class Tape:
         body_consts = [Cell(c) for c in body.consts]
         results: dict[int, list[Cell]] = {}
         for step in steps:
-            rows = [self._apply("slice", lambda a, step=step: [a[step]], [x], step)[0] for x in xs]
+            rows = [self._apply("slice", lambda a, step=step: [a[step]], [x], (step,))[0] for x in xs]
             outs = self.evaluate(body.jaxpr, body_consts, [*consts, *carry, *rows], module)
             carry, results[step] = outs[: len(carry)], outs[len(carry) :]
         stacked = [
@@ -188,8 +191,8 @@ class Tape:
             outs = primitive.bind(*arrays, **bound)
             return list(outs) if primitive.multiple_results else [outs]
 
-        inner = any(k in params for k in ("call_jaxpr", "jaxpr", "fwd_jaxpr_thunk", "jvp_jaxpr_fun"))
-        key = id(equation) if inner else str(sorted(params.items()))
+        inner = "call_jaxpr" in params or "jaxpr" in params
+        key = id(equation) if inner else tuple(sorted(params.items()))
         outs = self._apply(name, compute, operands, key, promote=self.float64)
         if name in _SAME:
             for out in outs:
@@ -227,8 +230,9 @@ class Tape:
         )
         parameters = frozenset() if any(operand.name for operand in operands) else parameters
         wanted = [i for i, operand in enumerate(operands) if operand.wants_gradient and is_float(arrays[i])]
-        full_key = name, key, self.float64, len(arrays), tuple(wanted)
-        operation = self.compiled.setdefault(full_key, Operation(compute, wanted))
+        full_key = name, key, len(arrays), tuple(wanted)
+        compiled = self.compiled if isinstance(key, int) else _COMPILED
+        operation = compiled.setdefault(full_key, Operation(compute, wanted))
         results = operation.forward(*arrays)
         if not (self.gradients and wanted):
             outs = [Cell(out, parameters=parameters, wants_gradient=bool(wanted)) for out in results]

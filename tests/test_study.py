@@ -446,7 +446,29 @@ def test_the_band_of_a_curve_stays_within_possible_values() -> None:
     half = 12.706 * np.array([40, 10, 1]) / 2  # Student's t of two values, times sd / sqrt(2)
     assert np.allclose(low, np.clip(middle - half, 0, 100), atol=0.01)
     assert np.allclose(high, np.clip(middle + half, 0, 100), atol=0.01)
-    assert curves.interval(accuracies, None)[1][0] > 100  # a loss has no largest value
+    assert curves.interval(accuracies, np.inf)[1][0] > 100  # a loss has no largest value
+
+
+def test_on_a_log_axis_the_band_is_that_of_the_logarithm() -> None:
+    losses = np.array([[0.01, 1.0], [1.0, 1.0]])
+    low, high = curves.interval(losses, np.inf, log=True)
+    factor = np.exp(12.706 * math.log(100) / 2)  # Student's t of two values, times sd / sqrt(2)
+    assert np.allclose(low, [0.1 / factor, 1], rtol=1e-3)
+    assert np.allclose(high, [0.1 * factor, 1], rtol=1e-3)
+    assert curves.interval(losses, np.inf)[0][0] == 0  # a log axis cannot show it
+
+
+def test_a_diverged_configuration_is_a_cross_and_does_not_stretch_the_axis() -> None:
+    study = json.loads((FOLDER.parent / "docs" / "studies" / "mnist-tenth.json").read_text())
+    rates = study["contestants"]["sgd"]["tuning"]
+    rates[2]["val_accuracy"] = [None]
+    figure = curves._draw_rates(study)
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    crosses = {name: [*axes.lines[-2].get_xdata()] for name, axes in panels.items() if axes.lines}
+    assert crosses["sgd"] == [1.0]
+    assert crosses["adam"] == []
+    assert panels["sgd"].get_ylim()[0] > 80
+    assert "cross: diverged" in figure.get_suptitle()
 
 
 @pytest.mark.parametrize(

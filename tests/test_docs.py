@@ -384,8 +384,6 @@ def test_the_figures_of_runs_can_be_drawn(tmp_path):
     runs = {path.name: path for path in sorted((ROOT / "docs" / "runs").iterdir())}
     script["draw"](tmp_path / "overview.png", runs)
     assert_drawn(tmp_path / "overview.png", ROOT / "docs" / "overview.png")
-    script["draw_steps"](tmp_path / "steps.png", runs["digits-adam"])
-    assert_drawn(tmp_path / "steps.png")
 
 
 def test_the_figures_of_features_and_gradients_can_be_drawn(tmp_path, monkeypatch):

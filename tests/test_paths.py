@@ -169,6 +169,15 @@ def test_a_study_named_as_a_run_is_refused_with_the_way_to_its_runs(
     assert capsys.readouterr().err == words
 
 
+def test_the_usage_of_predict_is_what_a_user_types(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    assert capsys.readouterr().out.startswith(
+        "usage: python -m experiment predict [options] IMAGE ...\n"
+        "       python -m experiment predict [options] RUN IMAGE ...\n"
+    )
+
+
 @pytest.mark.parametrize("what", PREDICT)
 def test_predict_says_what_is_wrong_with_its_arguments(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     for path in ("run/config.json", "my images/1.png"):

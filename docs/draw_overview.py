@@ -1,8 +1,7 @@
-"""Draw figures from the files of runs: loss and accuracy against the epoch, or of one run against the step.
+"""Draw a figure from the files of runs: loss and accuracy against the epoch.
 
     python docs/draw_overview.py docs/overview.png "JAX, Adam=docs/runs/digits-adam" \\
         "JAX, AdaBound=docs/runs/digits-adabound" "NumPy, Adam=docs/runs/digits-adam-numpy"
-    python docs/draw_overview.py docs/mnist_numpy.png runs/RUN
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from experiment.report.style import BLUE, DOCUMENT_WIDTH, FAINT, INK, ORANGE, save_document, style, tint
@@ -64,32 +62,6 @@ def draw_run(loss: Any, accuracy: Any, run: Path) -> None:
     accuracy.text(0.96, 0.08, text, transform=accuracy.transAxes, ha="right", weight="bold")
 
 
-def draw_steps(output: Path, run: Path, window: int = 50) -> None:
-    """Draw loss and accuracy of every step of one run, and their means over the last `window` steps."""
-    steps = [line for line in read_lines(run) if line["scope"] == "step"]
-    summary = json.loads((run / "summary.json").read_text())
-    with style():
-        figure = Figure(figsize=(DOCUMENT_WIDTH, 2.8), layout="constrained")
-        both = figure.subplots(1, 2)
-        for axes, metric, title in zip(
-            both, ("loss", "accuracy"), ("Cross-entropy", "Accuracy"), strict=True
-        ):
-            values = np.array([line[metric] for line in steps])
-            mean = np.convolve(values, np.ones(window) / window, mode="valid")
-            axes.plot(np.arange(1, len(values) + 1), values, color=THIN, lw=0.6, label="a step")
-            axes.plot(np.arange(window, len(values) + 1), mean, color=BLUE, label=f"mean of {window} steps")
-            test = summary["test"][metric]
-            axes.plot(summary["steps"], test, "D", color=INK, ms=5, label=f"test: {test:.4f}")
-            axes.set(title=title, xlabel="training step")
-            axes.legend(loc="best")
-        both[0].set_yscale("log")
-        both[1].set_ylim(0.4, 1.02)
-        save_document(figure, output)
-
-
 if __name__ == "__main__":
-    if "=" in sys.argv[2]:
-        named = (text.split("=", 1) for text in sys.argv[2:])
-        draw(Path(sys.argv[1]), {label: Path(run) for label, run in named})
-    else:
-        draw_steps(Path(sys.argv[1]), Path(sys.argv[2]))
+    named = (text.split("=", 1) for text in sys.argv[2:])
+    draw(Path(sys.argv[1]), {label: Path(run) for label, run in named})

@@ -296,8 +296,8 @@ def test_the_walkthrough_of_parity(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The commands and the program of docs/parity.md give the table that stands there."""
-    (program,) = code_blocks("docs/parity.md", "python")
-    (shown,) = code_blocks("docs/parity.md", "text")
+    program, _ = code_blocks("docs/parity.md", "python")
+    shown, _ = code_blocks("docs/parity.md", "text")
     commands = [
         line.split()[3:]
         for block in code_blocks("docs/parity.md", "sh")
@@ -324,6 +324,14 @@ def test_the_walkthrough_of_parity(
     assert ours.keys() == corrected.keys()
     for name, array in ours.items():
         assert np.abs(array - corrected[name]).max() < 1e-6 * np.abs(array).max()
+
+
+def test_the_jax_program_of_the_parity_page_differs_as_the_page_says(tmp_path):
+    _, program = code_blocks("docs/parity.md", "python")
+    _, shown = code_blocks("docs/parity.md", "text")
+    stage, cause = run_as_program([program], tmp_path / "port.py").splitlines()
+    assert stage.startswith(shown.splitlines()[0].split(" off by ")[0])
+    assert cause == shown.splitlines()[1]
 
 
 def test_the_digit_that_comes_along_is_predicted_as_the_page_says(
@@ -379,13 +387,11 @@ def test_the_figure_of_resnet101_can_be_drawn(tmp_path):
     assert_drawn(tmp_path / "resnet101.png", ROOT / "docs" / "resnet101.png")
 
 
-def test_the_figures_of_runs_can_be_drawn(tmp_path):
+def test_the_figure_of_runs_can_be_drawn(tmp_path):
     script = runpy.run_path(str(ROOT / "docs" / "draw_overview.py"))
     runs = {path.name: path for path in sorted((ROOT / "docs" / "runs").iterdir())}
     script["draw"](tmp_path / "overview.png", runs)
     assert_drawn(tmp_path / "overview.png", ROOT / "docs" / "overview.png")
-    script["draw_steps"](tmp_path / "steps.png", runs["digits-adam"])
-    assert_drawn(tmp_path / "steps.png")
 
 
 def test_the_figures_of_features_and_gradients_can_be_drawn(tmp_path, monkeypatch):

@@ -160,6 +160,24 @@ PREDICT = {
 }
 
 
+def test_a_study_named_as_a_run_is_refused_with_the_way_to_its_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "study.json").write_text("{}")
+    assert main(["report", str(tmp_path)]) == 2
+    words = f"error: {tmp_path}: is the folder of a study; name runs in it: {tmp_path}/runs/*/*\n"
+    assert capsys.readouterr().err == words
+
+
+def test_the_usage_of_predict_is_what_a_user_types(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    assert capsys.readouterr().out.startswith(
+        "usage: python -m experiment predict [options] IMAGE ...\n"
+        "       python -m experiment predict [options] RUN IMAGE ...\n"
+    )
+
+
 @pytest.mark.parametrize("what", PREDICT)
 def test_predict_says_what_is_wrong_with_its_arguments(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     for path in ("run/config.json", "my images/1.png"):

@@ -385,22 +385,22 @@ def test_the_ends_of_a_range_and_a_dirty_tree_are_told(made: Path) -> None:
         ("seeds = [1, 2]", "seeds = [-1, 2]", "seeds: must be a list of different whole numbers from 0"),
         ("steps = 3", "steps = 0", "adam: a run must have a step"),
         ('name = "adam"', 'name = "adam"\nframework = "jax"', "adam: framework is the same for all"),
-        ("seeds = [1, 2]", "", "seeds: there must be some"),
-        ("seeds = [1, 2]", "seeds = [1, 9]", "seeds: there must be some, and none that tuning_seeds has"),
+        ("seeds = [1, 2]", "", "seeds: must have at least one"),
+        ("seeds = [1, 2]", "seeds = [1, 9]", "seeds: must have at least one, and none of tuning_seeds"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "seeds: must be a list of different whole numbers"),
-        ("tuning_seeds = [9]", "", "tuning_seeds: candidates are chosen"),
-        ("[base]", "colour = 1\n[base]", "colour is nothing that a study has"),
-        ("steps = 3", "stepz = 3", "base: stepz is no option"),
+        ("tuning_seeds = [9]", "", "tuning_seeds: needed to choose"),
+        ("[base]", "colour = 1\n[base]", "colour is no part of a study"),
+        ("steps = 3", "stepz = 3", "base: stepz is no option here (did you mean steps?)"),
         ("steps = 3", "steps = 'x'", "base: steps cannot be 'x'"),
         ("steps = 3", "seed = 3", "base: seed is given by the study"),
         ("steps = 3", "test = false", "base: test is given by the study"),
-        ("steps = 3", "val_fraction = 0", "val_fraction: candidates are chosen"),
+        ("steps = 3", "val_fraction = 0", "val_fraction: must be above 0"),
         ("lr = 0.01", "lr = -1", "--lr: -1 is out of range"),
-        ("lr = 0.01", "lr = 0.01 }, { lr = 0.1", "candidates: as many for each optimizer"),
-        ('name = "adam"', 'name = "Adam/1"', "optimizers: a name has small letters"),
+        ("lr = 0.01", "lr = 0.01 }, { lr = 0.1", "candidates: must be equally many for each optimizer"),
+        ('name = "adam"', 'name = "Adam/1"', "optimizers: name must be of small letters"),
         ('name = "adam"', 'name = "clipped"', "optimizers: two have the same name"),
         ('["adam", "clipped"]', '["adan"]', "compare_with: must be names of optimizers"),
-        ("[[optimizers]]", "[[optimisers]]", "optimisers is nothing that a study has"),
+        ("[[optimizers]]", "[[optimisers]]", "optimisers is no part of a study"),
         ("[base]", "[base", "cannot be read"),
     ],
 )
@@ -446,7 +446,29 @@ def test_the_band_of_a_curve_stays_within_possible_values() -> None:
     half = 12.706 * np.array([40, 10, 1]) / 2  # Student's t of two values, times sd / sqrt(2)
     assert np.allclose(low, np.clip(middle - half, 0, 100), atol=0.01)
     assert np.allclose(high, np.clip(middle + half, 0, 100), atol=0.01)
-    assert curves.interval(accuracies, None)[1][0] > 100  # a loss has no largest value
+    assert curves.interval(accuracies, np.inf)[1][0] > 100  # a loss has no largest value
+
+
+def test_on_a_log_axis_the_band_is_that_of_the_logarithm() -> None:
+    losses = np.array([[0.01, 1.0], [1.0, 1.0]])
+    low, high = curves.interval(losses, np.inf, log=True)
+    factor = np.exp(12.706 * math.log(100) / 2)  # Student's t of two values, times sd / sqrt(2)
+    assert np.allclose(low, [0.1 / factor, 1], rtol=1e-3)
+    assert np.allclose(high, [0.1 * factor, 1], rtol=1e-3)
+    assert curves.interval(losses, np.inf)[0][0] == 0  # a log axis cannot show it
+
+
+def test_a_diverged_configuration_is_a_cross_and_does_not_stretch_the_axis() -> None:
+    study = json.loads((FOLDER.parent / "docs" / "studies" / "mnist-tenth.json").read_text())
+    rates = study["contestants"]["sgd"]["tuning"]
+    rates[2]["val_accuracy"] = [None]
+    figure = curves._draw_rates(study)
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    crosses = {name: [*axes.lines[-2].get_xdata()] for name, axes in panels.items() if axes.lines}
+    assert crosses["sgd"] == [1.0]
+    assert crosses["adam"] == []
+    assert panels["sgd"].get_ylim()[0] > 80
+    assert "cross: diverged" in figure.get_suptitle()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""`python -m experiment predict [RUN] IMAGE...`: the most likely classes of images, by a completed run.
+"""`python -m experiment predict IMAGE ...`: the most likely classes of images, by the released network.
 
-Without RUN by the network of handwritten digits that comes with the tree.
+`predict RUN IMAGE ...` uses a completed run. The released network, in weights/, knows handwritten digits.
 """
 
 import argparse
@@ -31,10 +31,11 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = Parser(
         prog=command("predict"),
-        description="The most likely classes of images, of any format that Pillow reads, by a finished "
-        "run, or without RUN by a network of handwritten digits that comes along. They are brought "
-        "to the run's size as its test images were; a run with --crop-to-bbox wants the object alone. "
-        "Digits are light on black.",
+        usage="%(prog)s [options] IMAGE ...\n       %(prog)s [options] RUN IMAGE ...",
+        description="Print the most likely classes of images, of any format that Pillow reads, by a "
+        "completed run, or without RUN by the network of handwritten digits in weights/ (light on black). "
+        "Images are brought to the run's size as its test images were; a run with --crop-to-bbox expects "
+        "the object alone.",
     )
     add_run(parser)
     parser.add_path("images", metavar="IMAGE", any_bytes=True, nargs="*", help="a file")

@@ -22,7 +22,7 @@ from experiment.study.plan import Plan, framework_of, names, read
 
 
 def main(argv: Sequence[str]) -> int:
-    """Carry a study out, or on; write study.json, study.md, study.html and curves. Returns the exit status.
+    """Carry a study out, or on; write study.json, study.md, study.html and figures. Returns the exit status.
 
     A signal stops it as it stops a run, and the command to continue is printed.
 
@@ -32,12 +32,12 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog=command("study"),
         description="Compare optimizers over seeds by a TOML file: tune each on validation with the same "
-        "number of configurations, train each with every seed, write tables with intervals, and curves. The "
-        "same command again passes over what is finished and continues what was stopped.",
+        "number of configurations, train each with every seed, and write tables with intervals, and "
+        "figures. The same command again skips completed runs and continues a stopped one.",
     )
     add = parser.add_argument
     parser.add_path("file", metavar="STUDY", help=f"a TOML file, or one of {', '.join(names())}")
-    parser.add_path("--run-dir", metavar="DIR", help="its folder (default: runs/study-NAME)")
+    parser.add_path("--run-dir", metavar="DIR", help="folder of the study (default: runs/study-NAME)")
     add("--framework", choices=FRAMEWORKS, help="engine that trains (default: the file's)")
     parser.add_data_dir("where TFDS keeps its data (default: TFDS' own)")
     switch = argparse.BooleanOptionalAction
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     add("--vmap", action=switch, help=vmap)
     report = "a report and TensorBoard files of every run (default: none, which is faster)"
     add("--report", action=switch, help=report)
-    add("--report-only", action="store_true", help="train nothing; tables of the runs that there are")
+    add("--report-only", action="store_true", help="train nothing; write the tables of the runs that exist")
     options = parser.parse_args(argv)
     given = {"framework": options.framework, "data_dir": options.data_dir, "report": options.report}
     plan = read(options.file, {name: value for name, value in given.items() if value is not None})
@@ -99,8 +99,8 @@ def _carry_out(plan: Plan, folder: Path, request: signals.StopRequest, *, togeth
     ]
     total = sum(map(len, configurations)) + len(plan.seeds) * len(plan.methods)
     print(
-        f"{plan.name}: {len(plan.methods)} methods, {plan.trials} configurations each with "
-        f"{len(plan.tuning_seeds)} tuning seeds, {len(plan.seeds)} seeds: {total} runs in {folder}",
+        f"{plan.name}: {len(plan.methods)} methods x ({plan.trials * len(plan.tuning_seeds)} tuning runs + "
+        f"{len(plan.seeds)} final runs) = {total} runs in {folder}",
         flush=True,
     )
     done = 0
@@ -157,4 +157,4 @@ def _report(plan: Plan, folder: Path, command: Sequence[str]) -> None:
     run_folder.write_file(folder / "study.md", text.encode())
     run_folder.write_file(folder / "study.html", tables.page(study, curves.draw(study, folder)).encode())
     print(text)
-    print(f"study.json, study.md, study.html and curves are in {folder}")
+    print(f"study.html, study.md, study.json and the figures (*.png) are in {folder}")

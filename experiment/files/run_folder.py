@@ -88,6 +88,8 @@ def read_json(path: Path) -> Any:
 def read_named_record(run_dir: Path) -> dict[str, Any]:
     """Return `read_record` of a folder that was named as an argument, not by --run-dir."""
     if not (run_dir / "config.json").is_file():
+        if (run_dir / "study.json").is_file():
+            raise UserError(f"{run_dir}: is the folder of a study; name runs in it: {run_dir}/runs/*/*")
         raise UserError(f"{run_dir}: is not the folder of a run (it has no config.json); name another")
     return read_record(run_dir)
 

@@ -6,6 +6,7 @@ A file opens with a comment: its command, what it reproduces, the source, the re
 """
 
 import dataclasses
+import difflib
 import tomllib
 import typing
 from typing import Any
@@ -67,6 +68,9 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     for key, value in options.items():
         if key not in known or not fits(value, hints[key]):
-            problem = f"{key} cannot be {value!r}" if key in known else f"{key} is no option of a recipe"
-            raise UserError(problem)
+            if key in known:
+                raise UserError(f"{key} cannot be {value!r}")
+            similar = difflib.get_close_matches(key, known, 1)
+            hint = f" (did you mean {similar[0]}?)" if similar else ""
+            raise UserError(f"{key} is no option here{hint}")
     return options

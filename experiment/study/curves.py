@@ -2,7 +2,7 @@
 
 Each method has a panel with the same axes: the method in color, all others in gray behind it. Bands and bars
 are the 95 % interval of the mean. Where it reaches beyond possible values, such as an accuracy above 100 %,
-they end there.
+they end there. On a log axis, mean and interval are those of the logarithm, so no band reaches below 0.
 """
 
 from collections.abc import Sequence
@@ -93,7 +93,7 @@ def _draw_results(study: Json) -> Any:
 
 
 def _draw_rates(study: Json) -> Any:
-    """Draw the validation accuracy of the tuning runs against their rates; a diverged run counts as 0."""
+    """Draw validation accuracy in tuning against the learning rate; a cross where every run diverged."""
     from matplotlib.figure import Figure
 
     tuned: Curves = {}
@@ -105,10 +105,13 @@ def _draw_rates(study: Json) -> Any:
     if not tuned:
         return None
     figure = Figure(figsize=(DOCUMENT_WIDTH, _height(len(tuned))), layout="constrained")
-    title = "validation accuracy in tuning, %, against the learning rate; square: taken"
-    panels = _panels(figure, tuned, title)
+    diverged = any(np.isnan(accuracies).any() for _, accuracies in tuned.values())
+    title = "validation accuracy in tuning, %, against the learning rate; square: chosen; gray: others"
+    panels = _panels(figure, tuned, title + ("; cross: diverged" if diverged else ""))
     for (name, (rates, accuracies)), axes in zip(tuned.items(), panels, strict=True):
         axes.plot(rates, accuracies[0], "o-", color=BLUE, ms=4)
+        lost = rates[np.isnan(accuracies[0])]
+        axes.plot(lost, [0.06] * len(lost), "x", color=INK, ms=5, transform=axes.get_xaxis_transform())
         chosen = _methods(study)[name]["chosen"]
         if chosen is not None:
             trial = _methods(study)[name]["tuning"][chosen]
@@ -120,8 +123,14 @@ def _draw_rates(study: Json) -> Any:
 
 
 def _accuracy(trial: Json) -> float:
-    """Return the mean validation accuracy of a configuration over the tuning seeds, in percent."""
-    return 100 * sum(value or 0 for value in trial["val_accuracy"]) / len(trial["val_accuracy"])
+    """Return the mean validation accuracy of a configuration over the tuning seeds, in percent.
+
+    A diverged run counts as 0, as in the choice. Return NaN if every run diverged.
+    """
+    accuracies = trial["val_accuracy"]
+    if all(accuracy is None for accuracy in accuracies):
+        return np.nan
+    return 100 * sum(accuracy or 0 for accuracy in accuracies) / len(accuracies)
 
 
 def _draw_curves(study: Json, folder: Path, variant: str) -> Path:
@@ -150,7 +159,8 @@ def _draw_curves(study: Json, folder: Path, variant: str) -> Path:
         figure.suptitle(title, fontsize=10)
         if blocks:
             parts = iter(figure.subfigures(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0])
-            _draw_block(next(parts), loss, "training loss (running mean) against the step", 1, None)
+            words = "training loss (running mean) against the step; gray: the other methods"
+            _draw_block(next(parts), loss, words, 1, np.inf)
             _draw_block(next(parts), accuracy, "validation accuracy, %, against the step", 100, 100)
             if upper:
                 words = "coordinates clipped, %: at the upper bound (blue), at the lower (orange, dashed)"
@@ -162,16 +172,19 @@ def _draw_curves(study: Json, folder: Path, variant: str) -> Path:
     return path
 
 
-def _draw_block(figure: Any, curves: Curves, title: str, scale: float, top: float | None) -> list[Any]:
-    """Draw curves as panels, on a linear scale if `top`, the largest possible value, is given."""
+def _draw_block(figure: Any, curves: Curves, title: str, scale: float, top: float) -> list[Any]:
+    """Draw curves as panels; positive values without a largest one, `top`, on a log axis."""
     scaled = {label: (steps, scale * values) for label, (steps, values) in curves.items()}
-    panels = _panels(figure, scaled, title)
-    means = np.concatenate([np.ravel(_mean(values)) for _, values in scaled.values()])
-    means = means[np.isfinite(means)]
-    if top is None and len(means) and means.min() > 0:
-        panels[0].set(yscale="log", ylim=(means.min() / 1.5, means.max() * 1.5))
+    every = np.concatenate([np.ravel(values) for _, values in scaled.values()])
+    every = every[np.isfinite(every)]
+    log = bool(np.isinf(top) and len(every) and every.min() > 0)
+    panels = _panels(figure, scaled, title, log=log)
+    if log:  # the axis shows the means; a band of few seeds may leave it
+        means = np.concatenate([_mean(values, log=True) for _, values in scaled.values()])
+        means = means[np.isfinite(means)]
+        panels[0].set(yscale="log", ylim=(means.min() / 2, means.max() * 2) if len(means) else None)
     for single, axes in zip(curves.values(), panels, strict=True):
-        _band(axes, single, BLUE, "-", scale, top)
+        _band(axes, single, BLUE, "-", scale, top, log=log)
     return panels
 
 
@@ -180,7 +193,7 @@ def _height(panels: int) -> float:
     return BLOCK_HEIGHT[0] + BLOCK_HEIGHT[1] * -(-panels // COLUMNS)
 
 
-def _panels(figure: Any, curves: Curves, title: str) -> list[Any]:
+def _panels(figure: Any, curves: Curves, title: str, *, log: bool = False) -> list[Any]:
     """Make a panel for each curve, all with the same axes, and draw the means of the others in gray."""
     count = len(curves)
     columns = min(COLUMNS, count)
@@ -196,7 +209,7 @@ def _panels(figure: Any, curves: Curves, title: str) -> list[Any]:
         axes.tick_params(labelsize=7)
         for other, (steps, values) in curves.items():
             if other != label:
-                axes.plot(steps, _mean(values), color=GRAY, lw=0.8)
+                axes.plot(steps, _mean(values, log=log), color=GRAY, lw=0.8)
     return panels[:count]
 
 
@@ -210,29 +223,37 @@ def curve(runs: Sequence[Path], split: str, scope: str, key: str) -> Curve:
 
 
 def smooth(curve: Curve) -> Curve:
-    """Running mean over a fiftieth of the curve."""
+    """Running mean over a 25th of the curve, at least five values."""
     steps, values = curve
-    width = max(1, len(steps) // 50)
+    width = min(max(5, len(steps) // 25), len(steps)) or 1
     kernel = np.ones(width) / width
     return steps[width - 1 :], np.array([np.convolve(row, kernel, "valid") for row in values])
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
-    return np.asarray(values.mean(0))
+def _mean(values: np.ndarray, *, log: bool = False) -> np.ndarray:
+    """Return the mean [T] of values [seeds, T]; with `log`, the geometric mean."""
+    return np.asarray(np.exp(np.log(values).mean(0)) if log else values.mean(0))
 
 
-def interval(values: np.ndarray, top: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return both ends of the mean's 95 % interval [T] of values [seeds, T], cut to 0 and `top`."""
+def interval(values: np.ndarray, top: float, *, log: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Return both ends of the mean's 95 % interval [T] of values [seeds, T], cut to 0 and `top`.
+
+    With `log`, return those of the geometric mean: the interval of the logarithm's mean, as powers.
+    """
+    values = np.log(values) if log else values
     half = half_width(len(values)) * values.std(0, ddof=1)
-    return np.clip(_mean(values) - half, 0, top), np.clip(_mean(values) + half, 0, top)
+    low, high = _mean(values) - half, _mean(values) + half
+    low, high = (np.exp(low), np.exp(high)) if log else (low, high)
+    return np.clip(low, 0, top), np.clip(high, 0, top)
 
 
-def _band(axes: Any, curve: Curve, color: str, line: str, scale: float, top: float | None) -> None:
+def _band(
+    axes: Any, curve: Curve, color: str, line: str, scale: float, top: float, *, log: bool = False
+) -> None:
     steps, values = curve[0], scale * curve[1]
     if not len(steps):
         return
-    axes.plot(
-        steps, _mean(values), color=color, linestyle=line, lw=1.3, marker="o" if len(steps) < 15 else "", ms=3
-    )
+    marker = "o" if len(steps) < 15 else ""
+    axes.plot(steps, _mean(values, log=log), color=color, linestyle=line, lw=1.3, marker=marker, ms=3)
     if len(values) > 1:
-        axes.fill_between(steps, *interval(values, top), color=color, alpha=0.2, linewidth=0)
+        axes.fill_between(steps, *interval(values, top, log=log), color=color, alpha=0.2, linewidth=0)

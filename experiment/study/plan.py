@@ -115,15 +115,15 @@ def read(path: Path, given: Options) -> Plan:
 def _plan(name: str, table: dict[str, Any], given: Options) -> Plan:
     unknown = table.keys() - {"seeds", "tuning_seeds", "compare_with", "base", "optimizers", "variants"}
     if unknown:
-        raise UserError(f"{min(unknown)} is nothing that a study has")
+        raise UserError(f"{min(unknown)} is no part of a study")
     seeds, tuning_seeds = (_seeds(table, key) for key in ("seeds", "tuning_seeds"))
     if not seeds or set(seeds) & set(tuning_seeds):
-        raise UserError("seeds: there must be some, and none that tuning_seeds has")
+        raise UserError("seeds: must have at least one, and none of tuning_seeds")
     base = _options(table.get("base", {}), "base")
     variants = _named(table, "variants") or [("", {})]
     optimizers = _named(table, "optimizers")
     if not optimizers:
-        raise UserError("optimizers: there must be some")
+        raise UserError("optimizers: must have at least one")
     methods = []
     for variant, changes in variants:
         for label, entries in optimizers:
@@ -144,12 +144,12 @@ def _plan(name: str, table: dict[str, Any], given: Options) -> Plan:
         raise UserError("variants: two methods have the same name, optimizer-variant")
     counts = {method.optimizer: len(method.candidates) for method in methods}
     if len(set(counts.values())) > 1 or not min(counts.values()):
-        raise UserError(f"candidates: as many for each optimizer, and one at least, not {counts}")
+        raise UserError(f"candidates: must be equally many for each optimizer, at least one, not {counts}")
     trials = next(iter(counts.values()))
     if trials > 1 and not tuning_seeds:
-        raise UserError("tuning_seeds: candidates are chosen between with seeds of their own; give some")
+        raise UserError("tuning_seeds: needed to choose between candidates; give seeds that are not in seeds")
     if trials > 1 and not all(resolve(method.candidates[0]).val_fraction for method in methods):
-        raise UserError("val_fraction: candidates are chosen between on validation; it must be above 0")
+        raise UserError("val_fraction: must be above 0, because validation chooses between candidates")
     labels = [label for label, _ in optimizers]
     compare_with = table.get("compare_with", labels[:1])
     if not isinstance(compare_with, list) or not all(label in labels for label in compare_with):
@@ -174,7 +174,7 @@ def _named(table: dict[str, Any], key: str) -> list[tuple[str, Options]]:
     for entry in entries:
         name = entry.get("name")
         if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
-            raise UserError(f"{key}: a name has small letters, digits, '-', '_' and '.'; not so {name!r}")
+            raise UserError(f"{key}: name must be of small letters, digits, '-', '_' and '.', not {name!r}")
         named.append((name, {option: value for option, value in entry.items() if option != "name"}))
     if len({name for name, _ in named}) < len(named):
         raise UserError(f"{key}: two have the same name")

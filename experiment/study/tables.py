@@ -26,17 +26,17 @@ def tables(study: Json) -> Iterator[Table]:
     methods = study["contestants"]
     yield Table(
         "Test results",
-        "Mean over the seeds, in brackets the standard deviation over them; and Student's 95 % interval of "
-        "the mean, for this configuration and test set. Each run evaluated the test set once, after its last "
+        "The mean over the seeds, in brackets the standard deviation, and Student's 95 % interval of the "
+        "mean, for this configuration and test set. Each run evaluated the test set once, after its last "
         "step.",
-        ("", "setting", "seeds", "accuracy, %", "interval", "macro F1, %", "loss", "training loss"),
+        ("", "configuration", "seeds", "accuracy, %", "interval", "macro F1, %", "loss", "training loss"),
         [_result(name, method, len(study["seeds"])) for name, method in methods.items()],
     )
     if study["comparisons"]:
         yield Table(
             "Differences, seed by seed",
-            "Runs of one seed begin from the same weights and see the same batches: they are paired. An "
-            "interval with 0 in it does not show a difference. Nothing is corrected for the number of "
+            "Runs of one seed start from the same weights and see the same batches: they are paired. An "
+            "interval that contains 0 does not show a difference. Nothing is corrected for the number of "
             "comparisons.",
             ("", "compared with", "seeds", "accuracy, points", "interval", "", "F1, points", "loss"),
             [_comparison(pair, len(study["seeds"])) for pair in study["comparisons"]],
@@ -44,11 +44,11 @@ def tables(study: Json) -> Iterator[Table]:
     if study["tuning_seeds"]:
         yield Table(
             "Tuning",
-            f"{study['budget']} configurations of each method, all run in full with "
-            f"{len(study['tuning_seeds'])} tuning seed(s); taken is the configuration with the highest "
-            "validation accuracy, here in %; ties go by loss, then to the first. Where an edge of the range "
-            "was taken, better ones may lie beyond.",
-            ("", *(f"configuration {k + 1}" for k in range(study["budget"])), "taken"),
+            f"Each of a method's {study['budget']} configurations is run in full, with the tuning seed "
+            f"{' and '.join(map(str, study['tuning_seeds']))}. The one with the highest validation accuracy, "
+            "here in %, is chosen; ties go by loss, then to the first. Where the choice is at the edge of "
+            "the range, a better configuration may lie beyond.",
+            ("", *(f"configuration {k + 1}" for k in range(study["budget"])), "chosen"),
             [_tuning(name, method, study["budget"]) for name, method in methods.items()],
         )
 
@@ -109,10 +109,10 @@ def _comparison(pair: Json, planned: int) -> list[str]:
 
 def _tuning(name: str, method: Json, trials: int) -> list[str]:
     cells = [f"{words(tried['setting'])}: {_percent(tried['val_accuracy'])}" for tried in method["tuning"]]
-    taken = "-" if method["chosen"] is None else str(method["chosen"] + 1)
+    chosen = "-" if method["chosen"] is None else str(method["chosen"] + 1)
     if trials > 2 and method["chosen"] in (0, trials - 1):
-        taken += ", edge of the range"
-    return [name, *cells, *["-"] * (trials - len(cells)), taken]
+        chosen += ", edge of the range"
+    return [name, *cells, *["-"] * (trials - len(cells)), chosen]
 
 
 def _percent(accuracies: Sequence[float | None]) -> str:
@@ -152,4 +152,4 @@ def head(study: Json) -> str:
     devices = "; ".join(sorted({f"{s['device']}, {s['cpu_count']} cores" for s in sessions}))
     commits = ", ".join(sorted({short_commit(session["git_commit"]) for session in sessions}))
     words = " ".join([command("study"), *study["command"]])
-    return f"Made again by `{words}`. Runs on {devices or '-'}, of commit {commits or '-'}."
+    return f"Reproduce with `{words}`. Runs on {devices or '-'}, of commit {commits or '-'}."

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parity.axes import best_axes, departing_axes, largest_error, squeeze
-from parity.trace import Array, Trace, Value
+from parity.trace import Array, Trace, Value, stage_parameters
 
 SAME = 1e-6  # of float64 twins: two values this near, relative to the largest magnitude, are the same
 _TRIALS = 24  # pairs tried for a value that departs
@@ -230,11 +230,13 @@ def _departure(
     taken = {pair.candidate for pair in (*same.values(), *departed.values())}
     outputs = dict(zip(reference.output_values.values(), trace.output_values.values(), strict=False))
     free = [value for value in trace.values if value.name not in taken]
+    usual = usual_axes(reference, trace, same)
     before = len(same)
     trials = 0
     for value in open_values:
         best: tuple[int, dict[str, Pair], Trace, dict[str, Pair]] | None = None
-        for other, axes in _choices(value, free, outputs.get(value.name), usual_axes(reference, trace, same)):
+        readers = _readers_of_parameters(value, reference, trace, {**same, **departed}, free)
+        for other, axes in _choices(value, free, outputs.get(value.name), usual, readers):
             trials += 1
             pair = {value.name: Pair(value.name, other.name, axes, False)}
             tried = run(replacements({**departed, **pair}, reference, trace))
@@ -252,12 +254,38 @@ def _departure(
     return None
 
 
+def _readers_of_parameters(
+    value: Value, reference: Trace, trace: Trace, pairs: Mapping[str, Pair], free: Sequence[Value]
+) -> set[str]:
+    """The first free value of the candidate made from the parameters from which `value` is made."""
+    wanted = stage_parameters(reference, value.name, set(pairs))
+    if not wanted:
+        return set()
+    taken = {pair.candidate for pair in pairs.values()}
+    for other in free:
+        read = stage_parameters(trace, other.name, taken)
+        if len(read) == len(wanted) and all(
+            any(same_numbers(reference.parameters[a], trace.parameters[b]) for b in read) for a in wanted
+        ):
+            return {other.name}
+    return set()
+
+
+def same_numbers(a: Array, b: Array) -> bool:
+    """True if two arrays have the same numbers, in any order."""
+    return a.size == b.size and np.array_equal(np.sort(a, axis=None), np.sort(b, axis=None))
+
+
 def _choices(
-    value: Value, free: Sequence[Value], output: str | None, usual: Mapping[int, tuple[int, ...]]
+    value: Value,
+    free: Sequence[Value],
+    output: str | None,
+    usual: Mapping[int, tuple[int, ...]],
+    readers: set[str],
 ) -> list[tuple[Value, tuple[int, ...]]]:
     """The values that may be the counterpart of one that departs: of its kind, or like it.
 
-    The counterpart of an output is known: `output`.
+    The counterpart of an output is known: `output`. `readers` read the same parameters.
     """
     fits = []
     for other in free:
@@ -271,7 +299,9 @@ def _choices(
     kind = [fit for fit in fits if family(fit[1].operation) == family(value.operation)][:2]
     names = {fit[1].name for fit in kind}
     behind = [fit for fit in fits if names & set(fit[1].inputs)][:2]  # the bias is added to a product
-    chosen = {fit[1].name: fit[1:] for fit in (*behind[:1], *kind[:1], *near[:3], *behind[1:], *kind[1:])}
+    reads = [fit for fit in fits if fit[1].name in readers]
+    ordered = (*reads, *behind[:1], *kind[:1], *near[:3], *behind[1:], *kind[1:])
+    chosen = {fit[1].name: fit[1:] for fit in ordered}
     return list(chosen.values())
 
 

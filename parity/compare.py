@@ -124,7 +124,9 @@ class _Comparison:
         }
         stages = [self._stage(name, pair, name in departed) for name, pair in pairs.items()]
         tensors = self._tensors()
-        verdict = Verdict(self.twin, self.whole_twin, self.alone, pairs, self.weights)
+        verdict = Verdict(
+            partial(self._run_reference, True), self.twin, self.whole_twin, self.alone, pairs, self.weights
+        )
         return Report(
             reference=self.reference.framework,
             candidate=self.candidate.framework,

@@ -116,6 +116,25 @@ class Model(abc.ABC):
         """The precision of the parameters: "float32", "float64", "bfloat16", "float16"."""
 
 
+def segment(trace: Trace, name: str, matched: set[str]) -> list[Value]:
+    """The operations from the paired values before a value up to it, in order."""
+    by_name = {value.name: value for value in trace.values}
+    inside: set[str] = set()
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        if current in inside or current not in by_name or (current in matched and current != name):
+            continue
+        inside.add(current)
+        waiting += by_name[current].inputs
+    return [value for value in trace.values if value.name in inside]
+
+
+def stage_parameters(trace: Trace, name: str, matched: set[str]) -> list[str]:
+    """The parameters that a stage reads, those of its unpaired operations among them."""
+    return list(dict.fromkeys(p for value in segment(trace, name, matched) for p in value.parameters))
+
+
 def random_cotangents(trace: Trace, seed: int) -> dict[str, Array]:
     """Standard normal numbers in the shape of each output; gradients are those of their sum of products."""
     return {

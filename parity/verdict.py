@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,17 +10,26 @@ import numpy as np
 from parity.alignment import SAME, Pair, family, to_reference, usual_axes
 from parity.axes import best_axes, departing_axes, largest_error, squeeze
 from parity.causes import Cause, Departure
-from parity.causes.search import find_cause, find_precision
+from parity.causes.search import find_cause, find_precision, tolerance
+from parity.causes.stage import distance
+from parity.causes.variants import variants
 from parity.report import Difference, Stage, Tensor
 from parity.tensors import PICKS, pick_value
-from parity.trace import Array, Trace, Value
-from parity.weights import Audit, segment, stage_parameters
+from parity.trace import Array, Trace, Value, segment, stage_parameters
+from parity.weights import Audit
+
+
+_RERUNS = 150  # runs of the reference in the search for a cause inside a stage
+
+Rerun = Callable[..., Trace]
+"""Runs the reference's float64 twin; `replace` and `replace_gradients` as in `Model.run`."""
 
 
 class Verdict:
     """Finds the first difference in the runs that `compare` made.
 
     Args:
+        rerun: see `Rerun`.
         twin: the reference's float64 twin.
         whole_twin: the candidate's, as it is.
         alone: the candidate with each stage on the reference's numbers: {True: in float64, False: as it is}.
@@ -30,12 +39,14 @@ class Verdict:
 
     def __init__(
         self,
+        rerun: Rerun,
         twin: Trace,
         whole_twin: Trace,
         alone: Mapping[bool, Trace],
         pairs: Mapping[str, Pair],
         weights: Audit,
     ) -> None:
+        self.rerun = rerun
         self.twin, self.whole_twin, self.alone = twin, whole_twin, alone
         self.pairs, self.weights = pairs, weights
 
@@ -46,15 +57,100 @@ class Verdict:
                 return (
                     self._weight_fault(stage)
                     or self._earlier_difference(stage)
-                    or self._difference(stage.forward, stage)
+                    or self._output_difference(stage)
                 )
         for stage in reversed(stages):
             if stage.backward is not None and stage.backward.departs:
-                return self._difference(stage.backward, self._reader(stage, stages))
+                return self._gradient_difference(stage.backward, self._reader(stage, stages))
         for tensor in tensors:
             if tensor.departs:
-                return self._difference(tensor, self._reader_of(tensor.reference, stages))
+                return self._gradient_difference(tensor, self._reader_of(tensor.reference, stages))
         return None
+
+    def _output_difference(self, stage: Stage) -> Difference:
+        """A stage that departs forward, with its cause, or the value inside it that has one."""
+        found = self._difference(stage.forward, stage)
+        if found.cause is not None or stage.forward.coarse:
+            return found
+        inside = self._inside(stage, found)
+        return found if inside is None else inside
+
+    def _inside(self, stage: Stage, outside: Difference) -> Difference | None:
+        """A value of the stage's segment of which a variant gives the candidate's output of the stage.
+
+        The rest of the segment is computed by the reference itself.
+        """
+        ours = segment(self.twin, stage.value.name, set(self.pairs))
+        candidate = pick_value(self.alone[True], stage.pair.candidate)
+        assert candidate is not None
+        if candidate.size != stage.value.value.size:
+            return None
+        target = to_reference(stage.pair, candidate, stage.value.value.shape)
+        runs = 0
+        for value in ours:
+            departure = self._departure(stage.forward, replace(stage, value=value), value.value, value.value)
+            limit = tolerance(replace(departure, result=stage.value.value, candidate_result=target))
+            for variant in variants(departure, self.twin):
+                if variant.array.shape != value.value.shape or runs >= _RERUNS:
+                    continue
+                if value is ours[-1]:
+                    result: Array | None = variant.array
+                else:
+                    runs += 1
+                    result = pick_value(self.rerun(replace={value.name: variant.array}), stage.value.name)
+                if result is not None and distance(result, target) <= limit:
+                    where = self._where_of(variant.place, stage)
+                    name = variant.place or value.name
+                    sentence = f"{where or stage.other.name} {variant.sentence}"
+                    return replace(
+                        outside, reference=name, index=None, cause=sentence, where=where, cause_id=variant.id
+                    )
+        return None
+
+    def _where_of(self, name: str, stage: Stage) -> str:
+        """The candidate's line of the stage, or of the value that has the numbers of the reference's `name`."""
+        if name in self.pairs:
+            other = self.pairs[name].candidate
+            where = next((value.where for value in self.whole_twin.values if value.name == other), "")
+            return where or stage.other.where
+        taken = {pair.candidate for pair in self.pairs.values()}
+        inside = segment(self.whole_twin, stage.other.name, taken)
+        return next((value.where for value in inside if value.where), stage.other.where)
+
+    def _gradient_difference(self, tensor: Tensor, stage: Stage | None) -> Difference:
+        """A gradient or statistic that departs, with its cause."""
+        found = self._difference(tensor, stage)
+        if found.cause is not None or not tensor.what.endswith("gradient"):
+            return found
+        name = tensor.reference
+        readers = [value for value in self.twin.values if name in (*value.inputs, *value.parameters)]
+        pick = PICKS[(tensor.what, name in self.pairs)]
+        truth, array = pick(self.twin, name), pick(self.alone[True], tensor.candidate)
+        if truth is None or array is None or not 1 < len(readers) <= _RERUNS:
+            return found
+        theirs = squeeze(array).transpose(self._axes(tensor, truth, array)).reshape(truth.shape)
+        for reader in readers:
+            without = pick(self.rerun(replace_gradients={reader.name: np.zeros(reader.value.shape)}), name)
+            assert without is not None
+            others = [value for value in readers if value is not reader]
+            for result, stopped in ((without, reader), (truth - without, others[0])):
+                if distance(result, theirs) <= max(10 * tensor.allowed, 1e-9):
+                    pair = self.pairs.get(stopped.name)
+                    other = pair.candidate if pair is not None else found.candidate
+                    where = self._where_of(stopped.name, stage) if stage is not None else found.where
+                    sentence = (
+                        f"{where or other} lets no gradient pass from {stopped.name} to {name}: "
+                        "remove the stop_gradient"
+                    )
+                    return replace(
+                        found,
+                        reference=stopped.name,
+                        candidate=other,
+                        cause=sentence,
+                        where=where,
+                        cause_id="stop-gradient",
+                    )
+        return found
 
     def _weight_fault(self, stage: Stage) -> Difference | None:
         """A parameter of a departing stage that is not the reference's."""
@@ -151,7 +247,15 @@ class Verdict:
 
     def _cause(self, tensor: Tensor, stage: Stage, truth: Array, array: Array) -> Cause | None:
         """Try the hypotheses on the stage alone."""
+        departure = self._departure(tensor, stage, truth, array)
+        if tensor.coarse and tensor.what == "output":
+            return find_precision(departure, array)
+        return find_cause(departure)
+
+    def _departure(self, tensor: Tensor, stage: Stage, truth: Array, array: Array) -> Departure:
+        """What is known of a stage. Of a module its inputs are those of the whole module."""
         ours = segment(self.twin, stage.value.name, set(self.pairs))
+        ours = ours if stage.value.is_module else ours[-1:]
         candidates = {pair.candidate for pair in self.pairs.values()}
         read = dict.fromkeys(name for value in ours for name in value.inputs)
         arrays = {**self.twin.inputs, **{value.name: value.value for value in self.twin.values}}
@@ -159,7 +263,7 @@ class Verdict:
         module = stage.value.module
         other = pick_value(self.alone[not tensor.coarse], stage.pair.candidate)
         assert other is not None
-        departure = Departure(
+        return Departure(
             what=tensor.what,
             reference=stage.value,
             candidate=stage.other,
@@ -180,9 +284,6 @@ class Verdict:
             noise=tensor.allowed / tensor.factor,
             train=bool(stage.value.attributes.get("training", False)),
         )
-        if tensor.coarse and tensor.what == "output":
-            return find_precision(departure, array)
-        return find_cause(departure)
 
     def _axes(self, tensor: Tensor, truth: Array, array: Array) -> tuple[int, ...]:
         if tensor.reference in self.pairs:

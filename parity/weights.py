@@ -11,7 +11,7 @@ import numpy as np
 
 from parity.alignment import Pair
 from parity.axes import best_axes, largest_error, squeeze
-from parity.trace import Array, Trace, Value
+from parity.trace import Array, Trace, stage_parameters
 
 _ROUNDED = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}  # largest relative rounding
 
@@ -50,25 +50,6 @@ class Audit:
     matches: Sequence[Match]
     faults: Sequence[WeightFault]
     extra: Sequence[str]
-
-
-def segment(trace: Trace, name: str, matched: set[str]) -> list[Value]:
-    """The operations from the paired values before a value up to it, in order."""
-    by_name = {value.name: value for value in trace.values}
-    inside: set[str] = set()
-    waiting = [name]
-    while waiting:
-        current = waiting.pop()
-        if current in inside or current not in by_name or (current in matched and current != name):
-            continue
-        inside.add(current)
-        waiting += by_name[current].inputs
-    return [value for value in trace.values if value.name in inside]
-
-
-def stage_parameters(trace: Trace, name: str, matched: set[str]) -> list[str]:
-    """The parameters that a stage reads, those of its unpaired operations among them."""
-    return list(dict.fromkeys(p for value in segment(trace, name, matched) for p in value.parameters))
 
 
 def audit(reference: Trace, candidate: Trace, pairs: Mapping[str, Pair]) -> Audit:

@@ -57,14 +57,14 @@ FUNCTIONS: dict[str, Function] = {
 }
 """float64 functions; `erf` is exact, as everywhere."""
 
-_NAMES = {"logistic": "sigmoid", "swish": "silu", "hard_swish": "hardswish", "hard_silu": "hardswish"}
-_NAMES |= {
+ALIASES = {"logistic": "sigmoid", "swish": "silu", "hard_swish": "hardswish", "hard_silu": "hardswish"}
+ALIASES |= {
     "hard_sigmoid": "hardsigmoid",
     "hard_tanh": "hardtanh",
     "leakyrelu": "leaky_relu",
     "logsigmoid": "logsigmoid",
 }
-_NAMES |= {"log_sigmoid": "logsigmoid", "abs": "absolute value", "soft_sign": "softsign"}
+ALIASES |= {"log_sigmoid": "logsigmoid", "abs": "absolute value", "soft_sign": "softsign"}
 _SOLVED = {
     "leaky_relu": ("slope", "slope"),
     "elu": ("alpha", "slope"),
@@ -76,7 +76,7 @@ _SOLVED = {
 def name_of(departure: Departure) -> str | None:
     """The reference's activation, if it is one."""
     name = departure.reference.operation.lower().rstrip("_")
-    name = _NAMES.get(name, name)
+    name = ALIASES.get(name, name)
     approximate = attribute(departure, "approximate", default="none")
     if name == "gelu" and approximate in ("tanh", True):
         return "gelu-tanh"

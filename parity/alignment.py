@@ -173,11 +173,19 @@ def _gradient_distance(a: Value, b: Value, axes: tuple[int, ...]) -> float:
 def _open_values(reference: Trace, pairs: Mapping[str, Pair]) -> list[Value]:
     """Values without a pair on which an output depends with no paired value between them."""
     by_name = {value.name: value for value in reference.values}
+
+    def is_layout(value: Value) -> bool:
+        """True if the value is a paired one with its axes in another order."""
+        sources = (by_name[name].value for name in value.inputs if name in pairs)
+        same_size = (source for source in sources if source.size == value.value.size)
+        found = (best_axes(value.value, source) for source in same_size)
+        return any(best is not None and best[1] <= SAME for best in found)
+
     open_names: set[str] = set()
     waiting = [name for name in reference.output_values.values() if name and name not in pairs]
     while waiting:
         name = waiting.pop()
-        if name in open_names or name in pairs or name not in by_name:
+        if name in open_names or name in pairs or name not in by_name or is_layout(by_name[name]):
             continue
         open_names.add(name)
         waiting += by_name[name].inputs
@@ -257,18 +265,25 @@ def _departure(
 def _readers_of_parameters(
     value: Value, reference: Trace, trace: Trace, pairs: Mapping[str, Pair], free: Sequence[Value]
 ) -> set[str]:
-    """The first free value of the candidate made from the parameters from which `value` is made."""
+    """The first free value of the candidate made from the parameters from which `value` is made.
+
+    If there is none, the first that is made from some of them and no others.
+    """
     wanted = stage_parameters(reference, value.name, set(pairs))
-    if not wanted:
-        return set()
     taken = {pair.candidate for pair in pairs.values()}
-    for other in free:
+    some: set[str] = set()
+    shape = sorted(squeeze(value.value).shape)
+    fits = [other for other in free if sorted(squeeze(other.value).shape) == shape] if wanted else []
+    for other in fits:
         read = stage_parameters(trace, other.name, taken)
-        if len(read) == len(wanted) and all(
-            any(same_numbers(reference.parameters[a], trace.parameters[b]) for b in read) for a in wanted
-        ):
+        known = [
+            a for a in wanted if any(same_numbers(reference.parameters[a], trace.parameters[b]) for b in read)
+        ]
+        if read and len(known) == len(read) == len(wanted):
             return {other.name}
-    return set()
+        if read and len(known) == len(read) and not some:
+            some = {other.name}
+    return some
 
 
 def same_numbers(a: Array, b: Array) -> bool:

@@ -220,16 +220,22 @@ class _Comparison:
         while True:
             wrong, right = self._gradients_compared(departed)
             open_names = self._open_gradients(wrong, right | set(departed))
-            best: tuple[int, str] | None = None
-            last_first = [value.name for value in reversed(self.twin.values) if value.name in open_names]
-            for name in last_first[:_TRIALS]:
-                now, _ = self._gradients_compared({**departed, name: self.pairs[name]})
+            values = [value for value in reversed(self.twin.values) if value.name in open_names]
+            # One at a time; then all of a kind, for a fault that every step or block of a model has.
+            groups = [[value.name] for value in values[:_TRIALS]]
+            kinds = dict.fromkeys((value.operation, value.is_module) for value in values)
+            groups += [[v.name for v in values if (v.operation, v.is_module) == kind] for kind in kinds]
+            best: tuple[int, list[str]] | None = None
+            for names in groups:
+                if best is not None and len(names) > 1:
+                    break
+                now, _ = self._gradients_compared({**departed, **{name: self.pairs[name] for name in names}})
                 gain = len(wrong) - len(now)
                 if gain > 0 and (best is None or gain > best[0]):
-                    best = gain, name
+                    best = gain, names
             if best is None:
                 return departed
-            departed[best[1]] = self.pairs[best[1]]
+            departed.update({name: self.pairs[name] for name in best[1]})
 
     def _gradients_compared(self, departed: Mapping[str, Pair]) -> tuple[set[str], set[str]]:
         """The inputs and parameters whose gradient is wrong, and the values whose gradient is right."""
@@ -331,7 +337,9 @@ class _Comparison:
             if found is not None:
                 tensors.append(self._tensor("input gradient", a, b, found[0], pick_input_gradient, floor))
         for match in self.weights.matches:
-            if match.candidate and match.reference in self.twin.parameter_gradients:
+            rank = squeeze(self.twin.parameters[match.reference]).ndim
+            known = match.candidate and len(match.axes) == rank  # else stored in another shape
+            if known and match.reference in self.twin.parameter_gradients:
                 names = match.reference, match.candidate
                 tensors.append(
                     self._tensor("parameter gradient", *names, match.axes, pick_parameter_gradient, floor)

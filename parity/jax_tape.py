@@ -205,10 +205,12 @@ class Tape:
                 continue
             self.used.update(dict.fromkeys(weights))
             if is_float(out.array):
-                kind = (
-                    name if name not in ("custom_jvp_call", "custom_vjp_call") else _function_name(equation)
-                )
-                self._record(out, kind, module, read, weights, _where(equation), plain(params), index)
+                custom = name in ("custom_jvp_call", "custom_vjp_call")
+                kind = _function_name(equation) if custom else name
+                attributes = plain(params)
+                if custom and (name == "custom_vjp_call" or not hasattr(jax.nn, kind)):  # not jax.nn.relu
+                    attributes["custom_derivative"] = True
+                self._record(out, kind, module, read, weights, _where(equation), attributes, index)
             else:
                 out.name = next(operand.name for operand in operands if operand.name)
         return outs

@@ -335,7 +335,9 @@ class Recorder(TorchFunctionMode):
             self._know(tensor, sources[0] if sources else None, parameters)
             return
         node = tensor.grad_fn.name().rpartition("::")[2] if tensor.grad_fn is not None else "in_place"
-        current, _ = self._recorded(tensor, node_operation(node), sources, parameters, {})
+        operation = node_operation(node)
+        attributes = {} if operation.islower() else {"custom_derivative": True}  # MyFunction, not copy_slices
+        current, _ = self._recorded(tensor, operation, sources, parameters, attributes)
         if current is not tensor:
             self._known[id(tensor)].current = current
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,16 +11,16 @@ import numpy as np
 from parity.alignment import SAME, Pair, family, to_reference, usual_axes
 from parity.axes import best_axes, departing_axes, largest_error, squeeze
 from parity.causes import Cause, Departure
-from parity.causes.search import find_cause, find_precision, tolerance
+from parity.causes.search import find_cause, find_precision
 from parity.causes.stage import distance
-from parity.causes.variants import variants
+from parity.causes.variants import Variant, exchanges, left_out, swapped, variants
 from parity.report import Difference, Stage, Tensor
 from parity.tensors import PICKS, pick_value
 from parity.trace import Array, Trace, Value, segment, stage_parameters
 from parity.weights import Audit
 
-
 _RERUNS = 150  # runs of the reference in the search for a cause inside a stage
+_READERS = 8  # stages that read one value, each tried for a wrong gradient
 
 Rerun = Callable[..., Trace]
 """Runs the reference's float64 twin; `replace` and `replace_gradients` as in `Model.run`."""
@@ -61,10 +62,10 @@ class Verdict:
                 )
         for stage in reversed(stages):
             if stage.backward is not None and stage.backward.departs:
-                return self._gradient_difference(stage.backward, self._reader(stage, stages))
+                return self._gradient_difference(stage.backward, self._reader(stage, stages), stages)
         for tensor in tensors:
             if tensor.departs:
-                return self._gradient_difference(tensor, self._reader_of(tensor.reference, stages))
+                return self._gradient_difference(tensor, self._reader_of(tensor.reference, stages), stages)
         return None
 
     def _output_difference(self, stage: Stage) -> Difference:
@@ -72,8 +73,30 @@ class Verdict:
         found = self._difference(stage.forward, stage)
         if found.cause is not None or stage.forward.coarse:
             return found
-        inside = self._inside(stage, found)
+        inside = self._dropout(stage, found) or self._inside(stage, found)
         return found if inside is None else inside
+
+    def _dropout(self, stage: Stage, outside: Difference) -> Difference | None:
+        """A value that the candidate sets to 0 at some places and multiplies by one number at the others."""
+        taken = {pair.candidate: name for name, pair in self.pairs.items()}
+        inside = segment(self.whole_twin, stage.other.name, set(taken))
+        for value in inside:
+            made = pick_value(self.alone[True], value.name)
+            for source in value.inputs:
+                read = pick_value(self.alone[True], source)
+                if source not in taken or made is None or read is None or made.shape != read.shape:
+                    continue
+                kept = made != 0
+                ratios = made[kept] / read[kept] if kept.any() and (read[kept] != 0).all() else np.ones(1)
+                if 0 < kept.mean() < 1 and ratios[0] > 1.001 and np.ptp(ratios) < 1e-9 * ratios[0]:
+                    sentence = (
+                        f"{value.where or value.name} drops some numbers of {taken[source]} and multiplies "
+                        f"the others by {ratios[0]:.6g}: dropout is active, switch it off "
+                        "(deterministic=True, eval mode)"
+                    )
+                    found = replace(outside, reference=taken[source], candidate=value.name, index=None)
+                    return replace(found, cause=sentence, where=value.where, cause_id="dropout-active")
+        return None
 
     def _inside(self, stage: Stage, outside: Difference) -> Difference | None:
         """A value of the stage's segment of which a variant gives the candidate's output of the stage.
@@ -86,29 +109,49 @@ class Verdict:
         if candidate.size != stage.value.value.size:
             return None
         target = to_reference(stage.pair, candidate, stage.value.value.shape)
-        runs = 0
-        for value in ours:
-            departure = self._departure(stage.forward, replace(stage, value=value), value.value, value.value)
-            limit = tolerance(replace(departure, result=stage.value.value, candidate_result=target))
-            for variant in variants(departure, self.twin):
-                if variant.array.shape != value.value.shape or runs >= _RERUNS:
-                    continue
-                if value is ours[-1]:
-                    result: Array | None = variant.array
-                else:
-                    runs += 1
-                    result = pick_value(self.rerun(replace={value.name: variant.array}), stage.value.name)
-                if result is not None and distance(result, target) <= limit:
-                    where = self._where_of(variant.place, stage)
-                    name = variant.place or value.name
-                    sentence = f"{where or stage.other.name} {variant.sentence}"
-                    return replace(
-                        outside, reference=name, index=None, cause=sentence, where=where, cause_id=variant.id
-                    )
+        limit = 10 * outside.noise
+        limit = max(limit, 1e-9, min(3e-7, 1e-3 * distance(target, stage.value.value)))
+
+        def fits(replaced: Mapping[str, Array]) -> bool:
+            result = replaced.get(stage.value.name)
+            if result is None:
+                result = pick_value(self.rerun(replace=replaced), stage.value.name)
+            return result is not None and distance(result, target) <= limit
+
+        for replaced, variant in itertools.islice(self._variants(stage, ours, target), _RERUNS):
+            if fits(replaced):
+                where = self._where_of(variant.place, stage)
+                sentence = f"{where or stage.other.name} {variant.sentence}"
+                found = replace(outside, reference=variant.place, index=None, where=where)
+                return replace(found, cause=sentence, cause_id=variant.id)
         return None
 
+    def _variants(
+        self, stage: Stage, ours: Sequence[Value], target: Array
+    ) -> Iterator[tuple[dict[str, Array], Variant]]:
+        """Values to replace in the reference, and what that would mean."""
+        by_name = {value.name: value for value in self.twin.values}
+        for value in ours:
+            for variant in left_out(value, by_name, self.twin):
+                yield {value.name: variant.array}, replace(variant, place=value.name)
+        for replaced, variant in exchanges(ours, self.twin):
+            yield replaced, replace(variant, place=stage.value.name)
+        departures = {
+            value.name: self._departure(stage.forward, replace(stage, value=value), value.value, value.value)
+            for value in ours
+        }
+        for before, behind in itertools.pairwise(ours):
+            if behind.inputs == (before.name,):
+                for variant in swapped(departures[before.name], departures[behind.name]):
+                    yield {behind.name: variant.array}, replace(variant, place=before.name)
+        for value in ours:
+            of_stage = target if value is ours[-1] else None
+            for variant in variants(departures[value.name], self.twin, of_stage):
+                if variant.array.shape == value.value.shape:
+                    yield {value.name: variant.array}, replace(variant, place=variant.place or value.name)
+
     def _where_of(self, name: str, stage: Stage) -> str:
-        """The candidate's line of the stage, or of the value that has the numbers of the reference's `name`."""
+        """The candidate's line of the value paired with `name`, else the first of the stage's segment."""
         if name in self.pairs:
             other = self.pairs[name].candidate
             where = next((value.where for value in self.whole_twin.values if value.name == other), "")
@@ -117,40 +160,48 @@ class Verdict:
         inside = segment(self.whole_twin, stage.other.name, taken)
         return next((value.where for value in inside if value.where), stage.other.where)
 
-    def _gradient_difference(self, tensor: Tensor, stage: Stage | None) -> Difference:
+    def _gradient_difference(
+        self, tensor: Tensor, stage: Stage | None, stages: Sequence[Stage]
+    ) -> Difference:
         """A gradient or statistic that departs, with its cause."""
         found = self._difference(tensor, stage)
         if found.cause is not None or not tensor.what.endswith("gradient"):
             return found
         name = tensor.reference
-        readers = [value for value in self.twin.values if name in (*value.inputs, *value.parameters)]
         pick = PICKS[(tensor.what, name in self.pairs)]
         truth, array = pick(self.twin, name), pick(self.alone[True], tensor.candidate)
-        if truth is None or array is None or not 1 < len(readers) <= _RERUNS:
+        readers = [one for one in stages if name in self._read(one)]
+        if truth is None or array is None or not 1 < len(readers) <= _READERS:
             return found
         theirs = squeeze(array).transpose(self._axes(tensor, truth, array)).reshape(truth.shape)
+        limit = max(tensor.allowed, 1e-9)
         for reader in readers:
-            without = pick(self.rerun(replace_gradients={reader.name: np.zeros(reader.value.shape)}), name)
+            zeros = np.zeros(reader.value.value.shape)
+            without = pick(self.rerun(replace_gradients={reader.value.name: zeros}), name)
             assert without is not None
-            others = [value for value in readers if value is not reader]
+            others = [one for one in readers if one is not reader]
             for result, stopped in ((without, reader), (truth - without, others[0])):
-                if distance(result, theirs) <= max(10 * tensor.allowed, 1e-9):
-                    pair = self.pairs.get(stopped.name)
-                    other = pair.candidate if pair is not None else found.candidate
-                    where = self._where_of(stopped.name, stage) if stage is not None else found.where
-                    sentence = (
-                        f"{where or other} lets no gradient pass from {stopped.name} to {name}: "
-                        "remove the stop_gradient"
-                    )
-                    return replace(
-                        found,
-                        reference=stopped.name,
-                        candidate=other,
-                        cause=sentence,
-                        where=where,
-                        cause_id="stop-gradient",
-                    )
+                if distance(result, theirs) <= limit:
+                    sentence = f"lets no gradient pass from {stopped.value.name} to {name}"
+                    cause = Cause("stop-gradient", f"{sentence}: remove the stop_gradient", 0.0)
+                    return self._at(found, stopped, cause)
+            cause = self._cause(tensor, reader, truth - without, theirs - without)
+            if cause is not None and distance(truth - without, theirs - without) > limit:
+                return self._at(found, reader, cause)
         return found
+
+    def _at(self, found: Difference, stage: Stage, cause: Cause) -> Difference:
+        """The same difference, at a stage and with a cause."""
+        where = stage.other.where
+        place = where or stage.other.name
+        sentence = cause.sentence if cause.sentence.startswith(place) else f"{place} {cause.sentence}"
+        names = {"reference": stage.value.name, "candidate": stage.other.name}
+        return replace(found, **names, where=where, cause=sentence, cause_id=cause.id)  # type: ignore[arg-type]
+
+    def _read(self, stage: Stage) -> set[str]:
+        """Names of the values, inputs and parameters that a stage reads."""
+        inside = segment(self.twin, stage.value.name, set(self.pairs))
+        return {name for value in inside for name in (*value.inputs, *value.parameters)}
 
     def _weight_fault(self, stage: Stage) -> Difference | None:
         """A parameter of a departing stage that is not the reference's."""
@@ -209,8 +260,7 @@ class Verdict:
         for stage in stages:
             if name in self.twin.state and stage.value.is_module and stage.value.module == module:
                 return stage  # its running statistics
-            inside = segment(self.twin, stage.value.name, set(self.pairs))
-            if any(name in (*value.inputs, *value.parameters) for value in inside):
+            if name in self._read(stage):
                 return stage
         return None
 
@@ -231,7 +281,8 @@ class Verdict:
             index = tuple(int(i) for i in np.unravel_index(int(apart.argmax()), truth.shape))
         cause = None if stage is None else self._cause(tensor, stage, truth, aligned)
         name, other = tensor.reference, tensor.candidate
-        if is_value and tensor.what == "input gradient" and stage is not None:
+        nothing = not aligned.any() and is_value  # no gradient passes back into the value itself
+        if tensor.what == "input gradient" and stage is not None and not nothing:
             name, other = stage.value.name, stage.other.name
         return Difference(
             what=tensor.what,
@@ -313,4 +364,5 @@ def _counterpart(value: Value, theirs: Sequence[Value]) -> Value | None:
     if any(best_axes(value.value, other.value) is not None for other in same_kind):
         fits = [other for other in theirs if other.value.size == value.value.size]
         return next((other for other in fits if _reordered(value.value, other.value)), None)
-    return next(iter(same_kind), None)
+    elementwise = ("activation", "sum", "mean", "normalization", "softmax")
+    return None if family(value.operation) in elementwise else next(iter(same_kind), None)

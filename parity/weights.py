@@ -82,10 +82,25 @@ def audit(reference: Trace, candidate: Trace, pairs: Mapping[str, Pair]) -> Audi
 
     match(stages, True)
     match(everything, True)
+    _match_reshaped(found, taken, ours, theirs)
     match(stages, False)
     matches = [found.get(name, Match(name, "", (), False)) for name in ours]
     faults = [fault for one in matches for fault in _faults(one, matches, ours, theirs, stages)]
     return Audit(matches, faults, [name for name in theirs if name not in taken])
+
+
+def _match_reshaped(
+    found: dict[str, Match], taken: set[str], ours: Mapping[str, Array], theirs: Mapping[str, Array]
+) -> None:
+    """Match what has the same numbers, perhaps rounded, in another shape: a kernel for flat images."""
+    for name, array in ours.items():
+        for other, numbers in theirs.items():
+            if name in found or other in taken or array.size != numbers.size or array.size < 2:
+                continue
+            a, b = np.sort(array, axis=None), np.sort(numbers, axis=None)
+            if best_axes(array, numbers) is None and largest_error(a, b) <= 2 * _ROUNDED["bfloat16"]:
+                found[name] = Match(name, other, (), bool(np.array_equal(a, b)))
+                taken.add(other)
 
 
 def _fits(a: Array, b: Array, axes: tuple[int, ...]) -> bool:
@@ -133,6 +148,8 @@ def _faults(
     truth = squeeze(ours[name])
     array = squeeze(theirs[other])
     array = array.transpose(match.axes) if len(match.axes) == array.ndim else array
+    if array.shape != truth.shape:
+        truth, array = np.sort(truth, axis=None), np.sort(array, axis=None)
     error = largest_error(truth, array)
     for precision, rounding in _ROUNDED.items():
         relative = np.abs(truth - array) / np.maximum(np.abs(truth), 1e-300)
@@ -179,11 +196,9 @@ def _equal_faults(
     """A parameter with the right numbers that is transposed unlike the others, or read at another place."""
     name, other = match.reference, match.candidate
     rank = squeeze(ours[name]).ndim
-    peers = [
-        m for m in matches if m.equal and m.reference != name and squeeze(ours[m.reference]).ndim == rank
-    ]
+    peers = [m for m in matches if m.equal and m.reference != name and len(m.axes) == rank]
     usual = Counter(m.axes for m in peers).most_common(1)
-    if rank > 1 and peers and usual[0][0] != match.axes and usual[0][1] > len(peers) / 2:
+    if len(match.axes) == rank > 1 and peers and usual[0][0] != match.axes and usual[0][1] > len(peers) / 2:
         shape = squeeze(theirs[other]).shape
         if tuple(shape[axis] for axis in usual[0][0]) == squeeze(ours[name]).shape:
             orders = f"its axes in the order {match.axes}; the others have {usual[0][0]}"

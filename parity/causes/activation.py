@@ -99,6 +99,8 @@ def arguments_of(departure: Departure, name: str) -> dict[str, float]:
 
 def apply(x: Array, name: str, **arguments: float) -> Array:
     """The activation of that name."""
+    if name == "softmax":
+        return softmax(x, int(arguments["axis"]))
     return FUNCTIONS[name](x, **arguments)
 
 
@@ -117,6 +119,9 @@ def forms(departure: Departure) -> Iterator[Form]:
         for other in FUNCTIONS:
             if other != name:
                 yield _change(other, {}, reference, name)
+        for axis in range(x.ndim):
+            knobs = {"function": ("softmax", {"axis": axis})}
+            yield Change("activation", f"uses softmax along axis {axis}", reference, reference, knobs)
         for other, (_, argument) in _SOLVED.items():
             grid = np.concatenate([-np.geomspace(1e-3, 1, 4), np.geomspace(1e-4, 10, 21)]).tolist()
             grid = [g for g in grid if g > 0 or argument == "slope"]
@@ -168,7 +173,8 @@ def softmax(
     """
     x = x * scale
     top = x.max(axis=axis, keepdims=True)
-    total = np.exp(x - top).sum(axis=axis, keepdims=True) + more * np.exp(-top)
+    total = np.exp(x - top).sum(axis=axis, keepdims=True)
+    total = total + more * np.exp(-top) if more else total
     logs = x - top - np.log(total)
     return np.asarray(logs if log else np.exp(logs) * sums)
 

@@ -139,3 +139,50 @@ def mask_forms(departure: Departure) -> Iterator[Form]:
                     yield Change(id_, does, f"with {number(values[0])}", f"{number(values[0])}", knobs)
 
     yield Form(compute, {"x": x, "hidden": hidden, "value": float(values[0])}, changes)
+
+
+def hidden_scores(scores: Array, masked: Array) -> Array | None:
+    """Where a mask hides scores: one value in the place of many; None if nothing is hidden so."""
+    if scores.shape != masked.shape:
+        return None
+    hidden = np.asarray(scores != masked)
+    return hidden if hidden.any() and len(np.unique(masked[hidden])) == 1 else None
+
+
+def softmax_variants(
+    scores: Array, masked: Array, axis: int, target: Array | None
+) -> Iterator[tuple[str, Array, str]]:
+    """What a softmax of masked scores may be instead: id, result, and the rest of the sentence.
+
+    Args:
+        scores: before the mask. masked: with it.
+        axis: of the softmax.
+        target: the candidate's result, if that is known.
+    """
+    hidden = hidden_scores(scores, masked)
+    if hidden is None:
+        return
+    plain = softmax(scores, axis)
+    does = "sets weights to 0 behind the softmax, so that they no longer sum to 1: mask the scores with -inf"
+    yield "mask-after-softmax", np.where(hidden, 0, plain), does
+    does = (
+        "hides what the mask shows, the reference the rest: write ~mask, or the arguments of where exchanged"
+    )
+    yield "mask-inverted", softmax(np.where(hidden, scores, -1e30), axis), does
+    yield "mask-missing", plain, "does not mask the scores: mask them"
+    for other in range(scores.ndim):
+        if other != axis % scores.ndim:
+            does = (
+                f"normalizes along axis {other}, the reference along {axis % scores.ndim}: write axis={axis}"
+            )
+            yield "softmax-axis", softmax(np.where(hidden, -1e30, scores), other), does
+    if target is not None and target.shape == scores.shape:
+        shown = np.broadcast_to((~hidden).any(axis, keepdims=True), hidden.shape)
+        with np.errstate(all="ignore"):
+            logs = np.log(target)
+            offset = np.where(hidden, -np.inf, logs - scores).max(axis, keepdims=True)
+            values = (logs - offset)[hidden & shown]
+        if values.size and np.isfinite(values).all() and np.ptp(values) < 1e-6 * np.abs(values).max():
+            value = float(f"{np.median(values):.6g}")
+            does = f"fills hidden scores with {number(value)}, which is not small enough: write -inf"
+            yield "mask-value", softmax(np.where(hidden, value, scores), axis), does

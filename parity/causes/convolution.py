@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,8 @@ def _form(
     sizes = [(n - 1) * d + 1 for n, d in zip(x.shape[2:], spread, strict=True)]
 
     def changes(target: Array) -> Iterable[Change]:
-        yield from padding_changes(departure, padding, sizes, sides, stride)
+        for change in padding_changes(departure, padding, sizes, sides, stride):
+            yield replace(change, id="output-padding") if transposed else change
         yield from _paddings_of_other_kinds(knobs["mode"])  # type: ignore[arg-type]
         yield from _strides(stride)
         yield from _dilations(weight, padding, dilation)

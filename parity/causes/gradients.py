@@ -20,8 +20,14 @@ def derivatives(departure: Departure, form: Form | None) -> Iterator[Found]:
     yield "stop-gradient", np.zeros_like(truth), f"lets no gradient pass to {name}: remove the stop_gradient"
     theirs = departure.candidate_result
     if theirs.shape == truth.shape and (theirs == 0).any():
-        does = f"lets the gradient to {name} pass at some places only: remove the stop_gradient"
-        yield "stop-gradient", np.where(theirs == 0, 0, truth), does
+        does = f"lets the gradient to {name} pass at some places only: "
+        id_ = "wrong-custom-derivative" if has_custom_derivative(departure) else "stop-gradient"
+        does += (
+            "correct its custom derivative"
+            if has_custom_derivative(departure)
+            else "remove the stop_gradient"
+        )
+        yield id_, np.where(theirs == 0, 0, truth), does
     if dy is None or departure.what != "input gradient":
         return
     if form is not None and "axes" in form.knobs and "eps" in form.knobs:
@@ -50,6 +56,11 @@ def derivatives(departure: Departure, form: Form | None) -> Iterator[Found]:
         ):
             does = "lets the gradient pass where the input is 0, the reference does not"
             yield "wrong-custom-derivative", dy * (x >= 0), does
+
+
+def has_custom_derivative(departure: Departure) -> bool:
+    """True if the candidate's stage holds a function whose derivative the user wrote."""
+    return any("custom_derivative" in value.attributes for value in (departure.candidate, *departure.segment))
 
 
 def _constant_statistics(form: Form, dy: Array, view: object) -> Iterator[Found]:

@@ -150,18 +150,21 @@ def transpose_forms(departure: Departure) -> Iterator[Form]:
 def binary_forms(departure: Departure) -> Iterator[Form]:
     """a + b, a - b, a * b, a / b, the larger; with a parameter for b too."""
     arrays = [*departure.inputs.values(), *departure.parameters.values()]
+    given = attribute(departure, "other", "value") if len(arrays) == 1 else None
     if len(arrays) == 1:
-        given = attribute(departure, "other", "value")
         arrays.append(arrays[0] if given is None else np.full(arrays[0].shape, float(given)))
     if len(arrays) != 2:
         return
-    name = _BINARY_NAMES[departure.reference.operation.lower().rstrip("_").removeprefix("i")]
+    if arrays[1].ndim == 2 and departure.output.shape[-2:] != arrays[1].shape:
+        yield from _table_forms(departure, *arrays)
+        return
+    kind = _BINARY_NAMES[departure.reference.operation.lower().rstrip("_").removeprefix("i")]
     alpha = float(attribute(departure, "alpha", default=1.0))
-    orders = [arrays, arrays[::-1]] if name in ("subtract", "divide") else [arrays]
+    orders = [arrays, arrays[::-1]] if kind in ("subtract", "divide") else [arrays]
     for x, other in orders:
 
         def changes(target: Array, x: Array = x, other: Array = other) -> Iterable[Change]:
-            own = _BINARY_WORDS[name]
+            own = _BINARY_WORDS[kind]
             yield Change("missing-shortcut", "leaves the second value out", own, own, {"function": "first"})
             yield Change("missing-shortcut", "leaves the first value out", own, own, {"function": "second"})
             for function in ("relu", "gelu", "silu", "tanh", "sigmoid"):
@@ -178,15 +181,25 @@ def binary_forms(departure: Departure) -> Iterator[Form]:
                     {"function": function},
                 )
             for word in _BINARY_WORDS:
-                if word != name:
+                if word != kind:
                     yield Change("operator", _BINARY_WORDS[word], own, own, {"function": word})
             for knob, word in (("alpha", "second"), ("scale", "first")):
 
                 def scaled(value: float, knob: str = knob) -> Array:
-                    return compute(x, other, name, **{knob: value})
+                    return compute(x, other, kind, **{knob: value})
 
                 value = solve(scaled, target, (-1.0, 0.1, 1.0, 4.0))
-                if value is not None:
+                if value is not None and given is not None and knob == "alpha":
+                    embedded = any("embed" in name.lower() for name in departure.inputs)
+                    verb = {"divide": "divides by", "multiply": "multiplies by"}.get(kind, f"{own} by")
+                    yield Change(
+                        "embedding-scale" if embedded else "attention-scale",
+                        f"{verb} {number(float(given) * value)}",
+                        f"by {number(float(given))}",
+                        number(float(given)),
+                        {knob: value},
+                    )
+                elif value is not None:
                     does = f"scales the {word} value by {number(value)}"
                     yield Change(
                         "operand-scaled", does, "does not", f"{own} without the factor", {knob: value}
@@ -195,10 +208,26 @@ def binary_forms(departure: Departure) -> Iterator[Form]:
         def compute(x: Array, other: Array, function: str, alpha: float = alpha, scale: float = 1.0) -> Array:
             x, other = x * scale, other * alpha
             if function in FUNCTIONS:
-                return FUNCTIONS[function](_BINARY[name](x, other))
+                return FUNCTIONS[function](_BINARY[kind](x, other))
             return np.asarray(_BINARY[function](x, other))
 
-        yield Form(compute, {"x": x, "other": other, "function": name}, changes)
+        yield Form(compute, {"x": x, "other": other, "function": kind}, changes)
+
+
+def _table_forms(departure: Departure, x: Array, table: Array) -> Iterator[Form]:
+    """x [..., length, width] plus the first rows of a table: learned positions."""
+    length = departure.output.shape[-2] if departure.output.ndim > 1 else 0
+    if not length or length > len(table) or x.shape != departure.output.shape:
+        return
+
+    def compute(x: Array, table: Array, first: int) -> Array:
+        return x + table[first : first + length]
+
+    def changes(target: Array) -> Iterable[Change]:
+        for first in range(1, len(table) - length + 1):
+            yield Change("position-offset", f"counts positions from {first}", "from 0", "0", {"first": first})
+
+    yield Form(compute, {"x": x, "table": table, "first": 0}, changes)
 
 
 _BINARY: dict[str, Callable[[Array, Array], Array]] = {

@@ -30,6 +30,7 @@ def recur(
     reset_first: bool = False,
     share_of_new: bool = False,
     forget: float = 0.0,
+    hard: str = "",
 ) -> Array:
     """The states of one layer.
 
@@ -40,6 +41,7 @@ def recur(
         reset_first: a GRU's reset gate acts on the state before its product.
         share_of_new: a GRU's update gate is the share of the new state.
         forget: added to an LSTM's forget gate.
+        hard: the gate of an LSTM that is a hard sigmoid: "i", "f" or "o".
 
     Returns:
         [time, N, hidden].
@@ -57,8 +59,12 @@ def recur(
         b = np.split(h @ w_h.T + b_h, len(order), axis=1)
         if kind == "lstm":
             i, f, g, o = (p + q for p, q in zip(a, b, strict=True))
-            c = gate(f + forget) * c + gate(i) * squash(g)
-            h = gate(o) * squash(c)
+            i, f, o = (
+                FUNCTIONS["hardsigmoid"](a) if name == hard else gate(a)
+                for name, a in (("i", i), ("f", f + forget), ("o", o))
+            )
+            c = f * c + i * squash(g)
+            h = o * squash(c)
         elif kind == "gru":
             r, z = gate(a[0] + b[0]), gate(a[1] + b[1])
             size = h.shape[1]
@@ -138,6 +144,9 @@ def _changes(knobs: dict[str, Any]) -> Iterable[Change]:
         for other in others:
             does = f"uses {other}"
             yield Change("activation", does, f"{knobs.get(knob, knob)}", f"{knob}", {knob: other})
+    for gate in ("i", "f", "o") if kind == "lstm" else ():
+        does, write = f"uses a hard sigmoid for the gate {gate}", "sigmoid"
+        yield Change("activation", does, "a sigmoid", write, {"hard": gate})
     if kind == "lstm":
         does, write = "adds 1 to the forget gate", "no forget bias"
         yield Change("forget-bias", does, "does not", write, {"forget": 1.0})

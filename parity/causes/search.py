@@ -61,7 +61,8 @@ def find_cause(departure: Departure) -> Cause | None:
         found = None if form is None else _search(departure, form)
         return found or _general(departure)
     found = _first_fit(departure, gradients.derivatives(departure, form)) or _general(departure)
-    if found is None and departure.what == "input gradient" and activation.name_of(departure) is not None:
+    custom = activation.name_of(departure) is not None or gradients.has_custom_derivative(departure)
+    if found is None and departure.what == "input gradient" and custom:
         words = (
             f"has a derivative that is not that of {departure.reference.operation}: correct its custom rule"
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from parity.causes import Departure, activation
+from parity.causes import Departure, activation, attention
 from parity.causes.search import known_form
 from parity.causes.stage import Form
 from parity.trace import Array, Trace, Value
@@ -34,11 +35,13 @@ class Variant:
     place: str = ""
 
 
-def variants(departure: Departure, trace: Trace) -> Iterator[Variant]:
-    """Variants of `departure.reference`, a value of the reference's run `trace`, the likeliest first."""
+def variants(departure: Departure, trace: Trace, target: Array | None) -> Iterator[Variant]:
+    """Variants of `departure.reference`, a value of the reference's run `trace`.
+
+    `target` is the candidate's, for the value in which the stage ends.
+    """
     value = departure.reference
     by_name = {one.name: one for one in trace.values}
-    yield from _left_out(departure, by_name)
     form = None if value.is_module and not departure.inputs else known_form(departure)
     if form is not None:
         for change in form.changes(form.view(departure.output)):
@@ -47,11 +50,47 @@ def variants(departure: Departure, trace: Trace) -> Iterator[Variant]:
                 sentence = f"{change.does}, the reference {change.reference}: write {change.write}"
                 yield Variant(change.id, array, sentence)
         yield from _other_operands(departure, form, trace, by_name)
+    yield from _masked_softmax(departure, by_name, target)
+    yield from _scaled_before_product(departure, trace, by_name)
     for name in _EXTRA:
         with np.errstate(all="ignore"):
             array = activation.apply(departure.output, name)
         sentence = f"applies {name} to what is {value.name} in the reference: move or remove it"
         yield Variant("norm-activation-order", array, sentence)
+
+
+def exchanges(segment: Sequence[Value], trace: Trace) -> Iterator[tuple[dict[str, Array], Variant]]:
+    """Two values that a segment has or reads, exchanged: what to replace, and the words.
+
+    `array` of the variant is that of neither: the rest of the segment is to be computed.
+    """
+    by_name = {value.name: value for value in trace.values}
+    names = dict.fromkeys(name for value in segment for name in value.inputs if name in by_name)
+    for a, b in itertools.combinations((by_name[name] for name in names), 2):
+        if a.value.shape != b.value.shape or np.array_equal(a.value, b.value):
+            continue
+        complement = bool(np.isfinite(a.value).all()) and np.abs(a.value + b.value - 1).max() < 1e-9
+        if not complement and (a.name in b.inputs or b.name in a.inputs):
+            continue
+        id_ = "update-gate-convention" if complement else _operand_id(a.name, b.name, by_name)
+        words = f"exchanges {a.name} and {b.name}: write each in the other's place"
+        yield {a.name: b.value, b.name: a.value}, Variant(id_, a.value, words)
+
+
+def swapped(before: Departure, behind: Departure) -> Iterator[Variant]:
+    """The second of two operations first: norm(relu(x)) for relu(norm(x))."""
+    first, second = known_form(before), known_form(behind)
+    if first is None or second is None or not {"x"} <= set(first.knobs) & set(second.knobs):
+        return
+    x = next(iter(before.inputs.values()))
+    inner = second.result({"x": x}) if x.shape == behind.output.shape else np.empty(0)
+    if inner.shape != x.shape:
+        return
+    array = _in_reference_layout(first, first.result({"x": first.view(inner)}), behind.output)
+    if array is not None:
+        one, two = before.reference.name, behind.reference.name
+        words = f"applies {two} before {one}, the reference behind it: exchange the two"
+        yield Variant("norm-activation-order", array, words)
 
 
 def _in_reference_layout(form: Form, result: Array, output: Array) -> Array | None:
@@ -64,15 +103,14 @@ def _in_reference_layout(form: Form, result: Array, output: Array) -> Array | No
     return array.reshape(output.shape)
 
 
-def _left_out(departure: Departure, by_name: Mapping[str, Value]) -> Iterator[Variant]:
+def left_out(value: Value, by_name: Mapping[str, Value], trace: Trace) -> Iterator[Variant]:
     """The operation left out: one of its operands as it is."""
-    value = departure.reference
-    arrays = {**departure.inputs, **departure.parameters}
-    for name, x in arrays.items():
-        if x.shape == value.value.shape:
+    arrays = {**trace.inputs, **trace.parameters, **{name: one.value for name, one in by_name.items()}}
+    for name in (*value.inputs, *value.parameters):
+        if name in arrays and arrays[name].shape == value.value.shape:
             id_ = _left_out_id(value, by_name)
             words = f"leaves out {value.name} ({value.operation}) and goes on with {name}: write it there"
-            yield Variant(id_, x, words)
+            yield Variant(id_, arrays[name], words)
 
 
 def _left_out_id(value: Value, by_name: Mapping[str, Value]) -> str:
@@ -87,6 +125,23 @@ def _left_out_id(value: Value, by_name: Mapping[str, Value]) -> str:
     if operation in activation.FUNCTIONS or operation in activation.ALIASES:
         return "activation"
     return "operation-missing"
+
+
+def _masked_softmax(
+    departure: Departure, by_name: Mapping[str, Value], target: Array | None
+) -> Iterator[Variant]:
+    """A softmax whose mask is another one."""
+    value = departure.reference
+    masked = by_name.get(value.inputs[0]) if value.inputs else None
+    if "softmax" not in value.operation.lower() or masked is None:
+        return
+    axis = value.attributes.get("dim", value.attributes.get("axis", -1))
+    for name in masked.inputs:
+        if name in by_name and isinstance(axis, int):
+            found = attention.softmax_variants(by_name[name].value, masked.value, axis, target)
+            for id_, array, words in found:
+                place = masked.name if id_ in ("mask-value", "mask-inverted", "mask-missing") else ""
+                yield Variant(id_, array, words, place)
 
 
 def _other_operands(
@@ -109,7 +164,7 @@ def _other_operands(
             if result is None:
                 continue
             words = f"reads {other.name} where the reference reads {own or 'another value'}"
-            id_ = _operand_id(value, own, other.name, by_name)
+            id_ = _operand_id(own, other.name, by_name)
             place = own if id_ == "gate-order" else ""
             yield Variant(id_, result, words, place)
 
@@ -132,11 +187,42 @@ def _candidates(value: Value, own: str, trace: Trace) -> list[Value]:
     return before[::-1][:_OPERANDS]
 
 
-def _operand_id(value: Value, own: str, other: str, by_name: Mapping[str, Value]) -> str:
-    """Gates exchanged, a shortcut from another place, or another input."""
-    if _split_before(own, by_name) & _split_before(other, by_name):
-        return "gate-order"
-    return "shortcut-source"
+def _operand_id(own: str, other: str, by_name: Mapping[str, Value]) -> str:
+    """Gates exchanged, or a shortcut from another place."""
+    return "gate-order" if _split_before(own, by_name) & _split_before(other, by_name) else "shortcut-source"
+
+
+def _scaled_before_product(
+    departure: Departure, trace: Trace, by_name: Mapping[str, Value]
+) -> Iterator[Variant]:
+    """a * (part of x W + b) as part of (a x) W + b: the reset gate of a GRU before its product."""
+    value = departure.reference
+    if value.operation.lower().strip("_") not in ("mul", "imul") or len(value.inputs) != 2:
+        return
+    for gate, part in itertools.permutations([name for name in value.inputs if name in by_name], 2):
+        for name in _split_before(part, by_name):
+            product = by_name.get(name)
+            if product is None or len(product.inputs) != 1 or not product.parameters:
+                continue
+            x = by_name[product.inputs[0]].value if product.inputs[0] in by_name else None
+            x = trace.inputs.get(product.inputs[0]) if x is None else x
+            weights = [trace.parameters[p] for p in product.parameters]
+            weight = next((w for w in weights if w.ndim == 2), None)
+            bias = next((w for w in weights if w.ndim == 1), None)
+            if x is None or weight is None or x.shape != by_name[gate].value.shape:
+                continue
+            for matrix in (weight, weight.T):
+                if matrix.shape[1] != x.shape[-1] or matrix.shape[0] != product.value.shape[-1]:
+                    continue
+                scaled = (by_name[gate].value * x) @ matrix.T + (0 if bias is None else bias)
+                size = value.value.shape[-1]
+                for start in range(0, scaled.shape[-1] - size + 1, size):
+                    if np.array_equal(product.value[..., start : start + size], by_name[part].value):
+                        words = (
+                            f"multiplies by {gate} before the product of {name}, the reference behind it: "
+                            "write it there (reset_after=True)"
+                        )
+                        yield Variant("reset-gate-placement", scaled[..., start : start + size], words)
 
 
 def _split_before(name: str, by_name: Mapping[str, Value], steps: int = 4) -> set[str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from parity.alignment import SAME, Pair, family, to_reference, usual_axes
+from parity.alignment import SAME, Pair, family, to_candidate, to_reference, usual_axes
 from parity.axes import best_axes, departing_axes, largest_error, squeeze
 from parity.causes import Cause, Departure
 from parity.causes.search import find_cause, find_precision
@@ -71,6 +71,9 @@ class Verdict:
     def _output_difference(self, stage: Stage) -> Difference:
         """A stage that departs forward, with its cause, or the value inside it that has one."""
         found = self._difference(stage.forward, stage)
+        if found.cause_id == "position-offset":  # a table of positions is no value, but a module
+            table = next(name for name in stage.value.parameters if name)
+            return replace(found, reference=table.rpartition(".")[0])
         if found.cause is not None or stage.forward.coarse:
             return found
         inside = self._dropout(stage, found) or self._inside(stage, found)
@@ -80,12 +83,12 @@ class Verdict:
         """A value that the candidate sets to 0 at some places and multiplies by one number at the others."""
         taken = {pair.candidate: name for name, pair in self.pairs.items()}
         inside = segment(self.whole_twin, stage.other.name, set(taken))
-        for value in inside:
-            made = pick_value(self.alone[True], value.name)
-            for source in value.inputs:
-                read = pick_value(self.alone[True], source)
-                if source not in taken or made is None or read is None or made.shape != read.shape:
-                    continue
+        sources = dict.fromkeys(name for value in inside for name in value.inputs if name in taken)
+        arrays = {value.name: value.value for value in self.twin.values}
+        for value, source in itertools.product(inside, sources):
+            made, pair = pick_value(self.alone[True], value.name), self.pairs[taken[source]]
+            if made is not None and made.size == arrays[pair.reference].size:
+                read = to_candidate(pair, arrays[pair.reference], made.shape)
                 kept = made != 0
                 ratios = made[kept] / read[kept] if kept.any() and (read[kept] != 0).all() else np.ones(1)
                 if 0 < kept.mean() < 1 and ratios[0] > 1.001 and np.ptp(ratios) < 1e-9 * ratios[0]:
@@ -135,7 +138,7 @@ class Verdict:
             for variant in left_out(value, by_name, self.twin):
                 yield {value.name: variant.array}, replace(variant, place=value.name)
         for replaced, variant in exchanges(ours, self.twin):
-            yield replaced, replace(variant, place=stage.value.name)
+            yield replaced, variant
         departures = {
             value.name: self._departure(stage.forward, replace(stage, value=value), value.value, value.value)
             for value in ours
@@ -305,21 +308,32 @@ class Verdict:
 
     def _departure(self, tensor: Tensor, stage: Stage, truth: Array, array: Array) -> Departure:
         """What is known of a stage. Of a module its inputs are those of the whole module."""
+        module = stage.value.module
         ours = segment(self.twin, stage.value.name, set(self.pairs))
-        ours = ours if stage.value.is_module else ours[-1:]
+        if stage.value.is_module:
+            ours = [value for value in ours if f"{value.module}.".startswith(f"{module}.")]
+        else:
+            ours = ours[-1:]
         candidates = {pair.candidate for pair in self.pairs.values()}
         read = dict.fromkeys(name for value in ours for name in value.inputs)
         arrays = {**self.twin.inputs, **{value.name: value.value for value in self.twin.values}}
         inside = {value.name for value in ours}
-        module = stage.value.module
         other = pick_value(self.alone[not tensor.coarse], stage.pair.candidate)
         assert other is not None
+        inputs = {name: arrays[name] for name in read if name in arrays and name not in inside}
+        name = tensor.reference
+        if tensor.what == "input gradient" and name in arrays and name not in inputs:
+            for own, x in inputs.items():  # the stage may read the value with its axes in another order
+                found = best_axes(x, arrays[name])
+                if found is not None and found[1] <= SAME and x.ndim == arrays[name].ndim == len(found[0]):
+                    name, truth, array = own, truth.transpose(found[0]), array.transpose(found[0])
+                    break
         return Departure(
             what=tensor.what,
             reference=stage.value,
             candidate=stage.other,
             segment=tuple(segment(self.whole_twin, stage.pair.candidate, candidates)),
-            inputs={name: arrays[name] for name in read if name in arrays and name not in inside},
+            inputs=inputs,
             parameters={p: self.twin.parameters[p] for value in ours for p in value.parameters},
             state={n: a for n, a in self.twin.state_before.items() if module and n.startswith(f"{module}.")},
             output=stage.value.value,
@@ -331,7 +345,7 @@ class Verdict:
             gradient=stage.value.gradient,
             result=truth,
             candidate_result=array,
-            result_name=tensor.reference,
+            result_name=name,
             noise=tensor.allowed / tensor.factor,
             train=bool(stage.value.attributes.get("training", False)),
         )

@@ -73,8 +73,10 @@ def exchanges(segment: Sequence[Value], trace: Trace) -> Iterator[tuple[dict[str
         if not complement and (a.name in b.inputs or b.name in a.inputs):
             continue
         id_ = "update-gate-convention" if complement else _operand_id(a.name, b.name, by_name)
+        both = next((value for value in segment if {a.name, b.name} <= set(value.inputs)), segment[-1])
+        id_ = "concat-order" if "cat" in both.operation else id_
         words = f"exchanges {a.name} and {b.name}: write each in the other's place"
-        yield {a.name: b.value, b.name: a.value}, Variant(id_, a.value, words)
+        yield {a.name: b.value, b.name: a.value}, Variant(id_, a.value, words, both.name)
 
 
 def swapped(before: Departure, behind: Departure) -> Iterator[Variant]:

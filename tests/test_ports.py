@@ -1,4 +1,4 @@
-"""The labeled set itself: a correct port agrees with its reference, and a fault changes what its label says.
+"""The labeled sets: a correct port agrees with its reference, and a fault changes what its label says.
 
 Everything is computed in float64 by the frameworks alone, without the package `parity`.
 """
@@ -9,6 +9,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import pytest
 import torch
 from flax import nnx, traverse_util
 
-from tests.ports import MODELS, all_faults, all_ports
+from tests import ports, ports_blind
 from tests.ports.case import Array, Case, Fault, Port, arrays_of, parameters_of, statistics_of
 from tests.ports.causes import CAUSES
 
@@ -26,8 +27,10 @@ AGREES = 1e-10  # relative to the largest number of a tensor; float64 rounds at 
 ROUNDED = 1e-6  # where a library computes in float32 on the way
 DIFFERS = 1e-6
 
-FAULTS = list(all_faults())
-QUICK = ("squeeze-jax", "gru-jax")  # the others take minutes, most of them to compile
+SETS = (ports, ports_blind)
+PORTS = [port for labeled_set in SETS for port in labeled_set.all_ports()]
+FAULTS = [fault for labeled_set in SETS for fault in labeled_set.all_faults()]
+QUICK = ("squeeze-jax", "gru-jax", "residual-merged")  # the others take minutes, most of them to compile
 
 
 def marked(entries: Iterable[Port | Fault]) -> list[Any]:
@@ -204,7 +207,7 @@ def worst(expected: Mapping[str, Array], actual: Mapping[str, Array]) -> float:
     return max(errors(expected, actual).values(), default=0.0)
 
 
-@pytest.mark.parametrize("port", marked(all_ports()))
+@pytest.mark.parametrize("port", marked(PORTS))
 def test_a_correct_port_agrees(port: Port) -> None:
     case = port.build(0, dtype="float64")
     reference, candidate = run_reference(case), correct_run(port.build)
@@ -259,7 +262,12 @@ def test_a_label_names_what_exists(fault: Fault) -> None:
     assert fault.where or fault.what == "parameter", "no line ends in # fault: NAME"
 
 
-def test_the_set_is_as_large_as_it_claims() -> None:
-    assert len(MODELS) >= 10
-    assert len(FAULTS) >= 40
-    assert max(Counter(fault.name for fault in FAULTS).values()) == 1
+@pytest.mark.parametrize(("labeled_set", "models"), [(ports, 10), (ports_blind, 5)])
+def test_a_set_is_as_large_as_it_claims(labeled_set: ModuleType, models: int) -> None:
+    assert len(labeled_set.MODELS) >= models
+    assert len(list(labeled_set.all_faults())) >= 40
+
+
+def test_names_are_unique() -> None:
+    names = Counter(entry.name for entry in (*PORTS, *FAULTS))
+    assert max(names.values()) == 1

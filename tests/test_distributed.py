@@ -21,7 +21,8 @@ from tests.helpers.runs import Run
 
 ROOT = Path(__file__).parents[1]
 FLOAT32_FIRST_STEPS = 1e-5  # later float32 steps part by chaos
-CNN = ["--model", "cnn", "--train-subset", "0.1", "--batch-size", "16", "--precision", "float64"]
+CNN = ["--model", "cnn", "--dataset", "synthetic", "--train-subset", "0.1", "--batch-size", "16"]
+CNN += ["--precision", "float64"]
 STEPS = ["--schedule-steps", "24", "--eval-every", "5", "--checkpoint-every", "6"]
 
 

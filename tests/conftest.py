@@ -32,7 +32,9 @@ if ON_GPU:  # tests start training processes beside this one on the same GPU
 if "PYTEST_XDIST_WORKER" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="threeway-resnet-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    if not ON_GPU:  # else a key holds the folder's path, though only GPUs have these caches
+        os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 
 # Most of the time goes into compilation. These flags take a third of it, for slower code of the same kind:
 # LLVM's lowest level (`train.py` has 3), fusions emitted by XLA's older code generator, one module for LLVM.

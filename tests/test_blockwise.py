@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import runpy
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jax_resnet.step import eval_step
-from jax_resnet.strategies.blockwise import Blockwise
+from jax_resnet.strategies import blockwise
+from jax_resnet.strategies.blockwise import Blockwise, compiler_options
 from jax_resnet.strategies.whole import Whole
 from tests.helpers.comparing import assert_all_close, assert_close, quick_jit
 from tests.helpers.jax_engine import FIELDS, THIN, flat, make_batches, make_engine, train
@@ -30,22 +33,20 @@ def whole_engine(model: str = "resnet18", **options: Any) -> Any:
     return engine
 
 
-COMMON = ("adam", "amsbound", "sgd")  # each has other moments; the rest are slow tests
-
-
 @pytest.mark.parametrize(
     ("model", "options"),
     [
         *(
-            pytest.param("resnet18", {"optimizer": name}, marks=() if name in COMMON else pytest.mark.slow)
+            pytest.param("resnet18", {"optimizer": name}, marks=() if name == "adam" else pytest.mark.slow)
             for name in FIELDS
         ),
-        ("resnet50", {"model_options": {**THIN["resnet50"], "batch_norm": False}}),
-        ("resnet8", {"optimizer": "sgdbound"}),
+        ("resnet50", {"optimizer": "sgd", "model_options": {**THIN["resnet50"], "batch_norm": False}}),
+        ("resnet8", {"optimizer": "amsbound"}),
     ],
     ids=[*FIELDS, "no-batch-norm", "cifar"],
 )
 def test_blockwise_steps_equal_whole_steps(model, options):
+    """The three of the default run have other moments and other blocks each."""
     batches = make_batches(4)
     engines = make_engine(model, **options), whole_engine(model, **options)
     (state, actual_metrics), (whole_state, expected_metrics) = (
@@ -60,6 +61,22 @@ def test_blockwise_steps_equal_whole_steps(model, options):
     assert_all_close("state", tree, expected_tree, FLOAT64_NETWORK)
     logits, expected = (next(iter(e.evaluate(s, batches))) for e, s in zip(engines, states, strict=True))
     assert_close("logits in evaluation", logits, expected, FLOAT64_NETWORK)
+
+
+def test_steps_at_the_level_of_users_equal_those_at_the_level_of_the_tests(monkeypatch):
+    """The tests set a level in XLA_FLAGS; without it these functions have their own."""
+    options = {"width": 4, "stage_sizes": (1,)}
+    monkeypatch.setenv("XLA_FLAGS", "")
+    module = runpy.run_path(blockwise.__file__)
+    assert module["jit_for_cpu"].keywords == {"compiler_options": {"xla_backend_optimization_level": 1}}
+    engine: Any = make_engine(model_options=options)
+    with engine._precision():
+        blocks = module["Blocks"](engine._build(rngs=nnx.Rngs(0)), engine.network)
+    engine._strategy = module["Blockwise"](blocks, engine.optimizer, engine._placement)
+    engines, batches = (engine, make_engine(model_options=options)), make_batches(2)
+    metrics, expected = (train(each, each.init(), batches)[1] for each in engines)
+    for found, wanted in zip(metrics, expected, strict=True):
+        assert_all_close("metrics", found, wanted, FLOAT64_NETWORK)
 
 
 def test_float32_stays_float32():
@@ -94,6 +111,19 @@ def test_the_first_nonfinite_step_is_counted():
     assert np.isfinite(metrics[0]["loss"])
     assert not np.isfinite(metrics[1]["grad_norm"])
     assert engine.first_nonfinite_step(state) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", {"xla_backend_optimization_level": 1}),
+        ("--xla_cpu_enable_fast_math=false", {"xla_backend_optimization_level": 1}),
+        ("--xla_backend_optimization_level=0", None),
+    ],
+)
+def test_an_optimization_level_of_the_users_is_left_alone(flags, expected, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert compiler_options() == expected
 
 
 @pytest.mark.parametrize("options", [{"accumulate": 2}, {"remat": True}, {"freeze_backbone": True}])

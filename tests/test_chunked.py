@@ -86,6 +86,7 @@ def test_what_a_device_does_not_do_is_left_to_the_host():
 def test_a_run_with_images_on_the_device_is_the_run_without(tmp_path, monkeypatch):
     flags = ["--model", "cnn", "--train-subset", "0.1", "--batch-size", "16", "--augment", "crop-flip"]
     flags += ["--precision", "float64", "--eval-every", "5", "--checkpoint-every", "6", "--log-every", "4"]
+    flags += ["--no-report"]
     assert train.main([*flags, "--steps", "20", "--run-dir", str(tmp_path / "host")]) == 0
     monkeypatch.setattr(engine, "best_chunk", lambda: 10)
     monkeypatch.setattr(Engine, "holds_images", True)

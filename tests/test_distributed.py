@@ -21,7 +21,8 @@ from tests.helpers.runs import Run
 
 ROOT = Path(__file__).parents[1]
 FLOAT32_FIRST_STEPS = 1e-5  # later float32 steps part by chaos
-CNN = ["--model", "cnn", "--train-subset", "0.1", "--batch-size", "16", "--precision", "float64"]
+CNN = ["--model", "cnn", "--dataset", "synthetic", "--train-subset", "0.1", "--batch-size", "16"]
+CNN += ["--precision", "float64"]
 STEPS = ["--schedule-steps", "24", "--eval-every", "5", "--checkpoint-every", "6"]
 
 
@@ -65,14 +66,15 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
 def test_two_processes_train_as_one_the_first_writes_and_one_goes_on(tmp_path):
     flags = ["--distributed", *CNN, *STEPS, "--steps", "20", "--run-dir"]
     processes = start(["train.py", *flags, str(tmp_path / "two")])
-    assert train.main([*CNN, *STEPS, "--steps", "24", "--run-dir", str(tmp_path / "one")]) == 0
+    assert train.main([*CNN, *STEPS, "--steps", "24", "--no-report", "--run-dir", str(tmp_path / "one")]) == 0
     said = finish(processes)
     assert "2 x cpu (cpu) in 2 processes" in said[0]
     assert not [line for line in said[1].splitlines() if not line.startswith("[Gloo]")]  # XLA's own
     one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
-    assert {path.name for path in two.folder.iterdir()} == {path.name for path in one.folder.iterdir()}
+    files = {path.name for path in one.folder.iterdir()}
+    assert {path.name for path in two.folder.iterdir()} == files | {"report", "tensorboard"}
     assert two.checkpoints == [12, 18, 20]
-    assert train.main(["--resume", "--steps", "24", "--run-dir", str(two.folder)]) == 0
+    assert train.main(["--resume", "--steps", "24", "--no-report", "--run-dir", str(two.folder)]) == 0
     train_one, train_two = ([line["loss"] for line in run.lines("train", "step")] for run in (one, two))
     assert_close("losses", train_two, train_one, FLOAT64_DEVICES)
     assert_all_close("weights", two.weights(), one.weights(), FLOAT64_DEVICES)

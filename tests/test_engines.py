@@ -68,7 +68,7 @@ def test_programs_that_are_damaged_in_the_cache_are_compiled_again(tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     compilation_cache.reset_cache()
-    flags = ["--model", "cnn", "--train-subset", "0.1", "--steps", "2", "--run-dir"]
+    flags = ["--model", "cnn", "--train-subset", "0.1", "--steps", "2", "--no-report", "--run-dir"]
     try:
         assert train.main([*flags, str(tmp_path / "first")]) == 0
         entries = list((tmp_path / "cache").glob("*-cache"))

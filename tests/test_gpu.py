@@ -137,7 +137,7 @@ def test_the_same_bits_in_one_go_again_and_after_a_stop(
     # The CPU's kernels are deterministic without the flag: there the smallest network is enough.
     model = "resnet18" if accelerator.platform == "gpu" else "cnn"
     steps = 20
-    flags = ["--model", model, "--schedule-steps", str(steps), "--eval-every", "10"]
+    flags = ["--model", model, "--schedule-steps", str(steps), "--eval-every", "10", "--no-report"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     go(accelerator, whole, *flags, "--steps", str(steps))
     go(accelerator, stopped, *flags, "--steps", str(steps // 2))

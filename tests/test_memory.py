@@ -112,6 +112,7 @@ def test_a_run_in_micro_batches_is_opened_in_the_other_engine(tmp_path, monkeypa
     """Which has none, and refuses to go on with it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     argv = ["--model", "cnn", "--train-subset", "0.1", "--steps", "1", "--accumulate", "2"]
+    argv += ["--no-report"]
     assert command.main([*argv, "--run-dir", str(tmp_path / "run")]) == 0
     resume = ["--resume", "--run-dir", str(tmp_path / "run"), "--framework", "numpy"]
     assert command.main(resume) == 2

@@ -211,18 +211,19 @@ def test_an_empty_batch_is_evaluated_to_no_logits(processes):
     assert shapes == [(0, CLASSES), (8, CLASSES)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_to_the_whole_group_is_left_to_the_parent(number):
+def test_a_signal_to_the_whole_group_is_left_to_the_parent():
     """A terminal and a batch system send it to every process; the engine's own go on, so that it can save."""
     engine = make_engine(processes=2)
-    batches = make_batches(2)
-    state, _ = train(engine, engine.init(), batches[:1])
+    first, *batches = make_batches(5)
+    state, _ = train(engine, engine.init(), [first])
     group = state._group
-    for process in group._processes:
-        os.kill(process.pid, number)
-    state, _ = train(engine, state, batches[1:])
-    assert state.step == 2
-    assert all(process.exitcode is None for process in group._processes)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    for step, (number, batch) in enumerate(zip(numbers, batches, strict=True), start=2):
+        for process in group._processes:
+            os.kill(process.pid, number)
+        state, _ = train(engine, state, [batch])
+        assert state.step == step, number.name
+        assert all(process.exitcode is None for process in group._processes), number.name
 
 
 def test_a_process_that_dies_is_reported():

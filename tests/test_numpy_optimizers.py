@@ -17,7 +17,7 @@ import numpy_ref
 from numpy_ref import OPTIMIZERS, Parameter, make_optimizer, optimizer_base
 from tests.helpers.comparing import assert_close
 
-STEPS = 1000
+STEPS = 300
 SHAPES = {"weight": (7, 5), "bias": (5,), "kernel": (3, 3, 2, 4)}
 
 

@@ -119,7 +119,7 @@ def test_what_is_inferred_is_said(place: Path, told: Told) -> None:
     ("model", "channels", "options", "stages"),
     [
         ("cnn", 1, {"width": 3}, ["conv"]),
-        ("resnet20", 1, {"width": 2}, ["stem", "layer1", "layer2", "layer3", "pool"]),
+        ("resnet8", 1, {"width": 2}, ["stem", "layer1", "layer2", "layer3", "pool"]),
         ("resnet50", 2, {"width": 2, "stage_sizes": (1,)}, ["stem", "layer1", "pool"]),
         ("resnet18", 3, {"width": 2, "stage_sizes": (1,), "batch_norm": False}, ["stem", "layer1", "pool"]),
     ],
@@ -136,11 +136,11 @@ def test_other_networks(
 
 def test_a_state_dict_of_pytorchs_kind_is_taken_as_it_is(tmp_path: Path, told: Told) -> None:
     """`linear.*` for `fc.*`, counts of batches, and no need of --model; but it may be given."""
-    shapes = {n: a.shape for n, a in torch_oracle.state_dict(torch_oracle.resnet20(5, width=2)).items()}
+    shapes = {n: a.shape for n, a in torch_oracle.state_dict(torch_oracle.resnet8(5, width=2)).items()}
     state = {name.replace("fc.", "linear."): array for name, array in random_state(shapes).items()}
     save_file({**state, "bn1.num_batches_tracked": np.array(3)}, tmp_path / "a.safetensors")
     assert told(tmp_path / "a.safetensors")[0] == 0
-    assert told(tmp_path / "a.safetensors", "--model", "resnet20")[0] == 0
+    assert told(tmp_path / "a.safetensors", "--model", "resnet8")[0] == 0
 
 
 # The image

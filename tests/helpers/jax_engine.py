@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-import torch_oracle
-from jax_resnet import Engine
+if TYPE_CHECKING:  # processes of the tests need neither both engines nor PyTorch
+    import torch
+
+    from jax_resnet import Engine
 
 # Another number of devices sums in another order: 1e-16 a step, and Adam in float64 keeps it at 1e-15 in 100.
 FLOAT64_DEVICES = 1e-11
@@ -59,6 +60,8 @@ def thin_options(model: str) -> dict[str, Any]:
 
 
 def make_engine(model: str = "resnet18", optimizer: str = "adam", **options: Any) -> Engine:
+    from jax_resnet import Engine
+
     chunk = 1  # on a GPU too: tests/test_chunked.py has more
     return Engine(model=model, optimizer=optimizer, **{**thin_options(model), "chunk": chunk, **options})
 
@@ -121,6 +124,8 @@ def assert_same_bits(actual: dict, expected: dict) -> None:
 
 def oracle(model: str, tree: dict) -> torch.nn.Module:
     """The network in PyTorch with the parameters and statistics of a tree, in training mode."""
+    import torch_oracle
+
     extra = {"image_size": SHAPE[:2]} if model == "cnn" else {}
     network = torch_oracle.MODELS[model](CLASSES, SHAPE[2], **THIN[model], **extra).double()
     torch_oracle.load_state_dict(network, {**tree["params"], **tree["batch_stats"]})

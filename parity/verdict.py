@@ -223,6 +223,27 @@ class Verdict:
                     where,
                     fault.id,
                 )
+        return self._exchanged_weights(stage, read)
+
+    def _exchanged_weights(self, stage: Stage, read: Sequence[str]) -> Difference | None:
+        """Parameters of another place of the reference, read here by the candidate."""
+        taken = {pair.candidate for pair in self.pairs.values()}
+        owners = {match.candidate: match.reference for match in self.weights.matches if match.equal}
+        theirs = stage_parameters(self.whole_twin, stage.other.name, taken)
+        foreign = [name for name in theirs if name in owners and owners[name] not in read]
+        parameters = self.twin.parameters
+        for name in read:
+            like = [f for f in foreign if parameters[owners[f]].shape == parameters[name].shape]
+            if like and not any(owners.get(other) == name for other in theirs):
+                where = stage.other.where
+                sentence = (
+                    f"{where or stage.other.name} reads {like[0]}, which has the numbers of "
+                    f"{owners[like[0]]}; the reference reads {name} here: exchange them, or the order of "
+                    "the two modules"
+                )
+                return Difference(
+                    "parameter", name, like[0], float("inf"), 0.0, None, sentence, where, "weights-swapped"
+                )
         return None
 
     def _earlier_difference(self, stage: Stage) -> Difference | None:
@@ -378,5 +399,6 @@ def _counterpart(value: Value, theirs: Sequence[Value]) -> Value | None:
     if any(best_axes(value.value, other.value) is not None for other in same_kind):
         fits = [other for other in theirs if other.value.size == value.value.size]
         return next((other for other in fits if _reordered(value.value, other.value)), None)
-    elementwise = ("activation", "sum", "mean", "normalization", "softmax")
-    return None if family(value.operation) in elementwise else next(iter(same_kind), None)
+    if family(value.operation) not in ("convolution", "product", "pooling", "resize", "interpolate", "cat"):
+        return None  # only these can give another shape
+    return next(iter(same_kind), None)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import jax
 
 import parity
-from tests.ports import all_faults, all_ports
+from tests import ports, ports_blind
 from tests.ports.case import Case, Fault, Port
 
 COARSE = {"epsilon-outside-root": "epsilon", "momentum": "momentum-convention"}
@@ -61,12 +61,13 @@ def compare(case: Case) -> parity.Report:
 def outcome(fault: Fault) -> Outcome:
     """Compare a faulty port with its reference, and the report with the label."""
     try:
-        first = compare(fault.build(0)).first_difference
+        case = fault.build(0)
+        first = compare(case).first_difference
     except parity.ParityError as error:
         return Outcome(fault, False, False, f"refused: {error}")
     if first is None:
         return Outcome(fault, False, False, "no difference")
-    placed = is_placed(fault, first)
+    placed = is_placed(fault, case, first)
     said = f"{first.what} of {first.reference} ({first.candidate}) at {first.where}: {first.cause}"
     return Outcome(
         fault,
@@ -76,11 +77,16 @@ def outcome(fault: Fault) -> Outcome:
     )
 
 
-def is_placed(fault: Fault, first: parity.Difference) -> bool:
-    """True if the report names the stage, or the parameter or statistic, that the label names."""
+def is_placed(fault: Fault, case: Case, first: parity.Difference) -> bool:
+    """True if the report names the stage, or the parameter or statistic, that the label names.
+
+    The last operation of a module has the module's name in a report: "layer1" for "layer1.add".
+    """
     if fault.parameter and first.reference == fault.parameter:
         return True
-    names = (fault.stage, *fault.accept)
+    trace = parity.torch_model(case.reference).run(case.inputs)
+    last = {f"{v.module}.{v.operation}": v.name for v in trace.values if v.is_module}
+    names = [last.get(name, name) for name in (fault.stage, *fault.accept)]
     kinds = (fault.what, "parameter", *(("output",) if fault.what == "parameter" else ()))
     return first.what in kinds and any(
         first.reference == name or first.reference.startswith(f"{name}.") for name in names
@@ -115,26 +121,21 @@ def main() -> None:
     def wanted(name: str) -> bool:
         return not options.models or any(name.startswith(model) for model in options.models)
 
-    outcomes = []
-    for fault in all_faults():
-        if wanted(fault.name):
+    for package in (ports, ports_blind):
+        outcomes = []
+        for fault in filter(lambda fault: wanted(fault.name), package.all_faults()):
             result = outcome(fault)
             outcomes.append(result)
             if options.verbose and not result.explained:
-                mark = "cause" if result.placed else "STAGE"
-                print(
-                    f"{mark} {fault.name}: {fault.what} of {fault.stage}, {fault.cause}\n    {result.said}",
-                    flush=True,
-                )
-    print(table(outcomes))
-    runs = 0
-    for port in all_ports():
-        if wanted(port.name) and options.seeds:
-            said = list(alarms(port, range(options.seeds)))
+                label = f"{fault.name}: {fault.what} of {fault.stage}, {fault.cause}"
+                print(f"{'cause' if result.placed else 'STAGE'} {label}\n    {result.said}", flush=True)
+        print(f"{package.__name__}\n{table(outcomes)}\n")
+        runs = 0
+        for port in filter(lambda port: wanted(port.name), package.all_ports()) if options.seeds else ():
+            for alarm in alarms(port, range(options.seeds)):
+                print(f"ALARM {port.name}: {alarm}", flush=True)
             runs += 2 * options.seeds
-            for line in said:
-                print(f"ALARM {port.name}: {line}")
-    print(f"{runs} runs of correct ports")
+        print(f"{runs} runs of correct ports of {package.__name__}\n")
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

@@ -7,6 +7,7 @@ candidate goes on with the reference's numbers in its place, and what follows is
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from parity.trace import Array, Trace, Value, stage_parameters
 SAME = 1e-6  # of float64 twins: two values this near, relative to the largest magnitude, are the same
 _TRIALS = 24  # pairs tried for a value that departs
 _UNLIKE = 0.4  # values less like each other than this are tried only if they are of one kind
+_JOINT = 6  # values of which two are paired at once
 _ROUNDS = 60  # faults, one after the other, before the search ends
 
 
@@ -226,6 +228,9 @@ def _same_kind(
     return (pairs, tried, now) if len(now) > len(same) else None
 
 
+_Found = tuple[int, dict[str, Pair], Trace, dict[str, Pair]]
+
+
 def _departure(
     reference: Trace,
     open_values: Sequence[Value],
@@ -241,49 +246,76 @@ def _departure(
     usual = usual_axes(reference, trace, same)
     before = len(same)
     trials = 0
+    first_choices: list[Pair] = []
+
+    def attempt(pairs: dict[str, Pair], best: _Found | None) -> _Found | None:
+        tried = run(replacements({**departed, **pairs}, reference, trace))
+        now = _same_values(reference, tried, {**departed, **pairs})
+        gain = len(now) - before or int(any(name in outputs for name in pairs))
+        return (gain, pairs, tried, now) if gain > 0 and (best is None or gain > best[0]) else best
+
+    def joint(choices: Sequence[Pair]) -> _Found | None:
+        """Two at once: both paths into a sum depart."""
+        best: _Found | None = None
+        for two in itertools.combinations(choices[:_JOINT], 2):
+            if two[0].candidate != two[1].candidate:
+                best = attempt({pair.reference: pair for pair in two}, best)
+        return best
+
     for value in open_values:
-        best: tuple[int, dict[str, Pair], Trace, dict[str, Pair]] | None = None
-        readers = _readers_of_parameters(value, reference, trace, {**same, **departed}, free)
-        for other, axes in _choices(value, free, outputs.get(value.name), usual, readers):
+        best: _Found | None = None
+        possible, readers = _by_parameters(value, reference, trace, {**same, **departed}, free)
+        possible = free if value.name in outputs else possible
+        choices = _choices(value, possible, outputs.get(value.name), usual, readers)
+        if value.name in outputs:
+            best = joint(first_choices)
+        for other, axes in choices if best is None else ():
             trials += 1
-            pair = {value.name: Pair(value.name, other.name, axes, False)}
-            tried = run(replacements({**departed, **pair}, reference, trace))
-            now = _same_values(reference, tried, {**departed, **pair})
-            gain = len(now) - before
-            if value.name in outputs and not gain:
-                gain = 1
-            if gain > 0 and (best is None or gain > best[0]):
-                best = gain, pair, tried, now
+            best = attempt({value.name: Pair(value.name, other.name, axes, False)}, best)
         if best is not None:
             return best[1:]
+        first_choices += [Pair(value.name, other.name, axes, False) for other, axes in choices[:1]]
         if trials >= _TRIALS and value.name not in outputs:
             open_values = [v for v in open_values if v.name in outputs]
             return _output_departure(reference, open_values, trace, taken, departed, run)
     return None
 
 
-def _readers_of_parameters(
+def _by_parameters(
     value: Value, reference: Trace, trace: Trace, pairs: Mapping[str, Pair], free: Sequence[Value]
-) -> set[str]:
-    """The first free value of the candidate made from the parameters from which `value` is made.
+) -> tuple[list[Value], set[str]]:
+    """The free values that may be the counterpart as far as parameters tell, and which of them do tell.
 
-    If there is none, the first that is made from some of them and no others.
+    One that reads more parameters than `value`, others of the reference among them, comes later in the
+    candidate. The first that is made from the same parameters is the likeliest; else the first that is made
+    from some of them.
     """
     wanted = stage_parameters(reference, value.name, set(pairs))
     taken = {pair.candidate for pair in pairs.values()}
-    some: set[str] = set()
     shape = sorted(squeeze(value.value).shape)
-    fits = [other for other in free if sorted(squeeze(other.value).shape) == shape] if wanted else []
-    for other in fits:
+    possible: list[Value] = []
+    same: set[str] = set()
+    some: set[str] = set()
+    for other in free:
+        if sorted(squeeze(other.value).shape) != shape:
+            continue
         read = stage_parameters(trace, other.name, taken)
-        known = [
-            a for a in wanted if any(same_numbers(reference.parameters[a], trace.parameters[b]) for b in read)
-        ]
-        if read and len(known) == len(read) == len(wanted):
-            return {other.name}
-        if read and len(known) == len(read) and not some:
+        owners = [_owner(trace.parameters[name], reference) for name in read]
+        if len(read) > len(wanted) and any(owner and owner not in wanted for owner in owners):
+            continue
+        possible.append(other)
+        known = len(set(wanted) & set(owners))
+        if wanted and known == len(read) == len(wanted) and not same:
+            same = {other.name}
+        elif read and known == len(read) and not some:
             some = {other.name}
-    return some
+    return possible, same or some
+
+
+def _owner(array: Array, reference: Trace) -> str:
+    """The reference's parameter that has these numbers; "" if none or several have."""
+    owners = [name for name, own in reference.parameters.items() if same_numbers(own, array)]
+    return owners[0] if len(owners) == 1 else ""
 
 
 def same_numbers(a: Array, b: Array) -> bool:

@@ -188,9 +188,10 @@ class Verdict:
                     sentence = f"lets no gradient pass from {stopped.value.name} to {name}"
                     cause = Cause("stop-gradient", f"{sentence}: remove the stop_gradient", 0.0)
                     return self._at(found, stopped, cause)
-            cause = self._cause(tensor, reader, truth - without, theirs - without)
-            if cause is not None and distance(truth - without, theirs - without) > limit:
-                return self._at(found, reader, cause)
+            if distance(truth - without, theirs - without) > limit:
+                of_reader = self._cause(tensor, reader, truth - without, theirs - without)
+                if of_reader is not None:
+                    return self._at(found, reader, of_reader)
         return found
 
     def _at(self, found: Difference, stage: Stage, cause: Cause) -> Difference:
@@ -248,6 +249,8 @@ class Verdict:
 
     def _earlier_difference(self, stage: Stage) -> Difference | None:
         """A value before a departing stage that has no pair since its shape or its order is another one."""
+        if stage.forward.coarse:
+            return None
         ours = segment(self.twin, stage.value.name, set(self.pairs))[:-1]
         taken = {pair.candidate for pair in self.pairs.values()}
         theirs = segment(self.whole_twin, stage.other.name, taken)[:-1]

@@ -76,7 +76,7 @@ PACKAGES = {
     "experiment": Rules(
         HEAVY | {"filelock", "numpy", "rich", "safetensors", "tqdm"},
         lazily={
-            "experiment/commands/parity.py": TORCH,
+            "experiment/commands/parity.py": TORCH | {"parity"},
             "experiment/commands/convert.py": TORCH,
             "experiment/commands/prepare.py": TENSORFLOW | {"importlib_resources"},
         },

@@ -323,6 +323,26 @@ def test_the_jax_program_of_the_parity_page_differs_as_the_page_says(tmp_path, c
     assert cause == shown.splitlines()[1]
 
 
+def test_the_port_with_three_mistakes_is_told_as_the_page_says(tmp_path, capsys):
+    """The program of docs/comparing_models.md, and the same with each mistake corrected in turn."""
+    program = next(
+        block for block in code_blocks("docs/comparing_models.md", "python") if "class Port" in block
+    )
+    shown = code_blocks("docs/comparing_models.md", "text")
+    corrections = [
+        ("", ""),
+        ("strides=2, ", "strides=2, padding=1, "),
+        ("x.reshape(len(x), -1)", "x.transpose(0, 3, 1, 2).reshape(len(x), -1)"),
+    ]
+    for (old, new), expected in zip(corrections, shown, strict=True):
+        program = program.replace(old, new) if old else program
+        (tmp_path / "port.py").write_text(program)
+        runpy.run_path(str(tmp_path / "port.py"))
+        stage, cause = capsys.readouterr().out.splitlines()
+        assert stage.startswith(expected.splitlines()[0].split(" off by ")[0])
+        assert cause == expected.splitlines()[1]
+
+
 def test_the_digit_that_comes_along_is_predicted_as_the_page_says(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import parity
+from experiment.__main__ import main as experiment
 from parity.__main__ import main
 
 X = np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32)
@@ -208,6 +209,10 @@ def test_a_file_of_two_models_is_compared_and_the_page_is_whole(
     assert main([str(file), "--html", str(tmp_path / "page.html")]) == 1
     out = capsys.readouterr().out
     assert "The models first differ at the output: off by 5.0e-01" in out
+    assert experiment(["parity", str(file)]) == 1  # the same by the other command
+    assert capsys.readouterr().out in out
+    assert experiment(["parity", str(file), "--train"]) == 2
+    assert "give it no other argument" in capsys.readouterr().err
     page = (tmp_path / "page.html").read_text()
     assert "The models first differ at output" in page
     assert "http" not in page.replace("http-equiv", "")

@@ -1,6 +1,7 @@
 """`python -m experiment parity WEIGHTS [IMAGE]`: one network in three implementations, stage by stage.
 
-For whoever ports a model: the first stage that departs shows where to look.
+For whoever ports a model: the first stage that departs shows where to look. `parity FILE.py` compares two
+models that the file defines, with the package `parity`.
 """
 
 import argparse
@@ -48,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
     """
     options = _parser().parse_args(argv)
     options.weights = found(options.weights)
+    if options.weights.suffix == ".py":
+        return _compare_file(options, argv)
     options.image = None if options.image is None else found(options.image)
     check_limits("--seed", options.seed, least=0)
     if options.tolerance is not None:
@@ -76,6 +79,15 @@ def main(argv: Sequence[str]) -> int:
     return _report(outputs, tolerance, mode, options.precision)
 
 
+def _compare_file(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Compare the two models that a Python file defines, by the package `parity`."""
+    from parity.__main__ import main as compare_file
+
+    if len(argv) > 1:
+        raise UserError(f"{options.weights} defines its own inputs and precision: give it no other argument")
+    return compare_file([str(options.weights)])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=command("parity"),
@@ -84,7 +96,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 if all agree, 1 if a stage departs, 2 for a mistake in the arguments.",
     )
     add, add_path = parser.add_argument, parser.add_path
-    add_path("weights", metavar="WEIGHTS", help="a safetensors state dict: torchvision's, timm's or ours")
+    add_path(
+        "weights",
+        metavar="WEIGHTS",
+        help="a safetensors state dict: torchvision's, timm's or ours; or a FILE.py with two models",
+    )
     add_path("image", metavar="IMAGE", nargs="?", help="an image; without one, random numbers")
     add("--model", choices=MODELS, help="default: by the tensors")
     add("--stride-in-1x1", action="store_true", help="the paper's place of a bottleneck's stride (v1)")

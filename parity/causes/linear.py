@@ -221,7 +221,7 @@ def _table_forms(departure: Departure, x: Array, table: Array) -> Iterator[Form]
         return
 
     def compute(x: Array, table: Array, first: int) -> Array:
-        return x + table[first : first + length]
+        return np.asarray(x + table[first : first + length])
 
     def changes(target: Array) -> Iterable[Change]:
         for first in range(1, len(table) - length + 1):

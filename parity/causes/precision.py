@@ -76,7 +76,7 @@ def rounded_to(departure: Departure, native: Array, form: Form | None) -> Cause 
         tried = [t for t in tried if t[1] != "float16" or t[2] != "its operands"]
     if not tried:
         return None
-    left, name, place = min(tried, key=lambda t: (t[0], t[1] == "float16"))  # of equal numbers TF32
+    left, name, place = min(tried, key=lambda t: t[0])
     if not left <= (1.0 if coarse else _SHARE) * before:
         return None
     here = departure.candidate.where or departure.candidate.name

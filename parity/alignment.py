@@ -68,6 +68,7 @@ def align(
     by_name = {value.name: value for value in reference.values}
     departed: dict[str, Pair] = {}
     trace = run({})
+    owners = parameter_owners(reference, trace)
     same = _same_values(reference, trace, departed)
     for name, other in (given or {}).items():
         same.setdefault(name, _pair(by_name[name], {v.name: v for v in trace.values}[other], {}))
@@ -76,7 +77,7 @@ def align(
         if not open_values:
             break
         found = _same_kind(reference, open_values, trace, same, departed, run)
-        found = found or _departure(reference, open_values, trace, same, departed, run)
+        found = found or _departure(reference, open_values, trace, same, departed, run, owners)
         if found is None:
             break
         pairs, trace, same = found
@@ -238,6 +239,7 @@ def _departure(
     same: Mapping[str, Pair],
     departed: Mapping[str, Pair],
     run: Callable[[Mapping[str, Array]], Trace],
+    owners: Mapping[str, str],
 ) -> tuple[dict[str, Pair], Trace, dict[str, Pair]] | None:
     """Find the first value that departs and its pair: the one behind which most values are the same again."""
     taken = {pair.candidate for pair in (*same.values(), *departed.values())}
@@ -264,7 +266,7 @@ def _departure(
 
     for value in open_values:
         best: _Found | None = None
-        possible, readers = _by_parameters(value, reference, trace, {**same, **departed}, free)
+        possible, readers = _by_parameters(value, reference, trace, {**same, **departed}, free, owners)
         possible = free if value.name in outputs else possible
         choices = _choices(value, possible, outputs.get(value.name), usual, readers)
         if value.name in outputs:
@@ -282,7 +284,12 @@ def _departure(
 
 
 def _by_parameters(
-    value: Value, reference: Trace, trace: Trace, pairs: Mapping[str, Pair], free: Sequence[Value]
+    value: Value,
+    reference: Trace,
+    trace: Trace,
+    pairs: Mapping[str, Pair],
+    free: Sequence[Value],
+    owners: Mapping[str, str],
 ) -> tuple[list[Value], set[str]]:
     """The free values that may be the counterpart as far as parameters tell, and which of them do tell.
 
@@ -300,11 +307,11 @@ def _by_parameters(
         if sorted(squeeze(other.value).shape) != shape:
             continue
         read = stage_parameters(trace, other.name, taken)
-        owners = [_owner(trace.parameters[name], reference) for name in read]
-        if len(read) > len(wanted) and any(owner and owner not in wanted for owner in owners):
+        known_as = {owners[name] for name in read if name in owners}
+        if len(read) > len(wanted) and known_as - set(wanted):
             continue
         possible.append(other)
-        known = len(set(wanted) & set(owners))
+        known = len(set(wanted) & known_as)
         if wanted and known == len(read) == len(wanted) and not same:
             same = {other.name}
         elif read and known == len(read) and not some:
@@ -312,15 +319,17 @@ def _by_parameters(
     return possible, same or some
 
 
-def _owner(array: Array, reference: Trace) -> str:
-    """The reference's parameter that has these numbers; "" if none or several have."""
-    owners = [name for name, own in reference.parameters.items() if same_numbers(own, array)]
-    return owners[0] if len(owners) == 1 else ""
+def parameter_owners(reference: Trace, candidate: Trace) -> dict[str, str]:
+    """{candidate's parameter: the reference's parameter that alone has its numbers, in any order}."""
 
+    def numbers(array: Array) -> bytes:
+        return np.sort(array, axis=None).tobytes()
 
-def same_numbers(a: Array, b: Array) -> bool:
-    """True if two arrays have the same numbers, in any order."""
-    return a.size == b.size and np.array_equal(np.sort(a, axis=None), np.sort(b, axis=None))
+    names: dict[bytes, list[str]] = {}
+    for name, array in reference.parameters.items():
+        names.setdefault(numbers(array), []).append(name)
+    found = {name: names.get(numbers(array), []) for name, array in candidate.parameters.items()}
+    return {name: owners[0] for name, owners in found.items() if len(owners) == 1}
 
 
 def _choices(

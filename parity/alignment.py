@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from parity.axes import best_axes, departing_axes, largest_error, squeeze
-from parity.trace import Array, Trace, Value, stage_parameters
+from parity.counterparts import by_parameters, find_choices, parameter_owners
+from parity.trace import Array, Trace, Value
 
 SAME = 1e-6  # of float64 twins: two values this near, relative to the largest magnitude, are the same
 _TRIALS = 24  # pairs tried for a value that departs
-_UNLIKE = 0.4  # values less like each other than this are tried only if they are of one kind
 _JOINT = 6  # values of which two are paired at once
 _ROUNDS = 60  # faults, one after the other, before the search ends
 
@@ -243,6 +243,7 @@ def _departure(
 ) -> tuple[dict[str, Pair], Trace, dict[str, Pair]] | None:
     """Find the first value that departs and its pair: the one behind which most values are the same again."""
     taken = {pair.candidate for pair in (*same.values(), *departed.values())}
+    matched = {*same, *departed}, taken
     outputs = dict(zip(reference.output_values.values(), trace.output_values.values(), strict=False))
     free = [value for value in trace.values if value.name not in taken]
     usual = usual_axes(reference, trace, same)
@@ -266,9 +267,9 @@ def _departure(
 
     for value in open_values:
         best: _Found | None = None
-        possible, readers = _by_parameters(value, reference, trace, {**same, **departed}, free, owners)
+        possible, readers = by_parameters(value, reference, trace, matched, free, owners)
         possible = free if value.name in outputs else possible
-        choices = _choices(value, possible, outputs.get(value.name), usual, readers)
+        choices = find_choices(value, possible, outputs.get(value.name), usual, readers)
         if value.name in outputs:
             best = joint(first_choices)
         for other, axes in choices if best is None else ():
@@ -281,106 +282,6 @@ def _departure(
             open_values = [v for v in open_values if v.name in outputs]
             return _output_departure(reference, open_values, trace, taken, departed, run)
     return None
-
-
-def _by_parameters(
-    value: Value,
-    reference: Trace,
-    trace: Trace,
-    pairs: Mapping[str, Pair],
-    free: Sequence[Value],
-    owners: Mapping[str, str],
-) -> tuple[list[Value], set[str]]:
-    """The free values that may be the counterpart as far as parameters tell, and which of them do tell.
-
-    One that reads more parameters than `value`, others of the reference among them, comes later in the
-    candidate. The first that is made from the same parameters is the likeliest; else the first that is made
-    from some of them.
-    """
-    wanted = stage_parameters(reference, value.name, set(pairs))
-    taken = {pair.candidate for pair in pairs.values()}
-    shape = sorted(squeeze(value.value).shape)
-    possible: list[Value] = []
-    same: set[str] = set()
-    some: set[str] = set()
-    for other in free:
-        if sorted(squeeze(other.value).shape) != shape:
-            continue
-        read = stage_parameters(trace, other.name, taken)
-        known_as = {owners[name] for name in read if name in owners}
-        if len(read) > len(wanted) and known_as - set(wanted):
-            continue
-        possible.append(other)
-        known = len(set(wanted) & known_as)
-        if wanted and known == len(read) == len(wanted) and not same:
-            same = {other.name}
-        elif read and known == len(read) and not some:
-            some = {other.name}
-    return possible, same or some
-
-
-def parameter_owners(reference: Trace, candidate: Trace) -> dict[str, str]:
-    """{candidate's parameter: the reference's parameter that alone has its numbers, in any order}."""
-
-    def numbers(array: Array) -> bytes:
-        return np.sort(array, axis=None).tobytes()
-
-    names: dict[bytes, list[str]] = {}
-    for name, array in reference.parameters.items():
-        names.setdefault(numbers(array), []).append(name)
-    found = {name: names.get(numbers(array), []) for name, array in candidate.parameters.items()}
-    return {name: owners[0] for name, owners in found.items() if len(owners) == 1}
-
-
-def _choices(
-    value: Value,
-    free: Sequence[Value],
-    output: str | None,
-    usual: Mapping[int, tuple[int, ...]],
-    readers: set[str],
-) -> list[tuple[Value, tuple[int, ...]]]:
-    """The values that may be the counterpart of one that departs: of its kind, or like it.
-
-    The counterpart of an output is known: `output`. `readers` read the same parameters.
-    """
-    fits = []
-    for other in free:
-        if best_axes(value.value, other.value) is not None:
-            axes = departing_axes(value.value, other.value, usual)
-            fits.append((_unlikeness(value.value, other.value, axes), other, axes))
-    if any(fit[1].name == output for fit in fits):
-        return [fit[1:] for fit in fits if fit[1].name == output]
-    near = sorted(fits, key=lambda fit: fit[0])
-    near = [fit for fit in near if fit[0] < _UNLIKE]
-    kind = [fit for fit in fits if family(fit[1].operation) == family(value.operation)][:2]
-    names = {fit[1].name for fit in kind}
-    behind = [fit for fit in fits if names & set(fit[1].inputs)][:2]  # the bias is added to a product
-    reads = [fit for fit in fits if fit[1].name in readers]
-    ordered = (*reads, *behind[:1], *kind[:1], *near[:3], *behind[1:], *kind[1:])
-    chosen = {fit[1].name: fit[1:] for fit in ordered}
-    return list(chosen.values())
-
-
-_FAMILIES = {
-    "convolution": ("conv",),
-    "product": ("linear", "dense", "matmul", "addmm", "mm", "bmm", "dot_general", "einsum", "__matmul__"),
-    "normalization": ("norm",),
-    "pooling": ("pool", "reduce_window"),
-    "mean": ("mean", "reduce_sum"),
-    "activation": ("relu", "gelu", "silu", "swish", "elu", "sigmoid", "logistic", "tanh", "softplus", "max"),
-    "softmax": ("softmax",),
-    "order": ("flatten", "reshape", "view", "transpose", "permute", "ravel"),
-    "sum": ("add", "__add__", "__iadd__", "__radd__"),
-}
-
-
-def family(operation: str) -> str:
-    """The kind of an operation, the same in all frameworks as far as names tell."""
-    name = operation.lower()
-    for family, words in _FAMILIES.items():
-        if any(word == name or (len(word) > 3 and word in name) for word in words):
-            return family
-    return name
 
 
 def _output_departure(
@@ -400,14 +301,3 @@ def _output_departure(
         return None
     tried = run(replacements({**departed, **new}, reference, trace))
     return new, tried, _same_values(reference, tried, {**departed, **new})
-
-
-def _unlikeness(a: Array, b: Array, axes: tuple[int, ...]) -> float:
-    """1 minus the correlation of two arrays, plus how much their sizes differ."""
-    x, y = squeeze(a).reshape(-1), squeeze(b).transpose(axes).reshape(-1)
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        return 2.0
-    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
-    cosine = float(x @ y) / norm if norm else 0.0
-    distance = float(np.linalg.norm(x - y)) / (float(np.linalg.norm(x)) or 1.0)
-    return 0.5 * (1 - cosine) + 0.5 * min(distance, 1.0)

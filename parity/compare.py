@@ -277,6 +277,8 @@ class _Comparison:
 
         def error(theirs: Trace) -> float:
             array = pick(theirs, other)
+            if array is None and pick in (pick_value, pick_gradient):
+                return 0.0  # this run has no such value: the model's code depends on the precision
             if array is None:
                 return largest_error(truth, np.zeros(truth.shape), scale)
             return largest_error(truth, squeeze(array).transpose(axes).reshape(truth.shape), scale)
@@ -353,7 +355,12 @@ class _Comparison:
             if self.twin.output_values[a] not in self.pairs:
                 tensors.append(self._tensor("output", a, b, axes, pick_output))
         tensors += self._gradients_of_leaves() if self.gradients else []
-        for a, b, axes in paired_state(self.twin, self.alone[True]):
+        modules = {}
+        for name, pair in self.pairs.items():
+            ours, theirs = value_named(self.twin, name), value_named(self.whole_twin, pair.candidate)
+            if ours.is_module:
+                modules[ours.module] = theirs.module
+        for a, b, axes in paired_state(self.twin, self.alone[True], modules):
             tensors.append(self._tensor("statistics", a, b, axes, pick_state))
         return tensors
 

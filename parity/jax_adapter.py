@@ -76,7 +76,7 @@ class JaxModel(Model):
             cast = (lambda a: cast_to(a, dtype)) if float64 else jnp.asarray
             args, kwargs = arguments(inputs, lambda a: cast_to(np.asarray(a), dtype))
             params, state = ({k: cast(v) for k, v in tree.items()} for tree in (self._params, self._state))
-            jaxpr, out_tree = self._trace(params, state, args, kwargs)
+            jaxpr, out_tree = self._trace(params, state, args, kwargs, float64)
             tape = Tape(
                 float64,
                 cotangents is not None,
@@ -123,18 +123,32 @@ class JaxModel(Model):
                 state_before={n: _numpy(a) for n, a in state.items() if is_float(a)},
             )
 
-    def _trace(self, params: Tree, state: Tree, args: Any, kwargs: Any) -> tuple[ClosedJaxpr, Any]:
+    def _trace(
+        self, params: Tree, state: Tree, args: Any, kwargs: Any, float64: bool
+    ) -> tuple[ClosedJaxpr, Any]:
         """The jaxpr of the model and the structure of its result; kept for the next run."""
         avals = [(a.shape, str(a.dtype)) for a in jax.tree.leaves((params, args, kwargs))]
         key = (str(avals), str(jax.tree.structure((args, kwargs))))
+
+        def apply(params: list[Any], state: list[Any], args: Any, kwargs: Any) -> tuple[Tree, Tree]:
+            # Lists, since JAX sorts a dictionary by its keys.
+            named = (
+                dict(zip(names, arrays, strict=True))
+                for names, arrays in zip(names_of, (params, state), strict=True)
+            )
+            return self._apply(*named, args, kwargs)
+
+        names_of = list(params), list(state)
+        arrays = list(params.values()), list(state.values())
         if key not in self._traced:
             try:
-                jaxpr, shape = jax.make_jaxpr(self._apply, return_shape=True)(params, state, args, kwargs)
+                jaxpr, shape = jax.make_jaxpr(apply, return_shape=True)(*arrays, args, kwargs)
             except ParityError:
                 raise
             except Exception as error:
                 fault = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-                raise ParityError(f"the JAX model does not run on these inputs: {fault}") from error
+                twin = " in float64, in which it is compared" if float64 else ""
+                raise ParityError(f"the JAX model does not run on these inputs{twin}: {fault}") from error
             self._traced[key] = jaxpr, jax.tree.structure(shape)
         return self._traced[key]
 
@@ -275,12 +289,16 @@ def _flat(tree: Tree) -> tuple[dict[str, Any], Any]:
     """The arrays of a tree by dotted name, and its structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     names = [_dotted(path) for path, _ in leaves]
+    if len(set(names)) < len(names):
+        names = [jax.tree_util.keystr(path) for path, _ in leaves]
     return {name or "value": leaf for name, (_, leaf) in zip(names, leaves, strict=True)}, structure
 
 
 def _dotted(path: Sequence[Any]) -> str:
     words = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))).strip(".") for k in path]
-    return ".".join(word for word in words if word not in ("value", "raw_value"))
+    if len(words) > 1 and words[-1] in ("value", "raw_value"):  # the leaf of an NNX variable
+        words = words[:-1]
+    return ".".join(word for word in words if word)
 
 
 def _named_outputs(output: Tree) -> dict[str, Cell]:

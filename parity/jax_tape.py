@@ -50,13 +50,15 @@ _COMPILED: dict[Any, Operation] = {}  # of all models: JAX keeps what it compile
 class Operation:
     """One operation and its VJP, compiled once for all runs.
 
+    An operation with a function inside is not compiled in float64: that function is typed as the model is.
+
     Attributes:
         forward: takes the operands, returns the results.
         backward: takes the operands and the gradients of the floating-point results, returns the gradients
             of the operands `wanted`.
     """
 
-    def __init__(self, compute: Callable[..., list[Any]], wanted: Sequence[int]) -> None:
+    def __init__(self, compute: Callable[..., list[Any]], wanted: Sequence[int], compiled: bool) -> None:
         def backward(arrays: Sequence[Any], cotangents: Sequence[Any]) -> Any:
             def of_wanted(*floats: Any) -> list[Any]:
                 every = list(arrays)
@@ -66,7 +68,8 @@ class Operation:
 
             return jax.vjp(of_wanted, *(arrays[i] for i in wanted))[1](list(cotangents))
 
-        self.forward, self.backward = jax.jit(compute), jax.jit(backward)
+        self.forward = jax.jit(compute) if compiled else compute
+        self.backward = jax.jit(backward) if compiled else backward
 
 
 class Tape:
@@ -191,6 +194,8 @@ class Tape:
             outs = primitive.bind(*arrays, **bound)
             return list(outs) if primitive.multiple_results else [outs]
 
+        if self.float64 and isinstance(params.get("call_jaxpr"), ClosedJaxpr):
+            compute = _widened(_function_name(equation), params["call_jaxpr"].in_avals, compute)
         inner = "call_jaxpr" in params or "jaxpr" in params
         key = id(equation) if inner else tuple(sorted(params.items()))
         outs = self._apply(name, compute, operands, key, promote=self.float64)
@@ -232,9 +237,12 @@ class Tape:
         )
         parameters = frozenset() if any(operand.name for operand in operands) else parameters
         wanted = [i for i, operand in enumerate(operands) if operand.wants_gradient and is_float(arrays[i])]
-        full_key = name, key, len(arrays), tuple(wanted)
-        compiled = self.compiled if isinstance(key, int) else _COMPILED
-        operation = compiled.setdefault(full_key, Operation(compute, wanted))
+        inner = isinstance(key, int)
+        full_key = name, key, len(arrays), tuple(wanted), self.float64 and inner
+        cache = self.compiled if inner else _COMPILED
+        if full_key not in cache:
+            cache[full_key] = Operation(compute, wanted, compiled=not (inner and self.float64))
+        operation = cache[full_key]
         results = operation.forward(*arrays)
         if not (self.gradients and wanted):
             outs = [Cell(out, parameters=parameters, wants_gradient=bool(wanted)) for out in results]
@@ -346,6 +354,23 @@ def _function_name(equation: Any) -> str:
     inner = equation.params.get("call_jaxpr")
     name = getattr(getattr(getattr(inner, "jaxpr", inner), "debug_info", None), "func_name", "")
     return str(name) or equation.primitive.name
+
+
+def _widened(name: str, avals: Sequence[Any], compute: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """A function with derivatives of its own, which is typed, made fit for float64 operands.
+
+    Those of `jax.nn`, such as `relu`, are called again in float64; any other computes in its own type.
+    """
+
+    def widened(*arrays: Any) -> list[Any]:
+        if all(array.dtype == aval.dtype for array, aval in zip(arrays, avals, strict=True)):
+            return compute(*arrays)
+        if hasattr(jax.nn, name) and len(arrays) == 1:
+            return [getattr(jax.nn, name)(*arrays)]
+        outs = compute(*(cast_to(a, aval.dtype) for a, aval in zip(arrays, avals, strict=True)))
+        return [cast_to(out, np.float64) for out in outs]
+
+    return widened
 
 
 def plain(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from parity.axes import best_axes
 from parity.trace import Array, ParityError, Trace, Value
+
+_EQUAL = 1e-6  # of statistics, relative
 
 Pick = Callable[[Trace, str], Array | None]
 """Returns the array of a trace that has this name; None if it has none."""
@@ -98,27 +100,49 @@ def check_finite(ours: Trace) -> None:
             )
 
 
-def paired_state(ours: Trace, theirs: Trace) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Running statistics of both, by equal numbers, then by shape in their order."""
+def paired_state(
+    ours: Trace, theirs: Trace, modules: Mapping[str, str]
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Running statistics of both: pairs that are equal after the step, before it, or alike by name.
+
+    Args:
+        modules: {reference's module: candidate's} of paired values.
+    """
+    fits: list[tuple[tuple[bool, ...], int, int, str, str, tuple[int, ...]]] = []
+    for i, (a, left) in enumerate(ours.state.items()):
+        for j, (b, right) in enumerate(theirs.state.items()):
+            found = None if left.size == 1 else best_axes(left, right)
+            if found is not None:
+                before = ours.state_before.get(a), theirs.state_before.get(b)
+                module, path = modules.get(a.rpartition(".")[0]), b.rpartition(".")[0]
+                unlikely = (
+                    found[1] > _EQUAL,
+                    not _equal(*before),
+                    _kind(a) != _kind(b),
+                    module not in (path, path.partition(".")[2]),  # Linen puts "batch_stats." before it
+                    "hidden" in b,  # Haiku's moving average without its correction
+                )
+                fits.append((unlikely, i, j, a, b, found[0]))
     pairs: dict[str, tuple[str, str, tuple[int, ...]]] = {}
     taken: set[str] = set()
-    for limit in (1e-6, np.inf):
-        for a, left in ours.state.items():
-            if a in pairs or left.size == 1:
-                continue
-            fits = [
-                (found[1], index, b, found[0])
-                for index, (b, right) in enumerate(theirs.state.items())
-                if b not in taken and (found := best_axes(left, right)) is not None and found[1] <= limit
-            ]
-            if fits:
-                _, _, b, axes = min(fits, key=lambda fit: (fit[0] > 1e-6, _kind(fit[2]) != _kind(a), fit[1]))
-                pairs[a] = a, b, axes
-                taken.add(b)
+    for _, _, _, a, b, axes in sorted(fits, key=lambda fit: fit[:3]):
+        if a not in pairs and b not in taken:
+            pairs[a] = a, b, axes
+            taken.add(b)
     return [pairs[a] for a in ours.state if a in pairs]
+
+
+def _equal(left: Array | None, right: Array | None) -> bool:
+    """True if both are the same numbers, and not all the same one, as statistics are at first."""
+    if left is None or right is None or np.ptp(left) == 0:
+        return False
+    found = best_axes(left, right)
+    return found is not None and found[1] <= _EQUAL
 
 
 def _kind(name: str) -> str:
     """Mean or variance, as far as a name tells."""
-    last = name.rpartition(".")[2]
-    return "var" if "var" in last else "mean" if "mean" in last else last
+    for part in reversed(name.lower().replace("/", ".").split(".")):
+        if "var" in part or "mean" in part:
+            return "var" if "var" in part else "mean"
+    return name.rpartition(".")[2]

@@ -2,54 +2,36 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parity.alignment import SAME, Pair, family, to_candidate, to_reference, usual_axes
+from parity.alignment import SAME, Pair, usual_axes
 from parity.axes import best_axes, departing_axes, largest_error, squeeze
-from parity.causes import Cause, Departure
+from parity.causes import Cause
 from parity.causes.search import find_cause, find_precision
 from parity.causes.stage import distance
-from parity.causes.variants import Variant, exchanges, left_out, swapped, variants
+from parity.counterparts import family
+from parity.inside import dropped, inside
 from parity.report import Difference, Stage, Tensor
+from parity.runs import Runs
 from parity.tensors import PICKS, pick_value
-from parity.trace import Array, Trace, Value, segment, stage_parameters
+from parity.trace import Array, Value, segment, stage_parameters
 from parity.weights import Audit
 
-_RERUNS = 150  # runs of the reference in the search for a cause inside a stage
 _READERS = 8  # stages that read one value, each tried for a wrong gradient
 
-Rerun = Callable[..., Trace]
-"""Runs the reference's float64 twin; `replace` and `replace_gradients` as in `Model.run`."""
 
-
-class Verdict:
+@dataclass(frozen=True)
+class Verdict(Runs):
     """Finds the first difference in the runs that `compare` made.
 
-    Args:
-        rerun: see `Rerun`.
-        twin: the reference's float64 twin.
-        whole_twin: the candidate's, as it is.
-        alone: the candidate with each stage on the reference's numbers: {True: in float64, False: as it is}.
-        pairs: of values, by the reference's name.
+    Attributes:
         weights: the audit of the parameters.
     """
 
-    def __init__(
-        self,
-        rerun: Rerun,
-        twin: Trace,
-        whole_twin: Trace,
-        alone: Mapping[bool, Trace],
-        pairs: Mapping[str, Pair],
-        weights: Audit,
-    ) -> None:
-        self.rerun = rerun
-        self.twin, self.whole_twin, self.alone = twin, whole_twin, alone
-        self.pairs, self.weights = pairs, weights
+    weights: Audit
 
     def first_difference(self, stages: Sequence[Stage], tensors: Sequence[Tensor]) -> Difference | None:
         """The first departing stage forward, else the last backward, else the first of the other tensors."""
@@ -76,92 +58,7 @@ class Verdict:
             return replace(found, reference=table.rpartition(".")[0])
         if found.cause is not None or stage.forward.coarse:
             return found
-        inside = self._dropout(stage, found) or self._inside(stage, found)
-        return found if inside is None else inside
-
-    def _dropout(self, stage: Stage, outside: Difference) -> Difference | None:
-        """A value that the candidate sets to 0 at some places and multiplies by one number at the others."""
-        taken = {pair.candidate: name for name, pair in self.pairs.items()}
-        inside = segment(self.whole_twin, stage.other.name, set(taken))
-        sources = dict.fromkeys(name for value in inside for name in value.inputs if name in taken)
-        arrays = {value.name: value.value for value in self.twin.values}
-        for value, source in itertools.product(inside, sources):
-            made, pair = pick_value(self.alone[True], value.name), self.pairs[taken[source]]
-            if made is not None and made.size == arrays[pair.reference].size:
-                read = to_candidate(pair, arrays[pair.reference], made.shape)
-                kept = made != 0
-                ratios = made[kept] / read[kept] if kept.any() and (read[kept] != 0).all() else np.ones(1)
-                if 0 < kept.mean() < 1 and ratios[0] > 1.001 and np.ptp(ratios) < 1e-9 * ratios[0]:
-                    sentence = (
-                        f"{value.where or value.name} drops some numbers of {taken[source]} and multiplies "
-                        f"the others by {ratios[0]:.6g}: dropout is active, switch it off "
-                        "(deterministic=True, eval mode)"
-                    )
-                    found = replace(outside, reference=taken[source], candidate=value.name, index=None)
-                    return replace(found, cause=sentence, where=value.where, cause_id="dropout-active")
-        return None
-
-    def _inside(self, stage: Stage, outside: Difference) -> Difference | None:
-        """A value of the stage's segment of which a variant gives the candidate's output of the stage.
-
-        The rest of the segment is computed by the reference itself.
-        """
-        ours = segment(self.twin, stage.value.name, set(self.pairs))
-        candidate = pick_value(self.alone[True], stage.pair.candidate)
-        assert candidate is not None
-        if candidate.size != stage.value.value.size:
-            return None
-        target = to_reference(stage.pair, candidate, stage.value.value.shape)
-        limit = 10 * outside.noise
-        limit = max(limit, 1e-9, min(3e-7, 1e-3 * distance(target, stage.value.value)))
-
-        def fits(replaced: Mapping[str, Array]) -> bool:
-            result = replaced.get(stage.value.name)
-            if result is None:
-                result = pick_value(self.rerun(replace=replaced), stage.value.name)
-            return result is not None and distance(result, target) <= limit
-
-        for replaced, variant in itertools.islice(self._variants(stage, ours, target), _RERUNS):
-            if fits(replaced):
-                where = self._where_of(variant.place, stage)
-                sentence = f"{where or stage.other.name} {variant.sentence}"
-                found = replace(outside, reference=variant.place, index=None, where=where)
-                return replace(found, cause=sentence, cause_id=variant.id)
-        return None
-
-    def _variants(
-        self, stage: Stage, ours: Sequence[Value], target: Array
-    ) -> Iterator[tuple[dict[str, Array], Variant]]:
-        """Values to replace in the reference, and what that would mean."""
-        by_name = {value.name: value for value in self.twin.values}
-        for value in ours:
-            for variant in left_out(value, by_name, self.twin):
-                yield {value.name: variant.array}, replace(variant, place=value.name)
-        for replaced, variant in exchanges(ours, self.twin):
-            yield replaced, variant
-        departures = {
-            value.name: self._departure(stage.forward, replace(stage, value=value), value.value, value.value)
-            for value in ours
-        }
-        for before, behind in itertools.pairwise(ours):
-            if behind.inputs == (before.name,):
-                for variant in swapped(departures[before.name], departures[behind.name]):
-                    yield {behind.name: variant.array}, replace(variant, place=before.name)
-        for value in ours:
-            of_stage = target if value is ours[-1] else None
-            for variant in variants(departures[value.name], self.twin, of_stage):
-                if variant.array.shape == value.value.shape:
-                    yield {value.name: variant.array}, replace(variant, place=variant.place or value.name)
-
-    def _where_of(self, name: str, stage: Stage) -> str:
-        """The candidate's line of the value paired with `name`, else the first of the stage's segment."""
-        if name in self.pairs:
-            other = self.pairs[name].candidate
-            where = next((value.where for value in self.whole_twin.values if value.name == other), "")
-            return where or stage.other.where
-        taken = {pair.candidate for pair in self.pairs.values()}
-        inside = segment(self.whole_twin, stage.other.name, taken)
-        return next((value.where for value in inside if value.where), stage.other.where)
+        return dropped(self, stage, found) or inside(self, stage, found) or found
 
     def _gradient_difference(
         self, tensor: Tensor, stage: Stage | None, stages: Sequence[Stage]
@@ -325,54 +222,10 @@ class Verdict:
 
     def _cause(self, tensor: Tensor, stage: Stage, truth: Array, array: Array) -> Cause | None:
         """Try the hypotheses on the stage alone."""
-        departure = self._departure(tensor, stage, truth, array)
+        departure = self.departure(tensor, stage, truth, array)
         if tensor.coarse and tensor.what == "output":
             return find_precision(departure, array)
         return find_cause(departure)
-
-    def _departure(self, tensor: Tensor, stage: Stage, truth: Array, array: Array) -> Departure:
-        """What is known of a stage. Of a module its inputs are those of the whole module."""
-        module = stage.value.module
-        ours = segment(self.twin, stage.value.name, set(self.pairs))
-        if stage.value.is_module:
-            ours = [value for value in ours if f"{value.module}.".startswith(f"{module}.")]
-        else:
-            ours = ours[-1:]
-        candidates = {pair.candidate for pair in self.pairs.values()}
-        read = dict.fromkeys(name for value in ours for name in value.inputs)
-        arrays = {**self.twin.inputs, **{value.name: value.value for value in self.twin.values}}
-        inside = {value.name for value in ours}
-        other = pick_value(self.alone[not tensor.coarse], stage.pair.candidate)
-        assert other is not None
-        inputs = {name: arrays[name] for name in read if name in arrays and name not in inside}
-        name = tensor.reference
-        if tensor.what == "input gradient" and name in arrays and name not in inputs:
-            for own, x in inputs.items():  # the stage may read the value with its axes in another order
-                found = best_axes(x, arrays[name])
-                if found is not None and found[1] <= SAME and x.ndim == arrays[name].ndim == len(found[0]):
-                    name, truth, array = own, truth.transpose(found[0]), array.transpose(found[0])
-                    break
-        return Departure(
-            what=tensor.what,
-            reference=stage.value,
-            candidate=stage.other,
-            segment=tuple(segment(self.whole_twin, stage.pair.candidate, candidates)),
-            inputs=inputs,
-            parameters={p: self.twin.parameters[p] for value in ours for p in value.parameters},
-            state={n: a for n, a in self.twin.state_before.items() if module and n.startswith(f"{module}.")},
-            output=stage.value.value,
-            candidate_output=(
-                to_reference(stage.pair, other, stage.value.value.shape)
-                if other.size == stage.value.value.size
-                else squeeze(other).transpose(stage.pair.axes)
-            ),
-            gradient=stage.value.gradient,
-            result=truth,
-            candidate_result=array,
-            result_name=name,
-            noise=tensor.allowed / tensor.factor,
-            train=bool(stage.value.attributes.get("training", False)),
-        )
 
     def _axes(self, tensor: Tensor, truth: Array, array: Array) -> tuple[int, ...]:
         if tensor.reference in self.pairs:

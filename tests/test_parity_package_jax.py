@@ -1,0 +1,90 @@
+"""The JAX adapters of `parity`: parameters by their place, float64 twins, statistics of the right layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import parity
+
+
+@pytest.mark.parametrize("count", [3, 11])
+def test_parameters_keep_their_order_whatever_their_names(count: int) -> None:
+    """Sorted by name, "10" comes before "2", and an Equinox module's fields are not sorted at all."""
+    rng = np.random.default_rng(0)
+    matrices = [rng.standard_normal((i + 1, i + 2), np.float32) for i in range(count)]
+
+    def product(matrices: list[jax.Array], x: jax.Array) -> jax.Array:
+        for matrix in matrices:
+            x = x @ matrix
+        return x
+
+    model = parity.jax_model(product, matrices)
+    module = torch.nn.Sequential(*(torch.nn.Linear(i + 1, i + 2, bias=False) for i in range(count)))
+    with torch.no_grad():
+        for layer, matrix in zip(module, matrices, strict=True):
+            layer.get_parameter("weight").copy_(torch.tensor(matrix.T))
+    assert parity.compare(parity.torch_model(module), model, np.ones((2, 1), np.float32)).agrees
+
+
+def test_a_parameter_may_be_called_value() -> None:
+    arrays = {"kernel": np.eye(3, dtype=np.float32), "value": {"kernel": 2 * np.eye(3, dtype=np.float32)}}
+    model = parity.jax_model(lambda p, x: x @ p["kernel"] @ p["value"]["kernel"], arrays)
+    trace = model.run(np.ones((2, 3), np.float32))
+    assert set(trace.parameters) == {"kernel", "value.kernel"}
+    assert np.array_equal(trace.outputs["output"], np.full((2, 3), 2.0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_relu_of_a_layer_of_fixed_precision_has_a_float64_twin(dtype: Any) -> None:
+    """`jax.nn.relu` has a derivative of its own, traced in the precision of what it is given."""
+    layer = nnx.Linear(3, 4, dtype=dtype, rngs=nnx.Rngs(0))
+
+    class Net(nnx.Module):
+        def __init__(self) -> None:
+            self.layer = layer
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nnx.relu(self.layer(x))
+
+    x = np.random.default_rng(0).standard_normal((2, 3), np.float32)
+    trace = parity.nnx_model(Net()).run(x, float64=True, cotangents={"output": np.ones((2, 4))})
+    assert layer.bias is not None
+    kernel, bias = (np.asarray(a[...], np.float64) for a in (layer.kernel, layer.bias))
+    expected = x.astype(np.float64) @ kernel + bias
+    assert np.abs(trace.outputs["output"] - np.maximum(expected, 0)).max() < 1e-14
+    assert np.abs(trace.input_gradients["input"] - (expected > 0) @ kernel.T).max() < 1e-14
+
+
+def test_statistics_are_paired_by_their_layer() -> None:
+    """Linen sorts modules by name, so that the second batch norm's statistics come first here."""
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+
+    class Inner(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return linen.BatchNorm(False, momentum=0.1, epsilon=1e-5)(linen.Dense(4)(x))
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return Inner(name="A")(linen.BatchNorm(False, momentum=0.1, epsilon=1e-5)(x))
+
+    x = np.random.default_rng(0).standard_normal((8, 4), np.float32) * 2 + 1
+    variables = Net().init(jax.random.key(0), x)
+    variables["params"]["A"]["Dense_0"] = {
+        "kernel": module[1].get_parameter("weight").detach().numpy().T,
+        "bias": module[1].get_parameter("bias").detach().numpy(),
+    }
+    models = parity.torch_model(module.train()), parity.linen_model(Net(), variables)
+    first = parity.compare(*models, x).first_difference
+    assert first is not None
+    assert (first.reference, first.candidate) == ("0.running_mean", "batch_stats.BatchNorm_0.mean")
+    assert first.cause_id == "momentum-convention"

@@ -190,10 +190,12 @@ def binary_forms(departure: Departure) -> Iterator[Form]:
 
                 value = solve(scaled, target, (-1.0, 0.1, 1.0, 4.0))
                 if value is not None and given is not None and knob == "alpha":
-                    embedded = any("embed" in name.lower() for name in departure.inputs)
+                    names = " ".join(departure.inputs).lower()
+                    id_ = "embedding-scale" if "embed" in names else "operand-scaled"
+                    scores = any(word in names for word in ("matmul", "bmm", "einsum", "dot_general"))
                     verb = {"divide": "divides by", "multiply": "multiplies by"}.get(kind, f"{own} by")
                     yield Change(
-                        "embedding-scale" if embedded else "attention-scale",
+                        "attention-scale" if scores else id_,
                         f"{verb} {number(float(given) * value)}",
                         f"by {number(float(given))}",
                         number(float(given)),

@@ -11,6 +11,7 @@ import numpy as np
 from parity.causes import Departure, activation, attention
 from parity.causes.search import known_form
 from parity.causes.stage import Form
+from parity.counterparts import family
 from parity.trace import Array, Trace, Value
 
 _OPERANDS = 24  # other values that are tried in the place of an operand
@@ -123,7 +124,8 @@ def _left_out_id(value: Value, by_name: Mapping[str, Value]) -> str:
         embedded = any(
             "embedding" in by_name[name].operation.lower() for name in value.inputs if name in by_name
         )
-        return "embedding-scale" if embedded else "attention-scale"
+        scores = any(family(by_name[name].operation) == "product" for name in value.inputs if name in by_name)
+        return "embedding-scale" if embedded else "attention-scale" if scores else "operand-scaled"
     if operation in activation.FUNCTIONS or operation in activation.ALIASES:
         return "activation"
     return "operation-missing"

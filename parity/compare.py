@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -108,20 +108,20 @@ class _Comparison:
         self.cotangents = self._cotangents(plain)
         self.twin = self._run_reference(float64=True)
         self._check_names(theirs)
+        del plain, theirs  # a run of a large model takes gigabytes
         pairs = align(self.twin, lambda replace: self._run_candidate(True, replace=replace), self.names)
         self.pairs = pairs
-        self.weights = audit(self.twin, theirs, pairs)
+        self.whole_twin = self._without_gradients(self._run_candidate(True))
+        self.weights = audit(self.twin, self.whole_twin, pairs)
         # Total errors: the models as they are. Errors made here: each stage on the reference's numbers.
-        self.whole = self._run_candidate()
-        self.whole_twin = self._run_candidate(True)
+        self.whole = self._of_pairs(self._run_candidate())
         self.alone = {True: self._run_candidate(True, replace=self._numbers())}
         self.noise = self._noise()
         departed = self._departing_gradients()
         gradients = replacements(departed, _as_gradients(self.twin), self.whole_twin)
-        self.alone = {
-            float64: self._run_candidate(float64, replace=self._numbers(), replace_gradients=gradients)
-            for float64 in (True, False)
-        }
+        replaced = {"replace": self._numbers(), "replace_gradients": gradients}
+        self.alone[True] = self._without_gradients(self._run_candidate(True, **replaced))
+        self.alone[False] = self._of_pairs(self._run_candidate(False, **replaced))
         stages = [self._stage(name, pair, name in departed) for name, pair in pairs.items()]
         tensors = self._tensors()
         verdict = Verdict(
@@ -138,6 +138,17 @@ class _Comparison:
             first_difference=verdict.first_difference(stages, tensors),
             notes=self._notes(),
         )
+
+    def _of_pairs(self, trace: Trace) -> Trace:
+        """A run of the candidate with its paired values alone."""
+        names = {pair.candidate for pair in self.pairs.values()}
+        return replace(trace, values=[value for value in trace.values if value.name in names])
+
+    def _without_gradients(self, trace: Trace) -> Trace:
+        """A run of the candidate without the gradients of unpaired values, which nobody reads."""
+        names = {pair.candidate for pair in self.pairs.values()}
+        values = [value if value.name in names else replace(value, gradient=None) for value in trace.values]
+        return replace(trace, values=values)
 
     def _check_names(self, theirs: Trace) -> None:
         """Refuse names that the user gives and a model does not have."""
@@ -188,25 +199,56 @@ class _Comparison:
         """The twin's values in place of the candidate's."""
         return replacements(self.pairs, self.twin, self.whole_twin)
 
-    def _noise(self) -> dict[str, list[Trace]]:
-        """Runs of the reference that are as right as the twin but for last bits.
+    def _noise(self) -> dict[str, dict[tuple[Pick, str], float]]:
+        """The largest differences of runs of the reference that are as right as the twin but for last bits.
 
         "float64" and "native": each stage on the twin's numbers, moved by last bits. "whole": the reference
-        as it is, and on inputs moved by last bits.
+        as it is, and on inputs moved by last bits. The runs themselves are not kept.
         """
         values = {value.name: value.value for value in self.twin.values if value.name in self.pairs}
-        noisy: dict[str, list[Trace]] = {"float64": [], "native": [], "whole": [self._run_reference()]}
-        noisy["native"].append(self._run_reference(False, replace=values))
+        noise: dict[str, dict[tuple[Pick, str], float]] = {"float64": {}, "native": {}, "whole": {}}
+
+        def add(key: str, trace: Trace) -> None:
+            for what, error in self._differences(trace).items():
+                noise[key][what] = max(error, noise[key].get(what, 0.0))
+
+        add("whole", self._run_reference())
+        add("native", self._run_reference(False, replace=values))
         for seed in _LAST_BITS:
             rng = np.random.default_rng([self.seed, seed])
             for key, float64 in (("float64", True), ("native", False)):
                 eps = _EPS["float64" if float64 else self.native]
                 moved = {name: _moved(array, eps, rng) for name, array in values.items()}
                 inputs = _map_inputs(self.inputs, partial(_moved, eps=eps, rng=rng))
-                noisy[key].append(self._run_reference(float64, inputs, replace=moved))
+                add(key, self._run_reference(float64, inputs, replace=moved))
             inputs = _map_inputs(self.inputs, partial(_moved, eps=_EPS[self.native], rng=rng))
-            noisy["whole"].append(self._run_reference(False, inputs))
-        return noisy
+            add("whole", self._run_reference(False, inputs))
+        return noise
+
+    def _differences(self, trace: Trace) -> dict[tuple[Pick, str], float]:
+        """The largest absolute difference of each tensor of a run of the reference from the twin's."""
+        found: dict[tuple[Pick, str], float] = {}
+        ours = {value.name: value for value in self.twin.values if value.name in self.pairs}
+        for value in trace.values:
+            if value.name in ours:
+                truth = ours[value.name]
+                found[pick_value, value.name] = largest_error(truth.value, value.value, 1.0)
+                if truth.gradient is not None or value.gradient is not None:
+                    a, b = (
+                        np.zeros(v.value.shape) if v.gradient is None else v.gradient for v in (truth, value)
+                    )
+                    found[pick_gradient, value.name] = largest_error(a, b, 1.0)
+        pairs: tuple[tuple[Pick, Mapping[str, Array], Mapping[str, Array]], ...] = (
+            (pick_output, self.twin.outputs, trace.outputs),
+            (pick_input_gradient, self.twin.input_gradients, trace.input_gradients),
+            (pick_parameter_gradient, self.twin.parameter_gradients, trace.parameter_gradients),
+            (pick_state, self.twin.state, trace.state),
+        )
+        for pick, left, right in pairs:
+            found |= {
+                (pick, name): largest_error(left[name], right[name], 1.0) for name in left if name in right
+            }
+        return found
 
     def _departing_gradients(self) -> dict[str, Pair]:
         """Values whose gradient the candidate computes wrongly from right gradients behind them.
@@ -245,7 +287,7 @@ class _Comparison:
         right = set()
         for name, pair in self.pairs.items():
             if not self._tensor(
-                "input gradient", name, pair.candidate, pair.axes, pick_gradient, self._floor()
+                "input gradient", name, pair.candidate, pair.axes, pick_gradient, self._floor
             ).departs:
                 right.add(name)
         return wrong, right
@@ -284,12 +326,7 @@ class _Comparison:
             return largest_error(truth, squeeze(array).transpose(axes).reshape(truth.shape), scale)
 
         def noise(key: str, eps: float) -> float:
-            errors = [
-                largest_error(truth, array, scale)
-                for t in self.noise[key]
-                if (array := pick(t, name)) is not None
-            ]
-            return max([eps, *errors])
+            return max(eps, self.noise[key].get((pick, name), 0.0) / scale if scale else 0.0)
 
         native_eps = _EPS[self.native]
         made, made_noise = error(self.alone[True]), noise("float64", _EPS["float64"])
@@ -320,11 +357,12 @@ class _Comparison:
         backward = None
         if self.gradients and value.gradient is not None:
             backward = self._tensor(
-                "input gradient", name, pair.candidate, pair.axes, pick_gradient, self._floor()
+                "input gradient", name, pair.candidate, pair.axes, pick_gradient, self._floor
             )
             backward = replace(backward, departs=departs)
         return Stage(value=value, other=other, pair=pair, forward=forward, backward=backward)
 
+    @cached_property
     def _floor(self) -> float:
         """Gradients far below the largest are rounding: that of a bias before batch norm is exactly 0."""
         gradients = (*self.twin.parameter_gradients.values(), *self.twin.input_gradients.values())
@@ -332,7 +370,7 @@ class _Comparison:
 
     def _gradients_of_leaves(self) -> list[Tensor]:
         """The gradients of inputs and parameters."""
-        tensors, floor = [], self._floor()
+        tensors, floor = [], self._floor
         theirs = self.whole_twin.inputs
         for a, b in paired_inputs(self.twin, self.whole_twin):
             found = best_axes(self.twin.inputs[a], theirs[b])

@@ -50,6 +50,7 @@ class JaxModel(Model):
         self._attributes = {} if attributes is None else attributes
         self._traced: dict[Any, tuple[ClosedJaxpr, Any]] = {}
         self._compiled: dict[Any, Operation] = {}
+        self._cast: dict[bool, tuple[dict[str, Any], ...]] = {}  # parameters and state, by `float64`
 
     def precision(self) -> str:
         """See `Model`."""
@@ -75,7 +76,10 @@ class JaxModel(Model):
         with jax.enable_x64(wide):
             cast = (lambda a: cast_to(a, dtype)) if float64 else jnp.asarray
             args, kwargs = arguments(inputs, lambda a: cast_to(np.asarray(a), dtype))
-            params, state = ({k: cast(v) for k, v in tree.items()} for tree in (self._params, self._state))
+            if float64 not in self._cast:
+                trees = self._params, self._state
+                self._cast[float64] = tuple({k: cast(v) for k, v in tree.items()} for tree in trees)
+            params, state = self._cast[float64]
             jaxpr, out_tree = self._trace(params, state, args, kwargs, float64)
             tape = Tape(
                 float64,
@@ -309,7 +313,7 @@ def _named_outputs(output: Tree) -> dict[str, Cell]:
 
 def _numpy(array: Any) -> Array:
     """A NumPy array of its own; bfloat16 as float32."""
-    own: Array = np.array(array)
+    own: Array = np.asarray(array)  # without a copy: JAX never changes an array
     return own if own.dtype in (np.float32, np.float64, np.float16) else own.astype(np.float32)
 
 

@@ -7,6 +7,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -68,8 +69,9 @@ class Operation:
 
             return jax.vjp(of_wanted, *(arrays[i] for i in wanted))[1](list(cotangents))
 
-        self.forward = jax.jit(compute) if compiled else compute
-        self.backward = jax.jit(backward) if compiled else backward
+        jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # quick to compile
+        self.forward = jit(compute) if compiled else compute
+        self.backward = jit(backward) if compiled else backward
 
 
 class Tape:

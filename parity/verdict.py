@@ -65,6 +65,13 @@ class Verdict(Runs):
     ) -> Difference:
         """A gradient or statistic that departs, with its cause."""
         found = self._difference(tensor, stage)
+        if tensor.what == "statistics":
+            left = self.twin.state_before.get(tensor.reference)
+            right = self.whole_twin.state_before.get(tensor.candidate)
+            apart = None if left is None or right is None else best_axes(left, right)
+            if apart is not None and apart[1] > SAME:
+                sentence = f"{tensor.candidate} differs before the step already: load {tensor.reference}"
+                return replace(found, cause=sentence, cause_id="weight-not-loaded")
         if found.cause is not None or not tensor.what.endswith("gradient"):
             return found
         name = tensor.reference

@@ -8,7 +8,7 @@ from tests import ports, ports_blind
 from tests.ports.case import Fault, Port
 from tests.ports.score import alarms, outcome, table
 
-QUICK = (  # exchanged values, a gradient, two operations exchanged; the others take minutes, mostly to compile
+QUICK = (  # exchanged values, a gradient, exchanged operations; the others take minutes, mostly to compile
     "gru-jax/gate-order",
     "gru-jax/stop-gradient",
     "gru-jax/update-gate-convention",

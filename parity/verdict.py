@@ -262,6 +262,6 @@ def _counterpart(value: Value, theirs: Sequence[Value]) -> Value | None:
     if any(best_axes(value.value, other.value) is not None for other in same_kind):
         fits = [other for other in theirs if other.value.size == value.value.size]
         return next((other for other in fits if _reordered(value.value, other.value)), None)
-    if family(value.operation) not in ("convolution", "product", "pooling", "resize", "interpolate", "cat"):
+    if family(value.operation) not in ("convolution", "pooling", "resize", "interpolate", "cat"):
         return None  # only these can give another shape
     return next(iter(same_kind), None)

@@ -127,6 +127,8 @@ def _faults(
 ) -> list[WeightFault]:
     """What looks wrong with one parameter."""
     name, other = match.reference, match.candidate
+    if not other and any(_contains(array, ours[name]) for array in theirs.values()):
+        return []  # one parameter of the candidate has the numbers of several: q, k and v in one kernel
     if not other and name.rpartition(".")[2] == "bias":
         return [
             WeightFault(
@@ -184,6 +186,11 @@ def _faults(
     apart = f"largest difference {error:.1e} of its largest magnitude"
     sentence = f"{other} is not {name} ({apart}): it was not loaded, or it is another one"
     return [WeightFault(name, other, error, sentence, "weight-not-loaded")]
+
+
+def _contains(array: Array, part: Array) -> bool:
+    """True if a larger array has all the numbers of another one, which are not all the same."""
+    return array.size > part.size > 1 and np.ptp(part) > 0 and bool(np.isin(part, array).all())
 
 
 def _equal_faults(

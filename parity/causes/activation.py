@@ -101,7 +101,8 @@ def apply(x: Array, name: str, **arguments: float) -> Array:
     """The activation of that name."""
     if name == "softmax":
         return softmax(x, int(arguments["axis"]))
-    return FUNCTIONS[name](x, **arguments)
+    with np.errstate(all="ignore"):  # scores may be infinite
+        return FUNCTIONS[name](x, **arguments)
 
 
 def forms(departure: Departure) -> Iterator[Form]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from parity.causes import Departure
-from parity.causes.activation import FUNCTIONS
+from parity.causes.activation import FUNCTIONS, apply
 from parity.causes.stage import Change, Form, attribute, bias_of, first_input, number, solve, weight_of
 from parity.trace import Array
 
@@ -171,7 +171,7 @@ def binary_forms(departure: Departure) -> Iterator[Form]:
                 for knob, array in (("x", x), ("other", other)):
                     place = "first" if knob == "x" else "second"
                     does = f"applies {function} to the {place} value before it {own}"
-                    knobs = {knob: FUNCTIONS[function](array)}
+                    knobs = {knob: apply(array, function)}
                     yield Change("norm-activation-order", does, "does not", f"{function} behind it", knobs)
                 yield Change(
                     "norm-activation-order",
@@ -210,7 +210,7 @@ def binary_forms(departure: Departure) -> Iterator[Form]:
         def compute(x: Array, other: Array, function: str, alpha: float = alpha, scale: float = 1.0) -> Array:
             x, other = x * scale, other * alpha
             if function in FUNCTIONS:
-                return FUNCTIONS[function](_BINARY[kind](x, other))
+                return apply(_BINARY[kind](x, other), function)
             return np.asarray(_BINARY[function](x, other))
 
         yield Form(compute, {"x": x, "other": other, "function": kind}, changes)

@@ -36,11 +36,12 @@ from parity.tensors import (
 )
 from parity.trace import Array, Inputs, Model, ParityError, Trace, random_cotangents
 from parity.verdict import Verdict
-from parity.weights import audit
+from parity.weights import Match, audit
 
 FACTOR = 10.0  # errors above this many times the noise depart, in float64
 FACTOR_NATIVE = 30.0  # the same in the models' own precision, where right algorithms differ more
 _EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+_ROUNDED = 2.0**-7  # a parameter in a lower precision is still the same one
 _TRIALS = 12  # places tried for a wrong gradient
 _LAST_BITS = (1, 2)  # seeds of the numbers moved by a last bit
 
@@ -170,6 +171,12 @@ class _Comparison:
             notes.append(f"The models are in {types}: rounding was not compared, only their float64 twins.")
         if not (self.reference.records and self.candidate.records):
             notes.append("Of a plain function only outputs are known: no stages, no gradients.")
+        left_out = [m.reference for m in self.weights.matches if self.gradients and not self._is_the_same(m)]
+        if left_out:
+            names = ", ".join(left_out)
+            notes.append(
+                f"Gradients not compared, of parameters that the candidate stores otherwise: {names}."
+            )
         if self.weights.extra:
             notes.append(f"Parameters that only the candidate has: {', '.join(self.weights.extra)}.")
         return notes
@@ -377,14 +384,23 @@ class _Comparison:
             if found is not None:
                 tensors.append(self._tensor("input gradient", a, b, found[0], pick_input_gradient, floor))
         for match in self.weights.matches:
-            rank = squeeze(self.twin.parameters[match.reference]).ndim
-            known = match.candidate and len(match.axes) == rank  # else stored in another shape
-            if known and match.reference in self.twin.parameter_gradients:
+            if self._is_the_same(match) and match.reference in self.twin.parameter_gradients:
                 names = match.reference, match.candidate
                 tensors.append(
                     self._tensor("parameter gradient", *names, match.axes, pick_parameter_gradient, floor)
                 )
         return tensors
+
+    def _is_the_same(self, match: Match) -> bool:
+        """True if the candidate stores a parameter by itself, in the same shape: its gradient is the same.
+
+        A kernel that a batch norm was merged into has another one.
+        """
+        ours = self.twin.parameters[match.reference]
+        if not match.candidate or len(match.axes) != squeeze(ours).ndim:
+            return False
+        theirs = squeeze(self.whole_twin.parameters[match.candidate]).transpose(match.axes)
+        return match.equal or largest_error(squeeze(ours), theirs) < _ROUNDED
 
     def _tensors(self) -> list[Tensor]:
         """Gradients of inputs and parameters, and the state after the run."""

@@ -13,7 +13,7 @@ from parity.alignment import Pair
 from parity.axes import best_axes, largest_error, squeeze
 from parity.trace import Array, Trace, stage_parameters
 
-_ROUNDED = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}  # largest relative rounding
+_ROUNDED = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative; the finest first
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,7 @@ def variants(departure: Departure, trace: Trace, target: Array | None) -> Iterat
     yield from _masked_softmax(departure, by_name, target)
     yield from _scaled_before_product(departure, trace, by_name)
     for name in _EXTRA:
-        with np.errstate(all="ignore"):
-            array = activation.apply(departure.output, name)
+        array = activation.apply(departure.output, name)
         sentence = f"applies {name} to what is {value.name} in the reference: move or remove it"
         yield Variant("norm-activation-order", array, sentence)
 
@@ -158,10 +157,10 @@ def _other_operands(
         if not isinstance(array, np.ndarray):
             continue
         own = next(
-            (name for name, a in departure.inputs.items() if np.array_equal(form_view(form, a), array)), ""
+            (name for name, a in departure.inputs.items() if np.array_equal(_view(form, a), array)), ""
         )
         for other in _candidates(value, own, trace):
-            viewed = form_view(form, other.value)
+            viewed = _view(form, other.value)
             if viewed.shape != array.shape or np.array_equal(viewed, array):
                 continue
             result = _in_reference_layout(form, form.result({knob: viewed}), departure.output)
@@ -173,8 +172,8 @@ def _other_operands(
             yield Variant(id_, result, words, place)
 
 
-def form_view(form: Form, array: Array) -> Array:
-    """An operand in the form's layout; as it is if the view is not made for its shape."""
+def _view(form: Form, array: Array) -> Array:
+    """Return an operand in the form's layout, or as it is if the view does not fit its shape."""
     try:
         return form.view(array)
     except ValueError:

@@ -16,6 +16,7 @@ from parity.files import saved_model as saved_model
 from parity.function_adapter import function_model as function_model
 from parity.numpy_adapter import numpy_model as numpy_model
 from parity.optimizers import compare_optimizers as compare_optimizers
+from parity.recorded import compare_tensors as compare_tensors
 from parity.report import Difference as Difference
 from parity.report import Report as Report
 from parity.trace import Model as Model

@@ -16,7 +16,7 @@ class Tensor:
     """One tensor of both models. Errors are relative to the reference's largest magnitude.
 
     Attributes:
-        what: "output", "input gradient", "parameter gradient" or "statistics".
+        what: "output", "input gradient", "parameter gradient" or "statistics"; "tensor" of recorded ones.
         reference, candidate: names.
         shape: of the reference's.
         error: of the candidate as it is, in its own precision; what was handed on to it among it.
@@ -58,10 +58,11 @@ class Difference:
     """The first place at which the models differ.
 
     Attributes:
-        what: "parameter", "output", "input gradient", "parameter gradient" or "statistics".
+        what: "parameter", "output", "input gradient", "parameter gradient" or "statistics"; "tensor" of
+            recorded ones.
         reference, candidate: the names of the stage or tensor.
         error: made at this place, relative to the tensor's largest magnitude.
-        noise: what such an error may be.
+        noise: what such an error may be; of recorded tensors what is allowed.
         index: where it is largest, in the reference's layout.
         cause: a sentence, or None.
         where: file and line of the candidate, if known.
@@ -78,14 +79,22 @@ class Difference:
     where: str
     cause_id: str = ""
 
+    @property
+    def distance(self) -> str:
+        """How far the two are apart, in words."""
+        if self.what == "tensor" and self.index is None:
+            return "they cannot be compared"
+        limit = "allowed" if self.what == "tensor" else "noise"
+        at = f", most at {list(self.index)}" if self.index is not None else ""
+        return f"off by {self.error:.1e} of its largest magnitude, {limit} {self.noise:.1e}{at}"
+
     def __str__(self) -> str:
-        of = "" if self.reference == self.what else f" of {self.reference}"
+        of = f" {self.reference}" if self.what == "tensor" else f" of {self.reference}"
+        of = "" if self.reference == self.what else of
         names = of if self.candidate in (self.reference, "") else f"{of} (candidate: {self.candidate})"
         place = f", at {self.where}" if self.where else ""
-        size = f"off by {self.error:.1e} of its largest magnitude, noise {self.noise:.1e}"
-        at = f", most at {list(self.index)}" if self.index is not None else ""
         cause = self.cause or "No cause that this tool knows makes them agree."
-        return f"The models first differ at the {self.what}{names}{place}: {size}{at}.\n{cause}"
+        return f"The models first differ at the {self.what}{names}{place}: {self.distance}.\n{cause}"
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class Report:
         reference, candidate: the frameworks.
         precision: of the reference.
         stages: all paired values in the reference's order of computation.
-        tensors: gradients of inputs and parameters, and running statistics.
+        tensors: gradients of inputs and parameters, and running statistics; or recorded tensors.
         weights: the audit of the parameters.
         unmatched: modules of the reference without a counterpart.
         first_difference: None if the models agree.
@@ -120,7 +129,7 @@ class Report:
 
     def __str__(self) -> str:
         title = f"{'stage':<32}{'candidate':<32}{'error':>9}{'noise':>9}{'made here':>11}{'gradient':>10}"
-        rows = [title]
+        rows = [title] if self.stages else []
         for stage in self.stages:
             forward, backward = stage.forward, stage.backward
             gradient = (
@@ -131,10 +140,10 @@ class Report:
                 f"{_short(stage.value.name):<32}{_short(stage.other.name):<32}{forward.error:>9.0e}"
                 f"{forward.noise:>9.0e}{forward.made_here:>10.0e}{mark}{gradient:>10}"
             )
-        departing = [tensor for tensor in self.tensors if tensor.departs]
-        rows += [
-            f"{t.what} of {t.reference}: {t.made_here:.1e}, allowed {t.allowed:.1e} !" for t in departing
-        ]
+        for t in self.tensors:
+            if t.departs or not self.stages:
+                mark = " !" if t.departs else ""
+                rows.append(f"{t.what} of {t.reference}: {t.made_here:.1e}, allowed {t.allowed:.1e}{mark}")
         rows += [f"not found in the candidate: {', '.join(self.unmatched)}"] if self.unmatched else []
         rows += self.notes
         return "\n".join([*rows, "", self.verdict])
@@ -143,9 +152,11 @@ class Report:
     def verdict(self) -> str:
         """The result in a sentence or two."""
         if self.first_difference is None:
-            return (
-                f"The models agree: {len(self.stages)} stages, {len(self.tensors)} gradients and statistics."
+            others = f"{len(self.tensors)} gradients and statistics"
+            compared = (
+                f"{len(self.stages)} stages, {others}" if self.stages else f"{len(self.tensors)} tensors"
             )
+            return f"The models agree: {compared}."
         return str(self.first_difference)
 
     def save(self, path: str | Path) -> None:

@@ -275,3 +275,46 @@ def test_a_page_that_cannot_be_written_is_one_line(
     )
     assert main([str(file), "--html", str(tmp_path / "absent" / "page.html")]) == 2
     assert "page.html cannot be written (No such file or directory)" in capsys.readouterr().err
+
+
+def test_recorded_tensors_are_compared_within_the_limits_given(tmp_path: Path) -> None:
+    ours = {"stem": np.array([[1.0, -4.0], [0.0, 2.0]]), "zeros": np.zeros(2), "logits": np.array([1, 2])}
+    theirs = {name: array.astype(np.float32) for name, array in ours.items()}
+    assert parity.compare_tensors(ours, theirs, 0).verdict == "The models agree: 3 tensors."
+    theirs["stem"] = ours["stem"] + [[0, 0], [1, 0.5]]
+    theirs["zeros"] = np.array([0, 1e-3])  # absolute
+    report = parity.compare_tensors(ours, theirs, {"stem": 0.2, "zeros": 1e-2, "logits": 0})
+    assert [(t.reference, t.error, t.departs) for t in report.tensors] == [
+        ("stem", 0.25, True),
+        ("zeros", 1e-3, False),
+        ("logits", 0, False),
+    ]
+    assert str(report.first_difference) == (
+        "The models first differ at the tensor stem: off by 2.5e-01 of its largest magnitude, "
+        "allowed 2.0e-01, most at [1, 0].\n1.0, not 0.0; the tensor's largest magnitude is 4."
+    )
+    assert "tensor of zeros: 1.0e-03, allowed 1.0e-02\n" in str(report)
+    report.save(tmp_path / "page.html")
+    assert "<h2>Tensors</h2>" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (None, "cannot be compared.\nThe candidate has none."),
+        (np.zeros((2, 1)), "cannot be compared.\nShape [2, 1], not [2]."),
+        (
+            np.array([0, np.nan]),
+            "off by inf of its largest magnitude, allowed 1.0e+09, most at [1].\nnan, not 1.0;",
+        ),
+        (np.array([0, np.inf]), "most at [1].\ninf, not 1.0;"),
+    ],
+)
+def test_recorded_tensors_that_no_limit_allows(tensor: np.ndarray | None, words: str) -> None:
+    theirs = {"extra": np.ones(1)} if tensor is None else {"a": tensor}
+    report = parity.compare_tensors({"a": np.arange(2.0)}, theirs, 1e9)
+    assert words in report.verdict
+    assert report.unmatched == (["a"] if tensor is None else [])
+    assert ("only the candidate has: extra" in str(report)) == (tensor is None)
+    same = {"a": np.array([np.nan])}
+    assert not parity.compare_tensors(same, same, 1e9).agrees

@@ -9,7 +9,7 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,13 +32,6 @@ Stages = Mapping[str, np.ndarray]
 TOLERANCES = {"float32": 1e-4, "float64": 1e-12}
 TOLERANCES_TRAIN = {"float32": 1e-2, "float64": 1e-10}
 VARIATIONS = 3
-
-
-class Difference(NamedTuple):
-    """How far two tensors of one stage are apart, and where most."""
-
-    size: float  # relative to the largest magnitude in either
-    at: tuple[int, ...]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -210,44 +203,38 @@ def _reference(options: argparse.Namespace, ours: Stages) -> dict[str, np.ndarra
     return {name: array.transpose(back) if array.ndim == 4 else array for name, array in stages.items()}
 
 
-def compare(a: np.ndarray, b: np.ndarray) -> Difference:
-    """The largest difference of two arrays of one shape; infinite where either is not finite."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    finite = np.isfinite(a) & np.isfinite(b)
-    scale = max(np.abs(a[finite]).max(initial=0), np.abs(b[finite]).max(initial=0)) or 1.0
-    error = np.full(a.shape, np.inf)
-    error[finite] = np.abs(a[finite] - b[finite]) / scale
-    index = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
-    return Difference(float(error[index]), index)
-
-
 def _report(outputs: Mapping[str, Stages], tolerance: float, mode: str, precision: str) -> int:
     """Print the table and the result; return the exit status."""
+    import parity
+
     pairs = list(itertools.combinations(outputs, 2))
+    reports = {}
+    for a, b in pairs:
+        common = [stage for stage in outputs["numpy"] if stage in outputs[a] and stage in outputs[b]]
+        theirs, ours = ({stage: outputs[engine][stage] for stage in common} for engine in (b, a))
+        reports[a, b] = parity.compare_tensors(theirs, ours, tolerance)
+    cells = {
+        (pair, tensor.reference): f"{tensor.error:.1e}{'!' if tensor.departs else ' '}"
+        for pair, report in reports.items()
+        for tensor in report.tensors
+    }
     print(f"{precision}, {mode} mode; differences relative to each tensor's largest magnitude\n")
     titles = [f"{a}-{b}" for a, b in pairs]
     print(" ".join([f"{'stage':<8}{'shape':<22}{'largest':>9}", *(f"{title:>16}" for title in titles)]))
-    first: tuple[str, str, str, Difference] | None = None
     for stage, array in outputs["numpy"].items():
-        cells, departed = [], []
-        for a, b in pairs:
-            if stage in outputs[a] and stage in outputs[b]:
-                difference = compare(outputs[a][stage], outputs[b][stage])
-                apart = difference.size > tolerance
-                cells.append(f"{difference.size:.1e}{'!' if apart else ' '}")
-                departed += [(stage, a, b, difference)] if apart else []
-            else:
-                cells.append("- ")
         shape = "x".join(map(str, array.shape))
-        row = " ".join([f"{stage:<8}{shape:<22}{np.abs(array).max():>9.3g}", *(f"{c:>16}" for c in cells)])
-        print(row.rstrip())
-        if first is None and departed:
-            first = max(departed, key=lambda departure: departure[3].size)
-    if first is None:
+        errors = [f"{cells.get((pair, stage), '- '):>16}" for pair in pairs]
+        print(" ".join([f"{stage:<8}{shape:<22}{np.abs(array).max():>9.3g}", *errors]).rstrip())
+    order = list(outputs["numpy"])
+    departed = [
+        (pair, report.first_difference)
+        for pair, report in reports.items()
+        if report.first_difference is not None
+    ]
+    if not departed:
         print(f"\nall agree within {tolerance:g}")
         return 0
-    stage, a, b, (size, at) = first
-    values = f"{outputs[a][stage][at]:.9g} and {outputs[b][stage][at]:.9g}"
-    print(f"\n{stage} is the first stage that departs: {a} and {b} by {size:.1e}, allowed are {tolerance:g};")
-    print(f"most at {list(at)} (NHWC): {values}")
+    (a, b), first = min(departed, key=lambda item: (order.index(item[1].reference), -item[1].error))
+    print(f"\n{first.reference} is the first stage that departs: {a} against {b}")
+    print(f"{first.distance} (NHWC)\n{first.cause}")
     return 1

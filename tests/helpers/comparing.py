@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+import parity
+
 
 def assert_close(name: str, actual: Any, expected: Any, tolerance: float) -> None:
     """Fail unless `actual` has the shape of `expected` and each element is within `tolerance` of its scale.
@@ -16,31 +18,15 @@ def assert_close(name: str, actual: Any, expected: Any, tolerance: float) -> Non
     The scale is the largest magnitude in `expected`, or 1 where all of it is zero. The message names the
     tensor, the index and the error. A non-finite value on either side fails.
     """
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"
-    assert actual.size, f"{name}: nothing to compare in shape {actual.shape}"
-    for side, array in (("actual", actual), ("expected", expected)):
-        assert np.isfinite(array).all(), f"{name}: {(~np.isfinite(array)).sum()} of {side} are not finite"
-    error, scale = _errors(actual, expected)
-    worst = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
-    assert error[worst] <= tolerance, (
-        f"{name}{list(worst)}: {actual[worst]:.17g}, not {expected[worst]:.17g}; off by {error[worst]:.2e} "
-        f"of the tensor's largest magnitude {scale:.3g}, where {tolerance:.0e} is allowed; "
-        f"{(error > tolerance).sum()} of {error.size} elements are off by more"
-    )
-
-
-def _errors(actual: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, float]:
-    scale = np.abs(expected).max() or 1.0
-    return np.abs(actual - expected) / scale, scale
+    assert np.size(expected), f"{name}: nothing to compare in shape {np.shape(expected)}"
+    first = parity.compare_tensors({name: expected}, {name: actual}, tolerance).first_difference
+    assert first is None, f"{name}: {first.distance}; {first.cause}"
 
 
 def largest_error(actual: Any, expected: Any) -> float:
     """The error that `assert_close` measures; infinite for another shape or non-finite values."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    if actual.shape != expected.shape or not np.isfinite([actual, expected]).all():
-        return math.inf
-    return float(_errors(actual, expected)[0].max())
+    (tensor,) = parity.compare_tensors({"": expected}, {"": actual}, 0.0).tensors
+    return tensor.error
 
 
 def assert_all_close(

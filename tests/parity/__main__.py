@@ -32,7 +32,7 @@ def replay(folder: Path) -> int:
     for now in after:
         pair, mark = f"{now.left} - {now.right}", "  DIFFERS" if now.fault else ""
         recorded_error = before[now[:3]].error if now[:3] in before else math.nan  # an engine raised an error
-        print(f"{now.tensor:32} {pair:42} {recorded_error:9.2e} {now.error:9.2e} {now.allowed:9.1e}{mark}")
+        print(f"{now.tensor:32} {pair:42} {recorded_error:9.1e} {now.error:9.1e} {now.allowed:9.1e}{mark}")
     print(*(now.fault for now in after if now.fault), sep="\n")
     print("verdict then:", compare.verdict(list(before.values())) if before else "an engine raised an error")
     print("verdict now:", compare.verdict(after))

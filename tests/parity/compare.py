@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import parity
 from tests import tolerances
-from tests.helpers.comparing import assert_close, largest_error
+from tests.helpers.comparing import largest_error
 from tests.parity import dump
 from tests.parity.case import Case, Inputs, Results, make_inputs
 from tests.parity.engines import engines_for, run_all
@@ -88,12 +89,10 @@ def _compare(
     if right != "truth" and types[0] != types[1]:
         fault = f"{what}{types[0]}, not {types[1]}"
         return Comparison(tensor, left, right, math.inf, allowed, fault)
-    try:
-        assert_close(what, *pair, allowed)
-        fault = ""
-    except AssertionError as error:
-        fault = str(error)
-    return Comparison(tensor, left, right, largest_error(*pair), allowed, fault)
+    report = parity.compare_tensors({tensor: pair[1]}, {tensor: pair[0]}, allowed)
+    first = report.first_difference
+    fault = f"{what}{first.distance}; {first.cause}" if first else ""
+    return Comparison(tensor, left, right, report.tensors[0].error, allowed, fault)
 
 
 def _compare_with_float64(results: Mapping[str, Results], allowed: float) -> list[Comparison]:

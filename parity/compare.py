@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from parity.alignment import Pair, align, replacements
 from parity.axes import best_axes, largest_error, squeeze
+from parity.noise import EPS, measure
 from parity.report import Report, Stage, Tensor
 from parity.tensors import (
     Pick,
@@ -40,10 +41,8 @@ from parity.weights import Match, audit
 
 FACTOR = 10.0  # errors above this many times the noise depart, in float64
 FACTOR_NATIVE = 30.0  # the same in the models' own precision, where right algorithms differ more
-_EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 _ROUNDED = 2.0**-7  # a parameter in a lower precision is still the same one
 _TRIALS = 12  # places tried for a wrong gradient
-_LAST_BITS = (1, 2)  # seeds of the numbers moved by a last bit
 
 
 def compare(
@@ -97,7 +96,7 @@ class _Comparison:
         self.inputs, self.names, self.seed = inputs, names, seed
         self.candidate_inputs = inputs if candidate_inputs is None else candidate_inputs
         self.gradients = gradients and reference.records and candidate.records
-        self.native = max(reference.precision(), candidate.precision(), key=lambda name: _EPS[name])
+        self.native = max(reference.precision(), candidate.precision(), key=lambda name: EPS[name])
         self.mixed = reference.precision() != candidate.precision()
 
     def report(self) -> Report:
@@ -117,7 +116,9 @@ class _Comparison:
         # Total errors: the models as they are. Errors made here: each stage on the reference's numbers.
         self.whole = self._of_pairs(self._run_candidate())
         self.alone = {True: self._run_candidate(True, replace=self._numbers())}
-        self.noise = self._noise()
+        self.noise = measure(
+            self._run_reference, self.twin, pairs.keys(), self.inputs, self.native, self.seed
+        )
         departed = self._departing_gradients()
         gradients = replacements(departed, _as_gradients(self.twin), self.whole_twin)
         replaced = {"replace": self._numbers(), "replace_gradients": gradients}
@@ -206,57 +207,6 @@ class _Comparison:
         """The twin's values in place of the candidate's."""
         return replacements(self.pairs, self.twin, self.whole_twin)
 
-    def _noise(self) -> dict[str, dict[tuple[Pick, str], float]]:
-        """The largest differences of runs of the reference that are as right as the twin but for last bits.
-
-        "float64" and "native": each stage on the twin's numbers, moved by last bits. "whole": the reference
-        as it is, and on inputs moved by last bits. The runs themselves are not kept.
-        """
-        values = {value.name: value.value for value in self.twin.values if value.name in self.pairs}
-        noise: dict[str, dict[tuple[Pick, str], float]] = {"float64": {}, "native": {}, "whole": {}}
-
-        def add(key: str, trace: Trace) -> None:
-            for what, error in self._differences(trace).items():
-                noise[key][what] = max(error, noise[key].get(what, 0.0))
-
-        add("whole", self._run_reference())
-        add("native", self._run_reference(False, replace=values))
-        for seed in _LAST_BITS:
-            rng = np.random.default_rng([self.seed, seed])
-            for key, float64 in (("float64", True), ("native", False)):
-                eps = _EPS["float64" if float64 else self.native]
-                moved = {name: _moved(array, eps, rng) for name, array in values.items()}
-                inputs = _map_inputs(self.inputs, partial(_moved, eps=eps, rng=rng))
-                add(key, self._run_reference(float64, inputs, replace=moved))
-            inputs = _map_inputs(self.inputs, partial(_moved, eps=_EPS[self.native], rng=rng))
-            add("whole", self._run_reference(False, inputs))
-        return noise
-
-    def _differences(self, trace: Trace) -> dict[tuple[Pick, str], float]:
-        """The largest absolute difference of each tensor of a run of the reference from the twin's."""
-        found: dict[tuple[Pick, str], float] = {}
-        ours = {value.name: value for value in self.twin.values if value.name in self.pairs}
-        for value in trace.values:
-            if value.name in ours:
-                truth = ours[value.name]
-                found[pick_value, value.name] = largest_error(truth.value, value.value, 1.0)
-                if truth.gradient is not None or value.gradient is not None:
-                    a, b = (
-                        np.zeros(v.value.shape) if v.gradient is None else v.gradient for v in (truth, value)
-                    )
-                    found[pick_gradient, value.name] = largest_error(a, b, 1.0)
-        pairs: tuple[tuple[Pick, Mapping[str, Array], Mapping[str, Array]], ...] = (
-            (pick_output, self.twin.outputs, trace.outputs),
-            (pick_input_gradient, self.twin.input_gradients, trace.input_gradients),
-            (pick_parameter_gradient, self.twin.parameter_gradients, trace.parameter_gradients),
-            (pick_state, self.twin.state, trace.state),
-        )
-        for pick, left, right in pairs:
-            found |= {
-                (pick, name): largest_error(left[name], right[name], 1.0) for name in left if name in right
-            }
-        return found
-
     def _departing_gradients(self) -> dict[str, Pair]:
         """Values whose gradient the candidate computes wrongly from right gradients behind them.
 
@@ -335,8 +285,8 @@ class _Comparison:
         def noise(key: str, eps: float) -> float:
             return max(eps, self.noise[key].get((pick, name), 0.0) / scale if scale else 0.0)
 
-        native_eps = _EPS[self.native]
-        made, made_noise = error(self.alone[True]), noise("float64", _EPS["float64"])
+        native_eps = EPS[self.native]
+        made, made_noise = error(self.alone[True]), noise("float64", EPS["float64"])
         native_noise = noise("native", native_eps)
         native = error(self.alone[False]) if False in self.alone else 0.0
         # A constant such as 0.1 that is stored in float32 is no fault.
@@ -428,18 +378,3 @@ def _as_gradients(trace: Trace) -> Trace:
     """The trace with its gradients in place of its values; values without one are left out."""
     values = [replace(value, value=value.gradient) for value in trace.values if value.gradient is not None]
     return replace(trace, values=values)
-
-
-def _moved(array: Array, eps: float, rng: np.random.Generator) -> Array:
-    """Every number moved by up to half a last bit."""
-    if not np.issubdtype(array.dtype, np.floating):
-        return array
-    return np.asarray(array * (1 + eps / 2 * rng.uniform(-1, 1, array.shape)))
-
-
-def _map_inputs(inputs: Inputs, change: Callable[[Array], Array]) -> Inputs:
-    if isinstance(inputs, Mapping):
-        return {name: change(np.asarray(array)) for name, array in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return tuple(change(np.asarray(array)) for array in inputs)
-    return change(np.asarray(inputs))

@@ -167,9 +167,8 @@ def _tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
         array = np.array(value)
         if array.dtype.kind not in "fiubc" and array.dtype.name != "bfloat16":
             return value
-        tensor = torch.tensor(
-            array if array.dtype.name != "bfloat16" else array.astype(np.float32), device=device
-        )
+        array = array if array.dtype.name != "bfloat16" else array.astype(np.float32)
+        tensor = torch.from_numpy(array).to(device)  # keeps the order of the axes in memory
     if tensor.is_floating_point():
         return tensor.to(dtype)
     return tensor if tensor.dtype == torch.bool or tensor.is_complex() else tensor.long()

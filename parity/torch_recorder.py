@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -250,7 +251,7 @@ class Recorder(TorchFunctionMode):
         self.records.append(record)
         self._know(tensor, record)
         if record.key in self._replace:
-            replacement = torch.tensor(self._replace[record.key]).to(tensor)
+            replacement = torch.from_numpy(np.array(self._replace[record.key])).to(tensor)
             tensor = _Replace.apply(tensor, replacement)  # type: ignore[no-untyped-call]
             self._know(tensor, record)
         if self._gradients and tensor.requires_grad:

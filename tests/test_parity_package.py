@@ -318,3 +318,21 @@ def test_recorded_tensors_that_no_limit_allows(tensor: np.ndarray | None, words:
     assert ("only the candidate has: extra" in str(report)) == (tensor is None)
     same = {"a": np.array([np.nan])}
     assert not parity.compare_tensors(same, same, 1e9).agrees
+
+
+def test_noise_is_also_that_of_another_order_of_axes_in_memory() -> None:
+    seen: list[bool] = []
+
+    class Viewed(torch.nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self[0](x)
+            seen.append(x.is_contiguous(memory_format=torch.channels_last))
+            return x.view(len(x), -1) if self.training else x.flatten(1)  # `view` refuses the other order
+
+    module = Viewed(torch.nn.Conv2d(3, 4, 3))
+    for train in (True, False):
+        seen.clear()
+        model = parity.torch_model(module, train=train)
+        assert parity.compare(model, model, X).agrees
+        assert True in seen
+        assert False in seen

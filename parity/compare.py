@@ -111,17 +111,18 @@ class _Comparison:
         del plain, theirs  # a run of a large model takes gigabytes
         pairs = align(self.twin, lambda replace: self._run_candidate(True, replace=replace), self.names)
         self.pairs = pairs
-        self.whole_twin = self._without_gradients(self._run_candidate(True))
+        self.whole_twin = replace(self._without_gradients(self._run_candidate(True)), parameter_gradients={})
         self.weights = audit(self.twin, self.whole_twin, pairs)
         # Total errors: the models as they are. Errors made here: each stage on the reference's numbers.
         self.whole = self._of_pairs(self._run_candidate())
-        self.alone = {True: self._run_candidate(True, replace=self._numbers())}
+        self.alone: dict[bool, Trace] = {}
         self.noise = measure(
             self._run_reference, self.twin, pairs.keys(), self.inputs, self.native, self.seed
         )
         departed = self._departing_gradients()
         gradients = replacements(departed, _as_gradients(self.twin), self.whole_twin)
         replaced = {"replace": self._numbers(), "replace_gradients": gradients}
+        self.alone.clear()
         self.alone[True] = self._without_gradients(self._run_candidate(True, **replaced))
         self.alone[False] = self._of_pairs(self._run_candidate(False, **replaced))
         stages = [self._stage(name, pair, name in departed) for name, pair in pairs.items()]
@@ -239,6 +240,7 @@ class _Comparison:
     def _gradients_compared(self, departed: Mapping[str, Pair]) -> tuple[set[str], set[str]]:
         """The inputs and parameters whose gradient is wrong, and the values whose gradient is right."""
         gradients = replacements(departed, _as_gradients(self.twin), self.whole_twin)
+        self.alone.clear()  # makes room for the next
         self.alone[True] = self._run_candidate(True, replace=self._numbers(), replace_gradients=gradients)
         wrong = {tensor.reference for tensor in self._gradients_of_leaves() if tensor.departs}
         right = set()

@@ -74,7 +74,7 @@ class TorchModel(Model):
             outputs = {name: t for name, t in tensors.items() if t.is_floating_point()}
             gradients = _gradients(outputs, {**floats, **parameters}, cotangents)
         order = {name: parameters[name] for name in [*recorder.used, *parameters]}
-        return Trace(
+        trace = Trace(
             values=recorder.values(),
             outputs={name: to_numpy(t) for name, t in outputs.items()},
             output_values={
@@ -88,6 +88,8 @@ class TorchModel(Model):
             state={n: to_numpy(b) for n, b in module.named_buffers() if b.is_floating_point()},
             state_before=before,
         )
+        recorder.close()
+        return trace
 
     def _copy(self, float64: bool) -> torch.nn.Module:
         """A copy of the user's module, in the mode and precision asked for."""

@@ -393,6 +393,10 @@ class Recorder(TorchFunctionMode):
         for record in self.records:
             record.name = unique_name(record.name, taken)
 
+    def close(self) -> None:
+        """Forget all tensors. Their hooks hold the recorder, which Python's garbage collector cannot see."""
+        self.records, self._known, self._nodes = [], {}, {}
+
     def values(self) -> list[Value]:
         """The values, with their gradients as far as the backward pass has run."""
         return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import threading
 from dataclasses import dataclass
@@ -655,3 +656,19 @@ def test_function_model_has_outputs_alone() -> None:
         assert list(trace.inputs) == ["input.x"]
     with pytest.raises(ParityError, match="the function does not run on these inputs: TypeError"):
         model.run(np.ones(3))
+
+
+def test_a_run_of_pytorch_keeps_no_tensor_alive() -> None:
+    """A hook that holds the recorder is a cycle that Python's garbage collector does not see."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(item, torch.Tensor) for item in gc.get_objects())
+
+    model = torch_model(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()))
+    x, values = np.ones((2, 3), np.float32), {"0": np.ones((2, 4))}
+    ones = {"output": np.ones((2, 4))}
+    model.run(x, cotangents=ones, replace=values, replace_gradients=values)
+    before = alive()
+    model.run(x, cotangents=ones, replace=values, replace_gradients=values)
+    assert alive() == before

@@ -8,12 +8,10 @@ from tests import ports, ports_blind
 from tests.ports.case import Fault, Port
 from tests.ports.score import alarms, outcome, table
 
-QUICK = (  # exchanged values, a gradient, exchanged operations; the others take minutes, mostly to compile
-    "gru-jax/gate-order",
+QUICK = (
     "gru-jax/stop-gradient",
     "gru-jax/update-gate-convention",
-    "preact-jax/norm-activation-order",
-)
+)  # the others take minutes, mostly to compile
 FAULTS = {fault.name: fault for fault in ports.all_faults()}
 
 

@@ -162,7 +162,7 @@ class _Recorder:
                 inputs=tuple(dict.fromkeys(name for name in read if name)),
                 parameters=names,
                 module=path,
-                where=_where(forward),
+                where=_where(layer),
                 attributes={**attributes, **_training(forward, args, kwargs)},
                 is_module=True,
             )
@@ -255,8 +255,10 @@ def _arrays(state: Mapping[str, tuple[Any, str]]) -> dict[str, Array]:
     return {name: np.array(vars(part)[attribute]) for name, (part, attribute) in state.items()}
 
 
-def _where(forward: Callable[..., Any]) -> str:
-    code = getattr(forward, "__code__", None)
+def _where(layer: Any) -> str:
+    """The line of `forward`, or of `backward` where the layer's own class defines that alone."""
+    own = next((name for name in ("forward", "backward") if name in vars(type(layer))), "forward")
+    code = getattr(getattr(type(layer), own, None), "__code__", None)
     return "" if code is None else f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
 
 

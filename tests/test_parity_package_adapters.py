@@ -21,6 +21,7 @@ import numpy_ref
 import torch_oracle
 from numpy_ref import layers as numpy_layers
 from numpy_ref.state_dict import to_torch_layout
+from parity.compare import compare
 from parity.function_adapter import function_model
 from parity.numpy_adapter import numpy_model
 from parity.torch_adapter import torch_model
@@ -656,6 +657,98 @@ def test_function_model_has_outputs_alone() -> None:
         assert list(trace.inputs) == ["input.x"]
     with pytest.raises(ParityError, match="the function does not run on these inputs: TypeError"):
         model.run(np.ones(3))
+
+
+class Small(nn.Module):
+    """A convolution, batch norm, ReLU, a gate, a head; the backward pass with one fault."""
+
+    def __init__(self, fault: str = "") -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)
+        self.fault = fault
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = self._norm_of_constants(x) if self.fault == "batch-statistics-constant" else self.bn(x)
+        x = StraightThrough.apply(x) if self.fault == "wrong-custom-derivative" else F.relu(x)
+        x = (x.detach() if self.fault == "stop-gradient" else x).mean((2, 3))
+        return self.fc(x)
+
+    def _norm_of_constants(self, x):
+        mean, var, unbiased = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False), x.var((0, 2, 3))
+        for name, batch in (("running_mean", mean), ("running_var", unbiased)):
+            self.bn.get_buffer(name).lerp_(batch.detach(), 0.1)
+        scale = self.bn.weight / (var.detach() + self.bn.eps).sqrt()
+        rows = (x - mean.detach()[:, None, None]) * scale[:, None, None]
+        return rows + self.bn.bias[:, None, None]
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
+
+
+class ConstantStatistics(numpy_layers.BatchNorm):
+    def backward(self, dy):
+        super().backward(dy)
+        return dy * self.weight.value * self.saved[1]
+
+
+class StraightReLU(numpy_layers.ReLU):
+    def backward(self, dy):
+        return dy
+
+
+class StoppedReLU(numpy_layers.ReLU):
+    def backward(self, dy):
+        return np.zeros_like(dy)
+
+
+NUMPY_FAULTS: dict[str, dict[str, type[numpy_layers.Layer]]] = {
+    "batch-statistics-constant": {"norm": ConstantStatistics},
+    "wrong-custom-derivative": {"relu": StraightReLU},
+    "stop-gradient": {"relu": StoppedReLU},
+}
+
+
+def numpy_port(module: Small, norm: Any = numpy_layers.BatchNorm, relu: Any = numpy_layers.ReLU) -> Model:
+    conv = numpy_layers.Conv2d(3, 4, 3, bias=True, rng=None)
+    head = numpy_layers.Linear(4, 5, rng=None)
+    port = numpy_layers.Sequential(conv, norm(4), relu(), numpy_layers.GlobalAvgPool2d(), head)
+    own = {"0": "conv", "1": "bn", "4": "fc"}
+    state = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    names = {name: ".".join([own[name[0]], name[2:]]) for name in numpy_ref.state_dict(port)}
+    numpy_ref.load_state_dict(port, {name: state[theirs] for name, theirs in names.items()})
+    return numpy_model(port, train=True)
+
+
+@pytest.mark.parametrize("fault", ["", *NUMPY_FAULTS])
+@pytest.mark.parametrize("adapter", ["torch", "numpy"])
+def test_a_fault_of_the_backward_pass_alone_is_placed(adapter: str, fault: str) -> None:
+    """Those of JAX, Linen and NNX are in the labeled set."""
+    torch.manual_seed(0)
+    reference = Small()
+    x = np.random.default_rng(0).normal(size=(4, 3, 6, 6)).astype(np.float32)
+    if adapter == "torch":
+        faulty = Small(fault)
+        faulty.load_state_dict(reference.state_dict())
+        first = compare(torch_model(reference), torch_model(faulty), x).first_difference
+    else:
+        port = numpy_port(reference, **NUMPY_FAULTS.get(fault, {}))
+        first = compare(torch_model(reference), port, x, x.transpose(0, 2, 3, 1)).first_difference
+    if not fault:
+        assert first is None
+        return
+    places = {"batch-statistics-constant": "bn", "wrong-custom-derivative": "relu", "stop-gradient": "relu"}
+    assert first is not None
+    assert (first.what, first.cause_id) == ("input gradient", fault)
+    assert first.reference == places[fault] or fault == "stop-gradient"
+    assert first.where.startswith("test_parity_package_adapters.py:")
 
 
 def test_a_run_of_pytorch_keeps_no_tensor_alive() -> None:

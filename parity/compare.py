@@ -92,6 +92,8 @@ class _Comparison:
         names: Mapping[str, str] | None,
         seed: int,
     ) -> None:
+        _require_model("reference", reference)
+        _require_model("candidate", candidate)
         self.reference, self.candidate = reference, candidate
         self.inputs, self.names, self.seed = inputs, names, seed
         self.candidate_inputs = inputs if candidate_inputs is None else candidate_inputs
@@ -113,6 +115,7 @@ class _Comparison:
         self.pairs = pairs
         self.whole_twin = replace(self._without_gradients(self._run_candidate(True)), parameter_gradients={})
         self.weights = audit(self.twin, self.whole_twin, pairs)
+        self._check_common()
         # Total errors: the models as they are. Errors made here: each stage on the reference's numbers.
         self.whole = self._of_pairs(self._run_candidate())
         self.alone: dict[bool, Trace] = {}
@@ -164,6 +167,16 @@ class _Comparison:
                 if name not in known:
                     near = ", ".join(difflib.get_close_matches(name, known, 3, 0.0))
                     raise ParityError(f"names: the {side} has no value {name}; the nearest are {near}")
+
+    def _check_common(self) -> None:
+        """Refuse two models of which no value and no parameter belong together."""
+        matched = any(match.candidate for match in self.weights.matches)
+        if self.twin.parameters and not matched and not any(pair.same for pair in self.pairs.values()):
+            raise ParityError(
+                "the models have nothing in common but the shape of their outputs: no value of the candidate "
+                "has the numbers of one of the reference's, and no parameter even its shape. Compare a model "
+                "with a port of it, after loading the weights"
+            )
 
     def _notes(self) -> list[str]:
         """What was not compared."""
@@ -374,6 +387,12 @@ class _Comparison:
         """Modules of the reference without a counterpart."""
         paired = set(self.pairs)
         return [value.name for value in self.twin.values if value.is_module and value.name not in paired]
+
+
+def _require_model(side: str, model: object) -> None:
+    if not isinstance(model, Model):
+        adapters = "torch_model, nnx_model, linen_model, jax_model, numpy_model or function_model"
+        raise ParityError(f"the {side} is a {type(model).__name__}: put it into parity.{adapters}")
 
 
 def _as_gradients(trace: Trace) -> Trace:

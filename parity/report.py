@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from parity.alignment import Pair
 from parity.trace import Value
 from parity.weights import Audit
@@ -82,19 +84,20 @@ class Difference:
     @property
     def distance(self) -> str:
         """How far the two are apart, in words."""
-        if self.what == "tensor" and self.index is None:
+        if np.isinf(self.error) and self.index is None:
             return "they cannot be compared"
         limit = "allowed" if self.what == "tensor" else "noise"
         at = f", most at {list(self.index)}" if self.index is not None else ""
         return f"off by {self.error:.1e} of its largest magnitude, {limit} {self.noise:.1e}{at}"
 
     def __str__(self) -> str:
-        of = f" {self.reference}" if self.what == "tensor" else f" of {self.reference}"
+        of = f" {self.reference}" if self.what in ("tensor", "parameter") else f" of {self.reference}"
         of = "" if self.reference == self.what else of
         names = of if self.candidate in (self.reference, "") else f"{of} (candidate: {self.candidate})"
         place = f", at {self.where}" if self.where else ""
         cause = self.cause or "No cause that this tool knows makes them agree."
-        return f"The models first differ at the {self.what}{names}{place}: {self.distance}.\n{cause}"
+        distance = "" if np.isinf(self.error) and self.index is None else f": {self.distance}"
+        return f"The models first differ at the {self.what}{names}{place}{distance}.\n{cause}"
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,12 @@ def paired_inputs(ours: Trace, theirs: Trace) -> list[tuple[str, str]]:
 
 def paired_outputs(ours: Trace, theirs: Trace) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
     """{reference's output: (candidate's, axes, its shape)}, in their order."""
+    for side, trace in (("reference", ours), ("candidate", theirs)):
+        if not any(array.size for array in trace.outputs.values()):
+            raise ParityError(
+                f"the {side} gives no floating-point number: compare what it computes before argmax or "
+                "rounding, on inputs that are not empty"
+            )
     if len(ours.outputs) != len(theirs.outputs):
         raise ParityError(
             f"the reference gives {len(ours.outputs)} outputs ({', '.join(ours.outputs)}), the candidate "

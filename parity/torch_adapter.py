@@ -209,10 +209,12 @@ def torch_model(module: torch.nn.Module, *, train: bool | None = None) -> Model:
             in train mode is refused.
 
     Raises:
-        ParityError: from `Model.run`, if the module cannot be copied, does not run, draws random numbers, or
-            uses `torch.utils.checkpoint`.
+        ParityError: it is no module; or, from `Model.run`, it cannot be copied, does not run, draws random
+            numbers, or uses `torch.utils.checkpoint`.
 
     Example:
         >>> parity.torch_model(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()))
     """
+    if not isinstance(module, torch.nn.Module):
+        raise ParityError(f"torch_model takes a torch.nn.Module, not {type(module).__name__}")
     return TorchModel(module, train)

@@ -132,7 +132,7 @@ def _faults(
     if not other and name.rpartition(".")[2] == "bias":
         return [
             WeightFault(
-                name, "", float("inf"), f"the candidate has no {name}: add a bias there", "missing-bias"
+                name, "", float("inf"), f"The candidate has no {name}: add a bias there", "missing-bias"
             )
         ]
     if not other:
@@ -141,7 +141,7 @@ def _faults(
                 name,
                 "",
                 float("inf"),
-                f"the candidate has no parameter like {name} {list(ours[name].shape)}",
+                f"The candidate has no parameter like {name} {list(ours[name].shape)}",
                 "missing-parameter",
             )
         ]
@@ -153,6 +153,11 @@ def _faults(
     if array.shape != truth.shape:
         truth, array = np.sort(truth, axis=None), np.sort(array, axis=None)
     error = largest_error(truth, array)
+    if not np.isfinite(array).all():
+        count = f"{np.sum(~np.isfinite(array))} of its {array.size} numbers"
+        return [
+            WeightFault(name, other, error, f"{other} is NaN or infinite in {count}", "weight-not-finite")
+        ]
     for precision, rounding in _ROUNDED.items():
         relative = np.abs(truth - array) / np.maximum(np.abs(truth), 1e-300)
         if (

@@ -301,8 +301,8 @@ def test_recorded_tensors_are_compared_within_the_limits_given(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("tensor", "words"),
     [
-        (None, "cannot be compared.\nThe candidate has none."),
-        (np.zeros((2, 1)), "cannot be compared.\nShape [2, 1], not [2]."),
+        (None, "tensor a.\nThe candidate has none."),
+        (np.zeros((2, 1)), "tensor a.\nShape [2, 1], not [2]."),
         (
             np.array([0, np.nan]),
             "off by inf of its largest magnitude, allowed 1.0e+09, most at [1].\nnan, not 1.0;",
@@ -336,3 +336,49 @@ def test_noise_is_also_that_of_another_order_of_axes_in_memory() -> None:
         assert parity.compare(model, model, X).agrees
         assert True in seen
         assert False in seen
+
+
+def test_what_has_nothing_in_common_with_the_reference_is_refused() -> None:
+    other = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(192, 7), torch.nn.ReLU(), torch.nn.Linear(7, 5)
+    )
+    with pytest.raises(parity.ParityError, match=r"nothing in common .*\. Compare a model with a port of it"):
+        parity.compare(reference(), parity.function_model(lambda x: x[:, 0, 0, :5]), X)
+    first = parity.compare(reference(), parity.torch_model(other), X).first_difference
+    assert first is not None
+    assert str(first).endswith("The candidate has no parameter like conv1.weight [6, 3, 3, 3]")
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    net = make_reference()
+    with torch.no_grad():
+        net.fc.weight[0, 0] = torch.nan
+    first = parity.compare(reference(), parity.torch_model(net), X).first_difference
+    assert str(first).startswith("The models first differ at the parameter fc.weight, at test_parity")
+    assert str(first).endswith(".\nfc.weight is NaN or infinite in 1 of its 30 numbers")
+
+
+NO_MODULE: Any = 3
+
+
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        (lambda: (make_reference(), reference()), "the reference is a Net: put it into parity.torch_model"),
+        (lambda: (reference(), 3), "the candidate is a int: put it into"),
+        (
+            lambda: (parity.torch_model(NO_MODULE), reference()),
+            "torch_model takes a torch.nn.Module, not int",
+        ),
+        (lambda: (parity.function_model(np.argmax),) * 2, "gives no floating-point number: .* before argmax"),
+    ],
+)
+def test_what_is_no_model_is_refused(models: Callable[[], tuple[Any, Any]], words: str) -> None:
+    def compare() -> None:
+        left, right = models()
+        parity.compare(left, right, X)
+
+    with pytest.raises(parity.ParityError, match=words):
+        compare()
+    with pytest.raises(parity.ParityError, match="on inputs that are not empty"):
+        parity.compare(reference(), reference(), X[:0])

@@ -154,10 +154,8 @@ def _faults(
         truth, array = np.sort(truth, axis=None), np.sort(array, axis=None)
     error = largest_error(truth, array)
     if not np.isfinite(array).all():
-        count = f"{np.sum(~np.isfinite(array))} of its {array.size} numbers"
-        return [
-            WeightFault(name, other, error, f"{other} is NaN or infinite in {count}", "weight-not-finite")
-        ]
+        sentence = f"{other} is NaN or infinite in {(~np.isfinite(array)).sum()} of its {array.size} numbers"
+        return [WeightFault(name, other, error, sentence, "weight-not-finite")]
     for precision, rounding in _ROUNDED.items():
         relative = np.abs(truth - array) / np.maximum(np.abs(truth), 1e-300)
         if (

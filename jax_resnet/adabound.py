@@ -469,7 +469,7 @@ def sgdbound(
 
     One step size for all coordinates, clipped to AdaBound's bounds:
 
-    $$ \theta_t = \theta_{t-1} - \operatorname{clip}(\alpha_t, \text{lower}_t, \text{upper}_t) \, m_t $$
+    $$ \theta_t = \theta_{t-1} - \alpha_t \operatorname{clip}(1, \text{lower}_t, \text{upper}_t) \, m_t $$
 
     With the defaults the lower bound passes the learning rate at the eleventh step, and from there on this is
     momentum SGD whose rate is the lower bound. Arguments and errors are those of :func:`adabound`.

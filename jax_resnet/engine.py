@@ -1,7 +1,7 @@
 """The JAX engine: where arrays live, how steps are taken, and the loop that yields after each step.
 
-The step itself is `train_step` in `step.py`. Logging, saving, early stopping and signals are the caller's,
-once for all engines.
+The step itself is `train_step` in `step.py`; on one CPU device `Blockwise.step` computes the same. Logging,
+saving, early stopping and signals are the caller's, once for all engines.
 """
 
 from __future__ import annotations

@@ -35,21 +35,29 @@ from jax_resnet.layers import (
 )
 
 
-class _Block(nnx.Module):
-    """The shortcut of a residual block: the identity, or `downsample` where the shape changes."""
+class ResidualBlock(nnx.Module):
+    """y = relu(branch(x) + shortcut(x))."""
 
     downsample: nnx.List[Any] | OptionA | None
 
+    def branch(self, x: jax.Array) -> jax.Array:
+        """The residual branch."""
+        raise NotImplementedError
+
     def shortcut(self, x: jax.Array) -> jax.Array:
-        """[N, H, W, I] to [N, H', W', O]."""
+        """`downsample` where the shape changes; elsewhere the identity. [N, H, W, I] to [N, H', W', O]."""
         if self.downsample is None:
             return x
         for layer in self.downsample if isinstance(self.downsample, nnx.List) else [self.downsample]:
             x = layer(x)
         return x
 
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """y = relu(branch(x) + shortcut(x))."""
+        return relu(self.branch(x) + self.shortcut(x))
 
-class BasicBlock(_Block):
+
+class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions and a shortcut (figure 5, left). [N, H, W, I] to [N, H', W', width]."""
 
     expansion = 1
@@ -80,15 +88,12 @@ class BasicBlock(_Block):
         return self.bn2
 
     def branch(self, x: jax.Array) -> jax.Array:
-        """The residual branch."""
+        """bn2(conv2(relu(bn1(conv1(x)))))."""
         y = relu(_apply(self.bn1, self.conv1(x)))
         return _apply(self.bn2, self.conv2(y))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return relu(self.branch(x) + self.shortcut(x))
 
-
-class Bottleneck(_Block):
+class Bottleneck(ResidualBlock):
     """1x1, 3x3 and 1x1 convolutions and a shortcut (figure 5, right). [N, H, W, I] to [.., 4 * width].
 
     The stride sits on the 3x3 (v1.5, torchvision's) or, with `stride_in_1x1`, on the first 1x1 (the paper's).
@@ -126,13 +131,10 @@ class Bottleneck(_Block):
         return self.bn3
 
     def branch(self, x: jax.Array) -> jax.Array:
-        """The residual branch."""
+        """bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x))))))))."""
         y = relu(_apply(self.bn1, self.conv1(x)))
         y = relu(_apply(self.bn2, self.conv2(y)))
         return _apply(self.bn3, self.conv3(y))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return relu(self.branch(x) + self.shortcut(x))
 
 
 def _no_norm(num_features: int) -> None:

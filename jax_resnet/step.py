@@ -1,7 +1,7 @@
 """The training step and the evaluation step: pure functions of a state and a batch.
 
 `train_step` is what every strategy in `strategies/` computes. They differ in how it is compiled and in how
-many steps one call takes.
+many steps one call takes; `strategies/blockwise.py`, for one CPU device, writes it block by block.
 """
 
 from __future__ import annotations

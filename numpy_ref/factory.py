@@ -40,9 +40,9 @@ class LayerFactory:
         """A norm that a ReLU follows, perhaps after a sum."""
         if self.fused:
             return fast_layers.BatchNormAddRelu(num_features, dtype=self.dtype)
-        return self.shortcut_norm(num_features)
+        return self.plain_norm(num_features)
 
-    def shortcut_norm(self, num_features: int) -> BatchNorm | NoNorm:
+    def plain_norm(self, num_features: int) -> BatchNorm | NoNorm:
         """A norm that no ReLU follows."""
         return self.forms.BatchNorm(num_features, dtype=self.dtype) if self.batch_norm else NoNorm()
 
@@ -55,4 +55,4 @@ class LayerFactory:
         if kind == "option-A":
             return OptionA(in_channels, out_channels, stride=stride)
         conv = self.conv(in_channels, out_channels, 1, stride=stride)
-        return Sequential(conv, self.shortcut_norm(out_channels))
+        return Sequential(conv, self.plain_norm(out_channels))

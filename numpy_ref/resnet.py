@@ -29,7 +29,7 @@ from numpy_ref.network import Network
 
 
 class ResidualBlock(Layer):
-    """y = relu(branch(x) + shortcut(x)). With fast layers, `fast.FusedBlock` computes the same."""
+    """y = relu(branch(x) + shortcut(x)). With fast layers and batch norm `fast.FusedBlock` does the same."""
 
     downsample: Layer | None
     relu: ReLU

@@ -253,7 +253,7 @@ class _Comparison:
     def _gradients_compared(self, departed: Mapping[str, Pair]) -> tuple[set[str], set[str]]:
         """The inputs and parameters whose gradient is wrong, and the values whose gradient is right."""
         gradients = replacements(departed, _as_gradients(self.twin), self.whole_twin)
-        self.alone.clear()  # makes room for the next
+        self.alone.clear()  # frees memory for the next
         self.alone[True] = self._run_candidate(True, replace=self._numbers(), replace_gradients=gradients)
         wrong = {tensor.reference for tensor in self._gradients_of_leaves() if tensor.departs}
         right = set()

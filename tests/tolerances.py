@@ -1,4 +1,4 @@
-"""The tolerances of all tests, each with its reason, measured where a number is given.
+"""The tolerances that test files share, each with its reason, measured where a number is given.
 
 A tolerance is relative to the largest magnitude of the tensor compared (`comparing.assert_close`), unless it
 says otherwise. It is a few times the rounding error of correct arithmetic, never fitted to a failing test.
@@ -47,9 +47,10 @@ def float32_sum(length: int) -> float:
 
 
 # Whole networks in float32 lose what batch norm magnifies: PyTorch's own worst gradient in ResNet-101 is off
-# by 0.4. So its error is the measure, the larger of its two layouts': an engine's, divided by it. Of the two
-# layouts themselves one has 1 to 2 times the other's, and 3 to 11 times in the worst tensor. Each tensor's
-# ratio is the geometric mean over five seeds: see `parity.compare.mean_ratios`. At worst 1.1 and 1.8.
+# by a quarter. So its error is the measure, the larger of its two layouts': an engine's is divided by it. The
+# errors of PyTorch's two layouts differ by a factor of 1 to 2, in the worst tensor of 3 to 11. Each tensor's
+# ratio is the geometric mean over five seeds: see `tests.parity.compare.mean_ratios`. The engines' worst: 1.1
+# and 1.8.
 FLOAT32_RATIO = 1.5  # geometric mean over all tensors
 FLOAT32_RATIO_WORST = 8
 

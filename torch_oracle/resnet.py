@@ -35,18 +35,26 @@ def _initialize(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-class _Block(nn.Module):
-    """The shortcut of a residual block: the identity, or `downsample` where the shape changes."""
+class ResidualBlock(nn.Module):
+    """y = relu(branch(x) + shortcut(x))."""
 
     downsample: nn.Module | None
 
+    def branch(self, x: Tensor) -> Tensor:
+        """The residual branch."""
+        raise NotImplementedError
+
     def shortcut(self, x: Tensor) -> Tensor:
-        """[N, in_channels, H, W] -> [N, C, H', W']."""
+        """`downsample` where the shape changes; elsewhere the identity. [N, I, H, W] -> [N, O, H', W']."""
         return x if self.downsample is None else self.downsample(x)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """y = relu(branch(x) + shortcut(x))."""
+        return F.relu(self.branch(x) + self.shortcut(x))
 
-class BasicBlock(_Block):
-    """Two 3x3 convolutions and a shortcut.
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions and a shortcut. [N, I, H, W] -> [N, width, ceil(H / stride), ceil(W / stride)].
 
     Args:
         in_channels: channels of the input.
@@ -82,18 +90,16 @@ class BasicBlock(_Block):
         return self.bn2
 
     def branch(self, x: Tensor) -> Tensor:
-        """The residual branch."""
+        """bn2(conv2(relu(bn1(conv1(x)))))."""
         x = F.relu(self.bn1(self.conv1(x)))
         y: Tensor = self.bn2(self.conv2(x))
         return y
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in_channels, H, W] -> [N, width, ceil(H / stride), ceil(W / stride)]."""
-        return F.relu(self.branch(x) + self.shortcut(x))
 
+class Bottleneck(ResidualBlock):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut. [N, I, H, W] -> [N, 4 * width, ceil(H / stride), ...].
 
-class Bottleneck(_Block):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut. Arguments as `BasicBlock`, but for
+    Arguments as `BasicBlock`, but for
 
     stride_in_1x1: True strides the first 1x1, as the paper does (v1), and leaves three of four inputs unread;
         False the 3x3, as torchvision does (v1.5).
@@ -130,15 +136,11 @@ class Bottleneck(_Block):
         return self.bn3
 
     def branch(self, x: Tensor) -> Tensor:
-        """The residual branch."""
+        """bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x))))))))."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
         y: Tensor = self.bn3(self.conv3(x))
         return y
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in_channels, H, W] -> [N, 4 * width, ceil(H / stride), ceil(W / stride)]."""
-        return F.relu(self.branch(x) + self.shortcut(x))
 
 
 Block = type[BasicBlock] | type[Bottleneck]

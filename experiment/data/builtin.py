@@ -1,11 +1,12 @@
-"""Images by index: the interface of a source, and the data sets that need no files.
+"""The data sets that need no files, and what every source of images by index shares.
 
-A source hands out uint8 images of one fixed shape and knows nothing of splits by seed, shuffling or
-batches, which are in `experiment.data.loading`: `open_dataset` there chooses a data set by its name. The data
-sets of TFDS are in `experiment.data.tfds`.
+A source (`types.Source`) hands out uint8 images of one fixed shape and knows nothing of splits by seed,
+shuffling or batches, which are in `experiment.data.loading`: `open_dataset` there opens a data set by name.
+The data sets of TFDS are in `experiment.data.tfds`.
 """
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,6 @@ from experiment.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-BUILTIN = ("digits", "synthetic")
-"""The names of the data sets below, which TFDS does not have."""
 
 # The training part at 32x32, by:
 #   python -c "from experiment.data.builtin import digits; d = digits(None).train;
@@ -126,11 +124,16 @@ def cached(source: Source, image_shape: tuple[int, int, int]) -> Source:
     return CachedSource(source, image_shape) if fits else source
 
 
-def digits(image_size: Size | None, resize: int | None = None) -> Dataset:
+def digits(image_size: Size | None, resize: int | None = None, *, grayscale: bool = False) -> Dataset:
     """scikit-learn's 1,797 handwritten digits of 8x8, resized to 32x32 (or `image_size`), one channel.
 
     A fifth, stratified by class and the same for every seed, is the test part.
+
+    Raises:
+        UserError: `grayscale`: the images are gray.
     """
+    if grayscale:
+        raise UserError(gray_already("digits"))
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -201,3 +204,7 @@ def synthetic(image_size: Size | None, resize: int | None = None, *, grayscale: 
     # A few examples stand for all: they are functions of their index by NumPy's generator
     sample = SyntheticSource(0, 4, (32, 32)).read(np.arange(4))
     return Dataset(train, test, names, shape, *statistics, identity(sha256_of(*sample.values())))
+
+
+BUILTIN: dict[str, Callable[..., Dataset]] = {"digits": digits, "synthetic": synthetic}
+"""Functions (image_size, resize, grayscale=) that open the sets of this file, which TFDS does not have."""

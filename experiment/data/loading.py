@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.data.augmentation import Augmentation, fill_color
-from experiment.data.builtin import BUILTIN, CACHE_BYTES, digits, gray_already, no_boxes, synthetic
+from experiment.data.builtin import BUILTIN, CACHE_BYTES, no_boxes
 from experiment.data.tfds import tfds_dataset
 from experiment.data.types import Batch, Dataset, Labels, Pixels, Size, Source
 from experiment.errors import UserError
@@ -265,11 +265,7 @@ def open_dataset(
         )
     if crop_to_bbox:
         raise UserError(no_boxes(name))
-    if name == "synthetic":
-        return synthetic(image_size, resize, grayscale=grayscale)
-    if grayscale:
-        raise UserError(gray_already(name))
-    return digits(image_size, resize)
+    return BUILTIN[name](image_size, resize, grayscale=grayscale)
 
 
 def _split(

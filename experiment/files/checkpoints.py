@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `checkpoints/STEP` with
     state/         the engine-neutral tree {params, batch_stats, optimizer, step} (`Engine.to_tree`), by Orbax
-    run.json       history, epoch_metrics, best, clock, identity (the options): see `Trainer._save`
+    run.json       history (length and SHA-256 of metrics.jsonl), epoch_metrics, best, clock, identity (the
+                   options), perhaps validation_due: see `Trainer._save`
     manifest.json  the size and SHA-256 of every other file; written last
 It is made as `checkpoints/STEP.incomplete` and renamed when all of it has reached the disk, so that a folder
 whose name is a number is complete. Beside them, `weights-best-STEP.safetensors` are earlier best weights that

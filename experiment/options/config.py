@@ -13,11 +13,16 @@ FRAMEWORKS = ("jax", "numpy")
 IMAGENET_MODELS = ("resnet101", "resnet18", "resnet34", "resnet50", "resnet152")
 CIFAR_MODELS = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 MODELS = (*IMAGENET_MODELS, *CIFAR_MODELS, "cnn")
-# A new optimizer also goes into `OPTIMIZERS` and `make_optimizer` of jax_resnet, numpy_ref and torch_oracle,
-# into `USED_BY` and the defaults of resolving.py, tests/parity/cases.py and the table of docs/training.md.
+# A new optimizer also goes into `OPTIMIZERS` (and `BOUNDED`) and `make_optimizer` of jax_resnet, numpy_ref
+# and torch_oracle, into `USED_BY` and the defaults of resolving.py, tests/parity/cases.py, the lists of names
+# in the tests (search for "amsgrad"), and the table of docs/training.md. Its update works coordinate by
+# coordinate: the engines apply it to some parameters at a time. A new option of it gets limits beside
+# `check_hyperparameters`.
 OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "sgdbound", "amsgrad", "adamw", "sgd")
 SCHEDULES = ("cosine", "constant", "multistep", "plateau")
 PRECISIONS = ("float32", "bfloat16", "float64")
+# A new augmentation also goes into `_change` (and `moves_only`, if it only moves pixels) of
+# data/augmentation.py and into docs/data.md.
 AUGMENTATIONS = ("none", "crop-flip", "crop-flip-pca", "autoaugment", "autoaugment-cifar10")
 MIN_IMAGE_SIZE = 32
 

@@ -12,7 +12,9 @@ from experiment.options.paths import local_path
 USED_BY = {
     **dict.fromkeys(("final_lr", "gamma"), ("optimizer", ("adabound", "amsbound", "adaboundw", "sgdbound"))),
     "beta1": ("optimizer", tuple(name for name in OPTIMIZERS if name != "sgd")),
-    **dict.fromkeys(("beta2", "eps"), ("optimizer", tuple(name for name in OPTIMIZERS if name[:3] != "sgd"))),
+    **dict.fromkeys(
+        ("beta2", "eps"), ("optimizer", tuple(name for name in OPTIMIZERS if name not in ("sgd", "sgdbound")))
+    ),
     "momentum": ("optimizer", ("sgd",)),
     "decay_factor": ("schedule", ("multistep", "plateau")),
     **dict.fromkeys(("patience", "cooldown"), ("schedule", ("plateau",))),
@@ -31,7 +33,7 @@ CHANGEABLE = frozenset(
         *("checkpoint_every", "eval_every", "log_every", "keep_checkpoints", "report", "test"),
         "log_gradients",
         "early_stopping_patience",  # like steps: when the run ends
-        "schedule_steps",  # train.py sees to it that the schedule stays as long as it was
+        "schedule_steps",  # `session.resolve_lengths` refuses another length of the schedule
     }
 )
 
@@ -53,7 +55,7 @@ def refuse_unused(given: dict[str, Any], config: Config) -> None:
     for name in (name for name in given if name in USED_BY):
         decides, values = USED_BY[name]
         if getattr(config, decides) not in values:
-            fault = f"--{name.replace('_', '-')}: {decides} {getattr(config, decides)} has none"
+            fault = f"--{name.replace('_', '-')}: {decides} {getattr(config, decides)} does not use it"
             raise UserError(f"{fault}; leave it out, or choose --{decides} {', '.join(values)}")
 
 

@@ -1,7 +1,8 @@
 """Drive an engine's loop: everything that is the same for every engine.
 
-Metrics, validation, checkpoints, signals and the watch for numbers that are not finite are here, once. What a
-run writes is a function of its options and the step alone, never of the clock or of where it was stopped.
+Metrics, validation, checkpoints, signals and the watch for numbers that are not finite are here, once.
+Results depend on the options, the data and the step alone. Only the times that a run records depend on the
+clock.
 """
 
 import dataclasses

@@ -21,18 +21,25 @@ SHIFTED_SHARE = 0.5
 def choose_algorithm(
     x_shape: tuple[int, ...], weight_shape: tuple[int, ...], stride: Pair, padding: Pair
 ) -> type[Algorithm]:
-    """Return the fastest algorithm for images [N, H, W, I] and a kernel [KH, KW, I, O]; the first that fits:
+    """Return the fastest algorithm for images [N, H, W, I] and a kernel [KH, KW, I, O]: the first that fits.
+
+    N counts the images of this process, which takes a part of the batch.
 
     - `Pointwise` for 1x1 kernels without padding: the patches are the pixels, so there is nothing to copy.
-    - `Winograd` for 3x3 kernels with stride 1 and padding 1, given enough channels and pixels. It saves 20 of
-      36 products, and has to transform the kernels in every step, whatever the number of pixels. Forward
-      and backward took 0.70 of the time of `Im2col` for 2 @ 28x28x128, 0.77 for 14x14x256, and 0.98 for
-      4 @ 6x6x256, 144 pixels, which is left to `Im2col` (benchmarks/RESULTS.md, 25 and 26 November 2026).
+    - `Winograd` for 3x3 kernels with stride 1 and padding 1, given `WINOGRAD_CHANNELS` channels and
+      `WINOGRAD_PIXELS` pixels, N H W. It saves 20 of 36 products, and has to transform the kernels in every
+      step, whatever the number of pixels. Forward and backward took 0.70 of the time of `Im2col` for
+      2 @ 28x28x128, 0.77 for 14x14x256, and 0.98 for 4 @ 6x6x256, 144 pixels, which is left to `Im2col`
+      (benchmarks/RESULTS.md, 25 and 26 November 2026).
     - `Shifted` where at most half of the products of `Im2col` would meet the image, the others its padding:
       on 2x2 images, four of nine taps of a padded 3x3 kernel. It took 0.16 of the processor time of `Im2col`
       for 16 @ 1x1x512 and 0.6 for 16 @ 2x2x512 (28 November 2026, one thread, on a busy machine). Half is a
       cautious limit: at 4x4, 0.69 of the products inside, it took 0.7 to 0.8.
     - `Im2col` for all else.
+
+    Example:
+        >>> choose_algorithm((16, 32, 32, 64), (3, 3, 64, 64), (1, 1), (1, 1)).__name__
+        'Winograd'
     """
     n, h, w, _ = x_shape
     kh, kw, in_channels, out_channels = weight_shape

@@ -79,8 +79,8 @@ MUTANTS = [
     Mutant(
         "jax-shortcut-lost",
         JAX_RESNET,
-        "self.shortcut(x))\n\n\ndef _no_norm",
-        "0 * self.shortcut(x))\n\n\ndef _no_norm",
+        "self.branch(x) + self.shortcut(x)",
+        "self.branch(x) + 0 * self.shortcut(x)",
     ),
     Mutant("jax-loss-is-a-sum", JAX_STEP, "(logits, label).mean()", "(logits, label).sum()"),
     Mutant(

@@ -98,6 +98,7 @@ class JaxModel(Model):
             input_cells = {name: Cell(a, name=name, wants_gradient=is_float(a)) for name, a in named.items()}
             cells += input_cells.values()
             outs = tape.evaluate(jaxpr.jaxpr, [Cell(c) for c in jaxpr.consts], cells, "")
+            _drop_common_line(tape.records)
             output, new_state = jax.tree.unflatten(out_tree, outs)
             outputs = _named_outputs(output)
             if cotangents is not None:
@@ -309,6 +310,15 @@ def _named_outputs(output: Tree) -> dict[str, Cell]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(output, is_leaf=lambda leaf: isinstance(leaf, Cell))
     cells = {".".join(filter(None, ("output", _dotted(path)))): cell for path, cell in leaves}
     return {name: cell for name, cell in cells.items() if is_float(cell.array)}
+
+
+def _drop_common_line(records: Sequence[Record]) -> None:
+    """Remove the user's line if all modules have the same one: it calls a library's model, no stage of it."""
+    fields = [record.fields for record in records]
+    modules = {field["module"] for field in fields if field["module"]}
+    if len(modules) > 1 and len({field["where"] for field in fields if field["where"]}) == 1:
+        for field in fields:
+            field["where"] = ""
 
 
 def _numpy(array: Any) -> Array:

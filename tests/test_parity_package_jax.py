@@ -88,3 +88,23 @@ def test_statistics_are_paired_by_their_layer() -> None:
     assert first is not None
     assert (first.reference, first.candidate) == ("0.running_mean", "batch_stats.BatchNorm_0.mean")
     assert first.cause_id == "momentum-convention"
+
+
+def test_named_scopes_are_the_modules_of_a_function() -> None:
+    """Libraries without an adapter name their modules with them; one line of the user's runs them all."""
+
+    def layer(name: str, w: jax.Array, x: jax.Array) -> jax.Array:
+        with jax.named_scope(name):
+            return jax.jit(jnp.tanh)(x @ w)
+
+    def f(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        with jax.named_scope("net/~"):
+            for name, w in params.items():
+                x = layer(name, w, x)
+        return x
+
+    params = {"first": np.eye(3, dtype=np.float32), "second": 2 * np.eye(3, dtype=np.float32)}
+    values = parity.jax_model(f, params).run(np.ones((2, 3), np.float32)).values
+    names = [f"net.{layer}.{kind}" for layer in params for kind in ("dot_general", "tanh")]
+    assert [value.name for value in values] == names
+    assert [value.where for value in values] == [""] * 4

@@ -108,3 +108,27 @@ def test_named_scopes_are_the_modules_of_a_function() -> None:
     names = [f"net.{layer}.{kind}" for layer in params for kind in ("dot_general", "tanh")]
     assert [value.name for value in values] == names
     assert [value.where for value in values] == [""] * 4
+
+
+@pytest.mark.parametrize("steps", [1, 1000])
+def test_of_two_running_averages_the_one_that_departs_is_reported(steps: int) -> None:
+    """One module may store the sum and the corrected average made from it, which evaluation reads."""
+    module = torch.nn.BatchNorm1d(5, affine=False).train()
+    means = np.arange(5, dtype=np.float32)
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    module.running_mean.copy_(torch.from_numpy(means))
+
+    def f(params: Any, state: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, Any]:
+        mean, var = x.mean(0), x.var(0)
+        biased = {"mean.raw": mean, "var.raw": var * len(x) / (len(x) - 1)}
+        after = {name: 0.9 * state[name] + 0.1 * new for name, new in biased.items()}
+        after |= {name.replace("raw", "used"): a / (1 - 0.9**steps) for name, a in after.items()}
+        return (x - mean) / jnp.sqrt(var + 1e-5), after
+
+    names = ("mean.raw", "mean.used", "var.raw", "var.used")
+    state = {name: means if name.startswith("mean") else np.ones(5, np.float32) for name in names}
+    x = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    report = parity.compare(parity.torch_model(module), parity.jax_model(f, {}, state), x)
+    departing = {tensor.candidate for tensor in report.tensors if tensor.departs}
+    assert departing == ({"mean.used", "var.used"} if steps == 1 else set())

@@ -113,10 +113,10 @@ class _Comparison:
         pairs = align(self.twin, lambda replace: self._run_candidate(True, replace=replace), self.names)
         self.pairs = pairs
         self.whole_twin = self._without_gradients(self._run_candidate(True))
-        self.weights = audit(self.twin, self.whole_twin, pairs)
         # Total errors: the models as they are. Errors made here: each stage on the reference's numbers.
         self.whole = self._of_pairs(self._run_candidate())
         self.alone = {True: self._run_candidate(True, replace=self._numbers())}
+        self.weights = audit(self.twin, self.alone[True], pairs)
         self.noise = self._noise()
         departed = self._departing_gradients()
         gradients = replacements(departed, _as_gradients(self.twin), self.whole_twin)

@@ -132,3 +132,25 @@ def test_of_two_running_averages_the_one_that_departs_is_reported(steps: int) ->
     report = parity.compare(parity.torch_model(module), parity.jax_model(f, {}, state), x)
     departing = {tensor.candidate for tensor in report.tensors if tensor.departs}
     assert departing == ({"mean.used", "var.used"} if steps == 1 else set())
+
+
+def test_parameters_with_the_same_numbers_are_told_apart() -> None:
+    """Biases that are 0, each added to what comes before it: their values match one operation early."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
+    params: dict[str, Any] = {}
+    for name, layer in module.named_children():
+        torch.nn.init.zeros_(layer.get_parameter("bias"))
+        kernel = layer.get_parameter("weight").detach().numpy().T
+        params[f"z{9 - int(name)}"] = {"kernel": kernel, "offset": np.zeros(4, np.float32)}
+
+    def f(params: dict[str, Any], x: jax.Array) -> jax.Array:
+        for name in sorted(params, reverse=True):
+            x = x @ params[name]["kernel"] + params[name]["offset"]
+        return x
+
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    report = parity.compare(parity.torch_model(module), parity.jax_model(f, params), x)
+    assert report.agrees, report.verdict
+    names = {match.reference: match.candidate for match in report.weights.matches}
+    assert all(names[f"{i}.bias"] == f"z{9 - i}.offset" for i in range(4))

@@ -154,3 +154,16 @@ def test_parameters_with_the_same_numbers_are_told_apart() -> None:
     assert report.agrees, report.verdict
     names = {match.reference: match.candidate for match in report.weights.matches}
     assert all(names[f"{i}.bias"] == f"z{9 - i}.offset" for i in range(4))
+
+
+def test_a_counter_made_from_a_python_integer_stays_one_in_float64() -> None:
+    """Such an integer has the default type, which is another one where float64 is enabled."""
+
+    def f(params: Any, state: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        after = state + 1
+        if after.dtype != state.dtype:
+            raise TypeError(f"{state.dtype} became {after.dtype}")
+        return 2 * x, after
+
+    trace = parity.jax_model(f, {}, jnp.asarray(0)).run(np.ones(3, np.float32), float64=True)
+    assert np.array_equal(trace.outputs["output"], np.full(3, 2.0))

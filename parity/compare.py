@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -42,6 +42,7 @@ FACTOR = 10.0  # errors above this many times the noise depart, in float64
 FACTOR_NATIVE = 30.0  # the same in the models' own precision, where right algorithms differ more
 _EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 _ROUNDED = 2.0**-7  # a parameter in a lower precision is still the same one
+_NAMES = 8  # listed in a note
 _TRIALS = 12  # places tried for a wrong gradient
 _LAST_BITS = (1, 2)  # seeds of the numbers moved by a last bit
 
@@ -173,12 +174,12 @@ class _Comparison:
             notes.append("Of a plain function only outputs are known: no stages, no gradients.")
         left_out = [m.reference for m in self.weights.matches if self.gradients and not self._is_the_same(m)]
         if left_out:
-            names = ", ".join(left_out)
             notes.append(
-                f"Gradients not compared, of parameters that the candidate stores otherwise: {names}."
+                "Gradients not compared, of parameters that the candidate stores otherwise: "
+                f"{_listed(left_out)}."
             )
         if self.weights.extra:
-            notes.append(f"Parameters that only the candidate has: {', '.join(self.weights.extra)}.")
+            notes.append(f"Parameters that only the candidate has: {_listed(self.weights.extra)}.")
         return notes
 
     def _cotangents(self, plain: Trace) -> tuple[dict[str, Array], dict[str, Array]] | None:
@@ -422,6 +423,13 @@ class _Comparison:
         """Modules of the reference without a counterpart."""
         paired = set(self.pairs)
         return [value.name for value in self.twin.values if value.is_module and value.name not in paired]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The names, of many only the first."""
+    if len(names) <= _NAMES:
+        return ", ".join(names)
+    return f"{', '.join(names[:_NAMES])} and {len(names) - _NAMES} more"
 
 
 def _as_gradients(trace: Trace) -> Trace:

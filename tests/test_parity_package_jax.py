@@ -167,3 +167,14 @@ def test_a_counter_made_from_a_python_integer_stays_one_in_float64() -> None:
 
     trace = parity.jax_model(f, {}, jnp.asarray(0)).run(np.ones(3, np.float32), float64=True)
     assert np.array_equal(trace.outputs["output"], np.full(3, 2.0))
+
+
+def test_of_many_parameters_without_a_counterpart_the_first_are_named() -> None:
+    module = torch.nn.Linear(3, 3, bias=False)
+    params = {"w": module.weight.detach().numpy().T}
+    params |= {f"b{i}": np.full(3, i, np.float32) for i in range(20)}
+    model = parity.jax_model(lambda p, x: x @ p["w"], params)
+    report = parity.compare(parity.torch_model(module), model, np.ones((2, 3), np.float32))
+    assert report.agrees
+    (note,) = report.notes
+    assert note.endswith("and 12 more.")

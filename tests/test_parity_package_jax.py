@@ -178,3 +178,16 @@ def test_of_many_parameters_without_a_counterpart_the_first_are_named() -> None:
     assert report.agrees
     (note,) = report.notes
     assert note.endswith("and 12 more.")
+
+
+def test_a_padding_row_has_no_gradient() -> None:
+    module = torch.nn.Embedding(6, 4, padding_idx=2)
+    torch.nn.init.normal_(module.weight)
+    table = {"table": module.weight.detach().numpy()}
+    model = parity.jax_model(lambda p, ids: p["table"][ids], table)
+    report = parity.compare(parity.torch_model(module), model, np.array([[0, 2, 5, 2]]))
+    first = report.first_difference
+    assert first is not None
+    assert (first.reference, first.cause_id) == ("weight", "padding-row")
+    assert first.cause is not None
+    assert "row 2" in first.cause

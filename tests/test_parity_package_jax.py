@@ -191,3 +191,24 @@ def test_a_padding_row_has_no_gradient() -> None:
     assert (first.reference, first.cause_id) == ("weight", "padding-row")
     assert first.cause is not None
     assert "row 2" in first.cause
+
+
+def test_normalization_with_the_updated_running_statistics_is_named() -> None:
+    norm = torch.nn.BatchNorm1d(5, affine=False)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(1, 2)
+    state = {name: getattr(norm, f"running_{name}").numpy().copy() for name in ("mean", "var")}
+    module = torch.nn.Sequential(norm).train()
+
+    def f(params: Any, state: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, Any]:
+        mean, var = 0.7 * state["mean"] + 0.3 * x.mean(0), 0.7 * state["var"] + 0.3 * x.var(0)
+        return (x - mean) / jnp.sqrt(var + 1e-5), {"mean": mean, "var": var}
+
+    x = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    first = parity.compare(parity.torch_model(module), parity.jax_model(f, {}, state), x).first_difference
+    assert first is not None
+    assert first.cause_id == "batch-statistics-vs-running"
+    assert first.cause is not None
+    assert "after the step, 0.7 of which are old" in first.cause

@@ -212,3 +212,20 @@ def test_normalization_with_the_updated_running_statistics_is_named() -> None:
     assert first.cause_id == "batch-statistics-vs-running"
     assert first.cause is not None
     assert "after the step, 0.7 of which are old" in first.cause
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 1.1e-5])
+def test_a_variance_that_loses_digits_is_named(epsilon: float) -> None:
+    """Only the difference of mean square and squared mean is, not any other variance."""
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(5, track_running_stats=False))
+
+    def f(params: Any, x: jax.Array) -> jax.Array:
+        mean = x.mean(0)
+        var = jnp.square(x).mean(0) - jnp.square(mean)
+        return (x - mean) / jnp.sqrt(var + epsilon) * params["0.weight"] + params["0.bias"]
+
+    params = {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
+    x = (3 + 0.01 * np.random.default_rng(0).normal(size=(7, 5))).astype(np.float32)
+    first = parity.compare(parity.torch_model(module), parity.jax_model(f, params), x).first_difference
+    assert first is not None
+    assert first.cause_id == ("fast-variance" if epsilon == 1e-5 else "epsilon")

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -42,6 +42,7 @@ from parity.weights import Match, audit
 FACTOR = 10.0  # errors above this many times the noise depart, in float64
 FACTOR_NATIVE = 30.0  # the same in the models' own precision, where right algorithms differ more
 _ROUNDED = 2.0**-7  # a parameter in a lower precision is still the same one
+_NAMES = 8  # listed in a note
 _TRIALS = 12  # places tried for a wrong gradient
 
 
@@ -114,7 +115,7 @@ class _Comparison:
         pairs = align(self.twin, lambda replace: self._run_candidate(True, replace=replace), self.names)
         self.pairs = pairs
         self.whole_twin = replace(self._without_gradients(self._run_candidate(True)), parameter_gradients={})
-        self.weights = audit(self.twin, self.whole_twin, pairs)
+        self.weights = audit(self.twin, self._run_candidate(True, replace=self._numbers()), pairs)
         self._check_common()
         # Total errors: the models as they are. Errors made here: each stage on the reference's numbers.
         self.whole = self._of_pairs(self._run_candidate())
@@ -188,12 +189,12 @@ class _Comparison:
             notes.append("Of a plain function only outputs are known: no stages, no gradients.")
         left_out = [m.reference for m in self.weights.matches if self.gradients and not self._is_the_same(m)]
         if left_out:
-            names = ", ".join(left_out)
             notes.append(
-                f"Gradients not compared, of parameters that the candidate stores otherwise: {names}."
+                "Gradients not compared, of parameters that the candidate stores otherwise: "
+                f"{_listed(left_out)}."
             )
         if self.weights.extra:
-            notes.append(f"Parameters that only the candidate has: {', '.join(self.weights.extra)}.")
+            notes.append(f"Parameters that only the candidate has: {_listed(self.weights.extra)}.")
         return notes
 
     def _cotangents(self, plain: Trace) -> tuple[dict[str, Array], dict[str, Array]] | None:
@@ -393,6 +394,13 @@ def _require_model(side: str, model: object) -> None:
     if not isinstance(model, Model):
         adapters = "torch_model, nnx_model, linen_model, jax_model, numpy_model or function_model"
         raise ParityError(f"the {side} is a {type(model).__name__}: put it into parity.{adapters}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The names, of many only the first."""
+    if len(names) <= _NAMES:
+        return ", ".join(names)
+    return f"{', '.join(names[:_NAMES])} and {len(names) - _NAMES} more"
 
 
 def _as_gradients(trace: Trace) -> Trace:

@@ -74,11 +74,12 @@ class JaxModel(Model):
         wide = float64 or self.precision() == "float64"
         dtype = jnp.float64 if float64 else jnp.dtype(self.precision())
         with jax.enable_x64(wide):
-            cast = (lambda a: cast_to(a, dtype)) if float64 else jnp.asarray
             args, kwargs = arguments(inputs, lambda a: cast_to(np.asarray(a), dtype))
             if float64 not in self._cast:
                 trees = self._params, self._state
-                self._cast[float64] = tuple({k: cast(v) for k, v in tree.items()} for tree in trees)
+                self._cast[float64] = tuple(
+                    {k: _given(v, dtype if float64 else None) for k, v in tree.items()} for tree in trees
+                )
             params, state = self._cast[float64]
             jaxpr, out_tree = self._trace(params, state, args, kwargs, float64)
             tape = Tape(
@@ -98,6 +99,7 @@ class JaxModel(Model):
             input_cells = {name: Cell(a, name=name, wants_gradient=is_float(a)) for name, a in named.items()}
             cells += input_cells.values()
             outs = tape.evaluate(jaxpr.jaxpr, [Cell(c) for c in jaxpr.consts], cells, "")
+            _drop_common_line(tape.records)
             output, new_state = jax.tree.unflatten(out_tree, outs)
             outputs = _named_outputs(output)
             if cotangents is not None:
@@ -309,6 +311,25 @@ def _named_outputs(output: Tree) -> dict[str, Cell]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(output, is_leaf=lambda leaf: isinstance(leaf, Cell))
     cells = {".".join(filter(None, ("output", _dotted(path)))): cell for path, cell in leaves}
     return {name: cell for name, cell in cells.items() if is_float(cell.array)}
+
+
+def _given(array: Any, dtype: Any) -> Any:
+    """A parameter or state as a JAX array; floating-point numbers in `dtype`, if that is not None.
+
+    An integer that was made from a Python integer is that again: where float64 is enabled it is an int64.
+    """
+    if getattr(array, "weak_type", False) and array.shape == () and array.dtype.kind == "i":
+        array = int(array)
+    return jnp.asarray(array) if dtype is None else cast_to(array, dtype)
+
+
+def _drop_common_line(records: Sequence[Record]) -> None:
+    """Remove the user's line if all modules have the same one: it calls a library's model, no stage of it."""
+    fields = [record.fields for record in records]
+    modules = {field["module"] for field in fields if field["module"]}
+    if len(modules) > 1 and len({field["where"] for field in fields if field["where"]}) == 1:
+        for field in fields:
+            field["where"] = ""
 
 
 def _numpy(array: Any) -> Array:

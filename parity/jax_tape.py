@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -116,7 +117,7 @@ class Tape:
 
         for equation in jaxpr.eqns:
             operands = [read(variable) for variable in equation.invars]
-            module = _module_of(equation) or scope
+            module = _module_of(equation, scope)
             outs = self._inlined(equation, operands, module)
             if outs is None:
                 outs = self._operation(equation, operands, module)
@@ -334,10 +335,19 @@ class Tape:
                 operand.gradient = gradient if operand.gradient is None else operand.gradient + gradient
 
 
-def _module_of(equation: Any) -> str:
-    """The innermost marked module in which an operation stands."""
-    marks = [part for part in str(equation.source_info.name_stack).split("/") if MARK in part]
-    return marks[-1].partition(MARK)[2].rstrip(")") if marks else ""
+def _module_of(equation: Any, scope: str) -> str:
+    """The module in which an operation stands: the innermost marked one, else the path of named scopes.
+
+    Libraries name their modules with `jax.named_scope`. `scope` is the module of the function that holds the
+    operation.
+    """
+    parts = str(equation.source_info.name_stack).split("/")
+    marks = [part for part in parts if MARK in part]
+    if marks:
+        return marks[-1].partition(MARK)[2].rstrip(")") or scope
+    found = (re.fullmatch(r"(?:\w+\()*([\w.-]*)\)*", part) for part in parts)  # jvp(name)
+    names = [match[1] for match in found if match is not None]
+    return ".".join(name for name in (scope, *names) if name)
 
 
 def _where(equation: Any) -> str:

@@ -111,17 +111,24 @@ def paired_state(
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """Running statistics of both: pairs that are equal after the step, before it, or alike by name.
 
+    Where a module of the candidate has the same statistic twice (the running average and the sum that it is
+    made from), nothing tells which one evaluation reads. One that departs is taken, so that none is missed.
+
     Args:
         modules: {reference's module: candidate's} of paired values.
     """
     fits: list[tuple[tuple[bool, ...], int, int, str, str, tuple[int, ...]]] = []
+    twice = _stored_twice(theirs)
     for i, (a, left) in enumerate(ours.state.items()):
         for j, (b, right) in enumerate(theirs.state.items()):
             found = None if left.size == 1 else best_axes(left, right)
             if found is not None:
                 before = ours.state_before.get(a), theirs.state_before.get(b)
                 module, path = modules.get(a.rpartition(".")[0]), b.rpartition(".")[0]
+                others = (best_axes(left, theirs.state[name]) for name in twice.get(b, ()))
+                hides = found[1] <= _EQUAL and any(o is not None and o[1] > _EQUAL for o in others)
                 unlikely = (
+                    hides,
                     found[1] > _EQUAL,
                     not _equal(*before),
                     _kind(a) != _kind(b),
@@ -136,6 +143,23 @@ def paired_state(
             pairs[a] = a, b, axes
             taken.add(b)
     return [pairs[a] for a in ours.state if a in pairs]
+
+
+def _stored_twice(trace: Trace) -> dict[str, list[str]]:
+    """For each statistic those of the same module and kind that were equal to it before the step."""
+    before = trace.state_before
+    return {
+        name: [
+            other
+            for other in before
+            if other != name
+            and other.rpartition(".")[0] == name.rpartition(".")[0]
+            and _kind(other) == _kind(name)
+            and np.array_equal(before[other], before[name])
+        ]
+        for name in trace.state
+        if name in before
+    }
 
 
 def _equal(left: Array | None, right: Array | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity.alignment import Pair
+from parity.alignment import SAME, Pair
 from parity.axes import best_axes, largest_error, squeeze
 from parity.trace import Array, Trace, stage_parameters
 
@@ -53,40 +54,85 @@ class Audit:
 
 
 def audit(reference: Trace, candidate: Trace, pairs: Mapping[str, Pair]) -> Audit:
-    """Match the parameters of two models: in paired stages first, by equal numbers, then by shape."""
+    """Match the parameters of two models: in paired stages first, by equal numbers, then by shape.
+
+    Args:
+        reference: its run.
+        candidate: a run on the reference's numbers: where its backward pass is right, its gradients are the
+            reference's.
+        pairs: of the values.
+    """
     ours, theirs = reference.parameters, candidate.parameters
     names = set(pairs), {pair.candidate for pair in pairs.values()}
     stages = [
         (stage_parameters(reference, name, names[0]), stage_parameters(candidate, pair.candidate, names[1]))
         for name, pair in pairs.items()
     ]
-    everything = [(list(ours), list(theirs))]
-    found: dict[str, Match] = {}
-    taken: set[str] = set()
-
-    def match(groups: Sequence[tuple[Sequence[str], Sequence[str]]], equal: bool) -> None:
-        for left, right in groups:
-            for name in left:
-                if name in found:
-                    continue
-                for other in right:
-                    if other in taken:
-                        continue
-                    best = best_axes(ours[name], theirs[other])
-                    if best is not None and (best[1] == 0 or not equal):
-                        axes = best[0] if equal else _usual_axes(found, ours, ours[name].ndim) or best[0]
-                        axes = axes if _fits(ours[name], theirs[other], axes) else best[0]
-                        found[name] = Match(name, other, axes, best[1] == 0)
-                        taken.add(other)
-                        break
-
-    match(stages, True)
-    match(everything, True)
+    found = _match_equal(reference, candidate, stages)
+    taken = {match.candidate for match in found.values()}
     _match_reshaped(found, taken, ours, theirs)
-    match(stages, False)
+    _match_by_shape(found, taken, ours, theirs, stages)
     matches = [found.get(name, Match(name, "", (), False)) for name in ours]
     faults = [fault for one in matches for fault in _faults(one, matches, ours, theirs, stages)]
     return Audit(matches, faults, [name for name in theirs if name not in taken])
+
+
+def _match_equal(
+    reference: Trace, candidate: Trace, stages: Sequence[tuple[Sequence[str], Sequence[str]]]
+) -> dict[str, Match]:
+    """Match what has the same numbers.
+
+    Of several with the same numbers, such as biases that are 0, the gradient tells; then the stage, then the
+    name, then the order.
+    """
+    ours, theirs = reference.parameters, candidate.parameters
+    together = {(name, other) for left, right in stages for name in left for other in right}
+    by_numbers: dict[tuple[float, ...], list[str]] = {}
+    for other, array in theirs.items():
+        by_numbers.setdefault(_key(array), []).append(other)
+    fits: list[tuple[tuple[bool, bool, float], str, str, tuple[int, ...]]] = []
+    for name, array in ours.items():
+        for other in by_numbers.get(_key(array), ()):
+            best = best_axes(array, theirs[other])
+            if best is not None and best[1] == 0:
+                left = reference.parameter_gradients.get(name)
+                right = candidate.parameter_gradients.get(other)
+                differs = False
+                if left is not None and right is not None:
+                    differs = largest_error(squeeze(left), squeeze(right).transpose(best[0])) > SAME
+                likeness = difflib.SequenceMatcher(None, name, other, autojunk=False).ratio()
+                fits.append(((differs, (name, other) not in together, -likeness), name, other, best[0]))
+    found: dict[str, Match] = {}
+    taken: set[str] = set()
+    for _, name, other, axes in sorted(fits, key=lambda fit: fit[0]):
+        if name not in found and other not in taken:
+            found[name] = Match(name, other, axes, True)
+            taken.add(other)
+    return found
+
+
+def _key(array: Array) -> tuple[float, ...]:
+    """What equal numbers have in common in any order."""
+    return (array.size, float(array.min(initial=np.inf)), float(array.max(initial=-np.inf)))
+
+
+def _match_by_shape(
+    found: dict[str, Match],
+    taken: set[str],
+    ours: Mapping[str, Array],
+    theirs: Mapping[str, Array],
+    stages: Sequence[tuple[Sequence[str], Sequence[str]]],
+) -> None:
+    """Match what is read by the same stage and has the same shape, in the order in which it is read."""
+    for left, right in stages:
+        for name in left:
+            for other in right:
+                best = None if name in found or other in taken else best_axes(ours[name], theirs[other])
+                if best is not None:
+                    axes = _usual_axes(found, ours, ours[name].ndim) or best[0]
+                    axes = axes if _fits(ours[name], theirs[other], axes) else best[0]
+                    found[name] = Match(name, other, axes, best[1] == 0)
+                    taken.add(other)
 
 
 def _match_reshaped(

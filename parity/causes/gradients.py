@@ -28,6 +28,8 @@ def derivatives(departure: Departure, form: Form | None) -> Iterator[Found]:
             else "remove the stop_gradient"
         )
         yield id_, np.where(theirs == 0, 0, truth), does
+    if departure.what == "parameter gradient" and theirs.shape == truth.shape and truth.ndim == 2:
+        yield from _padding_row(name, truth, theirs)
     if dy is None or departure.what != "input gradient":
         return
     if form is not None and "axes" in form.knobs and "eps" in form.knobs:
@@ -56,6 +58,23 @@ def derivatives(departure: Departure, form: Form | None) -> Iterator[Found]:
         ):
             does = "lets the gradient pass where the input is 0, the reference does not"
             yield "wrong-custom-derivative", dy * (x >= 0), does
+
+
+def _padding_row(name: str, truth: Array, theirs: Array) -> Iterator[Found]:
+    """One row of a table without a gradient: `padding_idx` of PyTorch's embedding."""
+    for does, zero, other in (
+        (
+            "gives row {row} of {name} a gradient, the reference gives it none (padding_idx={row})",
+            truth,
+            theirs,
+        ),
+        ("gives row {row} of {name} no gradient (padding), the reference gives it one", theirs, truth),
+    ):
+        rows = np.flatnonzero((zero == 0).all(1) & (other != 0).any(1))
+        if len(rows) == 1:
+            result = truth.copy()
+            result[rows] = theirs[rows]
+            yield "padding-row", result, does.format(row=rows[0], name=name)
 
 
 def has_custom_derivative(departure: Departure) -> bool:

@@ -143,6 +143,8 @@ def _form(
     def changes(target: Array) -> Iterable[Change]:
         if groups is None:
             yield from _batch_or_running(train, running)
+            if train and running is not None:
+                yield from _updated(form, running, target)
         else:
             yield from _groups(x, groups)
         yield from _common(departure, form, target, train)
@@ -206,6 +208,25 @@ def _batch_or_running(train: bool, running: Statistics | None) -> Iterator[Chang
             "with its running statistics",
             "the loaded statistics",
             {"fixed": fresh},
+        )
+
+
+def _updated(form: Form, running: Statistics, target: Array) -> Iterator[Change]:
+    """Train mode with the running statistics after the step, a part old and a part of the batch."""
+    x, axes = form.knobs["x"], form.knobs["axes"]
+    batch = Statistics(x.mean(axes, keepdims=True)[0], x.var(axes, keepdims=True)[0])
+
+    def mixed(old: float) -> Statistics:
+        return Statistics(
+            old * running.mean + (1 - old) * batch.mean, old * running.var + (1 - old) * batch.var
+        )
+
+    old = solve(lambda share: form.result({"fixed": mixed(share)}), target, (0.01, 0.1, 0.5, 0.9, 0.99))
+    if old is not None and 0 < old < 1:
+        does = f"normalizes with the running statistics after the step, {number(old)} of which are old"
+        write = "the statistics of the batch alone"
+        yield Change(
+            "batch-statistics-vs-running", does, "with those of the batch", write, {"fixed": mixed(old)}
         )
 
 

@@ -73,8 +73,8 @@ class Engine(Protocol):
 def set_environment(framework: str, *, deterministic: bool) -> None:
     """Set what JAX reads once, at its import; a value the user has set is left alone.
 
-    Orbax and Grain import JAX in every run. Where it is not the engine it is held to the CPU, else it would
-    take most of a GPU's memory. Compiled functions are kept in the user's cache folder:
+    Orbax and Grain import JAX in every run. If JAX is not the engine, it is limited to the CPU: it would take
+    most of a GPU's memory. Compiled functions are kept in the user's cache folder:
     `JAX_COMPILATION_CACHE_DIR` names another, `JAX_ENABLE_COMPILATION_CACHE=false` keeps none.
     """
     if framework != "jax":
@@ -98,8 +98,8 @@ def cache_directory() -> str:
 
 
 def can_hold_files(directory: str) -> bool:
-    """True if files can be made in a directory, itself made if need be; nothing is made to find out."""
-    if not directory or "://" in directory:  # a bucket: JAX knows
+    """True if files can be written in a directory that exists or can be made. Nothing is created."""
+    if not directory or "://" in directory:  # JAX checks a bucket
         return bool(directory)
     path = Path(directory).absolute()
     nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))

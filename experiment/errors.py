@@ -23,7 +23,7 @@ class FolderLostError(RunFailedError):
 
 
 def one_line(error: object) -> str:
-    """Return the message of another library's error, or any text, cut to a part of one line."""
+    """Return a message as one line of at most 300 characters; if empty, the error's type."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

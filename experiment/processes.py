@@ -2,8 +2,8 @@
 
     JAX_COORDINATOR_ADDRESS=host0:1234 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0 python train.py --distributed ...
 
-Each process runs the same command. All take the same steps in the same order, and what decides where a run
-goes (a non-finite step, a better validation, a signal) is the same for all; the first alone writes files.
+Each process runs the same command. All take the same steps in the same order and make the same decisions (on
+a non-finite step, a better validation, a signal). Only the first one writes files.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """Which of the `count` processes this is."""
+    """This process, `index` of `count`."""
 
     index: int = 0
     count: int = 1
@@ -67,7 +67,7 @@ def connect() -> ProcessInfo:
             raise UserError(f"--distributed: {fault}; count the {count} processes from 0")
     import jax
 
-    # On a CPU two compiled functions at once would mix up their messages, which bear no name.
+    # On a CPU, two compiled functions at once would mix up their messages: they have no name.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(**known)

@@ -174,7 +174,7 @@ def unclipped_size(
     shape.
     """
     correction = jnp.sqrt(one_minus_power(b2, count)) / one_minus_power(b1, count)
-    # eps stands beside the *uncorrected* root, so this is not optax.scale_by_adam and a clip
+    # eps is added to the *uncorrected* root, so this is not optax.scale_by_adam and a clip
     if not is_zero(eps_root):
         nu = nu + eps_root
     return correction.astype(nu.dtype) / (jnp.sqrt(nu) + eps)
@@ -355,8 +355,8 @@ def adabound(
 
     **Does the schedule move the bounds?** Yes. The learning rate multiplies the clipped step size, bounds
     and all. The authors' code does the same: its `final_lr * lr / base_lr` is $r$ times `lr`. So a rate cut
-    by ten cuts the bounds by ten, and a warm-up from zero starts with both bounds at zero. `final_lr` is
-    the last step size where the schedule stands at `base_lr`, and `final_lr * lr / base_lr` anywhere else;
+    by ten cuts the bounds by ten, and a warm-up from zero starts with both bounds at zero. The bounds
+    converge to `final_lr` while the rate is `base_lr`, and to `final_lr * lr / base_lr` at a rate `lr`;
     give the schedule's peak as `base_lr`. A schedule, or a rate injected at run time, does not
     reveal the rate it started from, and division by the current one would make the bounds ignore the
     schedule. So `base_lr` is required with both.

@@ -122,7 +122,7 @@ class Engine:
             gradient_fn=self.gradient_fn,
             log_gradients=log_gradients,
         )
-        self._initial: Parts | None = parts  # until `init` or `from_tree`: steps donate their arrays
+        self._initial: Parts | None = parts  # for the first `init` alone: steps donate its arrays
         self._placement = Placement()
         self._chunk = chunk or best_chunk()
         blocks = None
@@ -134,7 +134,7 @@ class Engine:
 
     def _choose_strategy(self, blocks: Blocks | None) -> Strategy:
         """Choose how steps are taken; `blocks` is given where a step may be taken block by block."""
-        if self._chunk > 1:  # a GPU
+        if self._chunk > 1:  # a GPU, or `chunk` is given
             return Chunked(self._step, self._placement, self._chunk)
         if blocks is not None:  # a single CPU device
             return Blockwise(blocks, self.optimizer, self._placement, log_gradients=self.log_gradients)
@@ -227,7 +227,7 @@ class Engine:
         """Yield the logits [N, num_classes] of each batch, with the running statistics.
 
         Batches may differ in size; smaller ones are padded to the size of the first, so that one compiled
-        function serves all. Every process gives, and is given, whole batches, of which it computes its share.
+        function serves all. Every process passes and receives whole batches, and computes its share.
         """
         size = 0
         for batch in batches:

@@ -68,7 +68,7 @@ def parameter_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 def use_matmul() -> bool:
-    """True on a CPU: convolutions are matrix products, and steps may be compiled by blocks (`blockwise`).
+    """True on a CPU, where convolutions are matrix products and steps may be compiled block by block.
 
     On a CPU, XLA's convolutions are several times slower than its matrix products, forward and backward. On a
     GPU they are cuDNN's.

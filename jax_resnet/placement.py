@@ -39,7 +39,7 @@ class Placement:
         return jax.make_array_from_process_local_data(self._sharded_chunk, batches)
 
     def replicate(self, tree: Tree) -> Tree:
-        """Copy a tree, of which every process has made the same one, to all devices."""
+        """Copy a tree to all devices; every process must pass an equal one."""
         if jax.process_count() == 1:
             return jax.device_put(tree, self.replicated)
 

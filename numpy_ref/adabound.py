@@ -21,7 +21,7 @@ from numpy_ref.optimizer_base import Hyperparameter, Optimizer, second_moment, u
 
 
 def adabound_bounds(count: int, ratio: float = 100.0, gamma: float = 1e-3) -> tuple[float, float]:
-    """The interval AdaBound clips its step sizes to, in units of the learning rate, at step `count` from 1.
+    """The bounds of AdaBound's step sizes, divided by the learning rate; `count` is the step, from 1.
 
         lower = ratio * (1 - 1 / (gamma t + 1)),   upper = ratio * (1 + 1 / (gamma t))
 

@@ -211,7 +211,7 @@ class Engine:
         return state
 
     def _memory_size(self, arrays: Tree) -> int:
-        """The bytes of all arrays in shared memory: these, and for each process gradients and a board."""
+        """Bytes of shared memory: of these arrays, and per process of gradients and `all_reduce`."""
         size = sum(aligned(array.nbytes) for _, array in leaves(arrays))
         groups = update_groups(self._setup.network(initial=False))
         return size + max(map(size_of, groups.values())) * self.processes + board_size(self.processes)

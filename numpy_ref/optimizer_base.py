@@ -265,7 +265,7 @@ class Optimizer:
         return sums
 
     def precompute(self, h: SimpleNamespace) -> None:
-        """Add to the values of a group those that are the same for all its numbers in step `count`."""
+        """Add to a group's values those that all its numbers share in step `count`."""
 
     @property
     def bounds(self) -> tuple[float, float] | None:
@@ -297,7 +297,7 @@ def update_moments(grad: Array, mu: Array, nu: Array, b1: float, b2: float, scra
 
 
 def second_moment(moments: Sequence[Array]) -> Array:
-    """nu_t of (mu, nu); of (mu, nu, nu_max) the maximum of all nu so far, which becomes nu_max."""
+    """Return nu_t; if there is nu_max, update it to the maximum of all nu and return that."""
     if len(moments) == 2:
         return moments[1]
     return np.maximum(moments[2], moments[1], out=moments[2])

@@ -107,7 +107,7 @@ class Communicator:
     def all_reduce(self, values: Array) -> Array:
         """Add up over all active processes, in the order of their ranks: float64, the same bits in each.
 
-        Two boards take turns: no process writes to one again before all have read the other.
+        Two buffers alternate, so that no process overwrites one before all have read it.
         """
         values = np.asarray(values, np.float64)
         if self.active == 1:
@@ -157,8 +157,8 @@ class Group:
     """
 
     def __init__(self, size: int, memory: SharedMemory, make: MakeWorker) -> None:
-        # A process that still imports the script cannot start others. The attribute is the one that
-        # `multiprocessing` looks at; it does so only after the semaphores below, which would be leaked.
+        # A process that still imports the script cannot start others. `multiprocessing` checks this, too,
+        # but only after the semaphores below are made, and these would be leaked.
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             raise RuntimeError(NOT_STARTED)
         # A process opens semaphores by name as it starts, so they must last as long as the group. To create

@@ -1,4 +1,4 @@
-"""A model as a state dict under torchvision's names. The same functions stand in `torch_oracle/resnet.py`."""
+"""A model as a state dict under torchvision's names; the same functions as `torch_oracle/state_dict.py`."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class AdaBound(Optimizer):
         size_t  = clip(alpha_t * sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v_t) + eps), lower_t, upper_t)
         p       = p - size_t * m_t
 
-    A schedule moves the bounds too. eps stands beside the *uncorrected* root: this is not Adam and a clip.
+    A schedule moves the bounds too. eps is added to the *uncorrected* root, unlike Adam with a clip.
 
     Args:
         parameters: tensors, or groups of them as in `torch.optim`; a group may have its own value of every

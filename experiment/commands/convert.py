@@ -1,7 +1,7 @@
 """`python -m experiment convert IN OUT`: weights from PyTorch's files to safetensors, or back.
 
-The content of IN says what it is, the name of OUT what it becomes. Pickles are read without running any code
-in them (`torch_oracle/weights.py`).
+IN is recognized by its content, OUT by its suffix. Pickles are read without running any code in them
+(`torch_oracle/weights.py`).
 """
 
 import importlib.util

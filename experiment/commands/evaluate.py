@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _resize(options: argparse.Namespace, run: CompletedRun) -> int | None:
-    """The shorter side before a crop, where it is not the run's own way; refuses what does not fit."""
+    """The shorter side before a crop, None for the run's own way. Raises UserError for a conflict."""
     if options.batch_size is not None:
         check_limits("--batch-size", options.batch_size, least=1)
     height, width, _ = run.image_shape

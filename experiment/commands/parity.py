@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--mean", type=float, nargs="+", metavar="X", help="a channel, on the scale 0..1; default ImageNet's")
     add("--std", type=float, nargs="+", metavar="X", help="likewise; for other than three channels 0 and 1")
     add("--seed", type=int, default=0, help="of random numbers; default 0")
-    add("--train", action="store_true", help="statistics of the batch: the image and noisy copies of it")
+    add("--train", action="store_true", help="batch statistics, of the image and noisy copies of it")
     add("--precision", choices=list(TOLERANCES), default="float32", help="default float32")
     add("--tolerance", type=float, help="of a tensor's largest magnitude; default by the precision and mode")
     add_path("--reference", metavar="FILE", help="a safetensors file of stages that your program gave")

@@ -27,8 +27,8 @@ def install() -> str:
 def main(argv: Sequence[str]) -> int:
     """Prepare one data set; return 0, also when there is nothing left to do.
 
-    TFDS writes into a directory of another name and renames it at the end, so that what an interruption
-    leaves is never taken for a data set; the next run starts afresh, but for finished downloads.
+    TFDS writes into a directory with another name and renames it at the end, so that an interruption never
+    leaves something that looks complete. The next run keeps only finished downloads.
 
     Raises:
         UserError: an unknown name, TensorFlow is missing, or the download or the preparation failed.
@@ -73,7 +73,7 @@ def _prepare(name: str, data_dir: str | None) -> Any:
         if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS or manual.is_dir():
             builder.download_and_prepare()
             return builder
-    except Exception as error:  # a builder's code is its own: the network, the disk, a changed web page, ...
+    except Exception as error:  # builders fail in many ways: network, disk, a changed web page, ...
         raise UserError(f"{name} could not be prepared: {named_line(error)}") from error
     raise UserError(
         f"{name} has to be downloaded by hand: put its files into {manual} and run this command again "

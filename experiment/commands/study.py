@@ -22,7 +22,7 @@ from experiment.study.plan import Plan, framework_of, names, read
 
 
 def main(argv: Sequence[str]) -> int:
-    """Carry a study out, or on; write study.json, study.md, study.html and figures. Returns the exit status.
+    """Run or continue a study; write study.json, study.md, study.html and figures. Return the exit status.
 
     A signal stops it as it stops a run, and the command to continue is printed.
 
@@ -122,7 +122,7 @@ def _make(
     together: bool,
     split: str,
 ) -> int:
-    """Carry out those runs that have not ended; returns how many of the study have ended then.
+    """Carry out the runs that have not ended; return how many runs of the study have ended.
 
     Print the accuracy of each on `split`: tuning runs evaluate validation alone.
     """

@@ -26,8 +26,8 @@ from experiment.run.console import exit_status
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    # JAX and the tracing of a network make a million objects, which stay. To go through them for garbage
-    # again and again takes a tenth of the time to the first step.
+    # JAX and the tracing of a network make a million objects that stay. Scanning them for garbage again and
+    # again takes a tenth of the time to the first step.
     gc.set_threshold(100_000)
     arguments = list(sys.argv[1:] if argv is None else argv)
     return exit_status(lambda: _train(arguments), label(), "interrupted before the run began")

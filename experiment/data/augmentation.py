@@ -132,12 +132,11 @@ def cut_resized(image: Image, whole: Size, top: int, left: int, size: Size) -> P
 
 
 def generators(seed: int, epoch: int, examples: npt.NDArray[np.int64]) -> Iterator[np.random.Generator]:
-    """Yield a generator for each of the examples [N]: number k it gives is a function of (seed, epoch,
-    example, k).
+    """Yield a generator for each of the examples [N]: its k-th number depends on seed, epoch, example and k.
 
-    Philox hashes a counter, which here begins with epoch and example (Salmon et al. 2011, "Parallel random
-    numbers: as easy as 1, 2, 3"). The same object is yielded each time, reset for the next example: draw all
-    numbers of an example before asking for the next.
+    Philox hashes a counter: here epoch and example, and a word that counts the draws (Salmon et al. 2011,
+    "Parallel random numbers: as easy as 1, 2, 3"). The same object is yielded each time, reset for the next
+    example: draw all numbers of an example before asking for the next.
     """
     bits = np.random.Philox(key=[seed, 0])
     state, generator = bits.state, np.random.Generator(bits)
@@ -148,7 +147,7 @@ def generators(seed: int, epoch: int, examples: npt.NDArray[np.int64]) -> Iterat
 
 
 def draw_shift(size: Size, rng: np.random.Generator) -> Size:
-    """How far down and right of a padded image's center a crop lies: up to an eighth of its sides."""
+    """Draw a crop's offset down and right of the padded image's center: up to an eighth of a side."""
     height, width = size
     down = int(rng.random() * (2 * (height // 8) + 1)) - height // 8
     right = int(rng.random() * (2 * (width // 8) + 1)) - width // 8
@@ -221,7 +220,7 @@ class Augmentation:
     fill: Color
 
     def batch(self, source: Source, examples: npt.NDArray[np.int64], epoch: int) -> Batch:
-        """Read the examples [N] of a source and change them by the numbers that are theirs in this epoch."""
+        """Read the examples [N] of a source and augment them with their random numbers for this epoch."""
         if self.name == "none":
             return source.read(examples)
         images: Any

@@ -201,7 +201,7 @@ def synthetic(image_size: Size | None, resize: int | None = None, *, grayscale: 
     )
     names = tuple(f"stripes at {18 * index} degrees" for index in range(10))
     statistics = to_gray(SYNTHETIC_STATISTICS) if grayscale else SYNTHETIC_STATISTICS
-    # A few examples stand for all: they are functions of their index by NumPy's generator
+    # Four examples identify all: each is a function of its index and NumPy's generator
     sample = SyntheticSource(0, 4, (32, 32)).read(np.arange(4))
     return Dataset(train, test, names, shape, *statistics, identity(sha256_of(*sample.values())))
 

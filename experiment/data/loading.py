@@ -5,8 +5,8 @@
         ...  # {"image": uint8 [128, 32, 32, 1], "label": int32 [128]}
 
 Images stay uint8: the engines compute (x / 255 - mean) / std with `data.mean` and `data.std`, the same for
-training, validation and test. Training batch k is a function of (seed, k) and nothing else, and so is what
-`--augment` does to it: to resume, the step is enough, and the number of threads changes only the speed.
+training, validation and test. For the same data and options, training batch k and its augmentation depend
+only on the seed and k: to resume, the step is enough, and the number of threads changes only the speed.
 """
 
 import os
@@ -102,8 +102,8 @@ class Data(Dataset):
         return self._prefetched(self._order().map_with_index(draw)[start_step:])
 
     def held(self) -> Batch | None:
-        """All training images, uint8 [M, H, W, C], and labels [M], if they are few enough for a device to
-        hold and training only moves them; else None."""
+        """All training images, uint8 [M, H, W, C], and labels [M]; None if a device cannot hold them, or if
+        training does more than shift and flip."""
         source, indices = self.parts["train"]
         size = len(indices) * int(np.prod(self.image_shape))
         return source.read(indices) if self.augmentation.moves_only and size <= CACHE_BYTES else None
@@ -200,7 +200,7 @@ def load(
         val_fraction: the fraction of that to keep for validation, in [0, 1).
         image_size: height and width in pixels, each at least 32; None is the data set's default.
         resize: the shorter side before the image is cropped to `image_size`; two numbers are the range it is
-            drawn from for training. Empty: as small as covers the size.
+            drawn from for training. Empty: the smallest that covers it.
         grayscale: images of one channel from a set of color.
         crop_to_bbox: only the part of an image inside its bounding box.
         mean_only: the engines subtract the mean and do not divide by the standard deviation.
@@ -218,7 +218,7 @@ def load(
         name, data_dir, image_size, min(resize, default=None), grayscale=grayscale, crop_to_bbox=crop_to_bbox
     )
     size = dataset.image_shape[:2]
-    # Sets that are gray of themselves are drawings on black: MNIST, Fashion-MNIST, digits
+    # The data sets that are gray already are drawn on black: MNIST, Fashion-MNIST, digits
     fill = fill_color(dataset.mean, drawn_on_black=len(dataset.mean) == 1 and not grayscale)
     if augment == "crop-flip-pca" and dataset.image_shape[2] == 1:
         raise UserError("--augment: crop-flip-pca changes colors, and the images are gray; use crop-flip")

@@ -47,8 +47,8 @@ class TfdsSource:
     """One split of a prepared data set.
 
     Records are read a batch at a time: array_record wakes a pool of threads for each call, which costs more
-    than to read and decode a small image. `decode_image` decodes, not TFDS, whose pixels depend on whether
-    OpenCV is installed, and which ignores orientation and leaves CMYK and palette images as they are.
+    than decoding a small image. TFDS' decoder is not used: its pixels depend on whether OpenCV is
+    installed, and it ignores orientation and leaves CMYK and palette images as they are.
     """
 
     def __init__(

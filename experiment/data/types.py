@@ -49,7 +49,7 @@ class Source(Protocol):
 
 
 Identity = Mapping[str, str | None]
-"""Which data a data set is: version, configuration, test split (None where it has none) and a SHA-256 sum."""
+"""Identity of a data set: version, configuration, test split (None if it has none) and a SHA-256 sum."""
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,9 @@ class Checkpoints:
     """The checkpoints of a run in `directory`, of which the newest `keep` are kept.
 
     Without `writes` nothing is saved or removed: another process does it. Saving goes on in a background
-    thread. The tree that is handed over must hold NumPy arrays of its own,
-    which nobody changes afterwards: then it is safe that the engine donates its state to the next step.
-    `check_folder` raises where the folder of the run is not to be written in any more. `report` gets a line,
-    once, if the file system cannot bring folders to the disk.
+    thread. The tree passed to `save` must hold its own NumPy arrays, and nobody may change them afterwards,
+    so that the engine can donate its state to the next step. `check_folder` raises if the run's folder must
+    not be written to any more. `report` gets one line if the file system cannot sync folders.
     """
 
     def __init__(
@@ -269,7 +268,7 @@ def _errno(error: Exception) -> int | None:
 
 
 def _link(source: Path, target: Path, otherwise: Callable[[], None]) -> None:
-    """Make `target`, which may exist, another name of the file `source`; it takes no space.
+    """Make `target`, which may exist, a hard link to the file `source`; it takes no space.
 
     `otherwise` is called on a file system that has no hard links.
     """

@@ -34,7 +34,7 @@ class Network:
     model: str
     num_classes: int
     in_channels: int
-    image_size: tuple[int, int]  # what images of it usually have; of a `cnn`, what they must have
+    image_size: tuple[int, int]  # the usual size of its images; for a `cnn`, the required size
     options: dict[str, Any]
 
     @property

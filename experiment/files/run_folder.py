@@ -197,7 +197,7 @@ def _identity_words(name: str, identity: Mapping[str, Any]) -> str:
 def check_fresh(run_dir: Path) -> None:
     """Raise UserError if `run_dir` cannot hold a new run: it has something in it, or it is no folder.
 
-    What a run leaves that was killed before it could write config.json does not count: it is started again.
+    Files of a run killed before it wrote config.json do not count: the run is started again.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir: {run_dir} is a file; name a folder that does not exist yet")
@@ -239,7 +239,7 @@ def create(run_dir: Path | None, name: str) -> Path:
 
 @contextmanager
 def lock(run_dir: Path) -> Iterator[Callable[[], None]]:
-    """Hold the folder for this process; the operating system lets go when the process ends, however.
+    """Lock the folder for this process; the operating system unlocks it however the process ends.
 
     Yields a function that raises FolderLostError if the file that was locked is not the one in the folder any
     more: the folder was removed, moved, or removed and made again, maybe by another run.

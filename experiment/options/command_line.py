@@ -99,9 +99,9 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def argv_of(config: Config) -> list[str]:
-    """Return the flags that give a resolved `config`, but for where its run is and whether it is resumed."""
+    """Return the flags that give a resolved `config`, except its folder and whether it is resumed."""
     usual = vars(resolve({"optimizer": config.optimizer})) | {"optimizer": Config.optimizer}  # its lr, decay
-    # The options of a recipe are in the others.
+    # `config` already includes the recipe's options.
     skipped = ("run_dir", "resume", "recipe")
     changed = {name: value for name, value in vars(config).items() if value != usual[name]}
     return flags({name: value for name, value in changed.items() if name not in skipped})

@@ -73,15 +73,15 @@ class Config:
     dataset: str = option("digits", "digits, synthetic, or any plain TFDS name")
     data_dir: str | None = option(None, "where TFDS keeps its data (default: TFDS' own)")
     train_subset: float = option(1.0, "seeded fraction of the training split to use", above=0, most=1)
-    val_fraction: float = option(0.1, "part of it kept for validation", least=0, below=1)
+    val_fraction: float = option(0.1, "fraction used for validation", least=0, below=1)
     image_size: str | None = option(None, "96, or 64x96 (height x width); at least 32")
     resize: tuple[int, ...] = option(
         (),
-        "shorter side before the crop to --image-size; of two, training draws from between them",
+        "shorter side before the crop to --image-size; two: training draws from this range",
         least=MIN_IMAGE_SIZE,
     )
-    grayscale: bool = option(False, "images of one channel from a set of color")
-    crop_to_bbox: bool = option(False, "only what is inside an image's bounding box")
+    grayscale: bool = option(False, "convert color images to one channel")
+    crop_to_bbox: bool = option(False, "crop images to their bounding box")
     mean_only: bool = option(False, "subtract the mean, do not divide by the standard deviation")
     augment: str = option("none", "random changes of the training images", choices=AUGMENTATIONS)
 
@@ -101,7 +101,7 @@ class Config:
     milestones: tuple[int, ...] = option((), "multistep: steps at which the rate is multiplied", least=1)
     decay_factor: float = option(0.1, "multistep, plateau: the factor", above=0, most=1)
     patience: int = option(10, "plateau: validations without a better loss before the factor", least=0)
-    cooldown: int = option(0, "plateau: validations after it that do not count", least=0)
+    cooldown: int = option(0, "plateau: validations ignored after a change", least=0)
     warmup_steps: int | None = option(
         None, "linear warm-up before any schedule (default: an epoch at most, never over a tenth)", least=0
     )
@@ -122,7 +122,7 @@ class Config:
         None, "end the run after so many validations without a new lowest loss", least=1
     )
     seed: int = option(0, "seed of weights, split and order", least=0, most=2**32 - 1)
-    accumulate: int = option(1, "JAX: micro-batches that a batch is taken in, for the memory of one", least=1)
+    accumulate: int = option(1, "JAX: micro-batches of each batch, computed in turn to save memory", least=1)
     remat: bool = option(False, "JAX: less memory, residual blocks computed twice")
     distributed: bool = option(
         False, "JAX: one of several processes, see docs/scaling.md for how they are started"

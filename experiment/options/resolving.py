@@ -8,7 +8,7 @@ from experiment.errors import UserError
 from experiment.options.config import OPTIMIZERS, Config, flag_of
 from experiment.options.paths import local_path
 
-# Options that count for some values of another alone.
+# Options that only some values of another option use.
 USED_BY = {
     **dict.fromkeys(("final_lr", "gamma"), ("optimizer", ("adabound", "amsbound", "adaboundw", "sgdbound"))),
     "beta1": ("optimizer", tuple(name for name in OPTIMIZERS if name != "sgd")),
@@ -26,7 +26,7 @@ PATHS = ("data_dir", "init_from", "run_dir")  # options that name a local file o
 DEFAULT_LR = {"sgd": 0.1}
 DEFAULT_WEIGHT_DECAY = {"adamw": 0.01}
 
-# What a resumed run may change: nothing here moves a number of a step that both runs take.
+# Options that a resumed run may change: none changes a number in a step of both runs.
 CHANGEABLE = frozenset(
     {
         *("framework", "steps", "epochs", "data_dir", "run_dir", "resume", "distributed"),

@@ -153,7 +153,7 @@ def _metric(run: RunFiles, key: str) -> Figure | None:
 
 
 def _lines(run: RunFiles, title: str, labels: dict[str, str], logarithmic: bool) -> Figure | None:
-    """Numbers that are in the lines of steps, one curve each."""
+    """Plot numbers from the lines of steps, one curve each."""
     curves = {key: thin(*run.curve("train", "step", key)) for key in labels}
     if not any(len(steps) for steps, _ in curves.values()):
         return None
@@ -170,7 +170,7 @@ def _lines(run: RunFiles, title: str, labels: dict[str, str], logarithmic: bool)
 
 
 def _gradients(run: RunFiles) -> Figure | None:
-    """The norm of the gradient of each convolution and of the head, from the image on; a line is a step."""
+    """Gradient norm of each convolution and the head, in network order; one line per step."""
     if not run.gradient_norms:
         return None
     figure, axes = panel("Gradient norm by layer")

@@ -22,7 +22,7 @@ from experiment.report.tables import class_table, most_confused
 
 LOG_BYTES = 30_000
 CLASSES_IN_ORDER = 20
-"""Classes up to which their table keeps their order; of more, the worst come first."""
+"""Most classes for which a table keeps their order; of more, the worst come first."""
 SHARP = 64
 """Longer side, in pixels, up to which an image is shown without smoothing and stored without loss."""
 

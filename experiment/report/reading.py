@@ -21,18 +21,18 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class RunFiles:
-    """The folder of a run, read.
+    """The content of a run's folder.
 
     Attributes:
-        folder: where it is.
+        folder: its path.
         config: its options.
-        resolved: what followed from them and the data.
-        sessions: a start or resume each, with versions, commit and device.
+        resolved: what followed from the options and the data.
+        sessions: one entry per start or resume: versions, commit and device.
         lines: those of metrics.jsonl.
-        summary: summary.json, if the run is at its end.
-        predictions: of the test set, if it has.
-        kernel: the first convolution's, [out, in, KH, KW], in weights.safetensors, and the step of that file.
-        absent: what is not there or damaged, in words.
+        summary: summary.json, or None before the run's end.
+        predictions: of the test set, or None.
+        kernel: the first convolution's, [out, in, KH, KW], in weights.safetensors, and its step.
+        absent: a line for each absent or damaged file.
     """
 
     folder: Path
@@ -105,8 +105,9 @@ class RunFiles:
 
     @property
     def gradient_norms(self) -> list[tuple[int, dict[str, float]]]:
-        """The first, the middle and the last step with the norm of each layer's gradient (weights alone, from
-        the image on), of the steps that have any: {layer: norm}, NaN where it was not finite.
+        """The first, middle and last step with gradient norms: (step, {layer: norm}).
+
+        Norms are of weights alone, in network order; NaN where a norm was not finite.
         """
         lines = [
             line for line in self.lines if any(name.startswith(metrics_log.GRADIENT_NORM) for name in line)
@@ -125,7 +126,7 @@ class RunFiles:
 
 
 def _weight_norms(line: dict[str, Any]) -> dict[str, float]:
-    """Return the norms of the gradients of convolutions and the head: {layer: norm}, from the image on."""
+    """Return the norms of the gradients of convolutions and the head, {layer: norm}, in network order."""
     layers = {}
     for name, value in line.items():
         layer = name.removeprefix(metrics_log.GRADIENT_NORM).removesuffix(".weight")

@@ -44,7 +44,7 @@ def style() -> Iterator[None]:
     """Apply the style; everything is drawn and saved inside of this context."""
     import matplotlib.style
 
-    # Settings and warnings are the process's: of several runs that end at once, one at a time
+    # Style and warnings are global to the process, so that only one run may draw at a time
     with _drawing, matplotlib.style.context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in another script
         yield

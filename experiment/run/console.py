@@ -83,7 +83,7 @@ class Console:
         self._last_line = 0.0
 
     def report(self, text: str) -> None:
-        """One line, above the bar if there is one. A terminal that is gone or a full disk is no error."""
+        """Print and log a line, above the bar. Ignore a terminal that is gone and a full disk."""
         with suppress(OSError, ValueError):
             if self._bar is not None:
                 self._bar.write(text, file=self._stream)
@@ -165,7 +165,7 @@ def _same_file(one: TextIO, other: TextIO) -> bool:
 
 
 def describe(record: dict[str, Any], device: str, run_dir: Path, console: Console) -> None:
-    """Say what is going to be trained; `record` is what config.json holds."""
+    """Report what will be trained; `record` is the content of config.json."""
     config, resolved = record["config"], record["resolved"]
     height, width, channels = resolved["image_shape"]
     console.report(

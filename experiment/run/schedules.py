@@ -62,9 +62,9 @@ def plateau(lr: float, validations: Validations, *, patience: int, factor: float
 
 
 def has_converged(validations: Validations, patience: int | None) -> bool:
-    """Early stopping: True if the last `patience` validations brought no loss below all before them.
+    """Early stopping: True if none of the last `patience` validations lowered the best loss.
 
-    Never without a patience.
+    False if `patience` is None.
     """
     if patience is None:
         return False
@@ -73,7 +73,7 @@ def has_converged(validations: Validations, patience: int | None) -> bool:
 
 
 def warmup(schedule: Schedule, steps: int) -> Schedule:
-    """Rise linearly to schedule(steps): step s of the first `steps` takes (s + 1) / (steps + 1) of it.
+    """Rise linearly: at step s < steps the rate is schedule(steps) * (s + 1) / (steps + 1).
 
     Goyal et al. 2017, arXiv 1706.02677, section 2.2. The schedule itself counts the warm-up steps, too.
     """
@@ -119,7 +119,7 @@ def make_schedule(
 class ValidationHistory:
     """(step, loss) of the validations at multiples of `eval_every`, in order. The trainer adds to it.
 
-    The validation after the last step of a run that was given more steps later is not at a multiple of
+    If a run is given more steps later, the validation after its former last step may lie between multiples of
     eval_every. It is ignored: it must not change the rest.
     """
 

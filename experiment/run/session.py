@@ -60,7 +60,7 @@ class Session:
         self.argv, self.stored = argv, None
         if given.get("resume") and given.get("run_dir"):
             self.stored = run_folder.read_record(Path(given["run_dir"]))
-        if self.stored is None:  # a resumed run has its options, whatever has become of the recipe
+        if self.stored is None:  # a resumed run keeps its options, even if its recipe changed
             given = with_recipe(given)
         self.config = config = resolve(given, self.stored and self.stored["config"])
         if config.run_dir is not None:

@@ -106,7 +106,7 @@ class Trainer:
         if not remaining or self._converged():
             return
         cache = "the next start finds it in the cache" if caches_compilation() else "no cache keeps it"
-        compiling = f"compiling the training step of {self.config.model}: nothing moves meanwhile; {cache}"
+        compiling = f"compiling the training step of {self.config.model}: no progress is shown; {cache}"
         self.console.report(compiling if self.engine.compiles else "taking the first step")
         batches = itertools.islice(self._batches(self.step), remaining)
         pending: list[tuple[int, dict[str, Any]]] = []
@@ -139,7 +139,8 @@ class Trainer:
     def _validate_and_save(self) -> bool:
         """Validate and save if a step calls for it; return True if the run ends with this step."""
         last = self.step == self.total_steps
-        validated = not (last or self.step % self.eval_every == 0) or self._validate()
+        due = last or self.step % self.eval_every == 0
+        validated = self._validate() if due else True
         converged = self._converged()
         if not (last or converged or self.step % self.checkpoint_every == 0 or self.stop.signal is not None):
             return False
@@ -157,7 +158,7 @@ class Trainer:
         return self._readable("train", self.data.train_draws(whole["label"], start_step))
 
     def _needs_state(self, step: int) -> bool:
-        """True if the state of a step is needed, or its metrics on the disk."""
+        """True if the trainer must validate, save or log after a step."""
         intervals = (self.eval_every, self.checkpoint_every, self.steps_per_epoch, self.config.log_every)
         return step == self.total_steps or any(step % interval == 0 for interval in intervals)
 

@@ -33,7 +33,7 @@ def initial_tree(
         engine: what is to be trained.
         config: its `init_from` is a safetensors file of torchvision's names, under any prefix
             (`weights.network_names`); `linear.*` is read as `fc.*`, and `num_batches_tracked` is passed over.
-            Without one there is no such tree.
+            If it is None, the result is None.
         resolved: its `init_from_sha256` is that of the file.
         report: called with a line about each of these: tensors beside the network, a new head, a stem whose
             channels were adapted, the numbers of trained and frozen parameters.

@@ -13,7 +13,7 @@
     candidates = [{ lr = 0.001 }, { lr = 0.003 }]   # as many for each optimizer; one: no tuning
 
     [[optimizers]]
-    name = "large-final-lr"             # a label of its own, for an optimizer named beside it
+    name = "large-final-lr"             # any label, if `optimizer` names the optimizer
     optimizer = "adabound"
     candidates = [{ final_lr = 0.5 }, { final_lr = 1.0 }]
 

@@ -30,7 +30,7 @@ from experiment.study.plan import Method, Options, Plan
 
 STEP_CHECKS = ("loss", "grad_norm")  # a run ends where one of these is not finite
 
-# What may differ between a study and its runs: none of it moves a number
+# Options in which a study and its runs may differ: none changes a number
 HARMLESS = frozenset(
     {
         *("data_dir", "run_dir", "resume", "distributed", "recipe"),

@@ -92,7 +92,7 @@ def _comparison(pair: Json, planned: int) -> list[str]:
     low, high = accuracy["low"], accuracy["high"]
     verdict = ""
     if pair["diverged"]:
-        verdict = "-"  # of those that did not diverge alone, nothing follows
+        verdict = "-"  # the seeds that did not diverge prove nothing alone
     elif low is not None and not low <= 0 <= high:
         verdict = "better" if low > 0 else "worse"
     return [

@@ -41,7 +41,7 @@ from jax_resnet.step import (
 
 
 def compiler_options() -> dict[str, int] | None:
-    """Options of XLA for a CPU; None where XLA_FLAGS has an optimization level of the user's.
+    """Return XLA's options for a CPU; None if XLA_FLAGS sets an optimization level.
 
     XLA compiles in a tenth less time at level 1, and the code is no slower: most of it is library calls.
     """

@@ -1,6 +1,6 @@
 """One training step as one compiled function.
 
-The plain strategy. It is chosen on several CPU devices, for what a single CPU device cannot do block by block
+The plain strategy. It is chosen on several CPU devices, on a single one for what `Blockwise` lacks
 (`accumulate`, `remat`, `freeze_backbone`, the CNN), and on a GPU with `chunk=1`.
 """
 

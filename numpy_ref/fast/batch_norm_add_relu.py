@@ -13,7 +13,7 @@ from numpy_ref.memory import empty_like
 
 
 class BatchNormAddRelu(BatchNorm):
-    """relu(batch_norm(x) [+ shortcut]), without a pass over memory more than batch norm takes.
+    """relu(batch_norm(x) [+ shortcut]), in as few passes over memory as batch norm alone.
 
     The names in the state dict are those of the batch norm.
 

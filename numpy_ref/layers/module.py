@@ -131,7 +131,7 @@ class Parameter:
         self.add_written(lambda out: np.copyto(out, gradient))
 
     def add_grad_product(self, a: Array, b: Array) -> None:
-        """grad += a @ b, with the elements of the product in the order of those of `value`."""
+        """grad += a @ b, reshaped to the shape of `value`."""
         self.add_written(lambda out: np.matmul(a, b, out=out.reshape(a.shape[0], b.shape[1])))
 
     def add_written(self, write: Callable[[Array], Any]) -> None:
@@ -195,7 +195,7 @@ def check_channels(x: Array, channels: int, ndim: int | None = None) -> None:
 
 
 class Layer:
-    """A function of arrays, with parameters or made of other layers: its attributes that are layers."""
+    """A function of arrays, perhaps with parameters; attributes that are layers are its parts."""
 
     _saved: Any = None
 

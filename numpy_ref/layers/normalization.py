@@ -93,7 +93,7 @@ class BatchNorm(Layer):
 
 
 class NoNorm(Layer):
-    """y = x: the place of a batch norm in a network without."""
+    """y = x, in place of batch norm in a network without it."""
 
     def forward(self, x: Array, train: bool = False) -> Array:
         """Return x."""

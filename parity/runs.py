@@ -62,7 +62,7 @@ class Runs:
             segment=tuple(segment(self.whole_twin, stage.pair.candidate, candidates)),
             inputs=inputs,
             parameters={p: self.twin.parameters[p] for value in ours for p in value.parameters},
-            state={n: a for n, a in self.twin.state_before.items() if module and n.startswith(f"{module}.")},
+            state={n: a for n, a in self.twin.state_before.items() if n.startswith(f"{module}." if module else "")},
             output=stage.value.value,
             candidate_output=(
                 to_reference(stage.pair, other, stage.value.value.shape)

@@ -35,6 +35,7 @@ class Cell:
     parameters: frozenset[str] = frozenset()  # from which it is made, if it depends on no input
     wants_gradient: bool = False
     gradient: Any = None
+    rounded: str = ""  # the lower precision that the model rounds it to, where the twin does not
 
 
 @dataclasses.dataclass
@@ -184,7 +185,9 @@ class Tape:
         if self.float64 and name in ("convert_element_type", "reduce_precision"):
             target = params.get("new_dtype", np.float64)
             if is_float(operands[0].array) and jnp.issubdtype(target, jnp.floating):
-                return [dataclasses.replace(operands[0])] if not self.gradients else operands
+                cell = operands[0] if self.gradients else dataclasses.replace(operands[0])
+                cell.rounded = _lower_precision(params) or cell.rounded
+                return [cell]
             if jnp.issubdtype(target, jnp.floating):
                 params["new_dtype"] = np.dtype(np.float64)
         preferred = params.get("preferred_element_type")
@@ -204,6 +207,7 @@ class Tape:
         if name in _SAME:
             for out in outs:
                 out.name = next((operand.name for operand in operands if operand.name), "")
+                out.rounded = next((operand.rounded for operand in operands if operand.rounded), "")
             return outs
         read = [operand for operand in operands if operand.name or operand.parameters]
         weights = [p for o in read if not o.name for p in o.parameters]
@@ -215,6 +219,8 @@ class Tape:
                 custom = name in ("custom_jvp_call", "custom_vjp_call")
                 kind = _function_name(equation) if custom else name
                 attributes = plain(params)
+                if any(operand.rounded for operand in read):
+                    attributes["rounded"] = sorted({o.rounded for o in read if o.rounded})
                 if custom and (name == "custom_vjp_call" or not hasattr(jax.nn, kind)):  # not jax.nn.relu
                     attributes["custom_derivative"] = True
                 self._record(out, kind, module, read, weights, _where(equation), attributes, index)
@@ -349,6 +355,15 @@ def _where(equation: Any) -> str:
         ):
             return f"{os.path.basename(frame.file_name)}:{frame.line_num}"
     return ""
+
+
+def _lower_precision(params: Mapping[str, Any]) -> str:
+    """The precision that a conversion or `reduce_precision` rounds to; "" for float32 and above."""
+    if "mantissa_bits" in params:
+        bits = {(8, 10): "TF32", (5, 10): "float16", (8, 7): "bfloat16"}
+        return bits.get((params["exponent_bits"], params["mantissa_bits"]), "")
+    name = str(np.dtype(params["new_dtype"]))
+    return name if name in ("float16", "bfloat16") else ""
 
 
 def _function_name(equation: Any) -> str:

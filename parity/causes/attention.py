@@ -170,6 +170,9 @@ def softmax_variants(
     )
     yield "mask-inverted", softmax(np.where(hidden, scores, -1e30), axis), does
     yield "mask-missing", plain, "does not mask the scores: mask them"
+    if scores.ndim > 1 and scores.shape[-1] == scores.shape[-2]:
+        turned = softmax(np.where(hidden.swapaxes(-1, -2), -1e30, scores), axis)
+        yield "mask-inverted", turned, "hides queries, the reference keys: write the mask along the last axis"
     for other in range(scores.ndim):
         if other != axis % scores.ndim:
             does = (
@@ -181,8 +184,9 @@ def softmax_variants(
         with np.errstate(all="ignore"):
             logs = np.log(target)
             offset = np.where(hidden, -np.inf, logs - scores).max(axis, keepdims=True)
-            values = (logs - offset)[hidden & shown]
-        if values.size and np.isfinite(values).all() and np.ptp(values) < 1e-6 * np.abs(values).max():
-            value = float(f"{np.median(values):.6g}")
-            does = f"fills hidden scores with {number(value)}, which is not small enough: write -inf"
-            yield "mask-value", softmax(np.where(hidden, value, scores), axis), does
+        for verb, rest in (("fills hidden scores with", 0.0), ("adds to hidden scores", scores)):
+            values = (logs - offset - rest)[hidden & shown]
+            if values.size and np.isfinite(values).all() and np.ptp(values) < 1e-6 * np.abs(values).max():
+                value = float(f"{np.median(values):.6g}")
+                does = f"{verb} {number(value)}, which is not small enough: write -inf"
+                yield "mask-value", softmax(np.where(hidden, value + rest, scores), axis), does

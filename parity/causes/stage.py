@@ -24,6 +24,7 @@ class Change:
         reference: what the reference does: "1e-05".
         write: what to write in the candidate: "epsilon=1e-05".
         knobs: the changed knobs.
+        place: the name of the value at which the models differ, where that is an operand.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Change:
     reference: str
     write: str
     knobs: Mapping[str, Any]
+    place: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from parity.axes import best_axes, departing_axes, largest_error, squeeze
 from parity.counterparts import by_parameters, find_choices, parameter_owners
-from parity.trace import Array, Trace, Value
+from parity.trace import Array, Trace, Value, segment
 
 SAME = 1e-6  # of float64 twins: two values this near, relative to the largest magnitude, are the same
 _TRIALS = 24  # pairs tried for a value that departs
@@ -242,6 +242,8 @@ def _departure(
     owners: Mapping[str, str],
 ) -> tuple[dict[str, Pair], Trace, dict[str, Pair]] | None:
     """Find the first value that departs and its pair: the one behind which most values are the same again."""
+    by_name = {value.name: value for value in reference.values}
+    places = {value.name: place for place, value in enumerate(trace.values)}
     taken = {pair.candidate for pair in (*same.values(), *departed.values())}
     matched = {*same, *departed}, taken
     outputs = dict(zip(reference.output_values.values(), trace.output_values.values(), strict=False))
@@ -254,7 +256,9 @@ def _departure(
     def attempt(pairs: dict[str, Pair], best: _Found | None) -> _Found | None:
         tried = run(replacements({**departed, **pairs}, reference, trace))
         now = _same_values(reference, tried, {**departed, **pairs})
-        gain = len(now) - before or int(any(name in outputs for name in pairs))
+        # At a wrong place the value may make equal what it is itself made from. That is no gain.
+        made_from = {one.name for name in pairs for one in segment(reference, name, matched[0])}
+        gain = len(now) - before - len(made_from & set(now)) or int(any(name in outputs for name in pairs))
         return (gain, pairs, tried, now) if gain > 0 and (best is None or gain > best[0]) else best
 
     def joint(choices: Sequence[Pair]) -> _Found | None:
@@ -269,7 +273,15 @@ def _departure(
         best: _Found | None = None
         possible, readers = by_parameters(value, reference, trace, matched, free, owners)
         possible = free if value.name in outputs else possible
-        choices = find_choices(value, possible, outputs.get(value.name), usual, readers)
+        read = {name for one in segment(reference, value.name, matched[0]) for name in one.inputs}
+        sources = {pair.candidate for name, pair in {**same, **departed}.items() if name in read}
+        first = min((places[name] for name in sources), default=-1)
+        possible = [other for other in possible if places[other.name] > first] or possible
+        orders = [usual]
+        for name in value.inputs:
+            if name in same and by_name[name].value.shape == value.value.shape:
+                orders.append({**usual, len(same[name].axes): same[name].axes})
+        choices = find_choices(value, possible, outputs.get(value.name), orders, readers, sources)
         if value.name in outputs:
             best = joint(first_choices)
         for other, axes in choices if best is None else ():

@@ -30,6 +30,7 @@ def by_parameters(
     shape = sorted(squeeze(value.value).shape)
     done = {p for value in reference.values if value.name in matched[0] for p in value.parameters}
     possible: list[Value] = []
+    more: list[Value] = []
     same: set[str] = set()
     some: set[str] = set()
     for other in free:
@@ -38,6 +39,7 @@ def by_parameters(
         read = stage_parameters(trace, other.name, matched[1])
         known_as = {owners[name] for name in read if name in owners}
         if len(read) > len(wanted) and known_as - set(wanted) - done:
+            more += [other] if wanted and set(wanted) <= known_as else []
             continue
         possible.append(other)
         known = len(set(wanted) & known_as)
@@ -45,6 +47,8 @@ def by_parameters(
             same = {other.name}
         elif read and known == len(read) and not some:
             some = {other.name}
+    if more and not same and not some:  # another operation was applied before this one
+        return [*possible, more[0]], {more[0].name}
     return possible, same or some
 
 
@@ -65,18 +69,24 @@ def find_choices(
     value: Value,
     free: Sequence[Value],
     output: str | None,
-    usual: Mapping[int, tuple[int, ...]],
+    orders: Sequence[Mapping[int, tuple[int, ...]]],
     readers: set[str],
+    sources: set[str],
 ) -> list[tuple[Value, tuple[int, ...]]]:
     """The values that may be the counterpart of one that departs: of its kind, or like it.
 
-    The counterpart of an output is known: `output`. `readers` read the same parameters.
+    The counterpart of an output is known: `output`. `orders` are the orders of axes by their number: the
+    usual one, then that of what `value` is made from; of two the one that makes it likelier. `readers` read
+    the same parameters. Where nothing is of its kind or like it and it is made from several values, it is one
+    that reads one of `sources`, their counterparts.
     """
     fits = []
     for other in free:
         if best_axes(value.value, other.value) is not None:
-            axes = departing_axes(value.value, other.value, usual)
-            fits.append((_unlikeness(value.value, other.value, axes), other, axes))
+            options = [departing_axes(value.value, other.value, order) for order in orders]
+            likely = [(_unlikeness(value.value, other.value, axes), axes) for axes in options]
+            unlikeness, axes = min(likely, key=lambda one: one[0])
+            fits.append((unlikeness, other, axes))
     if any(fit[1].name == output for fit in fits):
         return [fit[1:] for fit in fits if fit[1].name == output]
     near = sorted(fits, key=lambda fit: fit[0])
@@ -87,7 +97,9 @@ def find_choices(
     reads = [fit for fit in fits if fit[1].name in readers]
     ordered = (*reads, *behind[:1], *kind[:1], *near[:3], *behind[1:], *kind[1:])
     chosen = {fit[1].name: fit[1:] for fit in ordered}
-    return list(chosen.values())
+    if chosen or len(sources) < 2:
+        return list(chosen.values())
+    return [fit[1:] for fit in fits if sources & set(fit[1].inputs)][:2]
 
 
 _FAMILIES = {

@@ -84,6 +84,7 @@ def audit(reference: Trace, candidate: Trace, pairs: Mapping[str, Pair]) -> Audi
     match(everything, True)
     _match_reshaped(found, taken, ours, theirs)
     match(stages, False)
+    _match_constants(found, taken, ours, theirs)
     matches = [found.get(name, Match(name, "", (), False)) for name in ours]
     faults = [fault for one in matches for fault in _faults(one, matches, ours, theirs, stages)]
     return Audit(matches, faults, [name for name in theirs if name not in taken])
@@ -101,6 +102,19 @@ def _match_reshaped(
             if best_axes(array, numbers) is None and largest_error(a, b) <= 2 * _ROUNDED["bfloat16"]:
                 found[name] = Match(name, other, (), bool(np.array_equal(a, b)))
                 taken.add(other)
+
+
+def _match_constants(
+    found: dict[str, Match], taken: set[str], ours: Mapping[str, Array], theirs: Mapping[str, Array]
+) -> None:
+    """Match what is left with what is left at one number everywhere: a bias of 0, read at another stage."""
+    for name, array in ours.items():
+        for other, numbers in theirs.items():
+            if name not in found and other not in taken and numbers.size > 1 and np.ptp(numbers) == 0:
+                best = best_axes(array, numbers)
+                if best is not None:
+                    found[name] = Match(name, other, best[0], False)
+                    taken.add(other)
 
 
 def _fits(a: Array, b: Array, axes: tuple[int, ...]) -> bool:

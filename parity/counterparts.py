@@ -38,8 +38,10 @@ def by_parameters(
             continue
         read = stage_parameters(trace, other.name, matched[1])
         known_as = {owners[name] for name in read if name in owners}
-        if len(read) > len(wanted) and known_as - set(wanted) - done:
-            more += [other] if wanted and set(wanted) <= known_as else []
+        foreign = known_as - set(wanted) - done
+        if len(read) > len(wanted) and foreign:
+            of_one = len({name.rpartition(".")[0] for name in foreign}) == 1
+            more += [other] if of_one and wanted and set(wanted) <= known_as else []
             continue
         possible.append(other)
         known = len(set(wanted) & known_as)
@@ -47,7 +49,7 @@ def by_parameters(
             same = {other.name}
         elif read and known == len(read) and not some:
             some = {other.name}
-    if more and not same and not some:  # another operation was applied before this one
+    if more and not same and not some:  # one other operation was applied before this one
         return [*possible, more[0]], {more[0].name}
     return possible, same or some
 

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import parity
+from parity.causes.variants import fused_orders
+from parity.trace import Trace, Value
 
 X = np.random.default_rng(0).normal(size=(3, 5, 8)).astype(np.float32)
 
@@ -92,3 +94,53 @@ def test_a_fault_is_placed_and_its_cause_named(fault: str) -> None:
     assert difference is not None
     assert (difference.what, difference.reference) == FAULTS[fault], str(difference)
     assert difference.cause_id == fault, str(difference)
+
+
+class Residual(nn.Module):
+    """NCHW, with a product of NHWC inside; four channels of 4x4 pixels, so that no shape tells the axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(4, 4, 1), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        y = self.fc(x.permute(0, 2, 3, 1)).exp()
+        x = x + y.permute(0, 3, 1, 2)
+        return torch.tanh(x).mean((2, 3))
+
+
+def test_a_shortcut_of_square_images_is_placed() -> None:
+    net = Residual()
+    arrays = {name: p.detach().numpy() for name, p in net.named_parameters()}
+
+    def f(p: Any, x: Any) -> Any:
+        shortcut = x  # the reference adds what the convolution gives
+        x = x @ p["conv.weight"][..., 0, 0].T + p["conv.bias"]
+        y = jnp.exp(x @ p["fc.weight"].T + p["fc.bias"])
+        return jnp.tanh(shortcut + y).mean((1, 2))
+
+    x = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
+    models = parity.torch_model(net), parity.jax_model(f, arrays)
+    difference = parity.compare(*models, x, x.transpose(0, 2, 3, 1), gradients=False).first_difference
+    assert difference is not None
+    assert (difference.reference, difference.cause_id) == ("add", "shortcut-source"), str(difference)
+
+
+def test_orders_of_one_product_for_queries_keys_and_values() -> None:
+    rng = np.random.default_rng(0)
+    products = [Value(name, "linear", rng.normal(size=(2, 5, 6)), inputs=("x",)) for name in "qkv"]
+    heads = [
+        Value(f"{product.name}.heads", "view", product.value.reshape(2, 5, 3, 2), inputs=(product.name,))
+        for product in products
+    ]
+    trace = Trace([*products, *heads], {}, {}, {}, {}, {}, {}, {})
+    whole = np.concatenate([product.value for product in products], -1)
+    expected = np.moveaxis(whole.reshape(2, 5, 3, 2, 3), -1, 0)  # by head, then feature
+    found = [
+        variant.sentence
+        for replaced, variant in fused_orders(heads[:1], trace)
+        if all(np.array_equal(a, b) for a, b in zip(replaced.values(), expected, strict=True))
+    ]
+    assert len(found) == 1
+    assert found[0].startswith("splits the product as (head; feature; query, key, value)")

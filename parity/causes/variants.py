@@ -267,11 +267,12 @@ def _view(form: Form, array: Array) -> Array:
 
 
 def _candidates(value: Value, own: str, trace: Trace) -> list[Value]:
-    """Values that were there before `value`, the nearest first."""
+    """Values and inputs that were there before `value`, the nearest first."""
     names = [one.name for one in trace.values]
     end = names.index(value.name)
     shape = next((one.value.shape for one in trace.values if one.name == own), None)
-    before = [one for one in trace.values[:end] if one.name != own]
+    inputs = [Value(name, "input", array) for name, array in trace.inputs.items()]
+    before = [one for one in (*inputs, *trace.values[:end]) if one.name != own]
     before = [one for one in before if shape is None or one.value.shape == shape]
     return before[::-1][:_OPERANDS]
 

@@ -1,8 +1,8 @@
-"""Which value of the candidate is which value of the reference, found by the numbers alone.
+"""Pairs of values of the candidate and of the reference, found by the numbers alone.
 
-Two values are the same if one is the other with its axes in another order (NCHW and NHWC). Behind a fault no
-value is the same any more. So the first value that departs is paired by order, shape and likeness, the
-candidate goes on with the reference's numbers in its place, and what follows is the same again.
+Two values are the same if they differ only in the order of axes (NCHW and NHWC). After a fault all values
+differ. So the first value that departs is paired by order, shape and likeness. The candidate continues with
+the reference's numbers in its place, and later values are the same again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from parity.axes import best_axes, departing_axes, largest_error, squeeze
 from parity.counterparts import by_parameters, find_choices, parameter_owners
-from parity.trace import Array, Trace, Value
+from parity.trace import Array, Trace, Value, segment
 
 SAME = 1e-6  # of float64 twins: two values this near, relative to the largest magnitude, are the same
 _TRIALS = 24  # pairs tried for a value that departs
@@ -100,7 +100,7 @@ def usual_axes(reference: Trace, candidate: Trace, same: Mapping[str, Pair]) -> 
 
 
 def _pair(a: Value, b: Value, usual: Mapping[int, tuple[int, ...]]) -> Pair:
-    """A pair of values that differ: their numbers do not tell the order of axes, the usual one does."""
+    """A pair of values that differ. Their numbers do not show the order of axes: take the usual one."""
     return Pair(a.name, b.name, departing_axes(a.value, b.value, usual), False)
 
 
@@ -174,7 +174,7 @@ def _gradient_distance(a: Value, b: Value, axes: tuple[int, ...]) -> float:
 
 
 def _open_values(reference: Trace, pairs: Mapping[str, Pair]) -> list[Value]:
-    """Values without a pair on which an output depends with no paired value between them."""
+    """Unpaired values on which an output depends with no paired value in between."""
     by_name = {value.name: value for value in reference.values}
 
     def is_layout(value: Value) -> bool:
@@ -242,6 +242,8 @@ def _departure(
     owners: Mapping[str, str],
 ) -> tuple[dict[str, Pair], Trace, dict[str, Pair]] | None:
     """Find the first value that departs and its pair: the one behind which most values are the same again."""
+    by_name = {value.name: value for value in reference.values}
+    places = {value.name: place for place, value in enumerate(trace.values)}
     taken = {pair.candidate for pair in (*same.values(), *departed.values())}
     matched = {*same, *departed}, taken
     outputs = dict(zip(reference.output_values.values(), trace.output_values.values(), strict=False))
@@ -254,7 +256,9 @@ def _departure(
     def attempt(pairs: dict[str, Pair], best: _Found | None) -> _Found | None:
         tried = run(replacements({**departed, **pairs}, reference, trace))
         now = _same_values(reference, tried, {**departed, **pairs})
-        gain = len(now) - before or int(any(name in outputs for name in pairs))
+        # At a wrong place the value may make equal what it is itself made from. That is no gain.
+        made_from = {one.name for name in pairs for one in segment(reference, name, matched[0])}
+        gain = len(now) - before - len(made_from & set(now)) or int(any(name in outputs for name in pairs))
         return (gain, pairs, tried, now) if gain > 0 and (best is None or gain > best[0]) else best
 
     def joint(choices: Sequence[Pair]) -> _Found | None:
@@ -269,7 +273,15 @@ def _departure(
         best: _Found | None = None
         possible, readers = by_parameters(value, reference, trace, matched, free, owners)
         possible = free if value.name in outputs else possible
-        choices = find_choices(value, possible, outputs.get(value.name), usual, readers)
+        read = {name for one in segment(reference, value.name, matched[0]) for name in one.inputs}
+        sources = {pair.candidate for name, pair in {**same, **departed}.items() if name in read}
+        first = min((places[name] for name in sources), default=-1)
+        possible = [other for other in possible if places[other.name] > first] or possible
+        orders = [usual]
+        for name in value.inputs:
+            if name in same and by_name[name].value.shape == value.value.shape:
+                orders.append({**usual, len(same[name].axes): same[name].axes})
+        choices = find_choices(value, possible, outputs.get(value.name), orders, readers, sources)
         if value.name in outputs:
             best = joint(first_choices)
         for other, axes in choices if best is None else ():

@@ -34,7 +34,7 @@ def best_axes(reference: Array, candidate: Array) -> tuple[tuple[int, ...], floa
     """The order of the candidate's axes that is nearest to the reference, and the error; None if none fits.
 
     Axes of length 1 do not count. Of equal errors the first wins, in the order: unchanged, channels moved
-    from behind to the second place, all others.
+    from last to second place, all others.
     """
     a, b = squeeze(reference), squeeze(candidate)
     if sorted(a.shape) != sorted(b.shape):
@@ -66,10 +66,17 @@ def _orders(rank: int) -> list[tuple[int, ...]]:
 
 
 def departing_axes(a: Array, b: Array, usual: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
-    """The usual order of the axes of `b` if its shape allows that, else the one that is nearest to `a`."""
+    """The usual order of the axes of `b` if its shape allows that, else the one that is nearest to `a`.
+
+    Of numbers that differ the nearest order says little, so the batch stays first where it can.
+    """
     shape = squeeze(b).shape
     axes = usual.get(len(shape))
     if axes is not None and (tuple(shape[axis] for axis in axes) == squeeze(a).shape or a.size != b.size):
         return axes
+    if len(shape) > 2 and shape[0] == squeeze(a).shape[0]:
+        found = best_axes(squeeze(a)[0], squeeze(b)[0])
+        if found is not None:
+            return (0, *(axis + 1 for axis in found[0]))
     found = best_axes(a, b)
     return found[0] if found is not None else tuple(range(len(shape)))

@@ -180,7 +180,7 @@ class _Comparison:
             )
 
     def _notes(self) -> list[str]:
-        """What was not compared."""
+        """Parts not compared."""
         notes = []
         if self.mixed:
             types = f"{self.reference.precision()} and {self.candidate.precision()}"
@@ -223,10 +223,10 @@ class _Comparison:
         return replacements(self.pairs, self.twin, self.whole_twin)
 
     def _departing_gradients(self) -> dict[str, Pair]:
-        """Values whose gradient the candidate computes wrongly from right gradients behind them.
+        """Values whose gradient the candidate computes wrongly from correct gradients of later values.
 
-        Only a gradient that spoils those of inputs or parameters counts. Between them two right models may
-        differ: the derivative by a mean depends on how the variance beside it was written.
+        Only an error that reaches inputs or parameters counts. In between, correct models may differ: the
+        derivative for a mean depends on how the variance is written.
         """
         departed: dict[str, Pair] = {}
         if not self.gradients:

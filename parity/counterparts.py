@@ -1,4 +1,4 @@
-"""Which values of the candidate may be the counterpart of one that departs."""
+"""Find the candidate's possible counterparts of a value that departs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ def by_parameters(
     free: Sequence[Value],
     owners: Mapping[str, str],
 ) -> tuple[list[Value], set[str]]:
-    """The free values that may be the counterpart as far as parameters tell, and which of them do tell.
+    """Return the free values that may be the counterpart, and the name of the likeliest, by parameters.
 
-    One that reads more parameters than `value`, others of the reference among them, comes later in the
-    candidate. The first that is made from the same parameters is the likeliest; else the first that is made
-    from some of them. `matched` has the names of the paired values of both.
+    A value is left out if it reads more parameters than `value`, some of them those of other unpaired values.
+    The likeliest is the first that reads exactly the same parameters, else the first that reads only some of
+    them. `matched` has the names of the paired values of both.
     """
     wanted = stage_parameters(reference, value.name, matched[0])
     shape = sorted(squeeze(value.value).shape)
     done = {p for value in reference.values if value.name in matched[0] for p in value.parameters}
     possible: list[Value] = []
+    more: list[Value] = []
     same: set[str] = set()
     some: set[str] = set()
     for other in free:
@@ -37,7 +38,10 @@ def by_parameters(
             continue
         read = stage_parameters(trace, other.name, matched[1])
         known_as = {owners[name] for name in read if name in owners}
-        if len(read) > len(wanted) and known_as - set(wanted) - done:
+        foreign = known_as - set(wanted) - done
+        if len(read) > len(wanted) and foreign:
+            of_one = len({name.rpartition(".")[0] for name in foreign}) == 1
+            more += [other] if of_one and wanted and set(wanted) <= known_as else []
             continue
         possible.append(other)
         known = len(set(wanted) & known_as)
@@ -45,6 +49,8 @@ def by_parameters(
             same = {other.name}
         elif read and known == len(read) and not some:
             some = {other.name}
+    if more and not same and not some:  # one other operation was applied before this one
+        return [*possible, more[0]], {more[0].name}
     return possible, same or some
 
 
@@ -65,18 +71,24 @@ def find_choices(
     value: Value,
     free: Sequence[Value],
     output: str | None,
-    usual: Mapping[int, tuple[int, ...]],
+    orders: Sequence[Mapping[int, tuple[int, ...]]],
     readers: set[str],
+    sources: set[str],
 ) -> list[tuple[Value, tuple[int, ...]]]:
     """The values that may be the counterpart of one that departs: of its kind, or like it.
 
-    The counterpart of an output is known: `output`. `readers` read the same parameters.
+    The counterpart of an output is known: `output`. `orders` are the orders of axes by their number: the
+    usual one, then that of what `value` is made from; of two the one that makes it likelier. `readers` read
+    the same parameters. Where nothing is of its kind or like it and it is made from several values, it is one
+    that reads one of `sources`, their counterparts.
     """
     fits = []
     for other in free:
         if best_axes(value.value, other.value) is not None:
-            axes = departing_axes(value.value, other.value, usual)
-            fits.append((_unlikeness(value.value, other.value, axes), other, axes))
+            options = [departing_axes(value.value, other.value, order) for order in orders]
+            likely = [(_unlikeness(value.value, other.value, axes), axes) for axes in options]
+            unlikeness, axes = min(likely, key=lambda one: one[0])
+            fits.append((unlikeness, other, axes))
     if any(fit[1].name == output for fit in fits):
         return [fit[1:] for fit in fits if fit[1].name == output]
     near = sorted(fits, key=lambda fit: fit[0])
@@ -87,7 +99,9 @@ def find_choices(
     reads = [fit for fit in fits if fit[1].name in readers]
     ordered = (*reads, *behind[:1], *kind[:1], *near[:3], *behind[1:], *kind[1:])
     chosen = {fit[1].name: fit[1:] for fit in ordered}
-    return list(chosen.values())
+    if chosen or len(sources) < 2:
+        return list(chosen.values())
+    return [fit[1:] for fit in fits if sources & set(fit[1].inputs)][:2]
 
 
 _FAMILIES = {
@@ -113,7 +127,7 @@ def family(operation: str) -> str:
 
 
 def _unlikeness(a: Array, b: Array, axes: tuple[int, ...]) -> float:
-    """1 minus the correlation of two arrays, plus how much their sizes differ."""
+    """Half of 1 - cosine plus half of the relative distance, limited to 1."""
     x, y = squeeze(a).reshape(-1), squeeze(b).transpose(axes).reshape(-1)
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return 2.0

@@ -1,21 +1,33 @@
-"""What a departing stage holds: the value inside it at which the models differ first."""
+"""The search inside a departing stage for the value at which the models differ first."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, islice, pairwise, product, zip_longest
 
 import numpy as np
 
 from parity.alignment import to_candidate, to_reference
+from parity.causes import Departure, precision
 from parity.causes.stage import distance
-from parity.causes.variants import Variant, exchanges, left_out, swapped, variants
+from parity.causes.variants import (
+    Variant,
+    applied_before,
+    exchanged_parameters,
+    exchanges,
+    fused_orders,
+    left_out,
+    other_variants,
+    own_variants,
+    swapped,
+)
 from parity.report import Difference, Stage
 from parity.runs import Runs
 from parity.tensors import pick_value
-from parity.trace import Array, Value, segment
+from parity.trace import Array, Trace, Value, segment, stage_parameters
 
+Kind = Callable[[Departure, Trace, Array | None], Iterator[Variant]]
 _RERUNS = 150  # runs of the reference in the search for a cause inside a stage
 
 
@@ -25,7 +37,7 @@ def dropped(runs: Runs, stage: Stage, outside: Difference) -> Difference | None:
     theirs = segment(runs.whole_twin, stage.other.name, set(taken))
     sources = dict.fromkeys(name for value in theirs for name in value.inputs if name in taken)
     arrays = {value.name: value.value for value in runs.twin.values}
-    for value, source in itertools.product(theirs, sources):
+    for value, source in product(theirs, sources):
         made, pair = pick_value(runs.alone[True], value.name), runs.pairs[taken[source]]
         if made is not None and made.size == arrays[pair.reference].size:
             read = to_candidate(pair, arrays[pair.reference], made.shape)
@@ -43,7 +55,7 @@ def dropped(runs: Runs, stage: Stage, outside: Difference) -> Difference | None:
 
 
 def inside(runs: Runs, stage: Stage, outside: Difference) -> Difference | None:
-    """A value of the stage's segment of which a variant gives the candidate's output of the stage.
+    """Find a value of the stage's segment with a variant that gives the candidate's output.
 
     The rest of the segment is computed by the reference itself.
     """
@@ -62,13 +74,39 @@ def inside(runs: Runs, stage: Stage, outside: Difference) -> Difference | None:
             result = pick_value(runs.rerun(replace=replaced), stage.value.name)
         return result is not None and distance(result, target) <= limit
 
-    for replaced, variant in itertools.islice(_variants(runs, stage, ours, target), _RERUNS):
+    for replaced, variant in islice(_variants(runs, stage, ours, target), _RERUNS):
         if fits(replaced):
-            where = runs.where_of(variant.place, stage)
-            sentence = f"{where or stage.other.name} {variant.sentence}"
-            found = replace(outside, reference=variant.place, index=None, where=where)
-            return replace(found, cause=sentence, cause_id=variant.id)
+            return _at(runs, stage, outside, variant)
     return None
+
+
+def rounded(runs: Runs, stage: Stage, outside: Difference) -> Difference | None:
+    """A value of the stage's segment that the candidate rounds to a lower precision."""
+    native = pick_value(runs.alone[False], stage.pair.candidate)
+    if native is None or native.size != stage.value.value.size:
+        return None
+    theirs = to_reference(stage.pair, native, stage.value.value.shape)
+    found: list[tuple[float, Variant]] = []
+    for value in segment(runs.twin, stage.value.name, set(runs.pairs))[:-1]:
+        for name in ("bfloat16", "float16"):
+            array = precision.ROUNDINGS[name](value.value)
+            result = pick_value(runs.rerun(replace={value.name: array}), stage.value.name)
+            words = f"rounds {value.name} to {name}, the reference does not: write the reference's precision"
+            assert result is not None
+            variant = Variant(precision.IDS[name], array, words, value.name)
+            found.append((precision.size(theirs - result), variant))
+    limit = precision.SHARE * precision.size(theirs - stage.value.value)
+    near = [one for one in found if one[0] <= limit]
+    return _at(runs, stage, outside, min(near, key=lambda one: one[0])[1]) if near else None
+
+
+def _at(runs: Runs, stage: Stage, outside: Difference, variant: Variant) -> Difference:
+    """The difference at the place of a variant, with its cause."""
+    where = runs.where_of(variant.place, stage)
+    sentence = f"{where or stage.other.name} {variant.sentence}"
+    what = "parameter" if variant.place in runs.twin.parameters else outside.what
+    found = replace(outside, what=what, reference=variant.place, index=None, where=where)
+    return replace(found, cause=sentence, cause_id=variant.id)
 
 
 def _variants(
@@ -79,18 +117,42 @@ def _variants(
     for value in ours:
         for variant in left_out(value, by_name, runs.twin):
             yield {value.name: variant.array}, replace(variant, place=value.name)
-    for replaced, variant in exchanges(ours, runs.twin):
-        yield replaced, variant
-    departures = {
-        value.name: runs.departure(stage.forward, replace(stage, value=value), value.value, value.value)
-        for value in ours
-    }
-    for before, behind in itertools.pairwise(ours):
+
+    def departure(value: Value) -> Departure:
+        return runs.departure(stage.forward, replace(stage, value=value), value.value, value.value)
+
+    departures = {value.name: departure(value) for value in ours}
+    yield from exchanged_parameters(list(departures.values()))
+    yield from fused_orders(ours, runs.twin)
+    yield from exchanges(ours, runs.twin)
+    for value in _read_early(runs, stage, ours):
+        for behind in ours:
+            for variant in applied_before(departure(value), departures[behind.name]):
+                yield {behind.name: variant.array}, replace(variant, place=behind.name)
+    for before, behind in pairwise(ours):
         if behind.inputs == (before.name,):
             for variant in swapped(departures[before.name], departures[behind.name]):
                 yield {behind.name: variant.array}, replace(variant, place=before.name)
-    for value in ours:
-        of_stage = target if value is ours[-1] else None
-        for variant in variants(departures[value.name], runs.twin, of_stage):
+    for kind in (own_variants, other_variants):  # of all values what is likely, then the rest
+
+        def of(value: Value, kind: Kind = kind) -> Iterator[tuple[Value, Variant]]:
+            of_stage = target if value is ours[-1] else None
+            return ((value, variant) for variant in kind(departures[value.name], runs.twin, of_stage))
+
+        # In turns: a value with many variants must not use up the runs.
+        for value, variant in filter(None, chain.from_iterable(zip_longest(*map(of, ours)))):
             if variant.array.shape == value.value.shape:
                 yield {value.name: variant.array}, replace(variant, place=variant.place or value.name)
+
+
+def _read_early(runs: Runs, stage: Stage, ours: Sequence[Value]) -> Iterator[Value]:
+    """Operations of the reference outside the stage whose parameters the candidate reads inside it."""
+    taken = {pair.candidate for pair in runs.pairs.values()}
+    theirs = [
+        runs.whole_twin.parameters[p] for p in stage_parameters(runs.whole_twin, stage.other.name, taken)
+    ]
+    names = {value.name for value in ours}
+    for value in runs.twin.values:
+        read = [runs.twin.parameters[p] for p in value.parameters]
+        if read and value.name not in names and all(any(np.array_equal(a, b) for b in theirs) for a in read):
+            yield value

@@ -36,6 +36,7 @@ class Cell:
     parameters: frozenset[str] = frozenset()  # from which it is made, if it depends on no input
     wants_gradient: bool = False
     gradient: Any = None
+    rounded: str = ""  # the lower precision that the model rounds it to, where the twin does not
 
 
 @dataclasses.dataclass
@@ -52,7 +53,7 @@ _COMPILED: dict[Any, Operation] = {}  # of all models: JAX keeps what it compile
 class Operation:
     """One operation and its VJP, compiled once for all runs.
 
-    An operation with a function inside is not compiled in float64: that function is typed as the model is.
+    An operation with a function inside is not compiled in float64: that function has the model's types.
 
     Attributes:
         forward: takes the operands, returns the results.
@@ -185,7 +186,9 @@ class Tape:
         if self.float64 and name in ("convert_element_type", "reduce_precision"):
             target = params.get("new_dtype", np.float64)
             if is_float(operands[0].array) and jnp.issubdtype(target, jnp.floating):
-                return [dataclasses.replace(operands[0])] if not self.gradients else operands
+                cell = operands[0] if self.gradients else dataclasses.replace(operands[0])
+                cell.rounded = _lower_precision(params) or cell.rounded
+                return [cell]
             if jnp.issubdtype(target, jnp.floating):
                 params["new_dtype"] = np.dtype(np.float64)
         preferred = params.get("preferred_element_type")
@@ -205,6 +208,7 @@ class Tape:
         if name in _SAME:
             for out in outs:
                 out.name = next((operand.name for operand in operands if operand.name), "")
+                out.rounded = next((operand.rounded for operand in operands if operand.rounded), "")
             return outs
         read = [operand for operand in operands if operand.name or operand.parameters]
         weights = [p for o in read if not o.name for p in o.parameters]
@@ -216,6 +220,8 @@ class Tape:
                 custom = name in ("custom_jvp_call", "custom_vjp_call")
                 kind = _function_name(equation) if custom else name
                 attributes = plain(params)
+                if any(operand.rounded for operand in read):
+                    attributes["rounded"] = sorted({o.rounded for o in read if o.rounded})
                 if custom and (name == "custom_vjp_call" or not hasattr(jax.nn, kind)):  # not jax.nn.relu
                     attributes["custom_derivative"] = True
                 self._record(out, kind, module, read, weights, _where(equation), attributes, index)
@@ -361,6 +367,15 @@ def _where(equation: Any) -> str:
     return ""
 
 
+def _lower_precision(params: Mapping[str, Any]) -> str:
+    """The precision that a conversion or `reduce_precision` rounds to; "" for float32 and above."""
+    if "mantissa_bits" in params:
+        bits = {(8, 10): "TF32", (5, 10): "float16", (8, 7): "bfloat16"}
+        return bits.get((params["exponent_bits"], params["mantissa_bits"]), "")
+    name = str(np.dtype(params["new_dtype"]))
+    return name if name in ("float16", "bfloat16") else ""
+
+
 def _function_name(equation: Any) -> str:
     """The name of a function with derivatives of its own: relu, silu, ..."""
     inner = equation.params.get("call_jaxpr")
@@ -369,7 +384,7 @@ def _function_name(equation: Any) -> str:
 
 
 def _widened(name: str, avals: Sequence[Any], compute: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """A function with derivatives of its own, which is typed, made fit for float64 operands.
+    """A function with its own derivatives and fixed types, made to accept float64 operands.
 
     Those of `jax.nn`, such as `relu`, are called again in float64; any other computes in its own type.
     """

@@ -1,4 +1,4 @@
-"""How far runs of the reference are apart that are as right as its float64 twin.
+"""Noise: differences between runs of the reference that are all equally right.
 
 Three kinds of runs: the reference in its own precision, on numbers moved by a last bit, and on arrays whose
 axes lie in memory in another order, for which PyTorch sums in another order.

@@ -232,7 +232,7 @@ def _parameters(layer: Any) -> dict[str, Any]:
 
 
 def _state(layer: Any) -> dict[str, tuple[Any, str]]:
-    """Where each floating-point array stands that is an attribute of a layer, such as running statistics."""
+    """Owner and attribute of each floating-point array in a layer, such as running statistics."""
     return {
         f"{path}.{name}" if path else name: (part, name)
         for path, part in _walk(layer, "")
@@ -256,7 +256,7 @@ def _arrays(state: Mapping[str, tuple[Any, str]]) -> dict[str, Array]:
 
 
 def _where(layer: Any) -> str:
-    """The line of `forward`, or of `backward` where the layer's own class defines that alone."""
+    """The line of `forward`, or of `backward` if the layer's own class defines only that."""
     own = next((name for name in ("forward", "backward") if name in vars(type(layer))), "forward")
     code = getattr(getattr(type(layer), own, None), "__code__", None)
     return "" if code is None else f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"

@@ -296,7 +296,7 @@ def changed(old: Update, new: Update) -> list[str]:
 
 
 def simplify(fit: Fit, wanted: Update, data: Evidence) -> Fit:
-    """The same fit with the fields of `wanted` wherever they do as well."""
+    """The same fit, with fields of `wanted` where they fit as well."""
     for name in [*OPTIONS, *fit.update.numbers()]:
         if getattr(fit.update, name) != getattr(wanted, name):
             change: dict[str, Any] = {name: getattr(wanted, name)}
@@ -325,9 +325,9 @@ def relation(reference: Array, candidate: Array) -> tuple[str, float]:
 
 
 def search(starts: Sequence[Update], data: Evidence, depth: int, wanted: Fit | None = None) -> Fit | None:
-    """The update fewest changes away from one of `starts`, first as it stands, then with its numbers fitted.
+    """The fit that is the fewest changes away from `starts`: each update first as is, then refitted.
 
-    A neighbor of the two updates that came closest is one change further away. `wanted` is the fit of the
+    Each further round takes the neighbors of the two updates that came closest. `wanted` is the fit of the
     reference, if it is known: its rates are tried first, and rates unrelated to them last.
     """
     modes: list[Array | str] = ["constant", "free"] if wanted is None else [wanted.rates, "constant", "free"]

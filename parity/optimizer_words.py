@@ -64,7 +64,7 @@ PHRASES: dict[str, dict[Any, str]] = {
 
 
 def phrase(name: str, update: Update) -> str:
-    """What an update does in one field: "has no momentum"."""
+    """Describe one field of an update: "has no momentum"."""
     if name in PHRASES:
         return PHRASES[name][getattr(update, name)].format(**vars(update))
     label = {"initial": "begins v at", "eps_root": "adds under the root eps_root ="}.get(
@@ -74,7 +74,7 @@ def phrase(name: str, update: Update) -> str:
 
 
 def torch_argument(name: str, r: Update) -> str | None:
-    """What to write in PyTorch for the field `name` of the update `r`; None if no argument does it."""
+    """PyTorch's argument for the field `name` of the update `r`; None if no argument does it."""
     adam = r.first == r.second == "ema"
     betas = f"betas=({r.b1:g}, {r.b2:g})"
     decoupled = "torch.optim.AdamW" if adam else None
@@ -103,7 +103,7 @@ def torch_argument(name: str, r: Update) -> str | None:
 
 
 def optax_argument(name: str, r: Update) -> str | None:
-    """What to write in optax for the field `name` of the update `r`; None if no argument does it."""
+    """optax's argument for the field `name` of the update `r`; None if no argument does it."""
     adam, rms = r.first == r.second == "ema", r.second == "ema" and r.first != "ema"
     chain = "optax.chain({}, ...)".format
     function = (

@@ -161,7 +161,7 @@ def default_parameters() -> dict[str, Any]:
 
 
 def gradient_sequences(steps: int, size: int) -> dict[str, Array]:
-    """Gradients that no optimizer may be seen without: each [steps, size].
+    """Gradients that expose differences of optimizers: each [steps, size].
 
     steady: a constant of 1e-3 to 1 and 10 % of noise. sparse: 9 of 10 are 0. exploding: from 1e-4 to 1e4 and
     back, so that a maximum of past moments matters. zero: exactly 0, so that decay alone acts.
@@ -182,9 +182,9 @@ def compare_optimizers(
 ) -> OptimizerReport:
     """Compare two optimizers on the same parameters and the same gradients, in float64.
 
-    Noise is the largest change of the reference in two reruns in which every gradient, and every parameter
-    after every step, moves by a last bit: in one in the same direction at every step, in the other in random
-    ones; at least four last bits. A coordinate departs where its error exceeds
+    Noise is the largest change of the reference in two reruns, and at least four last bits. In both, every
+    gradient, and every parameter after a step, moves by a last bit: in one in the same direction at every
+    step, in the other at random. A coordinate departs where its error exceeds
     `FACTOR` times its noise. For the cause, both are also run for a few steps on gradients from 1e-10 to 1e3,
     and equations in NumPy are fitted to the steps that they take (`parity.optimizer_causes`).
 

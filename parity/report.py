@@ -21,12 +21,12 @@ class Tensor:
         what: "output", "input gradient", "parameter gradient" or "statistics"; "tensor" of recorded ones.
         reference, candidate: names.
         shape: of the reference's.
-        error: of the candidate as it is, in its own precision; what was handed on to it among it.
-        noise: what that error can be between two right models.
-        made_here: the error that this stage alone makes, on the reference's own numbers; of the float64
-            twins, or if `coarse` in the models' own precision.
-        allowed: what that may be: a stated multiple of its noise.
-        departs: made_here is larger.
+        error: of the candidate in its own precision, including what earlier stages passed on.
+        noise: the largest such error of two correct models.
+        made_here: the error of this stage alone, on the reference's own numbers; of the float64 twins, or if
+            `coarse` in the models' own precision.
+        allowed: the limit of `made_here`: a multiple of its noise.
+        departs: `made_here` exceeds `allowed`.
         coarse: the twins agree; the candidate computes in a lower precision.
         factor: `allowed` is this many times the noise.
     """
@@ -102,7 +102,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Report:
-    """What `compare` found.
+    """Result of `compare`.
 
     Attributes:
         reference, candidate: the frameworks.

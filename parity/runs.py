@@ -32,10 +32,14 @@ class Runs:
     pairs: Mapping[str, Pair]
 
     def departure(self, tensor: Tensor, stage: Stage, truth: Array, array: Array) -> Departure:
-        """What is known of a stage. Of a module its inputs are those of the whole module."""
+        """What is known of a stage. Of a module its inputs are those of the whole module.
+
+        An output of a module that is called by its last operation is that of this operation alone.
+        """
         module = stage.value.module
         ours = segment(self.twin, stage.value.name, set(self.pairs))
-        if stage.value.is_module:
+        named_by_class = stage.value.operation[:1].isupper()  # else by the last operation of the module
+        if stage.value.is_module and (named_by_class or tensor.what != "output"):
             ours = [value for value in ours if f"{value.module}.".startswith(f"{module}.")]
         else:
             ours = ours[-1:]
@@ -62,7 +66,11 @@ class Runs:
             segment=tuple(segment(self.whole_twin, stage.pair.candidate, candidates)),
             inputs=inputs,
             parameters={p: self.twin.parameters[p] for value in ours for p in value.parameters},
-            state={n: a for n, a in self.twin.state_before.items() if n.startswith(f"{module}." if module else "")},
+            state={
+                n: a
+                for n, a in self.twin.state_before.items()
+                if n.startswith(f"{module}." if module else "")
+            },
             output=stage.value.value,
             candidate_output=(
                 to_reference(stage.pair, other, stage.value.value.shape)
@@ -75,6 +83,9 @@ class Runs:
             result_name=name,
             noise=tensor.allowed / tensor.factor,
             train=bool(stage.value.attributes.get("training", False)),
+            behind=tuple(
+                value.operation.lower() for value in self.twin.values if stage.value.name in value.inputs
+            ),
         )
 
     def where_of(self, name: str, stage: Stage) -> str:

@@ -163,7 +163,7 @@ def _stored_twice(trace: Trace) -> dict[str, list[str]]:
 
 
 def _equal(left: Array | None, right: Array | None) -> bool:
-    """True if both are the same numbers, and not all the same one, as statistics are at first."""
+    """True if both have equal numbers that are not constant, as initial statistics often are."""
     if left is None or right is None or np.ptp(left) == 0:
         return False
     found = best_axes(left, right)

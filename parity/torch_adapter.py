@@ -196,8 +196,8 @@ def torch_model(module: torch.nn.Module, *, train: bool | None = None) -> Model:
     """A module of PyTorch, with every function that it calls as a value.
 
     A deep copy is run: parameters, statistics, mode, hooks and random state of `module` stay as they are.
-    Frozen parameters (`requires_grad=False`) have gradients all the same. Hooks of the module are taken for
-    a part of the model, and run.
+    Frozen parameters (`requires_grad=False`) get gradients, too. Hooks of the module are run, as part of the
+    model.
 
     Values are functions of PyTorch (`F.conv2d`, `torch.add`, `Tensor.mean`); what a module returns has the
     module's name. `nn.MultiheadAttention` is opened; `nn.LSTM`, `nn.GRU`, `F.scaled_dot_product_attention`

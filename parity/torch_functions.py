@@ -1,4 +1,4 @@
-"""What a function of PyTorch is: its name, what it was told, and whether it works in place."""
+"""Facts about a PyTorch function: its name, its arguments, and whether it works in place."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Records what a PyTorch module computes, function by function, while it runs.
 
-A `TorchFunctionMode` sees every call of a function of PyTorch (`F.conv2d`, `torch.add`, `Tensor.mean`), hooks
-of modules tell which module is running. Two kinds of results pass by the mode: those of a custom
-`autograd.Function`, and tensors that were changed in place through a view. They are noticed when they are
+A `TorchFunctionMode` sees every call of a function of PyTorch (`F.conv2d`, `torch.add`, `Tensor.mean`). Hooks
+of modules track which module is running. The mode does not see two kinds of results: those of a custom
+`autograd.Function`, and tensors changed in place through a view. They are noticed when they are
 read: an unknown tensor by its `grad_fn`, a changed one by its version.
 """
 
@@ -68,7 +68,7 @@ class Record:
 
 @dataclasses.dataclass
 class _Known:
-    """What is known of a tensor: the value that it is, or the parameters from which it is made."""
+    """Facts about a tensor: the value that it is, or the parameters that it is made from."""
 
     tensor: torch.Tensor  # keeps its id from being used again
     version: int
@@ -273,7 +273,7 @@ class Recorder(TorchFunctionMode):
             self._nodes[tensor.grad_fn] = record
 
     def _resolved(self, tree: Any, target: torch.Tensor | None = None) -> Any:
-        """The same tree; in it, tensors that the mode has not seen become known, or are replaced.
+        """The same tree. Tensors that the mode has not seen are recorded, or replaced.
 
         In float64 constants of a lower precision are cast, but for `target`, which is changed in place.
         """

@@ -1,4 +1,4 @@
-"""What every model gives: the values that it computes, in order, and the gradients with respect to them.
+"""The trace of a model: the values that it computes, in order, and the gradients with respect to them.
 
 An adapter (`torch_model`, `jax_model`, ...) makes a `Model`. `Model.run` returns a `Trace` of plain NumPy
 arrays, so that nothing behind it depends on a framework.
@@ -32,7 +32,7 @@ class Value:
         parameters: names of the parameters that the operation reads.
         module: dotted path of the module in which it was computed; "" at the top.
         where: "port.py:41", the line of the user's own code; "" if unknown.
-        attributes: what the operation was told: strides, padding, eps, dimension numbers. Framework's names.
+        attributes: arguments of the operation, by the framework's names: strides, padding, eps, ...
         is_module: the value is the output of a whole module, not of a single operation.
     """
 

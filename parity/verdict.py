@@ -13,7 +13,7 @@ from parity.causes import Cause
 from parity.causes.search import find_cause, find_precision
 from parity.causes.stage import distance
 from parity.counterparts import family
-from parity.inside import dropped, inside
+from parity.inside import dropped, inside, rounded
 from parity.report import Difference, Stage, Tensor
 from parity.runs import Runs
 from parity.tensors import PICKS, pick_value
@@ -44,7 +44,7 @@ class Verdict(Runs):
                 )
         for stage in reversed(stages):
             if stage.backward is not None and stage.backward.departs:
-                return self._gradient_difference(stage.backward, self._reader(stage, stages), stages)
+                return self._gradient_difference(*self._first_of_its_line(stage, stages), stages)
         for tensor in tensors:
             if tensor.departs:
                 return self._gradient_difference(tensor, self._reader_of(tensor.reference, stages), stages)
@@ -54,10 +54,13 @@ class Verdict(Runs):
         """A stage that departs forward, with its cause, or the value inside it that has one."""
         found = self._difference(stage.forward, stage)
         if found.cause_id == "position-offset":  # a table of positions is no value, but a module
-            table = next(name for name in stage.value.parameters if name)
-            return replace(found, reference=table.rpartition(".")[0])
-        if found.cause is not None or stage.forward.coarse:
+            tables = (name.rpartition(".")[0] for name in stage.value.parameters)
+            table = next((name for name in tables if name and name != stage.value.module), "")
+            return replace(found, reference=table or found.reference)
+        if found.cause is not None:
             return found
+        if stage.forward.coarse:
+            return rounded(self, stage, found) or found
         return dropped(self, stage, found) or inside(self, stage, found) or found
 
     def _gradient_difference(
@@ -131,7 +134,7 @@ class Verdict(Runs):
         return self._exchanged_weights(stage, read)
 
     def _exchanged_weights(self, stage: Stage, read: Sequence[str]) -> Difference | None:
-        """Parameters of another place of the reference, read here by the candidate."""
+        """Parameters that the candidate reads here and the reference elsewhere."""
         taken = {pair.candidate for pair in self.pairs.values()}
         owners = {match.candidate: match.reference for match in self.weights.matches if match.equal}
         theirs = stage_parameters(self.whole_twin, stage.other.name, taken)
@@ -152,7 +155,7 @@ class Verdict(Runs):
         return None
 
     def _earlier_difference(self, stage: Stage) -> Difference | None:
-        """A value before a departing stage that has no pair since its shape or its order is another one."""
+        """A value before a departing stage that has no pair because its shape or its order differs."""
         if stage.forward.coarse:
             return None
         ours = segment(self.twin, stage.value.name, set(self.pairs))[:-1]
@@ -180,6 +183,21 @@ class Verdict(Runs):
                 "output", value.name, other.name, float("inf"), 0.0, None, sentence, other.where, found
             )
         return None
+
+    def _first_of_its_line(self, last: Stage, stages: Sequence[Stage]) -> tuple[Tensor, Stage]:
+        """The first wrong gradient that the candidate makes at the line, in the kind of stage, of the last.
+
+        A line that every block runs is wrong in all of them; outputs are named where it runs first.
+        """
+        reader = self._reader(last, stages)
+        for stage in stages:
+            if stage.backward is not None and stage.backward.departs:
+                other = self._reader(stage, stages)
+                here, there = ((s.value.operation, s.other.where) for s in (other, reader))
+                if here == there and here[1] and other is not reader:
+                    return stage.backward, other
+        assert last.backward is not None
+        return last.backward, reader
 
     def _reader(self, stage: Stage, stages: Sequence[Stage]) -> Stage:
         """The stage that reads a value: its backward pass makes the gradient of that value."""
@@ -211,7 +229,10 @@ class Verdict(Runs):
                 apart = np.nan_to_num(np.abs(truth - aligned), nan=np.inf)
             index = tuple(int(i) for i in np.unravel_index(int(apart.argmax()), truth.shape))
         cause = None if stage is None else self._cause(tensor, stage, truth, aligned)
-        name, other = tensor.reference, tensor.candidate
+        name, other, where = tensor.reference, tensor.candidate, "" if stage is None else stage.other.where
+        if cause is not None and cause.place in self.pairs and tensor.what == "output":
+            name, other = cause.place, self.pairs[cause.place].candidate
+            where = cause.sentence.partition(" ")[0] if where else ""
         nothing = not aligned.any() and is_value  # no gradient passes back into the value itself
         if tensor.what == "input gradient" and stage is not None and not nothing:
             name, other = stage.value.name, stage.other.name
@@ -223,7 +244,7 @@ class Verdict(Runs):
             noise=tensor.allowed / tensor.factor,
             index=index,
             cause=None if cause is None else cause.sentence,
-            where=stage.other.where if stage is not None else "",
+            where=where,
             cause_id="" if cause is None else cause.id,
         )
 

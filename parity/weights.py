@@ -46,7 +46,7 @@ class WeightFault:
 
 @dataclass(frozen=True)
 class Audit:
-    """The reference's parameters with their matches, what looks wrong, and what the candidate has more."""
+    """The reference's parameters with their matches, faults, and the candidate's extra parameters."""
 
     matches: Sequence[Match]
     faults: Sequence[WeightFault]
@@ -72,6 +72,7 @@ def audit(reference: Trace, candidate: Trace, pairs: Mapping[str, Pair]) -> Audi
     taken = {match.candidate for match in found.values()}
     _match_reshaped(found, taken, ours, theirs)
     _match_by_shape(found, taken, ours, theirs, stages)
+    _match_constants(found, taken, ours, theirs)
     matches = [found.get(name, Match(name, "", (), False)) for name in ours]
     faults = [fault for one in matches for fault in _faults(one, matches, ours, theirs, stages)]
     return Audit(matches, faults, [name for name in theirs if name not in taken])
@@ -149,6 +150,19 @@ def _match_reshaped(
                 taken.add(other)
 
 
+def _match_constants(
+    found: dict[str, Match], taken: set[str], ours: Mapping[str, Array], theirs: Mapping[str, Array]
+) -> None:
+    """Match what is left with what is left at one number everywhere: a bias of 0, read at another stage."""
+    for name, array in ours.items():
+        for other, numbers in theirs.items():
+            if name not in found and other not in taken and numbers.size > 1 and np.ptp(numbers) == 0:
+                best = best_axes(array, numbers)
+                if best is not None:
+                    found[name] = Match(name, other, best[0], False)
+                    taken.add(other)
+
+
 def _fits(a: Array, b: Array, axes: tuple[int, ...]) -> bool:
     a, b = squeeze(a), squeeze(b)
     return len(axes) == b.ndim == a.ndim and tuple(b.shape[axis] for axis in axes) == a.shape
@@ -171,7 +185,7 @@ def _faults(
     theirs: Mapping[str, Array],
     stages: Sequence[tuple[Sequence[str], Sequence[str]]],
 ) -> list[WeightFault]:
-    """What looks wrong with one parameter."""
+    """The faults of one parameter."""
     name, other = match.reference, match.candidate
     if not other and any(_contains(array, ours[name]) for array in theirs.values()):
         return []  # one parameter of the candidate has the numbers of several: q, k and v in one kernel

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from parity.causes import Departure, precision, search
+from parity.causes import Departure, activation, attention, precision, search
 from parity.causes.search import find_cause, find_precision, known_form
 from parity.causes.stage import distance
 from parity.trace import Value
@@ -393,6 +393,21 @@ def gru(reset_first: bool, new: bool) -> np.ndarray:
     return np_(torch.stack(states))
 
 
+def patches(operation: str) -> Departure:
+    """A convolution of patches whose kernel has height and width exchanged, as the candidate's operation."""
+    kernel = normal(4, 6, 2, 2)
+    departure = stage(
+        "conv2d",
+        X,
+        {"c.weight": kernel},
+        conv(w=kernel, b=None, stride=2),
+        conv(w=kernel.swapaxes(2, 3), b=None, stride=2),
+        attributes={"stride": (2, 2)},
+    )
+    return dataclasses.replace(departure, segment=(Value("b", operation, departure.candidate_output),))
+
+
+TABLE, TOKEN = normal(9, 8), np.broadcast_to(normal(8), (3, 1, 8))
 LAYER = (tensor(SCALES), tensor(SCALES[::-1]))
 RELU_IMAGE = np.maximum(IMAGE, 0)
 OUTSIDE = np.triu(np.ones((5, 5), bool), 1)
@@ -466,6 +481,18 @@ FAULTS: list[tuple[str, Departure]] = [
     ("update-gate-convention", of("gru", gru(False, True))),
     ("offset", of("rnn", FORMS["rnn"].output + 0.5)),
     ("output-flipped", of("conv2d", FORMS["conv2d"].output[:, :, ::-1])),
+    ("position-offset", stage("add", T, {}, T + TABLE[:5], T + TABLE[1:6])),
+    ("position-offset", stage("add", T, {"p": TABLE[None, :5]}, T + TABLE[:5], T + np.roll(TABLE[:5], 1, 0))),
+    ("concat-order", stage("cat", T, {}, np.append(TOKEN, T, 1), np.append(T, TOKEN, 1))),
+    ("flatten-order", stage("view", T, {}, T.reshape(3, 5, 2, 4), T.reshape(3, 5, 4, 2).swapaxes(2, 3))),
+    ("flatten-order", patches("dot_general")),
+    ("kernel-transposed", patches("conv_general_dilated")),
+    (
+        "embedding-scale",
+        dataclasses.replace(stage("mul", T, {}, 4 * T, T / 4, attributes={"other": 4}), inputs={"embed": T}),
+    ),
+    ("activation", dataclasses.replace(of("add", X + 2 * gelu(X**2)), behind=("conv2d",))),
+    ("norm-activation-order", dataclasses.replace(of("add", X + 2 * gelu(X**2)), behind=("gelu",))),
 ]
 
 
@@ -474,6 +501,20 @@ def test_fault(id_: str, departure: Departure) -> None:
     cause = find_cause(departure)
     assert cause is not None
     assert cause.id == id_, cause.sentence
+    assert cause.place == ("x1" if departure.behind == ("conv2d",) else "")
+
+
+def test_masks_that_are_added_or_hide_queries() -> None:
+    scores, hidden = normal(2, 5, 5), np.arange(5) > 2
+    masked = np.where(hidden, -np.inf, scores)
+    for words, theirs in (
+        ("adds to hidden scores -1,", scores - hidden),
+        ("fills hidden scores with -1,", np.where(hidden, -1.0, scores)),
+        ("hides queries", np.where(hidden[:, None], -1e30, scores)),
+    ):
+        target = activation.softmax(theirs, -1)
+        found = attention.softmax_variants(scores, masked, -1, target)
+        assert next(does for _, array, does in found if distance(array, target) < 1e-12).startswith(words)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-12, 3e-4, 0.05])
@@ -595,6 +636,24 @@ def constant(norm_of: Any, mean: bool, var: bool) -> Any:
     return f
 
 
+def lstm_steps(parameters: dict[str, np.ndarray], stop_h: bool = False, stop_c: bool = False) -> Any:
+    """An LSTM step by step, in which a state may be a constant for the next step."""
+    w_x, w_h, b_x, b_h = map(tensor, parameters.values())
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        h = c = torch.zeros(5, 6, dtype=torch.float64)
+        states = []
+        for step in x:
+            h, c = (h.detach() if stop_h else h), (c.detach() if stop_c else c)
+            i, f, g, o = (step @ w_x.T + b_x + h @ w_h.T + b_h).chunk(4, 1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+            states.append(h)
+        return torch.stack(states)
+
+    return f
+
+
 def gradients() -> dict[str, tuple[Departure, str, str]]:
     """Wrong backward passes: departure, cause, words of its sentence."""
     given = norm()["parameters"]
@@ -633,6 +692,14 @@ def gradients() -> dict[str, tuple[Departure, str, str]]:
     )
     one_side = gradient_of(FORMS["leaky_relu"], F.leaky_relu, F.relu)
     cases["one side"] = (one_side, "stop-gradient", "at some places only")
+    custom = {"candidate": Value("b", "f", T, attributes={"custom_derivative": True})}
+    departure = dataclasses.replace(cases["layer_norm the variance"][0], **custom)
+    cases["custom"] = (departure, "wrong-custom-derivative", "takes the variance for constants")
+    parameters, output = lstm()
+    once = stage("lstm", T, parameters, output, output)
+    for words, stopped in (("the hidden state", (True, False)), ("the cell state", (False, True))):
+        departure = gradient_of(once, lstm_steps(parameters), lstm_steps(parameters, *stopped))
+        cases[words] = (departure, "stop-gradient", words)
     branch = gradient_of(FORMS["add"], lambda x: x + 2 * x**2, lambda x: x)
     cases["branch"] = (branch, "stop-gradient", "only the direct part")
     return cases
@@ -665,10 +732,18 @@ def test_precision_of_operands_and_results() -> None:
         "bfloat16-cast": F.linear(*(rounded(a, torch.bfloat16) for a in (T, SQUARE)), full[2]),
         "float16-cast": F.linear(*full).half(),
         "tf32": F.linear(*tf32, full[2]),
+        "float16-cast ": F.linear(full[0], rounded(SQUARE, torch.float16), full[2]),
     }.items():
         cause = find_precision(linear, np_(native).astype(np.float64))
         assert cause is not None
-        assert cause.id == id_, cause.sentence
+        assert cause.id == id_.strip(), cause.sentence
+    mean = tensor(IMAGE).mean((0, 2, 3))
+    centered = (tensor(IMAGE) - mean[:, None, None]).bfloat16()
+    var = (centered * centered).double().mean((0, 2, 3)).bfloat16().double()
+    native = F.batch_norm(tensor(IMAGE), mean, var, *map(tensor, norm()["parameters"].values()))
+    cause = find_precision(FORMS["batch_norm True"], np_(native))
+    assert cause is not None
+    assert "rounds its variance to bfloat16" in cause.sentence
     whole = F.linear(*(tensor(a).bfloat16() for a in (T, SQUARE, SCALES))).float()
     cause = find_precision(linear, np_(whole).astype(np.float64))
     assert cause is not None

@@ -23,12 +23,13 @@ class Departure:
         output: the reference's output.
         candidate_output: the candidate's output, made from the reference's inputs, in the axis order of the
             reference.
-        gradient: for a gradient: what comes in from behind, the same for both (the reference's).
+        gradient: the gradient of the stage's output, the reference's, used for both models.
         result, candidate_result: for "input gradient", "parameter gradient" and "statistics": the tensor that
             differs, of both, in the axis order of the reference; for "output" the outputs again.
         result_name: its name in the reference ("fc.weight", "bn1.running_var").
         noise: relative error that two right evaluations can have; a variant fits if it is about as close.
         train: the reference normalizes with statistics of the batch.
+        behind: the operations that read the reference's output; None if that is unknown.
     """
 
     what: str
@@ -46,6 +47,7 @@ class Departure:
     result_name: str
     noise: float
     train: bool
+    behind: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,10 @@ class Cause:
         id: a short name: "same-padding", "epsilon", "gelu-tanh".
         sentence: what the candidate does, what the reference does, and what to write where.
         error: how far the variant is from the candidate, relative.
+        place: the value at which the models differ, where that is one that the stage reads.
     """
 
     id: str
     sentence: str
     error: float
+    place: str = ""

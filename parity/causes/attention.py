@@ -100,7 +100,7 @@ def _masks(q: Array, k: Array, v: Array, mask: Array | None, scale: float, targe
 
 
 def _meaning(scale: float, q: Array) -> str:
-    """What a scale is, in head size d."""
+    """A scale in terms of head size d."""
     size = q.shape[-1]
     words = {1.0: " (none)", size**-0.5: " (1 / sqrt(d))", 1 / size: " (1 / d)", size**0.5: " (sqrt(d))"}
     heads = q.shape[-3] if q.ndim > 3 else 1
@@ -142,7 +142,7 @@ def mask_forms(departure: Departure) -> Iterator[Form]:
 
 
 def hidden_scores(scores: Array, masked: Array) -> Array | None:
-    """Where a mask hides scores: one value in the place of many; None if nothing is hidden so."""
+    """A mask of the scores that one common value replaced; None if there is no such value."""
     if scores.shape != masked.shape:
         return None
     hidden = np.asarray(scores != masked)
@@ -152,7 +152,7 @@ def hidden_scores(scores: Array, masked: Array) -> Array | None:
 def softmax_variants(
     scores: Array, masked: Array, axis: int, target: Array | None
 ) -> Iterator[tuple[str, Array, str]]:
-    """What a softmax of masked scores may be instead: id, result, and the rest of the sentence.
+    """Wrong variants of a softmax of masked scores: id, result, and the rest of the sentence.
 
     Args:
         scores: before the mask. masked: with it.
@@ -170,6 +170,9 @@ def softmax_variants(
     )
     yield "mask-inverted", softmax(np.where(hidden, scores, -1e30), axis), does
     yield "mask-missing", plain, "does not mask the scores: mask them"
+    if scores.ndim > 1 and scores.shape[-1] == scores.shape[-2]:
+        turned = softmax(np.where(hidden.swapaxes(-1, -2), -1e30, scores), axis)
+        yield "mask-inverted", turned, "hides queries, the reference keys: write the mask along the last axis"
     for other in range(scores.ndim):
         if other != axis % scores.ndim:
             does = (
@@ -181,8 +184,9 @@ def softmax_variants(
         with np.errstate(all="ignore"):
             logs = np.log(target)
             offset = np.where(hidden, -np.inf, logs - scores).max(axis, keepdims=True)
-            values = (logs - offset)[hidden & shown]
-        if values.size and np.isfinite(values).all() and np.ptp(values) < 1e-6 * np.abs(values).max():
-            value = float(f"{np.median(values):.6g}")
-            does = f"fills hidden scores with {number(value)}, which is not small enough: write -inf"
-            yield "mask-value", softmax(np.where(hidden, value, scores), axis), does
+        for verb, rest in (("fills hidden scores with", 0.0), ("adds to hidden scores", scores)):
+            values = (logs - offset - rest)[hidden & shown]
+            if values.size and np.isfinite(values).all() and np.ptp(values) < 1e-6 * np.abs(values).max():
+                value = float(f"{np.median(values):.6g}")
+                does = f"{verb} {number(value)}, which is not small enough: write -inf"
+                yield "mask-value", softmax(np.where(hidden, value + rest, scores), axis), does

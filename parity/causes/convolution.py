@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from parity.causes.stage import (
     weight_of,
     windows,
 )
+from parity.counterparts import family
 from parity.trace import Array
 
 _MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
@@ -131,6 +133,8 @@ def _form(
         yield from _paddings_of_other_kinds(knobs["mode"])  # type: ignore[arg-type]
         yield from _strides(stride)
         yield from _dilations(weight, padding, dilation)
+        if stride == weight.shape[2:] and not any(map(any, padding)) and groups == 1:
+            yield from _patches(departure, weight)
         yield from _kernels(weight, groups)
         yield from _channels(x, weight, groups)
 
@@ -174,6 +178,25 @@ def _dilations(weight: Array, padding: Padding, dilation: tuple[int, ...]) -> It
             f"a dilation of {dilation}",
             knobs,
         )
+
+
+def _patches(departure: Departure, weight: Array) -> Iterator[Change]:
+    """Patches and a product in place of the convolution: both flattened, each in an order of its own."""
+    if any(family(value.operation) == "convolution" for value in departure.segment):
+        return
+    names = np.array(["channels", *(f"pixels along axis {axis}" for axis in range(1, weight.ndim - 1))])
+    orders = list(itertools.permutations(range(1, weight.ndim)))
+    seen = [weight]
+    for kernel, patch in itertools.product(orders, orders):
+        rows = weight.transpose(0, *kernel).reshape(len(weight), *(weight.shape[axis] for axis in patch))
+        array = rows.transpose(0, *(1 + np.argsort(patch)))
+        if any(np.array_equal(array, other) for other in seen):
+            continue
+        seen.append(array)
+        words = [", ".join(names[np.array(order) - 1]) for order in (patch, kernel)]
+        does = f"flattens patches in the order ({words[0]}) where the kernel has ({words[1]})"
+        write = "a transposition of the patches before the reshape"
+        yield Change("flatten-order", does, "has one order for both", write, {"weight": array})
 
 
 def _kernels(weight: Array, groups: int) -> Iterator[Change]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from parity.causes import Departure, activation
+from parity.causes import Departure, activation, recurrent
 from parity.causes.stage import Form, first_input
 from parity.trace import Array
 
@@ -33,7 +33,14 @@ def derivatives(departure: Departure, form: Form | None) -> Iterator[Found]:
     if dy is None or departure.what != "input gradient":
         return
     if form is not None and "axes" in form.knobs and "eps" in form.knobs:
-        yield from _constant_statistics(form, form.view(dy), form.view)
+        for id_, array, does in _constant_statistics(form, form.view(dy)):
+            if has_custom_derivative(departure):
+                id_, does = "wrong-custom-derivative", f"{does}; correct the custom derivative"
+            yield id_, array, does
+    if form is not None and "layers" in form.knobs:
+        for state, array in recurrent.stopped_gradients(form, dy):
+            does = f"lets no gradient pass through the {state} from step to step: remove the stop_gradient"
+            yield "stop-gradient", array, does
     if dy.shape == truth.shape:
         if activation.name_of(departure) is not None:
             does = "passes the gradient on unchanged (straight-through), the reference does not"
@@ -82,7 +89,7 @@ def has_custom_derivative(departure: Departure) -> bool:
     return any("custom_derivative" in value.attributes for value in (departure.candidate, *departure.segment))
 
 
-def _constant_statistics(form: Form, dy: Array, view: object) -> Iterator[Found]:
+def _constant_statistics(form: Form, dy: Array) -> Iterator[Found]:
     """Mean, variance or both taken for constants in the backward pass of a normalization."""
     x, weight, groups = form.knobs["x"], form.knobs["weight"], form.knobs.get("groups")
     axes = form.knobs["axes"]
@@ -97,5 +104,6 @@ def _constant_statistics(form: Form, dy: Array, view: object) -> Iterator[Found]
     of_var = -centered * inverse**2 * (g * centered).mean(axes, keepdims=True)
     parts = {"mean and variance": g, "the variance": g + of_mean, "the mean": g + of_var}
     for words, part in parts.items():
-        does = f"takes {words} for constants in the backward pass: differentiate through them"
+        pronoun = "them" if "and" in words else "it"
+        does = f"takes {words} for constants in the backward pass: differentiate through {pronoun}"
         yield "batch-statistics-constant", (part * inverse).reshape(x.shape), does

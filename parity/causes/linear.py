@@ -116,7 +116,7 @@ def reshape_forms(departure: Departure) -> Iterator[Form]:
                 does = f"reshapes to {inner} and transposes"
                 back = tuple(np.argsort(axes).tolist())
                 knobs = {"inner": inner, "axes": back}
-                yield Change("reshape-order", does, f"reshapes to {shape}", f"a reshape to {shape}", knobs)
+                yield Change("flatten-order", does, f"reshapes to {shape}", f"a reshape to {shape}", knobs)
 
     def compute(x: Array, inner: tuple[int, ...], axes: tuple[int, ...]) -> Array:
         return x.reshape(inner).transpose(axes)
@@ -151,20 +151,25 @@ def binary_forms(departure: Departure) -> Iterator[Form]:
     """a + b, a - b, a * b, a / b, the larger; with a parameter for b too."""
     arrays = [*departure.inputs.values(), *departure.parameters.values()]
     given = attribute(departure, "other", "value") if len(arrays) == 1 else None
-    if len(arrays) == 1:
-        arrays.append(arrays[0] if given is None else np.full(arrays[0].shape, float(given)))
-    if len(arrays) != 2:
-        return
-    if arrays[1].ndim == 2 and departure.output.shape[-2:] != arrays[1].shape:
-        yield from _table_forms(departure, *arrays)
-        return
     kind = _BINARY_NAMES[departure.reference.operation.lower().rstrip("_").removeprefix("i")]
     alpha = float(attribute(departure, "alpha", default=1.0))
-    orders = [arrays, arrays[::-1]] if kind in ("subtract", "divide") else [arrays]
+    orders = [arrays]
+    if len(arrays) == 1:
+        orders = [[arrays[0], arrays[0] if given is None else np.full(arrays[0].shape, float(given))]]
+        if given is None and kind == "add" and arrays[0].shape == departure.output.shape:
+            orders.append([arrays[0], departure.output - arrays[0]])  # a constant of the code
+    elif len(arrays) != 2:
+        return
+    elif arrays[1].ndim == 2 and departure.output.shape[-2:] != arrays[1].shape:
+        yield from _table_forms(departure, *arrays)
+        return
+    orders += [arrays[::-1]] if kind in ("subtract", "divide") else []
     for x, other in orders:
 
         def changes(target: Array, x: Array = x, other: Array = other) -> Iterable[Change]:
             own = _BINARY_WORDS[kind]
+            if kind == "add":
+                yield from _other_positions(x, other, target)
             yield Change("missing-shortcut", "leaves the second value out", own, own, {"function": "first"})
             yield Change("missing-shortcut", "leaves the first value out", own, own, {"function": "second"})
             for function in ("relu", "gelu", "silu", "tanh", "sigmoid"):
@@ -172,7 +177,7 @@ def binary_forms(departure: Departure) -> Iterator[Form]:
                     place = "first" if knob == "x" else "second"
                     does = f"applies {function} to the {place} value before it {own}"
                     knobs = {knob: apply(array, function)}
-                    yield Change("norm-activation-order", does, "does not", f"{function} behind it", knobs)
+                    yield extra_activation(departure, function, does, array, knobs)
                 yield Change(
                     "norm-activation-order",
                     f"applies {function} here",
@@ -181,7 +186,7 @@ def binary_forms(departure: Departure) -> Iterator[Form]:
                     {"function": function},
                 )
             for word in _BINARY_WORDS:
-                if word != kind:
+                if word != kind and given is None:  # of a number the factor says more
                     yield Change("operator", _BINARY_WORDS[word], own, own, {"function": word})
             for knob, word in (("alpha", "second"), ("scale", "first")):
 
@@ -214,6 +219,38 @@ def binary_forms(departure: Departure) -> Iterator[Form]:
             return np.asarray(_BINARY[function](x, other))
 
         yield Form(compute, {"x": x, "other": other, "function": kind}, changes)
+
+
+def extra_activation(
+    departure: Departure, function: str, does: str, operand: Array, knobs: dict[str, Array]
+) -> Change:
+    """An activation of an operand: exchanged with this operation if the reference has it behind that.
+
+    Else it is one too many, at the operand.
+    """
+    behind = departure.behind
+    if behind is None or any(name.startswith(function) for name in behind):
+        return Change("norm-activation-order", does, "does not", f"{function} behind it", knobs)
+    place = next((name for name, array in departure.inputs.items() if array is operand), "")
+    return Change("activation", does, "does not", f"no {function} here", knobs, place)
+
+
+def _other_positions(x: Array, other: Array, target: Array) -> Iterator[Change]:
+    """Rows of a constant, along the axis before the last, that stand at other places: shifted positions."""
+    if x.ndim < 2 or x.shape != target.shape:
+        return
+    rows = np.broadcast_to(other, x.shape)
+    theirs = target - x
+    scale = 3e-7 * np.abs(rows).max(initial=0)
+    length = x.shape[-2]
+    for shift in (sign * n for n in range(1, min(length // 2 + 1, 65)) for sign in (1, -1)):
+        here, there = rows[..., max(shift, 0) :, :], theirs[..., max(-shift, 0) :, :]
+        count = length - abs(shift)
+        here, there = here[..., :count, :], there[..., :count, :]
+        if np.ptp(here, -2).max(initial=0) > scale and np.abs(here - there).max(initial=0) <= scale:
+            does = f"adds at position i what the reference adds at position i {'+' if shift > 0 else '-'} "
+            words = f"{does}{abs(shift)}", "counts from 0", "positions that are counted from 0"
+            yield Change("position-offset", *words, {"other": theirs})
 
 
 def _table_forms(departure: Departure, x: Array, table: Array) -> Iterator[Form]:
@@ -264,16 +301,38 @@ def is_binary(name: str) -> bool:
 
 def concatenate_forms(departure: Departure) -> Iterator[Form]:
     """A concatenation: the parts in another order, or interleaved."""
-    arrays = list(departure.inputs.values())
     given = attribute(departure, "dim", "axis", "dimension", default=None)
     for axis in range(departure.output.ndim) if given is None else [int(given)]:
+        arrays = _parts(list(departure.inputs.values()), departure.output, axis)
 
-        def changes(target: Array, axis: int = axis) -> Iterable[Change]:
+        def changes(target: Array, arrays: list[Array] = arrays) -> Iterable[Change]:
             for order in itertools.islice(itertools.permutations(range(len(arrays))), 1, 120):
                 does, own = f"has the parts in the order {order}", tuple(range(len(arrays)))
                 yield Change("concat-order", does, f"{own}", f"the order {own}", {"order": order})
 
-        def compute(order: tuple[int, ...], axis: int = axis) -> Array:
+        def compute(order: tuple[int, ...], axis: int = axis, arrays: list[Array] = arrays) -> Array:
             return np.concatenate([arrays[i] for i in order], axis)
 
         yield Form(compute, {"order": tuple(range(len(arrays)))}, changes)
+
+
+def _parts(arrays: list[Array], output: Array, axis: int) -> list[Array]:
+    """The parts of a concatenation in order; none if an input is not among them.
+
+    What no input gives, such as a class token, is a part too.
+    """
+    whole = np.moveaxis(output, axis, 0)
+    waiting = [np.moveaxis(array, axis, 0) for array in arrays if array.ndim == output.ndim]
+    parts: list[Array] = []
+    start = position = 0
+    while position < len(whole):
+        here = (k for k, a in enumerate(waiting) if np.array_equal(whole[position : position + len(a)], a))
+        found = next(here, None)
+        if found is None:
+            position += 1
+            continue
+        parts += [whole[start:position]] if start < position else []
+        parts.append(waiting.pop(found))
+        start = position = position + len(parts[-1])
+    parts += [whole[start:]] if start < len(whole) else []
+    return [] if waiting else [np.moveaxis(part, 0, axis) for part in parts]

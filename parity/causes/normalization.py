@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,14 @@ def normalize(
     if weight is not None:
         y = y * (weight + plus_one)
     return np.asarray(y if bias is None else y + bias)
+
+
+def rounded(form: Form, rounding: Callable[[Array], Array]) -> Statistics:
+    """The statistics of a form without groups, their variance made in a lower precision."""
+    x, axes = form.knobs["x"], form.knobs["axes"]
+    mean = x.mean(axes, keepdims=True)
+    squares = rounding(np.square(rounding(x - mean)))
+    return Statistics(mean, rounding(squares.mean(axes, keepdims=True)))
 
 
 def forms(departure: Departure) -> Iterator[Form]:

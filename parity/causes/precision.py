@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from parity.causes import Cause, Departure
+from parity.causes import Cause, Departure, normalization
 from parity.causes.stage import Form
 from parity.trace import Array
 
@@ -28,9 +28,9 @@ ROUNDINGS: dict[str, Callable[[Array], Array]] = {
     "TF32": lambda array: _fraction(array, 10),
     "bfloat16": lambda array: _fraction(array, 7),
 }
-_IDS = {"float32": "float32-cast", "float16": "float16-cast", "TF32": "tf32", "bfloat16": "bfloat16-cast"}
+IDS = {"float32": "float32-cast", "float16": "float16-cast", "TF32": "tf32", "bfloat16": "bfloat16-cast"}
+SHARE = 0.2  # a rounding explains a departure if at most this share of its root mean square is left
 _CANCELED = 16 * 2.0**-24  # of the mean square: what the difference of mean square and squared mean loses
-_SHARE = 0.2  # a rounding explains a departure if at most this share of its root mean square is left
 
 
 def rounded_to(departure: Departure, native: Array, form: Form | None) -> Cause | None:
@@ -39,9 +39,10 @@ def rounded_to(departure: Departure, native: Array, form: Form | None) -> Cause 
     Its numbers are compared, not its code: sums in another order differ by their own rounding, and a number
     in the middle falls to either side, so the root mean square of the error counts.
     """
+    recorded = {name for value in departure.segment for name in value.attributes.get("rounded", ())}
     view = form.view if form is not None else np.asarray
     truth, theirs = view(departure.output), view(native)
-    before = _size(theirs - truth)
+    before = size(theirs - truth)
     if not np.isfinite(before) or before == 0:
         return None
     here = departure.candidate.where or departure.candidate.name
@@ -66,6 +67,8 @@ def rounded_to(departure: Departure, native: Array, form: Form | None) -> Cause 
             places["its input"] = form.result({k: v for k, v in arrays.items() if k == "x"})
             if weights and "x" in arrays:
                 places["its weights"] = form.result(weights)
+            if "fixed" in form.knobs and form.knobs["fixed"] is None and form.knobs["groups"] is None:
+                places["its variance"] = form.result({"fixed": normalization.rounded(form, rounding)})
             places["its operands"] = form.result(products)
             places["its operands and its output"] = rounding(places["its operands"])
             if form.knobs.get("bias") is not None:
@@ -73,19 +76,21 @@ def rounded_to(departure: Departure, native: Array, form: Form | None) -> Cause 
                 bias = rounding(places["its operands"] - product)
                 places["its operands, its product and its output"] = rounding(rounding(product) + bias)
         for place, result in places.items():
-            if result.shape == truth.shape and (name != "TF32" or "output" not in place):
-                tried.append((_size(theirs - result), name, place))
+            # A unit of TF32 rounds all that it multiplies, and nothing else, unless the code says so.
+            single = "TF32" in recorded and "output" not in place
+            if result.shape == truth.shape and (name != "TF32" or place == "its operands" or single):
+                tried.append((size(theirs - result), name, place))
     coarse = _grid_of(theirs, truth)
     if coarse:
-        # All its numbers lie on the coarse grid: that is certain, and the rest only where else it rounds.
+        # All its numbers are on the coarse grid: the precision is certain, only the places are open.
         tried = [t for t in tried if t[1] == coarse and t[2] != "its operands"]
     else:
         # The fractions of both are alike; a product of float16 gives float16.
         tried = [t for t in tried if t[1] != "float16" or t[2] != "its operands"]
     if not tried:
         return None
-    left, name, place = min(tried, key=lambda t: t[0])
-    if not left <= (1.0 if coarse else _SHARE) * before:
+    left, name, place = min(tried, key=lambda t: (t[0], t[1] not in recorded))  # both have 10 bits
+    if not left <= (1.0 if coarse else SHARE) * before:
         return None
     write = (
         'jax.default_matmul_precision("highest")'
@@ -93,7 +98,7 @@ def rounded_to(departure: Departure, native: Array, form: Form | None) -> Cause 
         else f"the reference's precision, not {name}"
     )
     sentence = f"{here} rounds {place} to {name}, the reference does not: write {write}"
-    return Cause(_IDS[name], sentence, left)
+    return Cause(IDS[name], sentence, left)
 
 
 def _variance_canceled(theirs: Array, form: Form, before: float) -> bool:
@@ -113,8 +118,8 @@ def _variance_canceled(theirs: Array, form: Form, before: float) -> bool:
             axes, keepdims=True
         )
         lost = np.abs(1 / np.square(inverse) - knobs["eps"] - x.var(axes, keepdims=True))
-        left = _size(theirs - (scaled * inverse + shift))
-    return bool(left <= _SHARE * before and (lost <= _CANCELED * square).all())
+        left = size(theirs - (scaled * inverse + shift))
+    return bool(left <= SHARE * before and (lost <= _CANCELED * square).all())
 
 
 def _grid_of(theirs: Array, truth: Array) -> str:
@@ -130,6 +135,7 @@ def _grid_of(theirs: Array, truth: Array) -> str:
     return ""
 
 
-def _size(array: Array) -> float:
+def size(array: Array) -> float:
+    """The root mean square."""
     with np.errstate(all="ignore"):
         return float(np.sqrt(np.mean(np.square(array))))

@@ -77,6 +77,41 @@ def recur(
     return np.stack(states[::-1] if reverse else states)
 
 
+def stopped_gradients(form: Form, dy: Array) -> Iterator[tuple[str, Array]]:
+    """Input gradients of an LSTM of one layer of which each step takes the last state for a constant.
+
+    Args:
+        dy: the gradient of the output, in the layout of the reference.
+
+    Yields:
+        The state, and the gradient in the layout of the reference.
+    """
+    knobs = form.knobs
+    if knobs["kind"] != "lstm" or len(knobs["layers"]) != 1 or dy.ndim != 3:
+        return
+    w_x, w_h, b_x, b_h = knobs["layers"][0]
+    h, c, gate = knobs["h"][0], knobs["c"][0], FUNCTIONS["sigmoid"]
+    steps = []
+    for x in knobs["x"]:
+        a = x @ w_x.T + h @ w_h.T + sum(b for b in (b_x, b_h) if b is not None)
+        i, f, g, o = np.split(a, 4, axis=1)
+        i, f, g, o, last = gate(i), gate(f), np.tanh(g), gate(o), c
+        c = f * c + i * g
+        h = o * np.tanh(c)
+        steps.append((i, f, g, o, last, np.tanh(c)))
+    for words, keep_h, keep_c in (("hidden state", 0, 1), ("cell state", 1, 0), ("state", 0, 0)):
+        dh = dc = np.zeros(h.shape)
+        dx = []
+        for (i, f, g, o, last, squashed), d in zip(steps[::-1], form.view(dy)[::-1], strict=True):
+            dh = d + dh
+            dc = dc + dh * o * (1 - squashed**2)
+            parts = dc * g * i * (1 - i), dc * last * f * (1 - f), dc * i * (1 - g**2)
+            da = np.concatenate([*parts, dh * squashed * o * (1 - o)], 1)
+            dx.append(da @ w_x)
+            dh, dc = keep_h * (da @ w_h), keep_c * dc * f
+        yield words, form.view(np.stack(dx[::-1]))
+
+
 def forms(departure: Departure) -> Iterator[Form]:
     """The layers of PyTorch in one direction, time first or batch first; a cell is a sequence of length 1."""
     name = departure.reference.operation.lower()

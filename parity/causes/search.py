@@ -119,7 +119,7 @@ def _search(departure: Departure, form: Form) -> Cause | None:
     for target in _targets(departure, form):
         if distance(form.result(), target) <= limit:
             return None
-        singles = [*form.changes(target), *_of_inputs(form)]
+        singles = [*form.changes(target), *_of_inputs(departure, form)]
         found = _best(departure, form, target, limit, [(change,) for change in singles])
         found = found or _best(departure, form, target, limit, _pairs(singles))
         if found is not None:
@@ -157,7 +157,10 @@ def _best(
     if best is None:
         return None
     parts = [f"{change.does}, the reference {change.reference}: write {change.write}" for change in best[1]]
-    return Cause(best[1][0].id, f"{_place(departure)} {'; and it '.join(parts)}", best[0])
+    place = best[1][0].place
+    lines = (value.where for value in departure.segment if value.where) if place else ()
+    where = next(iter(lines), _place(departure))
+    return Cause(best[1][0].id, f"{where} {'; and it '.join(parts)}", best[0], place)
 
 
 def _error(form: Form, knobs: dict[str, object], target: Array, limit: float) -> float:
@@ -173,7 +176,7 @@ def _error(form: Form, knobs: dict[str, object], target: Array, limit: float) ->
     return distance(form.result(knobs), target)
 
 
-def _of_inputs(form: Form) -> Iterator[Change]:
+def _of_inputs(departure: Departure, form: Form) -> Iterator[Change]:
     """Changes of what any operation reads: its bias, its input."""
     bias = form.knobs.get("bias")
     if bias is not None:
@@ -184,8 +187,8 @@ def _of_inputs(form: Form) -> Iterator[Change]:
     if x is None or "function" in form.knobs:
         return
     for name in ("relu", "gelu", "gelu-tanh", "silu", "tanh", "sigmoid", "relu6", "leaky_relu", "elu"):
-        does, write = f"applies {name} before this operation", f"{name} where the reference has it"
-        yield Change("norm-activation-order", does, "does not", write, {"x": activation.apply(x, name)})
+        does, knobs = f"applies {name} before this operation", {"x": activation.apply(x, name)}
+        yield linear.extra_activation(departure, name, does, x, knobs)
     if x.ndim > 1:
         does, write = "reads the channels in reverse order", "the channels in their order (RGB, not BGR)"
         yield Change("channels-reversed", does, "does not", write, {"x": np.flip(x, 1)})
@@ -198,7 +201,7 @@ def _of_inputs(form: Form) -> Iterator[Change]:
 
 
 def _general(departure: Departure) -> Cause | None:
-    """What needs no knowledge of the operation: a simple function of the reference's result."""
+    """Try simple functions of the reference's result, whatever the operation."""
     if departure.result.shape != departure.candidate_result.shape:
         return None
     return _first_fit(departure, _functions_of_result(departure))
@@ -246,7 +249,7 @@ def _functions_of_result(departure: Departure) -> Iterator[tuple[str, Array, str
             words = f"has another order along axis {axis}: its index 1 is the reference's {order[1]}"
             flipped = (order == np.arange(len(order))[::-1]).all()
             yield (
-                "output-flipped" if flipped else "groups" if axis == 1 else "order",
+                "output-flipped" if flipped else "groups" if axis == 1 and truth.ndim > 3 else "order",
                 truth.take(order, axis),
                 words,
             )
@@ -295,7 +298,7 @@ def _simple(value: float) -> float:
 
 
 def _meaning(factor: float, departure: Departure) -> str:
-    """What a factor is, in sizes of the arrays."""
+    """Explain a factor by sizes of arrays."""
     for array in (*departure.inputs.values(), departure.output):
         if not array.ndim:
             continue

@@ -24,6 +24,7 @@ class Change:
         reference: what the reference does: "1e-05".
         write: what to write in the candidate: "epsilon=1e-05".
         knobs: the changed knobs.
+        place: the name of the value at which the models differ, where that is an operand.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Change:
     reference: str
     write: str
     knobs: Mapping[str, Any]
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def candidate_word(departure: Departure, *names: str) -> str:
 
 
 def epsilon_word(departure: Departure) -> str:
-    """The candidate's name of epsilon; unknown, it is the one that the reference does not have."""
+    """The candidate's name of epsilon; if unknown, the name that the reference does not use."""
     other = "epsilon" if "eps" in departure.reference.attributes else "eps"
     return candidate_word(departure, other, "epsilon", "eps")
 
@@ -183,7 +185,7 @@ def per_axis(value: Any, rank: int) -> tuple[int, ...]:
 
 
 def same_padding(shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int]) -> Padding:
-    """TensorFlow's and JAX's "SAME": the odd one behind."""
+    """TensorFlow's and JAX's "SAME": the odd one last."""
     totals = [max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in zip(shape, kernel, stride, strict=True)]
     return tuple((total // 2, total - total // 2) for total in totals)
 

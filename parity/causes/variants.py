@@ -21,7 +21,7 @@ _EXTRA = ("relu", "gelu", "silu", "tanh", "sigmoid")
 
 @dataclass(frozen=True)
 class Variant:
-    """What the candidate may have in the place of a value.
+    """A possible replacement of a value in the candidate.
 
     Attributes:
         id: see `Cause`.
@@ -36,33 +36,83 @@ class Variant:
     place: str = ""
 
 
-def variants(departure: Departure, trace: Trace, target: Array | None) -> Iterator[Variant]:
-    """Variants of `departure.reference`, a value of the reference's run `trace`.
+def own_variants(departure: Departure, trace: Trace, target: Array | None) -> Iterator[Variant]:
+    """Variants of `departure.reference`, a value of the reference's run `trace`, on what it reads.
 
     `target` is the candidate's, for the value in which the stage ends.
     """
-    value = departure.reference
     by_name = {one.name: one for one in trace.values}
-    form = None if value.is_module and not departure.inputs else known_form(departure)
+    form = _form(departure)
+    yield from _masked_softmax(departure, by_name, target)
+    yield from _scaled_before_product(departure, trace, by_name)
     if form is not None:
         for change in form.changes(form.view(departure.output)):
             array = _in_reference_layout(form, form.result(change.knobs), departure.output)
             if array is not None:
                 sentence = f"{change.does}, the reference {change.reference}: write {change.write}"
                 yield Variant(change.id, array, sentence)
-        yield from _other_operands(departure, form, trace, by_name)
-    yield from _masked_softmax(departure, by_name, target)
-    yield from _scaled_before_product(departure, trace, by_name)
+
+
+def _form(departure: Departure) -> Form | None:
+    return None if departure.reference.is_module and not departure.inputs else known_form(departure)
+
+
+def other_variants(departure: Departure, trace: Trace, target: Array | None) -> Iterator[Variant]:
+    """The operation on other values of the run, and an activation behind it; see `own_variants`."""
+    value, form = departure.reference, _form(departure)
+    if form is not None:
+        yield from _other_operands(departure, form, trace, {one.name: one for one in trace.values})
     for name in _EXTRA:
         array = activation.apply(departure.output, name)
         sentence = f"applies {name} to what is {value.name} in the reference: move or remove it"
         yield Variant("norm-activation-order", array, sentence)
 
 
-def exchanges(segment: Sequence[Value], trace: Trace) -> Iterator[tuple[dict[str, Array], Variant]]:
-    """Two values that a segment has or reads, exchanged: what to replace, and the words.
+def exchanged_parameters(
+    departures: Sequence[Departure],
+) -> Iterator[tuple[dict[str, Array], Variant]]:
+    """Two operations, neither of which reads the other, with a parameter of each other.
 
-    `array` of the variant is that of neither: the rest of the segment is to be computed.
+    What to replace, and the words; the place is the parameter of the first.
+    """
+    forms = [(departure, _form(departure)) for departure in departures if departure.parameters]
+    for (one, first), (two, second) in itertools.combinations(forms, 2):
+        if first is None or second is None:
+            continue
+        for knob in ("weight", "bias"):
+            a, b = first.knobs.get(knob), second.knobs.get(knob)
+            if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)) or a.shape != b.shape:
+                continue
+            arrays = (
+                _in_reference_layout(first, first.result({knob: b}), one.output),
+                _in_reference_layout(second, second.result({knob: a}), two.output),
+            )
+            names = [next((p for p in d.parameters if p.endswith(f".{knob}")), "") for d in (one, two)]
+            if arrays[0] is not None and arrays[1] is not None and all(names) and not np.array_equal(a, b):
+                words = f"reads {names[1]} for {names[0]} and the reverse: exchange them"
+                replaced = {one.reference.name: arrays[0], two.reference.name: arrays[1]}
+                yield replaced, Variant("weights-swapped", arrays[0], words, names[0])
+
+
+def applied_before(moved: Departure, departure: Departure) -> Iterator[Variant]:
+    """An operation that the reference has elsewhere, applied to what another one reads."""
+    form, other = _form(departure), _form(moved)
+    x = next(iter(departure.inputs.values()), None)
+    if form is None or other is None or x is None or "x" not in form.knobs or x.shape != moved.output.shape:
+        return
+    result = _in_reference_layout(other, other.result({"x": _view(other, x)}), moved.output)
+    array = None if result is None else form.result({"x": _view(form, result)})
+    array = None if array is None else _in_reference_layout(form, array, departure.output)
+    if array is not None:
+        one, two = moved.reference.name, departure.reference.name
+        id_ = "norm-activation-order" if family(moved.reference.operation) == "normalization" else "order"
+        yield Variant(id_, array, f"applies {one} before {two}: write it where it belongs")
+
+
+def exchanges(segment: Sequence[Value], trace: Trace) -> Iterator[tuple[dict[str, Array], Variant]]:
+    """Two values that a segment has or reads, exchanged: the replacements and the variant.
+
+    Ignore the variant's `array`: the rest of the segment must still be computed.
     """
     by_name = {value.name: value for value in trace.values}
     names = dict.fromkeys(name for value in segment for name in value.inputs if name in by_name)
@@ -77,6 +127,42 @@ def exchanges(segment: Sequence[Value], trace: Trace) -> Iterator[tuple[dict[str
         id_ = "concat-order" if "cat" in both.operation else id_
         words = f"exchanges {a.name} and {b.name}: write each in the other's place"
         yield {a.name: b.value, b.name: a.value}, Variant(id_, a.value, words, both.name)
+
+
+def fused_orders(segment: Sequence[Value], trace: Trace) -> Iterator[tuple[dict[str, Array], Variant]]:
+    """Queries, keys and values of one product, whose features are split in another order.
+
+    What to replace, and the words; the place is the first of the three.
+    """
+    by_name = {value.name: value for value in trace.values}
+    inside = {value.name for value in segment}
+    groups: dict[tuple[tuple[str, ...], tuple[int, ...]], list[Value]] = {}
+    for value in trace.values:
+        product = by_name.get(value.inputs[0]) if len(value.inputs) == 1 else None
+        if (
+            product is not None
+            and family(product.operation) == "product"
+            and family(value.operation) == "order"
+        ):
+            groups.setdefault((product.inputs, value.value.shape), []).append(value)
+    for three in groups.values():
+        products = [by_name[value.inputs[0]] for value in three]
+        if len(three) != 3 or len({p.name for p in products}) != 3 or three[0].value.ndim < 4:
+            continue
+        if not inside & {value.name for value in three}:
+            continue
+        whole = np.concatenate([value.value for value in products], -1)
+        *batch, count, size = three[0].value.shape
+        if list(products[0].value.shape) != [*batch, count * size]:
+            continue
+        sides, names = (3, count, size), ("query, key, value", "head", "feature")
+        for order in list(itertools.permutations(range(3)))[1:]:
+            parts = whole.reshape(*batch, *(sides[axis] for axis in order))
+            parts = np.moveaxis(parts, [len(batch) + order.index(axis) for axis in range(3)], [0, -2, -1])
+            own = "; ".join(names)
+            words = f"splits the product as ({'; '.join(names[axis] for axis in order)}): write ({own})"
+            replaced = {value.name: part for value, part in zip(three, parts, strict=True)}
+            yield replaced, Variant("flatten-order", parts[0], words, three[0].name)
 
 
 def swapped(before: Departure, behind: Departure) -> Iterator[Variant]:
@@ -181,11 +267,12 @@ def _view(form: Form, array: Array) -> Array:
 
 
 def _candidates(value: Value, own: str, trace: Trace) -> list[Value]:
-    """Values that were there before `value`, the nearest first."""
+    """Values and inputs that were there before `value`, the nearest first."""
     names = [one.name for one in trace.values]
     end = names.index(value.name)
     shape = next((one.value.shape for one in trace.values if one.name == own), None)
-    before = [one for one in trace.values[:end] if one.name != own]
+    inputs = [Value(name, "input", array) for name, array in trace.inputs.items()]
+    before = [one for one in (*inputs, *trace.values[:end]) if one.name != own]
     before = [one for one in before if shape is None or one.value.shape == shape]
     return before[::-1][:_OPERANDS]
 

@@ -672,7 +672,8 @@ class Small(nn.Module):
         x = self._norm_of_constants(x) if self.fault == "batch-statistics-constant" else self.bn(x)
         x = StraightThrough.apply(x) if self.fault == "wrong-custom-derivative" else F.relu(x)
         x = (x.detach() if self.fault == "stop-gradient" else x).mean((2, 3))
-        return self.fc(x)
+        gate = torch.sigmoid(x)
+        return self.fc(x * (gate.detach() if self.fault == "stop-gradient of a gate" else gate))
 
     def _norm_of_constants(self, x):
         mean, var, unbiased = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False), x.var((0, 2, 3))
@@ -709,6 +710,22 @@ class StoppedReLU(numpy_layers.ReLU):
         return np.zeros_like(dy)
 
 
+class Gate(numpy_layers.Layer):
+    """x * sigmoid(x)."""
+
+    def __init__(self) -> None:
+        self.sigmoid = numpy_layers.Sigmoid()
+
+    def forward(self, x, train=False):
+        gate = self.sigmoid.forward(x, train)
+        self.save_for_backward(x, gate)
+        return x * gate
+
+    def backward(self, dy):
+        x, gate = self.saved
+        return dy * gate + self.sigmoid.backward(dy * x)
+
+
 NUMPY_FAULTS: dict[str, dict[str, type[numpy_layers.Layer]]] = {
     "batch-statistics-constant": {"norm": ConstantStatistics},
     "wrong-custom-derivative": {"relu": StraightReLU},
@@ -719,16 +736,18 @@ NUMPY_FAULTS: dict[str, dict[str, type[numpy_layers.Layer]]] = {
 def numpy_port(module: Small, norm: Any = numpy_layers.BatchNorm, relu: Any = numpy_layers.ReLU) -> Model:
     conv = numpy_layers.Conv2d(3, 4, 3, bias=True, rng=None)
     head = numpy_layers.Linear(4, 5, rng=None)
-    port = numpy_layers.Sequential(conv, norm(4), relu(), numpy_layers.GlobalAvgPool2d(), head)
-    own = {"0": "conv", "1": "bn", "4": "fc"}
+    port = numpy_layers.Sequential(conv, norm(4), relu(), numpy_layers.GlobalAvgPool2d(), Gate(), head)
+    own = {"0": "conv", "1": "bn", "5": "fc"}
     state = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
     names = {name: ".".join([own[name[0]], name[2:]]) for name in numpy_ref.state_dict(port)}
     numpy_ref.load_state_dict(port, {name: state[theirs] for name, theirs in names.items()})
     return numpy_model(port, train=True)
 
 
-@pytest.mark.parametrize("fault", ["", *NUMPY_FAULTS])
-@pytest.mark.parametrize("adapter", ["torch", "numpy"])
+CASES = [(adapter, fault) for adapter in ("torch", "numpy") for fault in ("", *NUMPY_FAULTS)]
+
+
+@pytest.mark.parametrize(("adapter", "fault"), [*CASES, ("torch", "stop-gradient of a gate")])
 def test_a_fault_of_the_backward_pass_alone_is_placed(adapter: str, fault: str) -> None:
     """Those of JAX, Linen and NNX are in the labeled set."""
     torch.manual_seed(0)
@@ -746,8 +765,8 @@ def test_a_fault_of_the_backward_pass_alone_is_placed(adapter: str, fault: str) 
         return
     places = {"batch-statistics-constant": "bn", "wrong-custom-derivative": "relu", "stop-gradient": "relu"}
     assert first is not None
-    assert (first.what, first.cause_id) == ("input gradient", fault)
-    assert first.reference == places[fault] or fault == "stop-gradient"
+    assert (first.what, first.cause_id) == ("input gradient", fault.removesuffix(" of a gate"))
+    assert first.reference == places.get(fault, "sigmoid") or fault == "stop-gradient"
     assert first.where.startswith("test_parity_package_adapters.py:")
 
 

@@ -209,7 +209,8 @@ class Verdict(Runs):
         """The first paired stage that reads a value, an input or a parameter."""
         module = name.rpartition(".")[0]
         for stage in stages:
-            if name in self.twin.state and stage.value.is_module and stage.value.module == module:
+            of_module = stage.value.module == module and (stage.value.is_module or not module)
+            if name in self.twin.state and of_module:
                 return stage  # its running statistics
             if name in self._read(stage):
                 return stage

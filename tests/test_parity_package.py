@@ -386,7 +386,7 @@ def test_what_is_no_model_is_refused(models: Callable[[], tuple[Any, Any]], word
 
 def test_a_single_module_is_a_model() -> None:
     """Its running statistics have no module's name before theirs."""
-    models = (parity.torch_model(torch.nn.BatchNorm2d(3, momentum=momentum)) for momentum in (0.1, 0.9))
-    first = parity.compare(*models, X).first_difference
+    left, right = (parity.torch_model(torch.nn.BatchNorm2d(3, momentum=share)) for share in (0.1, 0.9))
+    first = parity.compare(left, right, X).first_difference
     assert first is not None
     assert (first.reference, first.cause_id) == ("running_mean", "momentum-convention")

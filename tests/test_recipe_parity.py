@@ -76,6 +76,7 @@ class MadeData:
         return [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
 
 
+@pytest.mark.slow
 def test_steps_of_the_recipe_in_a_thin_network(monkeypatch):
     """Its optimizer, batch and network, but three blocks of a quarter of the width, and smaller images."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

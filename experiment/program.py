@@ -25,7 +25,7 @@ def command(name: str) -> str:
     They are `python train.py` and `python -m experiment NAME`, or `threeway-resnet NAME` if that was typed.
     Training is `python -m experiment train` if that was typed, or if there is no train.py.
 
-    Example:
+    Examples:
         >>> command("report")
         'python -m experiment report'
     """

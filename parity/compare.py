@@ -71,7 +71,7 @@ def compare(
     Raises:
         ParityError: the two cannot be compared; the message says why and what to do.
 
-    Example:
+    Examples:
         >>> models = parity.torch_model(module), parity.nnx_model(port)
         >>> report = parity.compare(*models, x, x.transpose(0, 2, 3, 1))  # NCHW and NHWC
         >>> print(report)

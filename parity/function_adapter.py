@@ -70,7 +70,7 @@ def function_model(f: Callable[..., Any]) -> Model:
             a tuple, list, dictionary or dataclass of arrays (of NumPy, JAX or PyTorch). It gets float32, or
             float64 for its twin, and should compute in the precision of what it gets.
 
-    Example:
+    Examples:
         >>> parity.function_model(lambda x: np.tanh(x) @ w)
     """
     return FunctionModel(f)

@@ -168,7 +168,7 @@ def jax_model(f: Callable[..., Any], params: Tree, state: Tree = None) -> Model:
         params: a tree of arrays, differentiated.
         state: a tree of arrays, such as running statistics.
 
-    Example:
+    Examples:
         >>> parity.jax_model(lambda params, x: x @ params["w"], {"w": np.ones((3, 2), np.float32)})
     """
     leaves, structure = _flat(params)

@@ -300,7 +300,7 @@ def numpy_model(layer: Any, *, train: bool = False) -> Model:
     Raises:
         ParityError: if the layer has none of these methods; from `Model.run`, if it does not run.
 
-    Example:
+    Examples:
         >>> parity.numpy_model(numpy_ref.resnet20(10, rng=np.random.default_rng(0)), train=True)
     """
     if not _is_layer(layer) or not callable(getattr(layer, "parameters", None)):

@@ -198,7 +198,7 @@ def compare_optimizers(
     Raises:
         ParityError: an optimizer is of another kind, or does not run.
 
-    Example:
+    Examples:
         >>> report = compare_optimizers(lambda p: torch.optim.RMSprop(p, 1e-3), optax.rmsprop(1e-3, 0.99))
         >>> print(report.first_difference.cause)
         The candidate adds eps inside the root, sqrt(v + eps), the reference adds eps beside the root,

@@ -28,7 +28,7 @@ def compare_tensors(
     Returns:
         A report without stages: its `tensors` in the reference's order, its `first_difference`.
 
-    Example:
+    Examples:
         >>> ours, theirs = {"logits": np.ones(3)}, {"logits": np.array([1, 1, 1.5])}
         >>> print(parity.compare_tensors(ours, theirs, 1e-6).first_difference.distance)
         off by 5.0e-01 of its largest magnitude, allowed 1.0e-06, most at [2]

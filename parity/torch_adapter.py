@@ -212,7 +212,7 @@ def torch_model(module: torch.nn.Module, *, train: bool | None = None) -> Model:
         ParityError: it is no module; or, from `Model.run`, it cannot be copied, does not run, draws random
             numbers, or uses `torch.utils.checkpoint`.
 
-    Example:
+    Examples:
         >>> parity.torch_model(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()))
     """
     if not isinstance(module, torch.nn.Module):

@@ -112,7 +112,7 @@ def compare_training(
     Raises:
         ParityError: there are no batches, a step returns no mapping, or nothing can be matched.
 
-    Example:
+    Examples:
         >>> def torch_step(batch):
         ...     loss = criterion(model(batch["x"]), batch["y"])
         ...     optimizer.zero_grad(); loss.backward(); optimizer.step()

@@ -157,3 +157,9 @@ def test_equations_are_drawn_and_code_is_left_alone(site: Path, pages: dict[Path
     assert not re.search(r"[$\\]", pages[site / "adabound.html"].text.partition("__config")[0])
     blocks = (ROOT / "docs" / "tour.md").read_text("utf-8").count("\n```python\n")
     assert (site / "tour.html").read_text("utf-8").count('class="language-python highlight"') == blocks
+
+
+def test_examples_of_docstrings_are_code(site: Path) -> None:
+    """In a section that is not named `Examples:`, `>>>` becomes a quotation."""
+    for page in (site / "api").glob("*.html"):
+        assert "<blockquote>" not in page.read_text("utf-8"), page.name

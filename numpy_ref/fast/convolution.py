@@ -37,7 +37,7 @@ def choose_algorithm(
       cautious limit: at 4x4, 0.69 of the products inside, it took 0.7 to 0.8.
     - `Im2col` for all else.
 
-    Example:
+    Examples:
         >>> choose_algorithm((16, 32, 32, 64), (3, 3, 64, 64), (1, 1), (1, 1)).__name__
         'Winograd'
     """

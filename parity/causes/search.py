@@ -50,7 +50,7 @@ def find_cause(departure: Departure) -> Cause | None:
     A change of the operation is tried only if the operation, as it is written here, gives the reference's
     own result. One change is preferred to two, a change of the operation to a mere factor.
 
-    Example:
+    Examples:
         >>> find_cause(departure).sentence
         'port.py:41 pads 0 before and 1 behind (SAME), the reference 1 and 1: write padding=((1, 1), (1, 1))'
     """

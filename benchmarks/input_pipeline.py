@@ -86,13 +86,13 @@ def appetite(config: Config, data: Data, seconds: float) -> tuple[float, float]:
     sources: tuple[Iterator[Any], ...] = (itertools.repeat(batch), pipeline)
     source = sources[0]
     batches = (next(source) for _ in itertools.count())
-    losses = (float(metrics["loss"]) for _, metrics in engine.train(engine.init(), batches))
-    next(losses)
+    norms = (float(metrics["grad_norm"]) for _, metrics in engine.train(engine.init(), batches))
+    next(norms)
     rates: tuple[list[float], list[float]] = ([], [])
     for turn in range(2 * max(1, round(seconds / 2))):
         source = sources[turn % 2]
-        next(losses)
-        rates[turn % 2].append(rate(losses, config.batch_size, 1.0))
+        next(norms)
+        rates[turn % 2].append(rate(norms, config.batch_size, 1.0))
     return statistics.median(rates[0]), statistics.median(rates[1])
 
 

@@ -241,7 +241,7 @@ def _departure(
     run: Callable[[Mapping[str, Array]], Trace],
     owners: Mapping[str, str],
 ) -> tuple[dict[str, Pair], Trace, dict[str, Pair]] | None:
-    """Find the first value that departs and its pair: the one behind which most values are the same again."""
+    """Find the first value that departs and its pair: that with which most later values are the same."""
     by_name = {value.name: value for value in reference.values}
     places = {value.name: place for place, value in enumerate(trace.values)}
     taken = {pair.candidate for pair in (*same.values(), *departed.values())}

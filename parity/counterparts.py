@@ -95,9 +95,9 @@ def find_choices(
     near = [fit for fit in near if fit[0] < _UNLIKE]
     kind = [fit for fit in fits if family(fit[1].operation) == family(value.operation)][:2]
     names = {fit[1].name for fit in kind}
-    behind = [fit for fit in fits if names & set(fit[1].inputs)][:2]  # the bias is added to a product
+    after = [fit for fit in fits if names & set(fit[1].inputs)][:2]  # the bias is added to a product
     reads = [fit for fit in fits if fit[1].name in readers]
-    ordered = (*reads, *behind[:1], *kind[:1], *near[:3], *behind[1:], *kind[1:])
+    ordered = (*reads, *after[:1], *kind[:1], *near[:3], *after[1:], *kind[1:])
     chosen = {fit[1].name: fit[1:] for fit in ordered}
     if chosen or len(sources) < 2:
         return list(chosen.values())

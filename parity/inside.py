@@ -126,13 +126,13 @@ def _variants(
     yield from fused_orders(ours, runs.twin)
     yield from exchanges(ours, runs.twin)
     for value in _read_early(runs, stage, ours):
-        for behind in ours:
-            for variant in applied_before(departure(value), departures[behind.name]):
-                yield {behind.name: variant.array}, replace(variant, place=behind.name)
-    for before, behind in pairwise(ours):
-        if behind.inputs == (before.name,):
-            for variant in swapped(departures[before.name], departures[behind.name]):
-                yield {behind.name: variant.array}, replace(variant, place=before.name)
+        for after in ours:
+            for variant in applied_before(departure(value), departures[after.name]):
+                yield {after.name: variant.array}, replace(variant, place=after.name)
+    for before, after in pairwise(ours):
+        if after.inputs == (before.name,):
+            for variant in swapped(departures[before.name], departures[after.name]):
+                yield {after.name: variant.array}, replace(variant, place=before.name)
     for kind in (own_variants, other_variants):  # of all values what is likely, then the rest
 
         def of(value: Value, kind: Kind = kind) -> Iterator[tuple[Value, Variant]]:

@@ -32,9 +32,10 @@ class Runs:
     pairs: Mapping[str, Pair]
 
     def departure(self, tensor: Tensor, stage: Stage, truth: Array, array: Array) -> Departure:
-        """What is known of a stage. Of a module its inputs are those of the whole module.
+        """The facts from which the cause of a stage's departure is found.
 
-        An output of a module that is called by its last operation is that of this operation alone.
+        The inputs of a module are those of the whole module. Where the module has the name of its last
+        operation, its output is treated as that operation's alone.
         """
         module = stage.value.module
         ours = segment(self.twin, stage.value.name, set(self.pairs))
@@ -83,7 +84,7 @@ class Runs:
             result_name=name,
             noise=tensor.allowed / tensor.factor,
             train=bool(stage.value.attributes.get("training", False)),
-            behind=tuple(
+            readers=tuple(
                 value.operation.lower() for value in self.twin.values if stage.value.name in value.inputs
             ),
         )

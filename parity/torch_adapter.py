@@ -49,18 +49,23 @@ class TorchModel(Model):
         parameters = {n: p for n, p in module.named_parameters() if p.is_floating_point()}
         first = next(iter(module.parameters()), None)
         device = torch.device("cpu") if first is None else first.device
-        with _as_found(device), torch.inference_mode(False), torch.enable_grad():
+        recorder = Recorder(
+            parameters,
+            float64=float64,
+            gradients=cotangents is not None,
+            replace={self._keys[name]: array for name, array in (replace or {}).items()},
+            replace_gradients=replace_gradients or {},
+            device=device,
+            stop=_forward.__code__,
+        )
+        with (
+            _as_found(device),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            contextlib.closing(recorder),
+        ):
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-            recorder = Recorder(
-                parameters,
-                float64=float64,
-                gradients=cotangents is not None,
-                replace={self._keys[name]: array for name, array in (replace or {}).items()},
-                replace_gradients=replace_gradients or {},
-                device=device,
-                stop=_forward.__code__,
-            )
             recorder.watch(module)
             args, kwargs = arguments(inputs, lambda value: _tensor(value, dtype, device))
             leaves = {n: t for n, t in named_arguments(args, kwargs).items() if isinstance(t, torch.Tensor)}
@@ -73,23 +78,21 @@ class TorchModel(Model):
             tensors = {n: t for n, t in named_leaves(output, "output") if isinstance(t, torch.Tensor)}
             outputs = {name: t for name, t in tensors.items() if t.is_floating_point()}
             gradients = _gradients(outputs, {**floats, **parameters}, cotangents)
-        order = {name: parameters[name] for name in [*recorder.used, *parameters]}
-        trace = Trace(
-            values=recorder.values(),
-            outputs={name: to_numpy(t) for name, t in outputs.items()},
-            output_values={
-                name: record.name if (record := recorder.record_of(t)) and record.key else ""
-                for name, t in outputs.items()
-            },
-            inputs={name: to_numpy(t) for name, t in floats.items()},
-            input_gradients={name: gradients[id(t)] for name, t in floats.items() if gradients},
-            parameters={name: to_numpy(p) for name, p in order.items()},
-            parameter_gradients={name: gradients[id(p)] for name, p in order.items() if gradients},
-            state={n: to_numpy(b) for n, b in module.named_buffers() if b.is_floating_point()},
-            state_before=before,
-        )
-        recorder.close()
-        return trace
+            order = {name: parameters[name] for name in [*recorder.used, *parameters]}
+            return Trace(
+                values=recorder.values(),
+                outputs={name: to_numpy(t) for name, t in outputs.items()},
+                output_values={
+                    name: record.name if (record := recorder.record_of(t)) and record.key else ""
+                    for name, t in outputs.items()
+                },
+                inputs={name: to_numpy(t) for name, t in floats.items()},
+                input_gradients={name: gradients[id(t)] for name, t in floats.items() if gradients},
+                parameters={name: to_numpy(p) for name, p in order.items()},
+                parameter_gradients={name: gradients[id(p)] for name, p in order.items() if gradients},
+                state={n: to_numpy(b) for n, b in module.named_buffers() if b.is_floating_point()},
+                state_before=before,
+            )
 
     def _copy(self, float64: bool) -> torch.nn.Module:
         """A copy of the user's module, in the mode and precision asked for."""
@@ -170,6 +173,7 @@ def _tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
         if array.dtype.kind not in "fiubc" and array.dtype.name != "bfloat16":
             return value
         array = array if array.dtype.name != "bfloat16" else array.astype(np.float32)
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
         tensor = torch.from_numpy(array).to(device)  # keeps the order of the axes in memory
     if tensor.is_floating_point():
         return tensor.to(dtype)

@@ -1,7 +1,7 @@
 """The trace of a model: the values that it computes, in order, and the gradients with respect to them.
 
 An adapter (`torch_model`, `jax_model`, ...) makes a `Model`. `Model.run` returns a `Trace` of plain NumPy
-arrays, so that nothing behind it depends on a framework.
+arrays, so that later code depends on no framework.
 """
 
 from __future__ import annotations

@@ -390,3 +390,8 @@ def test_a_single_module_is_a_model() -> None:
     first = parity.compare(left, right, X).first_difference
     assert first is not None
     assert (first.reference, first.cause_id) == ("running_mean", "momentum-convention")
+
+
+def test_inputs_in_any_memory_order_and_byte_order_are_taken() -> None:
+    for x in (X[:, :, ::-1], X.astype(">f4"), np.asfortranarray(X)):
+        assert parity.compare(reference(), reference(), x).agrees

@@ -70,8 +70,8 @@ def conv(x: Any = X, w: Any = W, b: Any = B, **options: Any) -> np.ndarray:
     return F.conv2d(tensor(x), tensor(w), None if b is None else tensor(b), **options).numpy()
 
 
-def padded(x: np.ndarray, before: int, behind: int, mode: str = "constant") -> np.ndarray:
-    widths = ((0, 0), (0, 0), (before, behind), (before, behind))
+def padded(x: np.ndarray, before: int, after: int, mode: str = "constant") -> np.ndarray:
+    widths = ((0, 0), (0, 0), (before, after), (before, after))
     return np.pad(x, widths, mode=mode)  # type: ignore[call-overload]
 
 
@@ -111,7 +111,7 @@ def test_sentence_gives_the_line_and_what_to_write() -> None:
     )
     assert cause is not None
     expected = (
-        "port.py:41 pads 0 before and 1 behind (SAME), the reference 1 and 1: write padding=((1, 1), (1, 1))"
+        "port.py:41 pads 0 before and 1 after (SAME), the reference 1 and 1: write padding=((1, 1), (1, 1))"
     )
     assert cause.sentence == expected
 
@@ -491,8 +491,8 @@ FAULTS: list[tuple[str, Departure]] = [
         "embedding-scale",
         dataclasses.replace(stage("mul", T, {}, 4 * T, T / 4, attributes={"other": 4}), inputs={"embed": T}),
     ),
-    ("activation", dataclasses.replace(of("add", X + 2 * gelu(X**2)), behind=("conv2d",))),
-    ("norm-activation-order", dataclasses.replace(of("add", X + 2 * gelu(X**2)), behind=("gelu",))),
+    ("activation", dataclasses.replace(of("add", X + 2 * gelu(X**2)), readers=("conv2d",))),
+    ("norm-activation-order", dataclasses.replace(of("add", X + 2 * gelu(X**2)), readers=("gelu",))),
 ]
 
 
@@ -501,7 +501,7 @@ def test_fault(id_: str, departure: Departure) -> None:
     cause = find_cause(departure)
     assert cause is not None
     assert cause.id == id_, cause.sentence
-    assert cause.place == ("x1" if departure.behind == ("conv2d",) else "")
+    assert cause.place == ("x1" if departure.readers == ("conv2d",) else "")
 
 
 def test_masks_that_are_added_or_hide_queries() -> None:

@@ -29,7 +29,7 @@ class Departure:
         result_name: its name in the reference ("fc.weight", "bn1.running_var").
         noise: relative error that two right evaluations can have; a variant fits if it is about as close.
         train: the reference normalizes with statistics of the batch.
-        behind: the operations that read the reference's output; None if that is unknown.
+        readers: the operations that read the reference's output; None if that is unknown.
     """
 
     what: str
@@ -47,7 +47,7 @@ class Departure:
     result_name: str
     noise: float
     train: bool
-    behind: tuple[str, ...] | None = None
+    readers: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def softmax_forms(departure: Departure) -> Iterator[Form]:
             sums = target.sum(axis, keepdims=True)
             if not log and ((sums > 0) & (sums < 1 + 1e-9)).all():
                 does, write = (
-                    "hides positions behind the softmax (sums below 1)",
+                    "hides positions after the softmax (sums below 1)",
                     "-inf for these scores before it",
                 )
                 yield Change("mask-after-softmax", does, "before it", write, {"sums": sums})

@@ -27,7 +27,7 @@ def causal(rows: int, columns: int, offset: int = 0, value: float = -np.inf) -> 
 
 
 def forms(departure: Departure) -> Iterator[Form]:
-    """`scaled_dot_product_attention`, heads before length as in PyTorch or behind it as in JAX."""
+    """`scaled_dot_product_attention`, heads before length as in PyTorch or after it as in JAX."""
     arrays = list(departure.inputs.values())
     if len(arrays) == 1:
         arrays *= 3
@@ -163,7 +163,7 @@ def softmax_variants(
     if hidden is None:
         return
     plain = softmax(scores, axis)
-    does = "sets weights to 0 behind the softmax, so that they no longer sum to 1: mask the scores with -inf"
+    does = "sets weights to 0 after the softmax, so that they no longer sum to 1: mask the scores with -inf"
     yield "mask-after-softmax", np.where(hidden, 0, plain), does
     does = (
         "hides what the mask shows, the reference the rest: write ~mask, or the arguments of where exchanged"

@@ -229,7 +229,7 @@ def _kernels(weight: Array, groups: int) -> Iterator[Change]:
 
 
 def _channels(x: Array, weight: Array, groups: int) -> Iterator[Change]:
-    """Channels in another order, before or behind a convolution in groups."""
+    """Channels in another order, before or after a convolution in groups."""
     if groups == 1:
         return
     for array, name, axis in ((x, "x", 1), (weight, "weight", 0)):

@@ -99,7 +99,7 @@ def contract(a: Array, b: Array, numbers: Sequence[Sequence[Sequence[int]]] | No
 
 
 def reshape_forms(departure: Departure) -> Iterator[Form]:
-    """A reshape or flatten: other orders of the axes before it or behind it."""
+    """A reshape or flatten: other orders of the axes before it or after it."""
     x, shape = first_input(departure), departure.output.shape
     if x is None or x.size != math.prod(shape) or x.ndim > 6:
         return
@@ -224,13 +224,13 @@ def binary_forms(departure: Departure) -> Iterator[Form]:
 def extra_activation(
     departure: Departure, function: str, does: str, operand: Array, knobs: dict[str, Array]
 ) -> Change:
-    """An activation of an operand: exchanged with this operation if the reference has it behind that.
+    """An activation of an operand: exchanged with this operation if the reference has it after it.
 
     Else it is one too many, at the operand.
     """
-    behind = departure.behind
-    if behind is None or any(name.startswith(function) for name in behind):
-        return Change("norm-activation-order", does, "does not", f"{function} behind it", knobs)
+    readers = departure.readers
+    if readers is None or any(name.startswith(function) for name in readers):
+        return Change("norm-activation-order", does, "does not", f"{function} after it", knobs)
     place = next((name for name, array in departure.inputs.items() if array is operand), "")
     return Change("activation", does, "does not", f"no {function} here", knobs, place)
 

@@ -40,7 +40,7 @@ def pool(
 
     Args:
         kind: "max", "avg" or "sum".
-        extra: further elements behind, for ceil mode; an average never counts them.
+        extra: further elements after the padding, for ceil mode; an average never counts them.
         counted: "all" (padding too) or "inside": what an average divides by.
         pad_value: what a maximum sees in the padding.
     """
@@ -57,7 +57,7 @@ def pool(
 
 
 def forms(departure: Departure) -> Iterator[Form]:
-    """The pooling with channels before or behind the pixels."""
+    """The pooling with channels before or after the pixels."""
     x, name = first_input(departure), departure.reference.operation.lower()
     if x is None:
         return

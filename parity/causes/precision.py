@@ -12,7 +12,7 @@ from parity.trace import Array
 
 
 def _fraction(array: Array, bits: int) -> Array:
-    """Round to nearest, ties to even, with that many bits behind the leading one; any exponent."""
+    """Round to nearest, ties to even, with that many bits after the leading one; any exponent."""
     mantissa, exponent = np.frexp(np.asarray(array, np.float64))
     return np.asarray(np.ldexp(np.round(np.ldexp(mantissa, bits + 1)), exponent - bits - 1))
 

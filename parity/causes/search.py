@@ -52,7 +52,7 @@ def find_cause(departure: Departure) -> Cause | None:
 
     Examples:
         >>> find_cause(departure).sentence
-        'port.py:41 pads 0 before and 1 behind (SAME), the reference 1 and 1: write padding=((1, 1), (1, 1))'
+        'port.py:41 pads 0 before and 1 after (SAME), the reference 1 and 1: write padding=((1, 1), (1, 1))'
     """
     if departure.what == "statistics":
         return _first_fit(departure, statistics.updates(departure)) or _general(departure)
@@ -275,7 +275,7 @@ def _order_along(truth: Array, theirs: Array, axis: int) -> Array | None:
 
 
 def _without_and_more(departure: Departure, truth: Array) -> Iterator[tuple[str, Array, str]]:
-    """The operation left out, or another one behind it."""
+    """The operation left out, or another one after it."""
     for name, x in departure.inputs.items():
         if x.shape == truth.shape:
             words = f"gives {name} as it is, the reference applies {departure.reference.operation}"

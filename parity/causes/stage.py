@@ -191,7 +191,7 @@ def same_padding(shape: Sequence[int], kernel: Sequence[int], stride: Sequence[i
 
 
 def paddings(value: Any, shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int]) -> Padding:
-    """(before, behind) for each axis from any framework's form; `kernel` is dilated already."""
+    """(before, after) for each axis from any framework's form; `kernel` is dilated already."""
     if isinstance(value, str):
         return same_padding(shape, kernel, stride) if value.upper() == "SAME" else ((0, 0),) * len(shape)
     if isinstance(value, Sequence) and value and isinstance(value[0], Sequence):
@@ -207,15 +207,15 @@ def padding_changes(
     every = [same]
     side = max(kernel)
     for before in range(1 - max(stride), side):
-        every += [((before, behind),) * len(shape) for behind in range(1 - max(stride), side)]
+        every += [((before, after),) * len(shape) for after in range(1 - max(stride), side)]
     here = ", ".join(f"{a} and {b}" for a, b in dict.fromkeys(base))
     for padding in dict.fromkeys(every):
         if padding == base:
             continue
-        before, behind = padding[0]
+        before, after = padding[0]
         yield Change(
             "same-padding" if padding == same else "padding",
-            f"pads {before} before and {behind} behind" + (" (SAME)" if padding == same else ""),
+            f"pads {before} before and {after} after" + (" (SAME)" if padding == same else ""),
             here,
             f"{candidate_word(departure, 'padding')}={base}",
             {"padding": padding},
@@ -225,8 +225,8 @@ def padding_changes(
 def pad(x: Array, padding: Padding, value: float = 0.0, mode: str = "constant") -> Array:
     """Pad the last axes; negative numbers cut."""
     lead = x.ndim - len(padding)
-    for axis, (before, behind) in enumerate(padding, lead):
-        end = x.shape[axis] + min(behind, 0)
+    for axis, (before, after) in enumerate(padding, lead):
+        end = x.shape[axis] + min(after, 0)
         x = x[(slice(None),) * axis + (slice(max(-before, 0), end),)]
     widths = [(0, 0)] * lead + [(max(a, 0), max(b, 0)) for a, b in padding]
     if mode == "constant":

@@ -58,7 +58,7 @@ def _form(departure: Departure) -> Form | None:
 
 
 def other_variants(departure: Departure, trace: Trace, target: Array | None) -> Iterator[Variant]:
-    """The operation on other values of the run, and an activation behind it; see `own_variants`."""
+    """The operation on other values of the run, and an activation after it; see `own_variants`."""
     value, form = departure.reference, _form(departure)
     if form is not None:
         yield from _other_operands(departure, form, trace, {one.name: one for one in trace.values})
@@ -165,19 +165,19 @@ def fused_orders(segment: Sequence[Value], trace: Trace) -> Iterator[tuple[dict[
             yield replaced, Variant("flatten-order", parts[0], words, three[0].name)
 
 
-def swapped(before: Departure, behind: Departure) -> Iterator[Variant]:
+def swapped(before: Departure, after: Departure) -> Iterator[Variant]:
     """The second of two operations first: norm(relu(x)) for relu(norm(x))."""
-    first, second = known_form(before), known_form(behind)
+    first, second = known_form(before), known_form(after)
     if first is None or second is None or not {"x"} <= set(first.knobs) & set(second.knobs):
         return
     x = next(iter(before.inputs.values()))
-    inner = second.result({"x": x}) if x.shape == behind.output.shape else np.empty(0)
+    inner = second.result({"x": x}) if x.shape == after.output.shape else np.empty(0)
     if inner.shape != x.shape:
         return
-    array = _in_reference_layout(first, first.result({"x": first.view(inner)}), behind.output)
+    array = _in_reference_layout(first, first.result({"x": first.view(inner)}), after.output)
     if array is not None:
-        one, two = before.reference.name, behind.reference.name
-        words = f"applies {two} before {one}, the reference behind it: exchange the two"
+        one, two = before.reference.name, after.reference.name
+        words = f"applies {two} before {one}, the reference after it: exchange the two"
         yield Variant("norm-activation-order", array, words)
 
 
@@ -309,7 +309,7 @@ def _scaled_before_product(
                 for start in range(0, scaled.shape[-1] - size + 1, size):
                     if np.array_equal(product.value[..., start : start + size], by_name[part].value):
                         words = (
-                            f"multiplies by {gate} before the product of {name}, the reference behind it: "
+                            f"multiplies by {gate} before the product of {name}, the reference after it: "
                             "write it there (reset_after=True)"
                         )
                         yield Variant("reset-gate-placement", scaled[..., start : start + size], words)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 CAUSES = {
     # Convolution and pooling
-    "same-padding": "SAME pads what is left over behind; the reference pads both sides alike",
+    "same-padding": "SAME puts the odd pixel of padding last; the reference pads both sides alike",
     "ceil-mode": "the number of windows is rounded down instead of up, or the reverse",
     "count-include-pad": "the average divides by the window's size with or without the padding",
     "pool-padding-value": "max pooling pads with 0 instead of minus infinity",

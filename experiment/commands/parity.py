@@ -85,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=command("parity"),
         description="Run one network in every implementation and compare what each of its stages gives: "
-        "NumPy, JAX, PyTorch where it is installed, and with --reference your own program.",
+        "NumPy, JAX, PyTorch where it is installed, and with --reference your own program. Given a FILE.py "
+        "that defines `reference`, `candidate` and `inputs`, compare these two models instead.",
         epilog="Exit status: 0 if all agree, 1 if a stage departs, 2 for a mistake in the arguments.",
     )
     add, add_path = parser.add_argument, parser.add_path

@@ -130,7 +130,7 @@ def digits(image_size: Size | None, resize: int | None = None, *, grayscale: boo
     A fifth, stratified by class and the same for every seed, is the test part.
 
     Raises:
-        UserError: `grayscale`: the images are gray.
+        UserError: `grayscale` is True: the images are gray already.
     """
     if grayscale:
         raise UserError(gray_already("digits"))

@@ -71,9 +71,9 @@ def other_variants(departure: Departure, trace: Trace, target: Array | None) -> 
 def exchanged_parameters(
     departures: Sequence[Departure],
 ) -> Iterator[tuple[dict[str, Array], Variant]]:
-    """Two operations, neither of which reads the other, with a parameter of each other.
+    """Two operations that exchanged a parameter: the replacements and the variant.
 
-    What to replace, and the words; the place is the parameter of the first.
+    Its place is the parameter of the first.
     """
     forms = [(departure, _form(departure)) for departure in departures if departure.parameters]
     for (one, first), (two, second) in itertools.combinations(forms, 2):
@@ -130,9 +130,9 @@ def exchanges(segment: Sequence[Value], trace: Trace) -> Iterator[tuple[dict[str
 
 
 def fused_orders(segment: Sequence[Value], trace: Trace) -> Iterator[tuple[dict[str, Array], Variant]]:
-    """Queries, keys and values of one product, whose features are split in another order.
+    """Queries, keys and values of one product, split in another order: the replacements and the variant.
 
-    What to replace, and the words; the place is the first of the three.
+    Its place is the first of the three.
     """
     by_name = {value.name: value for value in trace.values}
     inside = {value.name for value in segment}

@@ -31,7 +31,7 @@ Floats = npt.NDArray[np.float64]
 class PlainBlock(BasicBlock):
     """A block without its shortcut: y = relu(branch(x))."""
 
-    def forward(self, x: Array, train: bool = False) -> Array:
+    def forward(self, x: Array, train: bool = False, keep: Array | None = None) -> Array:
         """y = relu(branch(x))."""
         return self.relu.forward(self.branch().forward(x, train))
 

@@ -64,6 +64,10 @@ class Engine:
         remat: backward recomputes each residual block instead of saving its inner activations.
         chunk: the most steps that one call of a compiled function takes; None is what suits the back end.
         log_gradients: add the norm of each parameter's gradient to the metrics, as "grad_norm/NAME".
+        clip_grad_norm: scale the gradients so that their common norm is at most this; "grad_norm" and the
+            norms of `log_gradients` are those before. See `optimizers.clip_scale`.
+        ema_decay: maintain exponential moving averages of parameters and batch statistics, with this decay
+            per step; see `step.update_average`. `evaluate` uses the averages.
     """
 
     compiles = True  # the first step waits for XLA
@@ -87,9 +91,11 @@ class Engine:
         remat: bool = False,
         chunk: int | None = None,
         log_gradients: bool = False,
+        clip_grad_norm: float | None = None,
+        ema_decay: float | None = None,
     ) -> None:
-        self.learning_rate = learning_rate
-        self.optimizer = Optimizer(optimizer, dict(optimizer_options))
+        self.learning_rate, self.ema_decay = learning_rate, ema_decay
+        self.optimizer = Optimizer(optimizer, dict(optimizer_options), clip_grad_norm)
         self._x64 = precision == "float64"
         self._num_classes, self._seed = num_classes, seed
         self._build = partial(
@@ -121,7 +127,9 @@ class Engine:
             self.optimizer,
             gradient_fn=self.gradient_fn,
             log_gradients=log_gradients,
+            ema_decay=ema_decay,
         )
+        self.num_blocks: int = 0 if model == "cnn" else built.num_blocks
         self._initial: Parts | None = parts  # for the first `init` alone: steps donate its arrays
         self._placement = Placement()
         self._chunk = chunk or best_chunk()
@@ -137,7 +145,8 @@ class Engine:
         if self._chunk > 1:  # a GPU, or `chunk` is given
             return Chunked(self._step, self._placement, self._chunk)
         if blocks is not None:  # a single CPU device
-            return Blockwise(blocks, self.optimizer, self._placement, log_gradients=self.log_gradients)
+            options: Any = {"log_gradients": self.log_gradients, "ema_decay": self.ema_decay}
+            return Blockwise(blocks, self.optimizer, self._placement, **options)
         return self.whole()
 
     def whole(self) -> Whole:
@@ -177,12 +186,14 @@ class Engine:
             # Every optimizer begins at zero; optax would compile a function for each shape.
             template = self._opt_state_template(parts.params)
             opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
-            return self._make_state(parts.params, parts.batch_stats, opt_state, jnp.zeros((), jnp.int32))
+            params, batch_stats = parts.params, parts.batch_stats
+            ema = None if self.ema_decay is None else copied({"params": params, "batch_stats": batch_stats})
+            return self._make_state(params, batch_stats, opt_state, jnp.zeros((), jnp.int32), ema)
 
     def hold(self, images: np.ndarray, fill: Sequence[int]) -> None:
         """Copy images uint8 [M, H, W, C] to the devices; `train` then takes batches of their indices.
 
-        Such a batch is {"index": int32 [N], "label", "shift": int32 [N, 2], "flip": bool [N]}: see
+        Such a batch is {"index": int32 [N], "label", "shift": int32 [N, 2], "flip": bool [N], ...}: see
         `strategies.chunked.gather_images`. `fill` [C] pads an image that is shifted.
         """
         held: Any = self._placement.replicate({"images": images, "fill": np.asarray(fill, np.uint8)})
@@ -199,6 +210,8 @@ class Engine:
 
         Where `needs_state` is False for a step (steps count from 1), the next may be taken in the same call
         of a compiled function. Then None is yielded for its state. The division into calls changes no bit.
+
+        A batch may have "drop_path" [N, num_blocks], the factors of the residual branches.
 
         Raises ValueError, before the step, for labels [N] that are not integers in range(num_classes).
 
@@ -221,10 +234,13 @@ class Engine:
 
     def _checked(self, batch: Batch) -> Batch:
         check_labels(batch["label"], self._num_classes)
+        if "drop_path" in batch:
+            return {**batch, "drop_path": batch["drop_path"].astype(self.network.dtype)}
         return batch
 
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
-        """Yield the logits [N, num_classes] of each batch, with the running statistics.
+        """Yield the logits [N, num_classes] of each batch, with the running statistics; or with the averages,
+        where the engine maintains them.
 
         Batches may differ in size; smaller ones are padded to the size of the first, so that one compiled
         function serves all. Every process passes and receives whole batches, and computes its share.
@@ -237,7 +253,8 @@ class Engine:
             with self._precision():
                 image = np.pad(batch["image"], padding)
                 image = jax.make_array_from_process_local_data(self._placement.sharded, image, image.shape)
-                logits = self._eval_step(state.params, state.batch_stats, image)
+                weights = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
+                logits = self._eval_step(weights["params"], weights["batch_stats"], image)
                 yield np.asarray(logits)[:n]
 
     def first_nonfinite_step(self, state: TrainState) -> int | None:
@@ -252,26 +269,35 @@ class Engine:
         return int(process_allgather(np.int32(number)).max())
 
     def to_tree(self, state: TrainState) -> Tree:
-        """The state as {params, batch_stats, optimizer, step}: copies, in PyTorch's layout."""
+        """The state as {params, batch_stats, optimizer, step}: copies, in PyTorch's layout.
+
+        With `ema_decay` also "ema": {params, batch_stats}.
+        """
         moments = state_to_dict(state.opt_state)
-        tree = {"params": state.params, "batch_stats": state.batch_stats, "optimizer": moments}
+        tree: Tree = {"params": state.params, "batch_stats": state.batch_stats, "optimizer": moments}
+        if state.ema is not None:
+            tree["ema"] = state.ema
         return {**jax.tree.map(to_torch_layout, tree), "step": np.array(state.step)}
 
     def from_tree(self, tree: Tree) -> TrainState:
         """The inverse of `to_tree`; the tree must have the names and shapes of this engine's own."""
         self._initial = None
         with self._precision():
-            names = ("params", "batch_stats", "optimizer")
+            names = ["params", "batch_stats", "optimizer"]
+            names += [] if self.ema_decay is None else ["ema"]
             native = jax.tree.map(from_torch_layout, {name: tree[name] for name in names})
             template = self._opt_state_template(native["params"])
             opt_state = state_from_dict(template, native["optimizer"])
             params = jax.tree.map(jax.device_put, native["params"])  # copies already
             batch_stats = jax.tree.map(jax.device_put, native["batch_stats"])
-            return self._make_state(params, batch_stats, opt_state, jnp.array(tree["step"], jnp.int32))
+            step, ema = jnp.array(tree["step"], jnp.int32), native.get("ema")
+            return self._make_state(params, batch_stats, opt_state, step, jax.tree.map(jax.device_put, ema))
 
-    def _make_state(self, params: Tree, batch_stats: Tree, opt_state: Any, step: jax.Array) -> TrainState:
+    def _make_state(
+        self, params: Tree, batch_stats: Tree, opt_state: Any, step: jax.Array, ema: Tree | None
+    ) -> TrainState:
         no_step = jnp.full((), -1, jnp.int32)
-        return self._placement.replicate(TrainState(params, batch_stats, opt_state, step, no_step))
+        return self._placement.replicate(TrainState(params, batch_stats, opt_state, step, no_step, ema))
 
     def _opt_state_template(self, params: Mapping[str, Any]) -> optax.OptState:
         """The optimizer's state as shapes and types."""
@@ -280,6 +306,11 @@ class Engine:
 
     def _precision(self) -> Any:
         return jax.enable_x64(self._x64)
+
+
+def copied(tree: Tree) -> Tree:
+    """A tree with copies of the arrays: what is donated must not be in a state twice."""
+    return jax.tree.map(lambda array: jax.device_put(np.array(array)), tree)
 
 
 def check_labels(label: np.ndarray, num_classes: int) -> None:

@@ -7,7 +7,8 @@ bias-corrected second moment. AdaBound and its variants are in `adabound.py`.
 optax's types reaches a checkpoint.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ from jax_resnet.adabound import (
 
 OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "sgdbound", "amsgrad", "adamw", "sgd")
 BOUNDED = ("adabound", "amsbound", "adaboundw", "sgdbound")
+DECOUPLED = ("adaboundw", "adamw")
 
 
 class ScaleByAmsgradState(NamedTuple):
@@ -144,6 +146,9 @@ def make_optimizer(
     eps: Scalar = 1e-8,
     momentum: Scalar = 0.9,
     weight_decay: Scalar | None = None,
+    norm_weight_decay: Scalar | None = None,
+    bias_weight_decay: Scalar | None = None,
+    nesterov: bool = False,
 ) -> optax.GradientTransformation:
     """Return the optimizer of a name; arguments that it does not use are ignored.
 
@@ -164,19 +169,38 @@ def make_optimizer(
         weight_decay: for the names that end in w, decoupled from the gradient and scaled by the learning
             rate; for the others, L2: added to the gradient. Of all parameters, as in PyTorch. The default,
             None, is PyTorch's: 0.01 for adamw, else 0.
+        norm_weight_decay: the weight decay of batch norm's parameters in place of `weight_decay`, of flat
+            parameters {torchvision name: array}; None makes no difference. See `weight_decay_of`.
+        bias_weight_decay: the same of all biases.
+        nesterov: sgd: Nesterov's momentum, as `torch.optim.SGD(nesterov=True)`.
 
     Returns:
         The optimizer. `update` needs `params`.
 
     Raises:
         ValueError: if the name is unknown, `base_lr` is missing, or an argument that is a number of Python or
-            NumPy is out of its range.
+            NumPy is out of its range; `nesterov` with sgd without momentum.
     """
     if weight_decay is None:
         weight_decay = 0.01 if name == "adamw" else 0.0
     check_hyperparameters(
         learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, momentum=momentum, weight_decay=weight_decay
     )
+    if norm_weight_decay is not None or bias_weight_decay is not None:
+        for decay in (norm_weight_decay, bias_weight_decay):
+            check_hyperparameters(weight_decay=0.0 if decay is None else decay)
+        decays = partial(
+            weight_decay_of,
+            weight_decay=weight_decay,
+            norm_weight_decay=norm_weight_decay,
+            bias_weight_decay=bias_weight_decay,
+        )
+        options: dict[str, Any] = {"base_lr": base_lr, "final_lr": final_lr, "gamma": gamma}
+        options |= {"b1": b1, "b2": b2, "eps": eps, "momentum": momentum, "nesterov": nesterov}
+        optimizer = make_optimizer(name, learning_rate, **options, weight_decay=0.0)
+        if name in DECOUPLED:
+            return optax.chain(optimizer, _add_decayed(lambda name: -learning_rate * decays(name)))
+        return optax.chain(_add_decayed(decays), optimizer)
     l2 = optax.add_decayed_weights(weight_decay)
     adam: dict[str, Any] = {"b1": b1, "b2": b2, "eps": eps}
     bound: dict[str, Any] = {"final_lr": final_lr, "base_lr": base_lr, "gamma": gamma}
@@ -194,8 +218,83 @@ def make_optimizer(
         case "adamw":
             return optax.adamw(learning_rate, **adam, weight_decay=weight_decay)
         case "sgd":
-            return optax.chain(l2, optax.sgd(learning_rate, momentum))
+            if nesterov and is_zero(momentum):
+                raise ValueError("nesterov needs a momentum above 0")
+            return optax.chain(l2, optax.sgd(learning_rate, momentum, nesterov))
     raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
+
+
+def parameter_kind(name: str) -> str:
+    """Return the kind of a parameter, from its torchvision name: what its weight decay depends on.
+
+    Batch norms are called bn1, bn2, bn3 and downsample.1.
+
+    Examples:
+        >>> [parameter_kind(name) for name in ("layer1.0.bn2.weight", "layer2.0.downsample.1.bias")]
+        ['norm.weight', 'norm.bias']
+        >>> [parameter_kind(name) for name in ("conv1.weight", "fc.bias")]
+        ['weight', 'bias']
+    """
+    *modules, last = name.split(".")
+    of_norm = modules[-2:] == ["downsample", "1"] or (modules and modules[-1].startswith(("bn", "norm")))
+    return f"norm.{last}" if of_norm else last
+
+
+def weight_decay_of(
+    name: str,
+    weight_decay: Scalar,
+    norm_weight_decay: Scalar | None = None,
+    bias_weight_decay: Scalar | None = None,
+) -> Scalar:
+    """Return the weight decay of a parameter of that name.
+
+    As torchvision's `set_weight_decay`, called as its training script does: `bias_weight_decay` is that of
+    all biases, batch norm's too; `norm_weight_decay` that of batch norm's other parameters; where one is
+    None, its parameters are not told apart.
+
+    Examples:
+        >>> [weight_decay_of(name, 1e-4, 0.0) for name in ("conv1.weight", "bn1.weight", "bn1.bias")]
+        [0.0001, 0.0, 0.0]
+        >>> weight_decay_of("bn1.bias", 1e-4, 0.0, 1e-5)
+        1e-05
+
+    Source: torchvision, references/classification/utils.py
+    """
+    kind = parameter_kind(name)
+    if kind.endswith("bias") and bias_weight_decay is not None:
+        return bias_weight_decay
+    if kind.startswith("norm.") and norm_weight_decay is not None:
+        return norm_weight_decay
+    return weight_decay
+
+
+def _add_decayed(factor: Callable[[str], Any]) -> optax.GradientTransformation:
+    """Add `factor(name)` times the parameter to each update of flat parameters {name: array}."""
+
+    def add(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        assert isinstance(updates, Mapping)
+        assert isinstance(params, Mapping)
+        return {name: u + jnp.asarray(factor(name), u.dtype) * params[name] for name, u in updates.items()}
+
+    return optax.stateless(add)
+
+
+def clip_scale(grad_norm: jax.Array, max_norm: float) -> jax.Array:
+    """The factor of all gradients that brings their common L2 norm down to `max_norm`:
+
+        min(1, max_norm / (grad_norm + 1e-6))
+
+    NaN for a norm that is NaN, and 0 for an infinite one, which leaves NaN of the infinite gradients.
+
+    Args:
+        grad_norm: the L2 norm of all gradients as one vector; shape ().
+        max_norm: positive.
+
+    References:
+        Pascanu et al, `On the difficulty of training recurrent neural networks
+        <https://arxiv.org/abs/1211.5063>`_, 2013; `torch.nn.utils.clip_grad_norm_`
+    """
+    return jnp.minimum(max_norm / (grad_norm + 1e-6), 1.0)
 
 
 def bound_metrics(

@@ -22,6 +22,7 @@ class TrainState:
         step: number of steps taken; shape (), int32.
         first_nonfinite_step: the first step, counted from 1, whose loss or gradient was not finite; -1 if
             there was none.
+        ema: {"params", "batch_stats"}, the exponential moving averages of both; None in a run without.
     """
 
     params: Arrays
@@ -29,3 +30,4 @@ class TrainState:
     opt_state: optax.OptState
     step: jax.Array
     first_nonfinite_step: jax.Array
+    ema: dict[str, Arrays] | None = None

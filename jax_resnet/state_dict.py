@@ -37,14 +37,19 @@ def apply(
     params: Mapping[str, jax.Array],
     batch_stats: Mapping[str, jax.Array],
     x: jax.Array,
+    keep: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Images [N, H, W, C] to (logits [N, num_classes], the new batch statistics); pure."""
+    """Images [N, H, W, C] to (logits [N, num_classes], the new batch statistics); pure.
+
+    `keep`, where it is given, is the model's second argument; see `ResNet.__call__`.
+    """
     variables: list[tuple[Any, nnx.Variable[Any]]] = [
         (_path(name), nnx.Param(value)) for name, value in params.items()
     ]
     variables += [(_path(name), nnx.BatchStat(value)) for name, value in batch_stats.items()]
     model = nnx.merge(graphdef, nnx.from_flat_state(variables))
-    return model(x), _flat(nnx.state(model, nnx.BatchStat))
+    logits = model(x) if keep is None else model(x, keep)
+    return logits, _flat(nnx.state(model, nnx.BatchStat))
 
 
 def _flat(state: Any) -> dict[str, jax.Array]:

@@ -17,12 +17,13 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_resnet.layers import use_matmul
-from jax_resnet.optimizers import bound_metrics, make_optimizer
+from jax_resnet.optimizers import bound_metrics, clip_scale, make_optimizer, parameter_kind
 from jax_resnet.state import Arrays, TrainState
 from jax_resnet.state_dict import apply
 
 Batch = Mapping[str, Any]  # {"image": [N, H, W, C], "label": [N]}
 Metrics = dict[str, Any]
+Tree = Any  # nested dicts of arrays
 
 
 def train_step(
@@ -34,6 +35,7 @@ def train_step(
     *,
     gradient_fn: GradientFn | None = None,
     log_gradients: bool = False,
+    ema_decay: float | None = None,
 ) -> StepOutput:
     """Take one step of gradient descent.
 
@@ -41,23 +43,30 @@ def train_step(
         network: the model and what its images need.
         optimizer: the rule that turns gradients into updates.
         state: the state before the step.
-        batch: {"image": [N, H, W, C], "label": [N]}.
+        batch: {"image": [N, H, W, C], "label": [N]}; with stochastic depth also "drop_path" [N, blocks], the
+            factors of the residual branches.
         lr: the learning rate of this step; shape ().
         gradient_fn: how the gradient is computed: None is `compute_gradient`; the other is in
             `strategies/accumulate.py`.
         log_gradients: add `gradient_norms` to the metrics.
+        ema_decay: the decay per step of `TrainState.ema`; see `update_average`.
     """
     gradient = (gradient_fn or compute_gradient)(network, state.params, state.batch_stats, batch)
     trainable = network.trainable(state.params)
-    update = apply_gradients(optimizer, trainable, state.opt_state, gradient.grads, lr)
-    metrics = merge_metrics([update.metrics])
+    grads, clipped = clip_gradients(optimizer, gradient.grads)
+    update = apply_gradients(optimizer, trainable, state.opt_state, grads, lr)
+    metrics = {**merge_metrics([update.metrics]), **clipped}
     if log_gradients:
         metrics |= gradient_norms(gradient.grads)
     step, first_nonfinite_step = count_step(
         state.step, state.first_nonfinite_step, gradient.loss, metrics["grad_norm"]
     )
     params = {**state.params, **update.params}
-    new_state = TrainState(params, gradient.batch_stats, update.opt_state, step, first_nonfinite_step)
+    ema = state.ema
+    if ema_decay is not None:
+        latest = {"params": params, "batch_stats": gradient.batch_stats}
+        ema = update_average(ema_decay, ema, latest, state.step)
+    new_state = TrainState(params, gradient.batch_stats, update.opt_state, step, first_nonfinite_step, ema)
     return StepOutput(new_state, gradient.loss, gradient.logits, batch["label"], metrics)
 
 
@@ -66,15 +75,53 @@ def compute_gradient(network: Network, params: Arrays, batch_stats: Arrays, batc
 
     The gradient is that of the trainable parameters only: there is no backward pass through a frozen part.
     """
-    image = network.normalize(batch["image"])
+    image, keep = network.normalize(batch["image"]), batch.get("drop_path")
 
     def loss_fn(trainable: Arrays) -> tuple[jax.Array, tuple[jax.Array, Arrays]]:
-        logits, new_batch_stats = apply(network.train_graph, {**params, **trainable}, batch_stats, image)
+        everything = {**params, **trainable}
+        logits, new_batch_stats = apply(network.train_graph, everything, batch_stats, image, keep)
         return cross_entropy(logits, batch["label"]), (logits, new_batch_stats)
 
     loss_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (logits, new_batch_stats)), grads = loss_and_grad(network.trainable(params))
     return Gradient(loss, logits, grads, new_batch_stats)
+
+
+def clip_gradients(optimizer: Optimizer, grads: Arrays) -> tuple[Arrays, Metrics]:
+    """Scale all gradients so that their common L2 norm is at most `optimizer.clip_grad_norm`.
+
+    As `torch.nn.utils.clip_grad_norm_`; see `optimizers.clip_scale`. Returns the gradients and
+    {"grad_norm": the norm before}; without clipping, the gradients themselves and {}.
+    """
+    if optimizer.clip_grad_norm is None:
+        return grads, {}
+    grad_norm = l2_norm(grads)
+    return scale_gradients(grads, clip_scale(grad_norm, optimizer.clip_grad_norm)), {"grad_norm": grad_norm}
+
+
+def scale_gradients(grads: Arrays, scale: jax.Array) -> Arrays:
+    """All gradients times a scalar."""
+    return {name: grad * scale.astype(grad.dtype) for name, grad in grads.items()}
+
+
+def update_average(decay: float, average: Tree, latest: Tree, step: jax.Array) -> Tree:
+    """Move exponential moving averages toward the latest values, after `step` + 1 steps:
+
+        average = decay * average + (1 - decay) * latest,    after the first step average = latest
+
+    As `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn(decay)` and `use_buffers=True`,
+    updated after every step. There is no warm-up of the decay.
+
+    Args:
+        decay: in (0, 1). About 1 / (1 - decay) steps count.
+        average, latest: trees of arrays of equal structure.
+        step: the number of steps before this one; shape ().
+    """
+
+    def move(average: jax.Array, latest: jax.Array) -> jax.Array:
+        return jnp.where(step == 0, latest, average + (1 - decay) * (latest - average))
+
+    return jax.tree.map(move, average, latest)
 
 
 def apply_gradients(
@@ -137,14 +184,29 @@ class Network:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """The static description of an optimizer: the name and keyword arguments for `make_optimizer`."""
+    """The static description of an optimizer: the name and keyword arguments for `make_optimizer`.
+
+    Attributes:
+        name, options: as `make_optimizer` takes them.
+        clip_grad_norm: the largest norm of all gradients together; None does not clip.
+    """
 
     name: str
     options: Mapping[str, Any]
+    clip_grad_norm: float | None = None
 
     def transformation(self, lr: float | jax.Array) -> optax.GradientTransformation:
         """The optimizer at a learning rate; the structure of its state does not depend on the rate."""
         return make_optimizer(self.name, lr, **self.options)
+
+    def vectors_with(self, name: str) -> str:
+        """The name under which a vector is updated together with others, as one array.
+
+        Vectors with different weight decay must not be one array; see `optimizers.parameter_kind`.
+        """
+        by_kind = {"norm_weight_decay", "bias_weight_decay"}
+        differs = any(self.options.get(option) is not None for option in by_kind)
+        return parameter_kind(name) if differs else "vectors"
 
 
 class Gradient(NamedTuple):

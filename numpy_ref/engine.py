@@ -74,6 +74,10 @@ class Engine:
             one, a script must have `if __name__ == "__main__":` around its main program, since each process
             imports the script again.
         log_gradients: add the norm of each parameter's gradient to the metrics, as "grad_norm/NAME".
+        clip_grad_norm: scale the gradients so that their common norm is at most this; "grad_norm" and the
+            norms of `log_gradients` are those before. See `optimizers.clip_scale`.
+        ema_decay: maintain exponential moving averages of parameters and running statistics, with this decay
+            per step; see `Replica.update_average`. `evaluate` uses the averages.
 
     Raises:
         ValueError: if a name is unknown or a number out of its range.
@@ -101,6 +105,8 @@ class Engine:
         freeze_backbone: bool = False,
         processes: int | None = None,
         log_gradients: bool = False,
+        clip_grad_norm: float | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         self.learning_rate = learning_rate
         self.processes = core_count() if processes is None else processes
@@ -117,12 +123,20 @@ class Engine:
             seed=seed,
             freeze_backbone=freeze_backbone,
             log_gradients=log_gradients,
+            clip_grad_norm=clip_grad_norm,
+            ema_decay=ema_decay,
         )
         if model not in resnet.MODELS:
             raise ValueError(f"unknown model {model!r}; choose one of {', '.join(resnet.MODELS)}")
         if self.processes < 1:
             raise ValueError(f"processes must be 1 or more, got {processes}")
-        make_optimizer(optimizer, [], 0.0, **optimizer_options)  # raises if an option is out of range
+        make_optimizer(optimizer, {}, 0.0, **optimizer_options)  # raises if an option is out of range
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of residual blocks."""
+        network = self._setup.network(initial=False)
+        return network.num_blocks if isinstance(network, resnet.ResNet) else 0
 
     @property
     def device(self) -> str:
@@ -159,7 +173,8 @@ class Engine:
         """Take one step for each batch.
 
         Yields the state after it and {"loss", "logits", "label", "grad_norm", "update_norm"}. `needs_state`
-        is ignored: the state is yielded after every step.
+        is ignored: the state is yielded after every step. A batch may have "drop_path" [N, num_blocks], the
+        factors of the residual branches.
 
         Raises ValueError, before the step, unless there is one label in range(num_classes) for each image,
         and for a batch of 0.
@@ -172,9 +187,12 @@ class Engine:
             parts = split(len(image), min(self.processes, len(image)))
             lr = self.learning_rate(state.step)
             state.step += 1
-            results: list[Metrics] = state.run(
-                "train", [(image[part], label[part], len(image), lr, state.step) for part in parts]
-            )
+            keep = batch.get("drop_path")
+            arguments = [
+                (image[part], label[part], len(image), lr, state.step, None if keep is None else keep[part])
+                for part in parts
+            ]
+            results: list[Metrics] = state.run("train", arguments)
             metrics = {**results[0], "logits": np.concatenate([result["logits"] for result in results])}
             finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
             if not finite and state.first_nonfinite_step is None:
@@ -197,7 +215,10 @@ class Engine:
         return number
 
     def to_tree(self, state: State) -> Tree:
-        """The engine-neutral tree {params, batch_stats, optimizer, step}: copies, in PyTorch's layout."""
+        """The engine-neutral tree {params, batch_stats, optimizer, step}: copies, in PyTorch's layout.
+
+        With `ema_decay` also "ema": {params, batch_stats}.
+        """
         tree = _map(to_torch_layout, state.replica.arrays())
         if "count" in tree["optimizer"]:
             tree["optimizer"]["count"] = np.array(state.step, np.int32)
@@ -205,7 +226,9 @@ class Engine:
 
     def from_tree(self, tree: Tree) -> State:
         """The inverse of `to_tree`. Raises ValueError if a name or a shape does not fit this engine."""
-        arrays = {name: tree[name] for name in ("params", "batch_stats", "optimizer")}
+        names = ["params", "batch_stats", "optimizer"]
+        names += [] if self._setup.ema_decay is None else ["ema"]
+        arrays = {name: tree[name] for name in names}
         state = self._state(_map(from_torch_layout, arrays))
         state.step = int(tree["step"])
         return state
@@ -213,7 +236,8 @@ class Engine:
     def _memory_size(self, arrays: Tree) -> int:
         """Bytes of shared memory: of these arrays, and per process of gradients and `all_reduce`."""
         size = sum(aligned(array.nbytes) for _, array in leaves(arrays))
-        groups = update_groups(self._setup.network(initial=False))
+        at_once = self._setup.clip_grad_norm is not None
+        groups = update_groups(self._setup.network(initial=False), at_once=at_once)
         return size + max(map(size_of, groups.values())) * self.processes + board_size(self.processes)
 
 

@@ -11,6 +11,18 @@ import numpy as np
 from numpy_ref.layers import Array, Layer, no_grad
 
 
+def block_factors(keep: Array | None) -> Iterator[Array]:
+    """The factors [N] of each block's branch, of keep [N, blocks]; nothing without stochastic depth."""
+    return iter(() if keep is None else keep.T)
+
+
+def run(layer: Any, x: Array, train: bool, factors: Iterator[Array]) -> Array:
+    """layer(x); a residual block takes the next of the factors, if there are any."""
+    keep = next(factors, None) if layer.has_branch else None
+    y: Array = layer.forward(x, train) if keep is None else layer.forward(x, train, keep)
+    return y
+
+
 class Network(Layer):
     """Layers one after another, from images to logits, in stages that have names.
 
@@ -26,12 +38,12 @@ class Network(Layer):
         """The layers in order, each with the name of the stage it belongs to."""
         raise NotImplementedError
 
-    def stages(self, x: Array, train: bool = False) -> dict[str, Array]:
+    def stages(self, x: Array, train: bool = False, keep: Array | None = None) -> dict[str, Array]:
         """The output of every stage, in order."""
         out = {}
-        x = np.asarray(x, self.dtype)
+        x, factors = np.asarray(x, self.dtype), block_factors(keep)
         for stage, layer in self.body():
-            x = out[stage] = layer.forward(x, train)
+            x = out[stage] = run(layer, x, train, factors)
         return out
 
     def freeze_backbone(self) -> None:
@@ -45,14 +57,21 @@ class Network(Layer):
         """The layers of the body that are not frozen, in order."""
         return [layer for _, layer in self.body()][self.frozen :]
 
-    def forward(self, x: Array, train: bool = False) -> Array:
-        """Map images [N, H, W, C] to logits [N, num_classes]."""
-        x = np.asarray(x, self.dtype)
+    def forward(self, x: Array, train: bool = False, keep: Array | None = None) -> Array:
+        """Map images [N, H, W, C] to logits [N, num_classes].
+
+        Args:
+            x: the images.
+            train: as in `Layer.forward`.
+            keep: stochastic depth in training: the factor of each residual branch, [N, num_blocks], such as
+                `[[1, 0, 1 / (1 - p)]]`; see `resnet.ResidualBlock`. None keeps every branch.
+        """
+        x, factors = np.asarray(x, self.dtype), block_factors(keep)
         for _, layer in islice(self.body(), self.frozen):
             with no_grad():
                 x = layer.forward(x)
         for layer in self.trained_layers():
-            x = layer.forward(x, train)
+            x = run(layer, x, train, factors)
         return x
 
     def backward(self, dy: Array, done: Callable[[Layer], object] = lambda layer: None) -> Array:

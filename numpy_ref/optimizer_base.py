@@ -202,6 +202,7 @@ class Optimizer:
         indices: Iterable[int],
         gradients: Sequence[Sequence[Array]] | None = None,
         share: tuple[int, int] = (0, 1),
+        scale: float = 1.0,
     ) -> Array:
         """Update some of the parameters by their gradients.
 
@@ -213,9 +214,11 @@ class Optimizer:
             gradients: for each part of the batch, the gradient of every parameter; they are added up. By
                 default the parameters' own.
             share: (i, n): only every n-th block, from the i-th on; other processes update the others.
+            scale: the factor of all gradients; see `optimizers.clip_scale`.
 
         Returns:
-            float64 [4]: the sums of the squares of the gradients, without decay, and of the updates; and how
+            float64 [4]: the sums of the squares of the gradients, without decay and before they are scaled,
+            and of the updates; and how
             many step sizes were clipped to a lower and to an upper bound (AdaBound and its variants).
         """
         blocks: list[tuple[SimpleNamespace, list[Array]]] = []
@@ -235,11 +238,13 @@ class Optimizer:
         count = 1 if gradients is None else len(gradients)
         work = [blocks[thread::_threads] for thread in range(_threads)]
         if _threads == 1:
-            return self._update_blocks(work[0], count)
-        return np.asarray(sum(_pool.map(lambda blocks: self._update_blocks(blocks, count), work)))
+            return self._update_blocks(work[0], count, scale)
+        return np.asarray(sum(_pool.map(lambda blocks: self._update_blocks(blocks, count, scale), work)))
 
     @np.errstate(all="ignore")  # the norms show what is not finite; threads do not inherit the caller's state
-    def _update_blocks(self, blocks: Sequence[tuple[SimpleNamespace, Sequence[Array]]], parts: int) -> Array:
+    def _update_blocks(
+        self, blocks: Sequence[tuple[SimpleNamespace, Sequence[Array]]], parts: int, scale: float
+    ) -> Array:
         """Update blocks (hyperparameters, [gradients of the parts, value, moments]); return their sums."""
         sums = np.zeros(4)
         scratch: dict[np.dtype[Any], Array] = {}  # for each type of moments
@@ -253,6 +258,8 @@ class Optimizer:
             for other in others:
                 grad = np.add(grad, other, out=total)
             sums[0] += grad @ grad
+            if scale != 1:
+                grad = grad * dtype.type(scale)
             if h.weight_decay and not self.decoupled:
                 grad = grad + h.weight_decay * value
             clipped = self.update(grad, moments, delta, h)

@@ -12,7 +12,7 @@ from numpy_ref import resnet
 from numpy_ref.fast import BatchNorm, Conv2d
 from numpy_ref.layers import Array, Layer, Parameter
 from numpy_ref.network import Network
-from numpy_ref.optimizers import make_optimizer
+from numpy_ref.optimizers import clip_scale, make_optimizer
 from numpy_ref.parallel import Communicator, SharedMemory, aligned
 
 GROUP = 1 << 25  # bytes of gradients that one process has at a time
@@ -36,6 +36,8 @@ class Setup:
     seed: int
     freeze_backbone: bool
     log_gradients: bool = False
+    clip_grad_norm: float | None = None
+    ema_decay: float | None = None
 
     def network(self, *, initial: bool) -> Network:
         """Build the network, with its initial weights or with zeros."""
@@ -69,6 +71,10 @@ class Replica:
         memory: where all that a step changes lies, if processes share it: parameters, running statistics,
             the optimizer's moments, and the gradients of every process.
         initial: draw the initial weights; if False, they are zeros.
+
+    Attributes:
+        average: a network whose parameters and running statistics are the exponential moving averages of
+            those of `network`; `network` itself in a run without.
     """
 
     def __init__(
@@ -82,10 +88,10 @@ class Replica:
         self.setup, self.communicator = setup, communicator
         self.network = setup.network(initial=initial)
         named = self.network.named_parameters()
-        self.parameters = {name: p for name, p in named.items() if p.trainable}
-        self.optimizer = make_optimizer(
-            setup.optimizer, self.parameters.values(), 0.0, **setup.optimizer_options
-        )
+        trained = {name: p for name, p in named.items() if p.trainable}
+        self.optimizer = make_optimizer(setup.optimizer, trained, 0.0, **setup.optimizer_options)
+        names = {id(parameter): name for name, parameter in trained.items()}
+        self.parameters = {names[id(p)]: p for p in self.optimizer.parameters}  # in the optimizer's order
         self.norms = [layer for layer in self.network.walk() if isinstance(layer, BatchNorm)]
         for norm in self.norms:
             norm.all_reduce = communicator.all_reduce
@@ -93,10 +99,15 @@ class Replica:
         first = next(layer for _, layer in self.network.body())
         assert isinstance(first, Conv2d)
         first.needs_dx = False
-        self.groups = update_groups(self.network)
+        self.groups = update_groups(self.network, at_once=setup.clip_grad_norm is not None)
         self.size = sum(parameter.value.size for parameter in self.parameters.values())
         self.index = {id(parameter): i for i, parameter in enumerate(self.parameters.values())}
         self.gradients: list[list[Array]] | None = None
+        self.average = self.network
+        if setup.ema_decay is not None:
+            self.average = setup.network(initial=False)
+            for average, latest in self._averages():
+                average[...] = latest
         if memory is not None:
             self._share(memory)
 
@@ -112,6 +123,13 @@ class Replica:
             norm.running_mean, norm.running_var = shared(norm.running_mean), shared(norm.running_var)
         for arrays in self.optimizer.moments.values():
             arrays[:] = [shared(array) for array in arrays]
+        if self.average is not self.network:
+            for parameter in self.average.parameters():
+                parameter.value = shared(parameter.value)
+            for layer in self.average.walk():
+                if isinstance(layer, BatchNorm):
+                    layer.running_mean = shared(layer.running_mean)
+                    layer.running_var = shared(layer.running_var)
         self.gradients = [self._lay_out(memory) for _ in range(self.communicator.size)]
         gradients = self.gradients[self.communicator.rank]
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
@@ -130,19 +148,43 @@ class Replica:
         return [gradients[id(parameter)] for parameter in self.parameters.values()]
 
     def arrays(self) -> Tree:
-        """Everything that lasts from step to step, not copied: {params, batch_stats, optimizer}."""
-        variables = self.network.variables()
+        """Everything that lasts from step to step, not copied: {params, batch_stats, optimizer}.
+
+        With averages also "ema": {params, batch_stats}.
+        """
         optimizer: Tree = {
             field: dict(zip(self.parameters, arrays, strict=True))
             for field, arrays in self.optimizer.moments.items()
         }
         if self.optimizer.uses_step_count:
             optimizer["count"] = np.array(self.optimizer.count, np.int32)
-        return {
-            "params": {name: v.value for name, v in variables.items() if isinstance(v, Parameter)},
-            "batch_stats": {name: v for name, v in variables.items() if not isinstance(v, Parameter)},
-            "optimizer": optimizer,
-        }
+        tree = {**network_arrays(self.network), "optimizer": optimizer}
+        return tree if self.average is self.network else {**tree, "ema": network_arrays(self.average)}
+
+    def _averages(self) -> list[tuple[Array, Array]]:
+        """Each average, and the array that it is the average of."""
+        average, latest = network_arrays(self.average), network_arrays(self.network)
+        return [(average[part][name], latest[part][name]) for part in latest for name in latest[part]]
+
+    def update_average(self, step: int) -> None:
+        """Move this process's share of the averages toward the values after step `step`, from 1:
+
+            average = decay * average + (1 - decay) * latest,    after the first step average = latest
+
+        As `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn(decay)` and `use_buffers=True`,
+        updated after every step. There is no warm-up of the decay.
+        """
+        decay = self.setup.ema_decay
+        if decay is None:
+            return
+        active, rank = self.communicator.active, self.communicator.rank
+        for average, latest in self._averages()[rank::active]:
+            if step == 1:
+                average[...] = latest
+            else:
+                change = latest - average
+                change *= 1 - decay
+                average += change
 
     def update_group(self, layer: Layer) -> Array:
         """Update this process's share of the group of parameters that is complete after `layer`, if any.
@@ -151,12 +193,12 @@ class Replica:
         """
         indices = [self.index[id(parameter)] for parameter in self.groups.get(id(layer), [])]
         if not indices or self.gradients is None:
-            squares = self._squares(indices)
-            return np.append(self.optimizer.update_parameters(indices), squares)
+            squares, scale = self._squares(indices), self._scale(indices) if indices else 1.0
+            return np.append(self.optimizer.update_parameters(indices, scale=scale), squares)
         active, rank = self.communicator.active, self.communicator.rank
         self.communicator.wait()  # until the gradients of all parts are written
-        squares = self._squares(indices[rank::active])
-        sums = self.optimizer.update_parameters(indices, self.gradients[:active], (rank, active))
+        squares, scale = self._squares(indices[rank::active]), self._scale(indices[rank::active])
+        sums = self.optimizer.update_parameters(indices, self.gradients[:active], (rank, active), scale)
         self.communicator.wait()  # until no process reads them any more
         return np.append(sums, squares)
 
@@ -164,23 +206,44 @@ class Replica:
         """The sum of squares of each parameter's gradient, 0 if not in `indices`; empty if not logged."""
         squares = np.zeros(len(self.parameters) if self.setup.log_gradients else 0)
         for index in indices if self.setup.log_gradients else ():
-            grad = self.optimizer.parameters[index].grad
-            if self.gradients is not None:  # those of the parts of the batch
-                first, *others = (part[index] for part in self.gradients[: self.communicator.active])
-                grad = sum(others, first)
-            squares[index] = np.vdot(grad, grad)
+            squares[index] = self._square(index)
         return squares
 
+    def _square(self, index: int) -> float:
+        """The sum of squares of a parameter's gradient."""
+        grad = self.optimizer.parameters[index].grad
+        if self.gradients is not None:  # those of the parts of the batch
+            first, *others = (part[index] for part in self.gradients[: self.communicator.active])
+            grad = sum(others, first)
+        return float(np.vdot(grad, grad))
 
-def update_groups(network: Network) -> dict[int, list[Parameter]]:
+    def _scale(self, indices: Sequence[int]) -> float:
+        """The factor of all gradients that clips their norm, from those of this process's share `indices`."""
+        if self.setup.clip_grad_norm is None:
+            return 1.0
+        total = self.communicator.all_reduce(np.array(sum(self._square(index) for index in indices)))
+        return clip_scale(float(np.sqrt(total)), self.setup.clip_grad_norm)
+
+
+def network_arrays(network: Network) -> Tree:
+    """The arrays of a network, not copied: {params, batch_stats}."""
+    variables = network.variables()
+    return {
+        "params": {name: v.value for name, v in variables.items() if isinstance(v, Parameter)},
+        "batch_stats": {name: v for name, v in variables.items() if not isinstance(v, Parameter)},
+    }
+
+
+def update_groups(network: Network, *, at_once: bool = False) -> dict[int, list[Parameter]]:
     """The parameters in groups that are updated together, each under the id of the layer that completes it.
 
-    A group is as many trained layers as have `GROUP` bytes of gradients, or one layer that has more.
+    A group is as many trained layers as have `GROUP` bytes of gradients, or one layer that has more; or with
+    `at_once` all layers.
     """
     groups: list[tuple[int, list[Parameter]]] = []
     for layer in reversed(network.trained_layers()):
         parameters = layer.parameters()
-        if groups and size_of(groups[-1][1] + parameters) <= GROUP:
+        if groups and (at_once or size_of(groups[-1][1] + parameters) <= GROUP):
             parameters = groups.pop()[1] + parameters
         groups.append((id(layer), parameters))
     return dict(groups)

@@ -31,6 +31,7 @@ from numpy_ref.network import Network
 class ResidualBlock(Layer):
     """y = relu(branch(x) + shortcut(x)). With fast layers and batch norm `fast.FusedBlock` does the same."""
 
+    has_branch = True
     downsample: Layer | None
     relu: ReLU
 
@@ -47,14 +48,40 @@ class ResidualBlock(Layer):
         """`downsample` where the shape changes; elsewhere no layer, which is the identity."""
         return Sequential() if self.downsample is None else Sequential(self.downsample)
 
-    def forward(self, x: Array, train: bool = False) -> Array:
-        """y = relu(branch(x) + shortcut(x))."""
+    def forward(self, x: Array, train: bool = False, keep: Array | None = None) -> Array:
+        """y = relu(branch(x) + shortcut(x)); with stochastic depth relu(keep * branch(x) + shortcut(x)).
+
+        Args:
+            x: [N, H, W, I].
+            train: batch norm uses the batch's statistics, dropped examples among them.
+            keep: [N], the factor of each example's branch: 0 drops it (Huang et al. 2016, arXiv 1603.09382).
+        """
+        self.save_for_backward(keep)
+        if keep is not None:
+            kept = per_example(keep, x)
+            return self.relu.forward(
+                kept * self.branch().forward(x, train) + self.shortcut().forward(x, train)
+            )
         return self.relu.forward(self.branch().forward(x, train) + self.shortcut().forward(x, train))
 
     def backward(self, dy: Array) -> Array:
-        """x enters y on two paths, the branch and the shortcut: dL/dx is the sum of both gradients."""
-        dsum = self.relu.backward(dy)  # and the sum passes its gradient to both of its terms
-        return self.branch().backward(dsum) + self.shortcut().backward(dsum)
+        """x enters y on two paths, the branch and the shortcut: dL/dx is the sum of both gradients.
+
+        With sum = keep * branch + shortcut, and keep a constant of each example:
+
+            dL/dshortcut = dL/dsum        dL/dbranch = keep * dL/dsum
+
+        so that nothing flows back through a branch that was dropped.
+        """
+        dsum = self.relu.backward(dy)
+        (keep,) = self.saved
+        dbranch = dsum if keep is None else per_example(keep, dsum) * dsum
+        return self.branch().backward(dbranch) + self.shortcut().backward(dsum)
+
+
+def per_example(keep: Array, x: Array) -> Array:
+    """The factors [N] of examples in the type of x [N, H, W, C], as [N, 1, 1, 1]."""
+    return keep.astype(x.dtype)[:, None, None, None]
 
 
 class BasicBlock(ResidualBlock):
@@ -216,6 +243,11 @@ class ResNet(Network):
                 layer.keep_patches = keep_patches
         self.pool = GlobalAvgPool2d()
         self.fc = make.linear(channels, num_classes)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of residual blocks."""
+        return sum(isinstance(layer, ResidualBlock) for _, layer in self.body())
 
     def body(self) -> Iterator[tuple[str, Layer]]:
         """See `Network`; the stages are stem, layer1, layer2, ..., pool and logits."""

@@ -20,12 +20,19 @@ Metrics = dict[str, Any]
 
 
 def train_step(
-    replica: Replica, image: Array, label: Array, batch_size: int, lr: float, step: int
+    replica: Replica,
+    image: Array,
+    label: Array,
+    batch_size: int,
+    lr: float,
+    step: int,
+    keep: Array | None = None,
 ) -> Metrics:
     """Take one step of gradient descent: forward, loss, backward, update.
 
     A group of layers is updated as soon as backward is done with it, and the gradients of the next group
-    take the same memory: all gradients at once would be a second network in every process.
+    take the same memory: all gradients at once would be a second network in every process. Clipping needs
+    the norm of all gradients first: with it, there is one group, which backward completes at its end.
 
     Args:
         replica: the network and the optimizer; they change in place.
@@ -34,9 +41,11 @@ def train_step(
         batch_size: the number of examples of the whole batch.
         lr: the learning rate of this step.
         step: the number of this step, from 1.
+        keep: with stochastic depth, the factors of the residual branches of this part, [n, blocks].
 
     Returns:
-        The loss and the norms of the whole batch, and the logits of the part, [n, num_classes].
+        The loss and the norms of the whole batch, those of gradients before clipping, and the logits of the
+        part, [n, num_classes].
     """
     network, optimizer = replica.network, replica.optimizer
     optimizer.lr, optimizer.count = lr, step - 1
@@ -48,9 +57,10 @@ def train_step(
         sums.append(replica.update_group(layer))
 
     with np.errstate(all="ignore"):  # loss and norms show what is not finite
-        logits = network.forward(replica.setup.normalize(image), train=True)
+        logits = network.forward(replica.setup.normalize(image), train=True, keep=keep)
         loss, dlogits = cross_entropy(logits, label, batch_size)
         network.backward(dlogits, update)
+        replica.update_average(step)
         total = replica.communicator.all_reduce(np.append(np.sum(sums, 0), loss))
         grad_norm, update_norm = np.sqrt(total[:2])
     metrics: Metrics = {
@@ -69,9 +79,10 @@ def train_step(
 
 
 def eval_step(replica: Replica, image: Array) -> Array:
-    """Return the logits [n, num_classes] of this process's part, with the running statistics."""
+    """Return the logits [n, num_classes] of this process's part, with the running statistics, and with the
+    averages where there are any."""
     with no_grad(), np.errstate(all="ignore"):
-        return replica.network.forward(replica.setup.normalize(image))
+        return replica.average.forward(replica.setup.normalize(image))
 
 
 STEPS: dict[str, Callable[..., Any]] = {"train": train_step, "evaluate": eval_step}

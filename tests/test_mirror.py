@@ -51,6 +51,8 @@ NAMES: dict[str, dict[str, str]] = {
     "optimizers": {
         **dict.fromkeys(("AMSGrad", "Adam", "AdamW", "SGD"), "in JAX they are optax's, in PyTorch PyTorch's"),
         **dict.fromkeys(("amsgrad", "scale_by_amsgrad"), OPTAX),
+        "clip_scale": IN_TORCH,
+        "decay_groups": "an optimizer of optax has no groups of parameters",
     },
     "state_dict": dict.fromkeys(("from_torch_layout", "to_torch_layout"), LAYOUT),
     "stages": {},

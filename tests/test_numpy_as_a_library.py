@@ -600,7 +600,8 @@ def test_numpys_numbers_compute_as_pythons(name: str, kind: Any) -> None:
     results = []
     for convert in (float, kind):
         given = parameters()
-        optimizer = R.make_optimizer(name, given, 0.5, **{k: convert(v) for k, v in values.items()})
+        options: dict[str, Any] = {k: convert(v) for k, v in values.items()}
+        optimizer = R.make_optimizer(name, given, 0.5, **options)
         take_steps(optimizer, 0, 2)
         optimizer.lr = convert(0.25)
         take_steps(optimizer, 2, 2)

@@ -124,8 +124,8 @@ def test_bounded_optimizers_get_every_argument(make):
     params, grads = make_params(np.float32), make_grads(1, np.float32)
     grads = {key: g[0] for key, g in grads.items()}
     step_sizes = {} if make is sgdbound else {"b2": 0.999, "eps": 1e-8}
-    default = {"final_lr": 0.1, "base_lr": 1e-3, "gamma": 1e-3, "b1": 0.9, **step_sizes}
-    given = {"final_lr": 0.02, "base_lr": 2e-3, "gamma": 0.5, "b1": 0.8, "weight_decay": 0.1}
+    default: dict[str, Any] = {"final_lr": 0.1, "base_lr": 1e-3, "gamma": 1e-3, "b1": 0.9, **step_sizes}
+    given: dict[str, Any] = {"final_lr": 0.02, "base_lr": 2e-3, "gamma": 0.5, "b1": 0.8, "weight_decay": 0.1}
     given |= {"b2": 0.99, "eps": 1e-3} if step_sizes else {}
 
     def update(tx):

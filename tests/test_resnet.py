@@ -418,9 +418,9 @@ class CustomBlock(BasicBlock):
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
         self.calls = Calls(jnp.zeros((), jnp.int32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         self.calls.set_value(self.calls.get_value() + 1)
-        y = self.dropout(super().__call__(x))
+        y = self.dropout(super().__call__(x, keep))
         self.sow(nnx.Intermediate, "sown", y.mean())
         return y
 

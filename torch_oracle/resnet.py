@@ -48,8 +48,16 @@ class ResidualBlock(nn.Module):
         """`downsample` where the shape changes; elsewhere the identity. [N, I, H, W] -> [N, O, H', W']."""
         return x if self.downsample is None else self.downsample(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y = relu(branch(x) + shortcut(x))."""
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """y = relu(branch(x) + shortcut(x)); with stochastic depth relu(keep * branch(x) + shortcut(x)).
+
+        Args:
+            x: [N, I, H, W].
+            keep: [N], the factor of each example's branch: 0 drops it (Huang et al. 2016, arXiv 1603.09382).
+        """
+        if keep is not None:
+            kept = keep.to(x.dtype)[:, None, None, None]
+            return F.relu(kept * self.branch(x) + self.shortcut(x))
         return F.relu(self.branch(x) + self.shortcut(x))
 
 
@@ -203,28 +211,46 @@ class ResNet(nn.Module):
             if isinstance(module, BasicBlock | Bottleneck) and isinstance(module.last_norm, nn.BatchNorm2d):
                 nn.init.constant_(module.last_norm.weight, residual_scale)
 
-    def stages(self, x: Tensor) -> dict[str, Tensor]:
+    @property
+    def num_blocks(self) -> int:
+        """Number of residual blocks."""
+        return sum(isinstance(module, ResidualBlock) for module in self.modules())
+
+    def stages(self, x: Tensor, keep: Tensor | None = None) -> dict[str, Tensor]:
         """Every stage's output, in order, for comparing stage by stage.
 
         Args:
             x: [N, in_channels, H, W]
+            keep: as in `forward`.
 
         Returns:
             `stem` (after its pooling), `layer1`, `layer2`, ... each [N, C, H', W'], `pool` [N, C] and
             `logits` [N, num_classes].
         """
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
-        outputs = {"stem": x}
+        outputs, block_number = {"stem": x}, 0
         for name, layer in self.named_children():
             if name.startswith("layer"):
-                x = outputs[name] = layer(x)
+                if keep is None:
+                    x = layer(x)
+                else:
+                    for block in layer.children():
+                        x = block(x, keep[:, block_number])
+                        block_number += 1
+                outputs[name] = x
         outputs["pool"] = x.mean(dim=(2, 3))
         outputs["logits"] = self.fc(outputs["pool"])
         return outputs
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in_channels, H, W] -> logits [N, num_classes]."""
-        return self.stages(x)["logits"]
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """[N, in_channels, H, W] -> logits [N, num_classes].
+
+        Args:
+            x: the images.
+            keep: stochastic depth in training: the factor of each residual branch, [N, num_blocks], such as
+                `[[1, 0, 1 / (1 - p)]]`; see `ResidualBlock`. None keeps every branch.
+        """
+        return self.stages(x, keep)["logits"]
 
 
 class CNN(nn.Module):

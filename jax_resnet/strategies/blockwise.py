@@ -7,6 +7,7 @@ kind once; and a block compiled by itself also runs faster, by a fifth (benchmar
 Forward computes each block with `jax.vjp`, and so returns the block's output and its pullback: the function
 from dL/dy to dL/dparams and dL/dx, with the arrays that it saved. Backward calls the pullbacks in reverse,
 and updates the parameters of a block at once, in place: no more than one block's gradient is in memory.
+Clipping needs the norm of all gradients first: with it, backward ends before the first update.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
+from jax_resnet.optimizers import clip_scale
 from jax_resnet.placement import Placement
 from jax_resnet.resnet import ResNet
 from jax_resnet.state import Arrays, TrainState
@@ -36,7 +39,10 @@ from jax_resnet.step import (
     count_step,
     cross_entropy,
     gradient_norms,
+    l2_norm,
     merge_metrics,
+    scale_gradients,
+    update_average,
 )
 
 
@@ -100,11 +106,21 @@ class Blockwise:
     max_steps = 1
 
     def __init__(
-        self, blocks: Blocks, optimizer: Optimizer, placement: Placement, *, log_gradients: bool = False
+        self,
+        blocks: Blocks,
+        optimizer: Optimizer,
+        placement: Placement,
+        *,
+        log_gradients: bool = False,
+        ema_decay: float | None = None,
     ) -> None:
         self._blocks, self._placement = blocks, placement
+        self._clip_grad_norm, self._ema_decay = optimizer.clip_grad_norm, ema_decay
         self._loss = jit_for_cpu(jax.value_and_grad(cross_entropy))
         self._backward = jit_for_cpu(partial(_backward, optimizer, log_gradients), donate_argnums=(0, 1))
+        self._pull_back = jit_for_cpu(partial(_pull_back, log_gradients))
+        self._update = jit_for_cpu(partial(_update, optimizer), donate_argnums=(0, 1))
+        self._average = jit_for_cpu(partial(update_average, ema_decay or 0.0), donate_argnums=0)
         self._summarize = jit_for_cpu(_summarize)
 
     def run(
@@ -116,14 +132,16 @@ class Blockwise:
 
     def step(self, state: TrainState, batch: Batch, lr: jax.Array) -> StepOutput:
         """As `step.train_step`: forward through all blocks, backward and update through all blocks."""
-        x = self._blocks.normalize(batch["image"])
+        x, keep = self._blocks.normalize(batch["image"]), batch.get("drop_path")
         inputs, pullbacks = [], []
         new_batch_stats: Arrays = {}
         for number, block in enumerate(self._blocks.blocks):
             inputs.append(x)
             params = take(state.params, block.params)
             batch_stats = take(state.batch_stats, block.batch_stats)
-            x, pullback, updated_stats = _forward(block.train, number > 0, params, batch_stats, x)
+            is_residual = 0 < number < len(self._blocks.blocks) - 1  # neither the stem nor the head
+            block_keep = keep[:, number - 1] if keep is not None and is_residual else None
+            x, pullback, updated_stats = _forward(block.train, number > 0, params, batch_stats, x, block_keep)
             pullbacks.append(pullback)
             new_batch_stats |= rename(updated_stats, block.batch_stats)
         logits = x
@@ -132,25 +150,54 @@ class Blockwise:
         counts = counts_of(state.opt_state)
         updates = []
         norms: Metrics = {}
+        grads_of_blocks, clipped = [], {}
         for block in reversed(self._blocks.blocks):
             params = take(state.params, block.params)
             moments = moments_of(state.opt_state, block.params)
             pullback = pullbacks.pop()  # the arrays that it saved are free after this
             x = inputs.pop()
-            update, block_norms, dy = self._backward(params, moments, counts, pullback, x, dy, lr)
+            if self._clip_grad_norm is None:
+                update, block_norms, dy = self._backward(params, moments, counts, pullback, x, dy, lr)
+                updates.append(rename_update(update, block.params))
+            else:
+                grads, grad_norm, block_norms, dy = self._pull_back(params, pullback, x, dy)
+                grads_of_blocks.append((block, grads, grad_norm))
             del pullback, x
-            updates.append(rename_update(update, block.params))
             norms |= rename(
                 block_norms, {f"grad_norm/{k}": f"grad_norm/{v}" for k, v in block.params.items()}
             )
+        if self._clip_grad_norm is not None:
+            scale, clipped = _clip([norm for _, _, norm in grads_of_blocks], self._clip_grad_norm)
+            while grads_of_blocks:
+                block, grads, _ = grads_of_blocks.pop(0)
+                params = take(state.params, block.params)
+                moments = moments_of(state.opt_state, block.params)
+                update = self._update(params, moments, counts, grads, scale, lr)
+                updates.append(rename_update(update, block.params))
 
         params = union(*(update.params for update in updates))
         opt_state = map_moments(union, *(update.opt_state for update in updates))
         metrics, step, first_nonfinite_step = self._summarize(
-            state.step, state.first_nonfinite_step, loss, [update.metrics for update in updates]
+            state.step, state.first_nonfinite_step, loss, [update.metrics for update in updates], clipped
         )
-        new_state = TrainState(params, new_batch_stats, opt_state, step, first_nonfinite_step)
+        ema = self._averaged(state, params, new_batch_stats)
+        new_state = TrainState(params, new_batch_stats, opt_state, step, first_nonfinite_step, ema)
         return StepOutput(new_state, loss, logits, batch["label"], {**metrics, **norms})
+
+    def _averaged(self, state: TrainState, params: Arrays, batch_stats: Arrays) -> dict[str, Arrays] | None:
+        """The averages after the step, block by block; None in a run without."""
+        if self._ema_decay is None or state.ema is None:
+            return None
+        averages: dict[str, Arrays] = {"params": {}, "batch_stats": {}}
+        for block in self._blocks.blocks:
+            names = {"params": block.params, "batch_stats": block.batch_stats}
+            average = {part: take(state.ema[part], names[part]) for part in names}
+            latest = {"params": take(params, names["params"])}
+            latest["batch_stats"] = take(batch_stats, names["batch_stats"])
+            average = self._average(average, latest, state.step)
+            for part in names:
+                averages[part] |= rename(average[part], names[part])
+        return averages
 
 
 @partial(jit_for_cpu, static_argnums=0)
@@ -160,7 +207,7 @@ def _evaluate(graph: Any, params: Arrays, batch_stats: Arrays, x: jax.Array) -> 
 
 @partial(jit_for_cpu, static_argnums=(0, 1))
 def _forward(
-    graph: Any, needs_dx: bool, params: Arrays, batch_stats: Arrays, x: jax.Array
+    graph: Any, needs_dx: bool, params: Arrays, batch_stats: Arrays, x: jax.Array, keep: jax.Array | None
 ) -> tuple[jax.Array, Any, Arrays]:
     """y, the pullback from dL/dy to (dL/dparams, dL/dx) or (dL/dparams,), and the batch statistics after.
 
@@ -169,7 +216,7 @@ def _forward(
     """
 
     def forward(params: Arrays, x: jax.Array = x) -> tuple[jax.Array, Arrays]:
-        return apply(graph, params, batch_stats, x)
+        return apply(graph, params, batch_stats, x, keep)
 
     inputs = (params, x) if needs_dx else (params,)
     pullback: Any  # with fields, of which `jax.vjp` declares none
@@ -190,39 +237,94 @@ def _backward(
     lr: jax.Array,
 ) -> tuple[Update, Metrics, jax.Array | None]:
     """The block's parameters and optimizer state after the update, its `gradient_norms`, and dL/dx."""
+    grads, norms, dx = _gradients(log_gradients, params, pullback, x, dy)
+    return _apply(optimizer, params, moments, counts, grads, lr), norms, dx
+
+
+def _pull_back(
+    log_gradients: bool, params: Arrays, pullback: Any, x: jax.Array, dy: jax.Array
+) -> tuple[Arrays, jax.Array, Metrics, jax.Array | None]:
+    """`_backward` without the update: the block's gradients, their norm, `gradient_norms`, and dL/dx."""
+    grads, norms, dx = _gradients(log_gradients, params, pullback, x, dy)
+    return grads, l2_norm(grads), norms, dx
+
+
+def _update(
+    optimizer: Optimizer,
+    params: Arrays,
+    moments: Any,
+    counts: Any,
+    grads: Arrays,
+    scale: jax.Array,
+    lr: jax.Array,
+) -> Update:
+    """The block's parameters and optimizer state after the update by its gradients times `scale`."""
+    return _apply(optimizer, params, moments, counts, scale_gradients(grads, scale), lr)
+
+
+@jit_for_cpu
+def _clip(norms: Sequence[jax.Array], max_norm: float) -> tuple[jax.Array, Metrics]:
+    """The factor of all gradients, from the norms of the blocks'; and the norm of all, before clipping."""
+    grad_norm = optax.tree.norm(norms)
+    return clip_scale(grad_norm, max_norm), {"grad_norm": grad_norm}
+
+
+def _gradients(
+    log_gradients: bool, params: Arrays, pullback: Any, x: jax.Array, dy: jax.Array
+) -> tuple[Arrays, Metrics, jax.Array | None]:
+    """dL/dparams, its `gradient_norms`, and dL/dx."""
     pullback.args_res = [params, x][: len(pullback.args_res)]
     grads, *dx = pullback(dy)
-    opt_state = map_moments(pack_vectors, join_opt_state(moments, counts))
-    update = apply_gradients(optimizer, pack_vectors(params), opt_state, pack_vectors(grads), lr)
-    unpack = partial(unpack_vectors, like=params)
-    unpacked = Update(unpack(update.params), map_moments(unpack, update.opt_state), update.metrics)
     norms = gradient_norms(grads) if log_gradients else {}
-    return unpacked, norms, dx[0] if dx else None
+    return grads, norms, dx[0] if dx else None
+
+
+def _apply(
+    optimizer: Optimizer, params: Arrays, moments: Any, counts: Any, grads: Arrays, lr: jax.Array
+) -> Update:
+    """The block's parameters and optimizer state after the update."""
+    pack = partial(pack_vectors, key=optimizer.vectors_with)
+    opt_state = map_moments(pack, join_opt_state(moments, counts))
+    update = apply_gradients(optimizer, pack(params), opt_state, pack(grads), lr)
+    unpack = partial(unpack_vectors, like=params, key=optimizer.vectors_with)
+    return Update(unpack(update.params), map_moments(unpack, update.opt_state), update.metrics)
 
 
 def _summarize(
-    step: jax.Array, first_nonfinite_step: jax.Array, loss: jax.Array, parts: Sequence[Metrics]
+    step: jax.Array,
+    first_nonfinite_step: jax.Array,
+    loss: jax.Array,
+    parts: Sequence[Metrics],
+    clipped: Metrics,
 ) -> tuple[Metrics, jax.Array, jax.Array]:
     """The metrics of a step and the counters after it, from the metrics of the blocks' updates."""
-    metrics = merge_metrics(parts)
+    metrics = {**merge_metrics(parts), **clipped}
     return metrics, *count_step(step, first_nonfinite_step, loss, metrics["grad_norm"])
 
 
-def pack_vectors(arrays: Arrays) -> Arrays:
-    """The arrays with all vectors, which are most of them, as one: a third of the code for an update."""
-    vectors = [array for array in arrays.values() if array.ndim == 1]
+def pack_vectors(arrays: Arrays, key: Callable[[str], str]) -> Arrays:
+    """The arrays with vectors, which are most of them, as one: a third of the code for an update.
+
+    Vectors with equal key(name) become one array of that name: `Optimizer.vectors_with`.
+    """
+    vectors: dict[str, list[jax.Array]] = {}
+    for name, array in arrays.items():
+        if array.ndim == 1:
+            vectors.setdefault(key(name), []).append(array)
     others = {name: array for name, array in arrays.items() if array.ndim != 1}
-    return {**others, "vectors": jnp.concatenate(vectors)} if vectors else others
+    return {**others, **{name: jnp.concatenate(group) for name, group in vectors.items()}}
 
 
-def unpack_vectors(arrays: Arrays, like: Arrays) -> Arrays:
+def unpack_vectors(arrays: Arrays, like: Arrays, key: Callable[[str], str]) -> Arrays:
     """The inverse of `pack_vectors`, for arrays of the names and shapes of `like`."""
-    names = [name for name, array in like.items() if array.ndim == 1]
-    if not names:
-        return arrays
-    ends = np.cumsum([like[name].size for name in names])
-    vectors = jnp.split(arrays["vectors"], ends[:-1])
-    arrays = {**arrays, **dict(zip(names, vectors, strict=True))}
+    names: dict[str, list[str]] = {}
+    for name, array in like.items():
+        if array.ndim == 1:
+            names.setdefault(key(name), []).append(name)
+    for packed, group in names.items():
+        ends = np.cumsum([like[name].size for name in group])
+        vectors = jnp.split(arrays[packed], ends[:-1])
+        arrays = {**arrays, **dict(zip(group, vectors, strict=True))}
     return {name: arrays[name] for name in like}
 
 

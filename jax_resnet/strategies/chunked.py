@@ -103,7 +103,8 @@ def run_chunk(
         batch = {name: x[i] for name, x in batches.items()}
         if images:
             image = gather_images(images["images"], images["fill"], batch)
-            batch = {"image": image, "label": batch["label"]}
+            drawn = {"index", "shift", "flip"}
+            batch = {"image": image, **{name: x for name, x in batch.items() if name not in drawn}}
         return train_step(state, batch, lrs[i])
 
     def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:

@@ -62,7 +62,7 @@ class VmappedEngines:
 
     def step(self, stacked: TrainState, parts: Sequence[Batch], step: int) -> tuple[TrainState, Metrics]:
         """Take the step that follows `step` steps; as in `train`."""
-        batch = {name: np.stack([part[name] for part in parts]) for name in ("image", "label")}
+        batch = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
         with self._main._precision():
             lrs = np.array([engine.learning_rate(step) for engine in self.engines], self._main.network.dtype)
             output = self._compiled(stacked, batch, lrs, self._mean, self._std)
@@ -85,6 +85,7 @@ class VmappedEngines:
             lr,
             gradient_fn=self._main.gradient_fn,
             log_gradients=self._main.log_gradients,
+            ema_decay=self._main.ema_decay,
         )
 
 
@@ -170,6 +171,7 @@ class EngineProxy:
         self._rendezvous, self._index, self._engine = rendezvous, index, engine
         self.learning_rate, self.init, self.from_tree = engine.learning_rate, engine.init, engine.from_tree
         self.device, self.device_count = engine.device, engine.device_count
+        self.num_blocks = engine.num_blocks
         self.compiles, self.holds_images, self.is_synchronized = True, False, True
 
     def train(

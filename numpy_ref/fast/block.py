@@ -17,13 +17,13 @@ class FusedBlock(Layer):
     branch: Any  # see `resnet.ResidualBlock`
     shortcut: Any
 
-    def forward(self, x: Array, train: bool = False) -> Array:
-        """relu(branch(x) + shortcut(x))."""
+    def forward(self, x: Array, train: bool = False, keep: Array | None = None) -> Array:
+        """relu(branch(x) + shortcut(x)), or relu(keep * branch(x) + shortcut(x)); keep is [N]."""
         shortcut = self.shortcut().forward(x, train)
         layers, last_norm = self._layers()
         for layer in layers:
             x = layer.forward(x, train)
-        return last_norm.forward(x, train, shortcut)
+        return last_norm.forward(x, train, shortcut, keep)
 
     def backward(self, dy: Array) -> Array:
         """x enters y on two paths, the branch and the shortcut: dL/dx is the sum of both gradients."""

@@ -195,8 +195,13 @@ def check_channels(x: Array, channels: int, ndim: int | None = None) -> None:
 
 
 class Layer:
-    """A function of arrays, perhaps with parameters; attributes that are layers are its parts."""
+    """A function of arrays, perhaps with parameters; attributes that are layers are its parts.
 
+    Attributes:
+        has_branch: True for a residual block, whose `forward` takes the factor of its branch.
+    """
+
+    has_branch = False
     _saved: Any = None
 
     def forward(self, x: Array, train: bool = False) -> Array:

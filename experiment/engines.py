@@ -39,6 +39,10 @@ class Engine(Protocol):
     def is_synchronized(self) -> bool:
         """True if other processes or engines take the same steps: `all_reduce_max` waits for them."""
 
+    @property
+    def num_blocks(self) -> int:
+        """The number of residual blocks, whose branches `--drop-path` drops."""
+
     def init(self) -> Any:
         """The state before the first step, a function of the seed."""
 
@@ -48,14 +52,15 @@ class Engine(Protocol):
         """Take a step for each batch; yield the state and {"loss", "logits", "label", "grad_norm", ...}.
 
         `needs_state(step)` is True for the steps, counted from 1, after which the caller uses the state.
-        After any other step the engine may yield None for it.
+        After any other step the engine may yield None for it. A batch may have "drop_path", float64
+        [N, num_blocks]: the factor of each residual branch.
         """
 
     def hold(self, images: np.ndarray, fill: Sequence[int]) -> None:
         """Copy images uint8 [M, H, W, C] to the device; `train` then takes batches of their indices."""
 
     def evaluate(self, state: Any, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
-        """The logits [N, num_classes] of each batch, with the running statistics."""
+        """The logits [N, num_classes] of each batch, with the running statistics, or with the averages."""
 
     def first_nonfinite_step(self, state: Any) -> int | None:
         """The first step (from 1) whose loss or gradient was not finite, or None."""
@@ -64,7 +69,10 @@ class Engine(Protocol):
         """Return the largest number that any of the synchronized processes or engines passed."""
 
     def to_tree(self, state: Any) -> dict[str, Any]:
-        """The state as {params, batch_stats, optimizer, step} of NumPy arrays under torchvision's names."""
+        """The state as {params, batch_stats, optimizer, step} of NumPy arrays under torchvision's names.
+
+        With --model-ema-decay also "ema": {params, batch_stats}, the averages.
+        """
 
     def from_tree(self, tree: dict[str, Any]) -> Any:
         """The inverse of `to_tree`."""

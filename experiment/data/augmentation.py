@@ -131,14 +131,18 @@ def cut_resized(image: Image, whole: Size, top: int, left: int, size: Size) -> P
     return pixels_of(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
 
 
-def generators(seed: int, epoch: int, examples: npt.NDArray[np.int64]) -> Iterator[np.random.Generator]:
+def generators(
+    seed: int, epoch: int, examples: npt.NDArray[np.int64], stream: int = 0
+) -> Iterator[np.random.Generator]:
     """Yield a generator for each of the examples [N]: its k-th number depends on seed, epoch, example and k.
+
+    Other numbers come from another `stream`, so that one kind of draws does not depend on another.
 
     Philox hashes a counter: here epoch and example, and a word that counts the draws (Salmon et al. 2011,
     "Parallel random numbers: as easy as 1, 2, 3"). The same object is yielded each time, reset for the next
     example: draw all numbers of an example before asking for the next.
     """
-    bits = np.random.Philox(key=[seed, 0])
+    bits = np.random.Philox(key=[seed, stream])
     state, generator = bits.state, np.random.Generator(bits)
     for example in examples:
         state["state"]["counter"][:] = (0, example, epoch, 0)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from experiment.data.augmentation import Augmentation, fill_color
 from experiment.data.builtin import BUILTIN, CACHE_BYTES, no_boxes
+from experiment.data.drop_path import DropPath
 from experiment.data.tfds import tfds_dataset
 from experiment.data.types import Batch, Dataset, Labels, Pixels, Size, Source
 from experiment.errors import UserError
@@ -54,6 +55,7 @@ class Data(Dataset):
     augmentation: Augmentation
     parts: Mapping[Split, Part] = field(repr=False)
     place: ProcessInfo = SINGLE_PROCESS  # of several processes each reads its rows of a training batch
+    drop_path: DropPath | None = None  # adds "drop_path", float64 [N, blocks], to training batches
 
     @property
     def num_classes(self) -> int:
@@ -79,7 +81,9 @@ class Data(Dataset):
         source, indices = self.parts["train"]
 
         def read(step: int, positions: npt.NDArray[np.int64]) -> Batch:
-            return self.augmentation.batch(source, indices[positions], step // self.steps_per_epoch)
+            epoch = step // self.steps_per_epoch
+            batch = self.augmentation.batch(source, indices[positions], epoch)
+            return {**batch, **self._drop_path(indices[positions], epoch)}
 
         return self._prefetched(self._order().map_with_index(read)[start_step:])
 
@@ -91,15 +95,22 @@ class Data(Dataset):
             start_step: as in `train_batches`.
 
         Yields:
-            {"index": int32 [N] into `held`, "label": int32 [N], "shift": int32 [N, 2], "flip": bool [N]}
+            {"index": int32 [N] into `held`, "label": int32 [N], "shift": int32 [N, 2], "flip": bool [N]}, and
+            "drop_path" as `train_batches` has it
         """
         _, indices = self.parts["train"]
 
         def draw(step: int, positions: npt.NDArray[np.int64]) -> Batch:
-            drawn = self.augmentation.draws(indices[positions], step // self.steps_per_epoch)
+            epoch = step // self.steps_per_epoch
+            drawn = self.augmentation.draws(indices[positions], epoch)
+            drawn |= self._drop_path(indices[positions], epoch)
             return {"index": positions.astype(np.int32), "label": labels[positions], **drawn}
 
         return self._prefetched(self._order().map_with_index(draw)[start_step:])
+
+    def _drop_path(self, examples: npt.NDArray[np.int64], epoch: int) -> Batch:
+        """The factors of the residual branches of the examples [N]; nothing without stochastic depth."""
+        return {} if self.drop_path is None else {"drop_path": self.drop_path.factors(examples, epoch)}
 
     def held(self) -> Batch | None:
         """All training images, uint8 [M, H, W, C], and labels [M]; None if a device cannot hold them, or if

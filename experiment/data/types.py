@@ -20,7 +20,8 @@ Color = tuple[int, ...]
 """A number of uint8 for each channel."""
 
 Batch = dict[str, npt.NDArray[Any]]
-"""`{"image": uint8 [N, H, W, C], "label": int32 [N]}`."""
+"""`{"image": uint8 [N, H, W, C], "label": int32 [N]}`; with stochastic depth also `"drop_path"`, float64
+[N, blocks], the factors of the residual branches."""
 
 Labels = npt.NDArray[np.int32]
 

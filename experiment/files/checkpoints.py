@@ -1,7 +1,8 @@
 """Checkpoints: Orbax for the arrays, a manifest of SHA-256 sums so that no flipped bit is ever loaded.
 
 A checkpoint is a folder `checkpoints/STEP` with
-    state/         the engine-neutral tree {params, batch_stats, optimizer, step} (`Engine.to_tree`), by Orbax
+    state/         the engine-neutral tree {params, batch_stats, optimizer, step}, with --model-ema-decay also
+                   ema (`Engine.to_tree`), by Orbax
     run.json       history (length and SHA-256 of metrics.jsonl), epoch_metrics, best, clock, identity (the
                    options), perhaps validation_due: see `Trainer._save`
     manifest.json  the size and SHA-256 of every other file; written last

@@ -25,8 +25,9 @@ LARGEST = np.finfo(np.float32).max
 
 
 def from_tree(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The state dict of a checkpoint tree: its parameters and batch statistics."""
-    return {**tree["params"], **tree["batch_stats"]}
+    """The state dict of a checkpoint tree: its parameters and batch statistics, or their averages if any."""
+    network = tree.get("ema", tree)
+    return {**network["params"], **network["batch_stats"]}
 
 
 def load(path: Path) -> dict[str, np.ndarray]:

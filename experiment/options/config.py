@@ -69,6 +69,9 @@ class Config:
     )
     small_images: bool = option(False, "3x3 stride-1 stem without pooling")
     precision: str = option("float32", "compute type; state stays float32 or wider", choices=PRECISIONS)
+    drop_path: float = option(
+        0.0, "probability of dropping the last block's branch; linearly less before it", least=0, below=1
+    )
 
     dataset: str = option("digits", "digits, synthetic, or any plain TFDS name")
     data_dir: str | None = option(None, "where TFDS keeps its data (default: TFDS' own)")
@@ -95,6 +98,13 @@ class Config:
     momentum: float = option(0.9, "momentum of sgd", least=0, below=1)
     weight_decay: float | None = option(
         None, "L2 on all parameters; decoupled for adamw (default 0.01) and adaboundw; else 0", least=0
+    )
+    norm_weight_decay: float | None = option(None, "weight decay of batch norm's parameters", least=0)
+    bias_weight_decay: float | None = option(None, "weight decay of biases, batch norm's among them", least=0)
+    nesterov: bool = option(False, "Nesterov's momentum in sgd")
+    clip_grad_norm: float | None = option(None, "largest norm of all gradients together", above=0)
+    model_ema_decay: float | None = option(
+        None, "evaluate an exponential average of the weights, with this decay per step", above=0, below=1
     )
 
     schedule: str = option("cosine", "learning-rate schedule", choices=SCHEDULES)
@@ -177,6 +187,12 @@ class Config:
                 yield f"{flag}: needs validation; give a --val-fraction above 0, or leave it out"
         if self.freeze_backbone and self.init_from is None:
             yield "--freeze-backbone: needs trained weights; give them with --init-from FILE, or leave it out"
+        if self.nesterov and not self.momentum:
+            yield "--nesterov: needs a --momentum above 0; raise it, or leave the flag out"
+        if self.freeze_backbone:
+            given = {"--drop-path": self.drop_path, "--norm-weight-decay": self.norm_weight_decay is not None}
+            for flag in (flag for flag, value in given.items() if value):
+                yield f"{flag}: with --freeze-backbone the head alone is trained; leave one of the flags out"
         if self.run_dir == "":
             yield "--run-dir: is empty; name a folder"
         if self.resume and self.run_dir is None:
@@ -193,6 +209,11 @@ class Config:
         if self.batch_size % self.accumulate:
             fault = f"{self.accumulate} does not divide --batch-size {self.batch_size}"
             yield f"--accumulate: {fault}; change one"
+        if cnn and self.drop_path:
+            yield "--drop-path: cnn has no residual blocks; leave the flag out"
+        if self.norm_weight_decay is not None and (cnn or not self.batch_norm):
+            without = "cnn" if cnn else "with --no-batch-norm the network"
+            yield f"--norm-weight-decay: {without} has no batch norm; leave the flag out"
         if cnn and self.remat:
             yield "--remat: cnn has no residual blocks; leave the flag out"
         if cnn and not self.batch_norm:
@@ -232,8 +253,9 @@ class Config:
     def engine_options(self) -> dict[str, Any]:
         """The keyword arguments of an engine that follow from the options alone, without its optimizer."""
         jax_only = ["accumulate", "remat"] if self.framework == "jax" else []
-        names = ["model", "precision", "seed", "log_gradients", *jax_only]
-        return {"model_options": self.model_options(), **{name: getattr(self, name) for name in names}}
+        names = ["model", "precision", "seed", "log_gradients", "clip_grad_norm", *jax_only]
+        options = {name: getattr(self, name) for name in names}
+        return {"model_options": self.model_options(), "ema_decay": self.model_ema_decay, **options}
 
     def optimizer_options(self) -> dict[str, Any]:
         """The hyper-parameters of the optimizer, but for the learning rate."""
@@ -246,6 +268,9 @@ class Config:
             "eps": self.eps,
             "momentum": self.momentum,
             "weight_decay": self.weight_decay,
+            "norm_weight_decay": self.norm_weight_decay,
+            "bias_weight_decay": self.bias_weight_decay,
+            "nesterov": self.nesterov,
         }
 
     def total_steps(self, steps_per_epoch: int) -> int:

@@ -15,7 +15,7 @@ USED_BY = {
     **dict.fromkeys(
         ("beta2", "eps"), ("optimizer", tuple(name for name in OPTIMIZERS if name not in ("sgd", "sgdbound")))
     ),
-    "momentum": ("optimizer", ("sgd",)),
+    **dict.fromkeys(("momentum", "nesterov"), ("optimizer", ("sgd",))),
     "decay_factor": ("schedule", ("multistep", "plateau")),
     **dict.fromkeys(("patience", "cooldown"), ("schedule", ("plateau",))),
 }

@@ -73,7 +73,8 @@ def open_run(
         raise UserError(f"{run_dir}: not found; name the folder of a run")
     record = run_folder.read_named_record(run_dir)
     given = {"framework": framework, "data_dir": data_dir}
-    stored = {**record["config"], "accumulate": 1, "remat": False}  # training options that one engine lacks
+    # Options of training: those that one engine lacks, and the average, which the weights are already
+    stored = {**record["config"], "accumulate": 1, "remat": False, "model_ema_decay": None}
     config = resolve({name: value for name, value in given.items() if value is not None}, stored)
     set_environment(config.framework, deterministic=config.deterministic)
     path = run_dir / WEIGHTS[which]

@@ -11,6 +11,7 @@ from threading import BrokenBarrierError
 from typing import Any
 
 from experiment.data import loading
+from experiment.data.drop_path import DropPath
 from experiment.data.loading import Data
 from experiment.engines import Engine, load_engine, set_environment
 from experiment.errors import DivergedError, FolderLostError, RunFailedError, UserError
@@ -74,6 +75,9 @@ class Session:
         self.data = dataclasses.replace(data, place=self.process)
         self.validations = ValidationHistory(config.eval_every or data.steps_per_epoch)
         self.engine = join(make_engine(config, self.data, self.resolved, self.validations))
+        if config.drop_path:
+            drop_path = DropPath(config.drop_path, self.engine.num_blocks, config.seed)
+            self.data = dataclasses.replace(self.data, drop_path=drop_path)
         self.tree = self._initial_tree() if self.stored is None else None
 
     def run(self) -> Outcome:

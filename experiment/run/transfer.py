@@ -65,6 +65,8 @@ def initial_tree(
         raise UserError(f"--init-from: {path} does not fit the network: {problems}; {what_to_do}")
     for part in ("params", "batch_stats"):
         tree[part] = {name: given[name].astype(array.dtype) for name, array in tree[part].items()}
+    if "ema" in tree:
+        tree["ema"] = {part: tree[part] for part in ("params", "batch_stats")}
     trained, frozen = count_parameters(tree["params"], freeze_backbone=config.freeze_backbone)
     report(f"begun from {path}: {trained:,} parameters are trained, {frozen:,} are frozen")
     return tree

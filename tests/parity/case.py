@@ -9,18 +9,21 @@ from typing import Any
 
 import numpy as np
 
+from experiment.data.drop_path import DropPath
 from experiment.run.schedules import make_schedule
 from tests.helpers.comparing import random_state
 
 Inputs = dict[str, np.ndarray]
-"""`x` and `target`, or what an optimizer or a trajectory needs; `state/NAME`: parameters and statistics."""
+"""`x` and `target`, or what an optimizer or a trajectory needs; `state/NAME`: parameters and statistics;
+`keep`: the factors of residual branches, [N, blocks]."""
 
 Results = dict[str, np.ndarray]
 """The outputs by their names (`y`, or a network's stages), `loss`, `dx`, `grad.NAME`, `after.NAME`; or what
 an optimizer or a trajectory leaves."""
 
 CLASSES = 5
-SHAPES = {"weight": (7, 5), "bias": (5,), "kernel": (3, 3, 2, 4)}  # of an optimizer's parameters
+# Of an optimizer's parameters. The last ones are batch norm's.
+SHAPES = {"weight": (7, 5), "bias": (5,), "kernel": (3, 3, 2, 4), "bn1.weight": (4,), "bn1.bias": (4,)}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Case:
         precision: "float64", "float32" or, in JAX alone, "bfloat16".
         values: the kind of numbers in x; see `VALUES`.
         seed: of the inputs.
+        drop_path: stochastic depth of a network: the rate of its last block.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Case:
     precision: str = "float64"
     values: str = "normal"
     seed: int = 0
+    drop_path: float = 0.0
 
     @property
     def input_precision(self) -> str:
@@ -87,13 +92,27 @@ def make_inputs(case: Case) -> Inputs:
     shapes, output = torch_side.shapes(case)
     state = {f"state/{name}": array for name, array in random_state(shapes, case.seed).items()}
     if case.kind == "trajectory":
-        return {**state, **_trajectory_inputs(rng, case)}
+        return {**state, **_trajectory_inputs(rng, case), **_keep(case)}
     label = case.kind in ("loss", "network")
     x = VALUES[case.values](rng, case.shape)
     target = rng.integers(output[-1], size=output[0]) if label else rng.normal(size=output)
     arrays = {"x": x, **({} if label else {"target": target}), **state}
     cast = {name: array.astype(case.input_precision) for name, array in arrays.items()}
-    return {**cast, **({"target": target.astype(np.int32)} if label else {})}
+    return {**cast, **({"target": target.astype(np.int32)} if label else {}), **_keep(case)}
+
+
+def _keep(case: Case) -> Inputs:
+    """The factors of the branches of each example, from the project's draws; of a trajectory each step's."""
+    if not case.drop_path:
+        return {}
+    from tests.parity import torch_side
+
+    network: Any = torch_side.build(case)
+    drop_path = DropPath(case.drop_path, network.num_blocks, case.seed)
+    examples = np.arange(case.shape[0])
+    if case.kind == "network":
+        return {"keep": drop_path.factors(examples, 0)}
+    return {"keep": np.stack([drop_path.factors(examples, step) for step in range(case.options["steps"])])}
 
 
 def _optimizer_inputs(rng: np.random.Generator, case: Case) -> Inputs:

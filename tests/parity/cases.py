@@ -16,8 +16,16 @@ def _stage(name: str, shape: tuple[int, ...], model: str, stage: str, *, train: 
     return Case(f"{name}-{'train' if train else 'eval'}", "stage", shape, kept, train)
 
 
-def _network(name: str, shape: tuple[int, ...], model: str, *, train: bool = True, **options: Any) -> Case:
-    return Case(name, "network", shape, {"model": model, **options}, train)
+def _network(
+    name: str,
+    shape: tuple[int, ...],
+    model: str,
+    *,
+    train: bool = True,
+    drop_path: float = 0.0,
+    **options: Any,
+) -> Case:
+    return Case(name, "network", shape, {"model": model, **options}, train, drop_path=drop_path)
 
 
 CONVOLUTIONS = [
@@ -112,6 +120,7 @@ STAGES = [
     for name, shape, model, stage, options in _BLOCKS
 ]
 
+_DROPPED: dict[str, Any] = {"width": 4, "stage_sizes": (1, 2), "drop_path": 0.6}
 _SMALL: dict[str, Any] = {"width": 4, "small_images": True}
 NETWORKS = [  # thin; images so large that batch norm never divides by the deviation of few values
     _network("resnet-basic", (4, 47, 66, 3), "resnet18", width=4, stage_sizes=(1, 1, 1, 1)),
@@ -125,6 +134,11 @@ NETWORKS = [  # thin; images so large that batch norm never divides by the devia
     ),
     _network("resnet-option-A", (4, 32, 33, 3), "resnet_cifar", n=1, width=3),
     _network("resnet-option-A-no-batch-norm", (4, 32, 32, 1), "resnet_cifar", n=1, width=4, batch_norm=False),
+    _network(  # 17 x 17 pixels of an example do not fill NumPy's wide rows
+        "resnet-basic-drop-path", (4, 33, 34, 3), "resnet18", width=4, stage_sizes=(1, 1), drop_path=0.5
+    ),
+    _network("resnet-bottleneck-drop-path", (4, 40, 33, 3), "resnet50", **_DROPPED),
+    _network("resnet-drop-path-no-batch-norm", (4, 32, 33, 3), "resnet50", **_DROPPED, batch_norm=False),
     _network("cnn", (4, 33, 40, 3), "cnn", image_size=(33, 40), width=3),
     _network("resnet-basic-eval", (4, 47, 66, 3), "resnet18", train=False, width=4, stage_sizes=(1, 1, 1, 1)),
     _network("resnet-bottleneck-eval", (1, 40, 33, 3), "resnet50", train=False, width=4, stage_sizes=(1, 2)),
@@ -144,9 +158,20 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine": {"name": "cosine", "warmup_steps": 50},
     "multistep": {"name": "multistep", "milestones": (300, 700), "factor": 0.1, "warmup_steps": 100},
 }
+_SUFFIX = {
+    ("norm_weight_decay",): ["norms-apart"],
+    ("norm_weight_decay", "bias_weight_decay"): ["norms-and-biases-apart"],
+}
 OPTIMIZERS = [
     Case(
-        f"{optimizer}-{schedule}-{'default' if decay is None else decay}",
+        "-".join(
+            [
+                optimizer,
+                schedule,
+                "default" if decay is None else str(decay),
+                *_SUFFIX.get(tuple(options), []),
+            ]
+        ),
         "optimizer",
         (1000,),
         {
@@ -174,7 +199,23 @@ OPTIMIZERS = [
                 "momentum": 0.7,
             },
         ),
+        ("cosine", 0.03, {"norm_weight_decay": 0.0}),
+        ("cosine", 0.03, {"norm_weight_decay": 0.1, "bias_weight_decay": 0.01}),
     ]
+]
+OPTIMIZERS += [
+    Case(
+        f"sgd-nesterov-{decay}",
+        "optimizer",
+        (1000,),
+        {
+            "optimizer": "sgd",
+            "learning_rate": 0.05,
+            "schedule": SCHEDULES["cosine"],
+            "optimizer_options": {"nesterov": True, "momentum": 0.8, "weight_decay": decay},
+        },
+    )
+    for decay in (0.0, 0.03)
 ]
 
 TRAJECTORIES = [
@@ -199,3 +240,30 @@ TRAJECTORIES = [
         ("sgd", 0.1, {"weight_decay": 1e-3}),
     ]
 ]
+
+# Everything at once; the tests of the pieces are in tests/test_training_pieces.py. Few steps: SGD with a
+# large rate soon magnifies rounding.
+TRAJECTORIES.append(
+    Case(
+        "trajectory-all-pieces",
+        "trajectory",
+        (8, 16, 16, 3),
+        {
+            "model": "resnet18",
+            "width": 4,
+            "stage_sizes": (1, 1),
+            "small_images": True,
+            "optimizer": "sgd",
+            "optimizer_options": {
+                "weight_decay": 1e-2,
+                "norm_weight_decay": 0.0,
+                "bias_weight_decay": 1e-3,
+                "nesterov": True,
+            },
+            "learning_rate": 0.05,
+            "steps": 24,
+            "engine_options": {"clip_grad_norm": 1.0, "ema_decay": 0.8},
+        },
+        drop_path=0.5,
+    )
+)

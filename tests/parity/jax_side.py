@@ -126,12 +126,15 @@ def convolutions(other: bool) -> Iterator[None]:
 
 
 @partial(quick_jit, static_argnums=(0, 1))
-def _forward_and_backward(graph: Any, other: bool, params: Any, stats: Any, x: Any, target: Any) -> Any:
+def _forward_and_backward(
+    graph: Any, other: bool, params: Any, stats: Any, x: Any, target: Any, keep: Any
+) -> Any:
     """One compiled function for all weights and seeds of a case; `graph` and `other` are static."""
 
     def forward(params: Any, x: jax.Array) -> Any:
         model = nnx.merge(graph, params, stats, copy=True)
-        outputs = model.stages(x) if hasattr(model, "stages") else {"y": model(x)}
+        factors = [] if keep is None else [keep]
+        outputs = model.stages(x, *factors) if hasattr(model, "stages") else {"y": model(x)}
         *_, last = outputs.values()
         label = jnp.issubdtype(target.dtype, jnp.integer)
         loss = cross_entropy(last, target) if label else (last * target).sum()
@@ -156,7 +159,7 @@ def run(case: Case, inputs: Inputs, *, other_convolution: bool = False) -> Resul
             model.eval()
         graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
         (loss, (outputs, after)), (dparams, dx) = _forward_and_backward(
-            graph, other_convolution, params, stats, inputs["x"], inputs["target"]
+            graph, other_convolution, params, stats, inputs["x"], inputs["target"], inputs.get("keep")
         )
     results = dict(outputs)
     if inputs["target"].dtype.kind == "i":
@@ -172,14 +175,16 @@ def flat(state: Any) -> dict[str, jax.Array]:
     return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
-@partial(quick_jit, static_argnums=0)
-def _optimize(name: str, options: Any, base_lr: Any, state: Any, gradients: Any, rates: Any) -> Any:
+@partial(quick_jit, static_argnums=(0, 1))
+def _optimize(
+    name: str, nesterov: bool, options: Any, base_lr: Any, state: Any, gradients: Any, rates: Any
+) -> Any:
     """All steps; the optimizer is made inside, of traced numbers, as the training step makes it."""
 
     def step(carry: Any, each: Any) -> Any:
         params, opt_state = carry
         grads, lr = each
-        optimizer = make_optimizer(name, lr, base_lr=base_lr, **options)
+        optimizer = make_optimizer(name, lr, base_lr=base_lr, nesterov=nesterov, **options)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (jax.tree.map(jnp.add, params, updates), opt_state), None
 
@@ -192,8 +197,9 @@ def run_optimizer(case: Case, inputs: Inputs) -> Results:
     options = dict(case.options["optimizer_options"])
     base_lr = options.pop("base_lr", case.options["learning_rate"])
     state, gradients = group(inputs, "state"), group(inputs, "gradients")
+    nesterov = options.pop("nesterov", False)
     values, opt_state = _optimize(
-        case.options["optimizer"], options, base_lr, state, gradients, inputs["rates"]
+        case.options["optimizer"], nesterov, options, base_lr, state, gradients, inputs["rates"]
     )
     results = {f"value.{name}": np.asarray(value) for name, value in values.items()}
     for moment, arrays in state_to_dict(opt_state).items():

@@ -75,7 +75,8 @@ def run(case: Case, inputs: Inputs, *, form: str = "fast") -> Results:
     load_state_dict(layer, group(inputs, "state"))
     x, target = inputs["x"], inputs["target"]
     network = isinstance(layer, Network)
-    outputs = layer.stages(x, case.train) if network else {"y": layer.forward(x, case.train)}
+    keep = inputs.get("keep")
+    outputs = layer.stages(x, case.train, keep) if network else {"y": layer.forward(x, case.train)}
     results = {name: np.array(array) for name, array in outputs.items()}
     *_, dlast = outputs.values()
     if target.dtype.kind == "i":
@@ -96,7 +97,7 @@ def run_optimizer(case: Case, inputs: Inputs) -> Results:
     parameters = {name: Parameter(array.copy()) for name, array in group(inputs, "state").items()}
     optimizer = numpy_ref.make_optimizer(
         case.options["optimizer"],
-        parameters.values(),
+        parameters,
         case.options["learning_rate"],
         **case.options["optimizer_options"],
     )
@@ -108,8 +109,10 @@ def run_optimizer(case: Case, inputs: Inputs) -> Results:
         optimizer.lr = float(rate)
         optimizer.step()
     results = {f"value.{name}": parameter.value for name, parameter in parameters.items()}
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    order = [names[id(parameter)] for parameter in optimizer.parameters]
     for moment, arrays in optimizer.moments.items():
-        results |= {f"{moment}.{name}": array for name, array in zip(parameters, arrays, strict=True)}
+        results |= {f"{moment}.{name}": array for name, array in zip(order, arrays, strict=True)}
     return results
 
 

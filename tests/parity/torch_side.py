@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import torch_oracle
 from tests.helpers.comparing import nchw, nhwc
@@ -50,7 +51,7 @@ def build(case: Case) -> nn.Module:
         case "stage" | "network" | "trajectory":
             network = getattr(torch_oracle, options.pop("model"))
             stage = options.pop("stage", None)
-            for other in ("optimizer", "optimizer_options", "learning_rate", "steps"):
+            for other in ("optimizer", "optimizer_options", "learning_rate", "steps", "engine_options"):
                 options.pop(other, None)
             module = network(num_classes=CLASSES, in_channels=options.pop("in_channels", channels), **options)
             return module if stage is None else getattr(module, stage)
@@ -74,10 +75,11 @@ def shapes(case: Case) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
     return state, tuple((last.permute(0, 2, 3, 1) if last.ndim == 4 else last).shape)
 
 
-def outputs_of(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """A network's stages, or what a layer makes of x."""
+def outputs_of(module: nn.Module, x: Tensor, keep: np.ndarray | None = None) -> dict[str, Tensor]:
+    """A network's stages, with the factors of its branches, or what a layer makes of x."""
     stages: Any = getattr(module, "stages", None)
-    return {"y": module(x)} if stages is None else stages(x)
+    factors = [] if keep is None else [torch.from_numpy(keep)]
+    return {"y": module(x)} if stages is None else stages(x, *factors)
 
 
 @contextlib.contextmanager
@@ -106,7 +108,7 @@ def run(case: Case, inputs: Inputs, *, precision: str | None = None, channels_la
     torch_oracle.load_state_dict(module, group(inputs, "state"))
     x = torch.from_numpy(nchw(inputs["x"])).to(dtype)
     x = x.contiguous(memory_format=layout).requires_grad_() if x.ndim == 4 else x.requires_grad_()
-    outputs = outputs_of(module, x)
+    outputs = outputs_of(module, x, inputs.get("keep"))
     *_, last = outputs.values()
     target = torch.from_numpy(nchw(inputs["target"]))
     label = not target.is_floating_point()
@@ -133,7 +135,7 @@ def run_optimizer(case: Case, inputs: Inputs) -> Results:
     }
     optimizer = torch_oracle.make_optimizer(
         case.options["optimizer"],
-        parameters.values(),
+        parameters,
         case.options["learning_rate"],
         **case.options["optimizer_options"],
     )
@@ -141,7 +143,8 @@ def run_optimizer(case: Case, inputs: Inputs) -> Results:
     for step, rate in enumerate(inputs["rates"]):
         for name, parameter in parameters.items():
             parameter.grad = gradients[name][step]
-        optimizer.param_groups[0]["lr"] = float(rate)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = float(rate)
         optimizer.step()
     return after_training(parameters, optimizer)
 
@@ -163,20 +166,32 @@ def run_trajectory(case: Case, inputs: Inputs) -> Results:
     parameters = dict(module.named_parameters())
     optimizer = torch_oracle.make_optimizer(
         case.options["optimizer"],
-        parameters.values(),
+        parameters,
         case.options["learning_rate"],
         **case.options["optimizer_options"],
     )
+    pieces = case.options.get("engine_options", {})
+    decay = pieces.get("ema_decay")
+    average = decay and AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     losses, logits = [], []
     for step, rate in enumerate(inputs["rates"]):
         batch = step % len(inputs["images"])
-        optimizer.param_groups[0]["lr"] = float(rate)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = float(rate)
         optimizer.zero_grad()
-        output = module(torch.from_numpy(nchw(inputs["images"][batch])))
+        keep = [torch.from_numpy(inputs["keep"][step])] if "keep" in inputs else []
+        output = module(torch.from_numpy(nchw(inputs["images"][batch])), *keep)
         loss = F.cross_entropy(output, torch.from_numpy(inputs["labels"][batch]).long())
         loss.backward()
+        if "clip_grad_norm" in pieces:
+            nn.utils.clip_grad_norm_(module.parameters(), pieces["clip_grad_norm"])
         optimizer.step()
+        if average:
+            average.update_parameters(module)
         losses.append(loss.item())
         logits.append(output.detach().numpy())
     results = {"loss": np.array(losses), "logits": np.stack(logits)}
+    if average:
+        averages = torch_oracle.state_dict(average.module)
+        results |= {f"average.{name}": array for name, array in averages.items()}
     return results | after_training(parameters, optimizer) | statistics(torch_oracle.state_dict(module))

@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.parity.case import CLASSES, Case, Inputs, Results, group
 
-TRAINING = ("optimizer", "optimizer_options", "learning_rate", "steps")
+TRAINING = ("optimizer", "optimizer_options", "learning_rate", "steps", "engine_options")
 
 
 def run_engine(make: Callable[..., Any], case: Case, inputs: Inputs, **options: Any) -> Results:
@@ -27,6 +27,7 @@ def run_engine(make: Callable[..., Any], case: Case, inputs: Inputs, **options: 
         optimizer_options={"base_lr": case.options["learning_rate"], **case.options["optimizer_options"]},
         learning_rate=lambda step: float(rates[step]),
         precision="float64",
+        **case.options.get("engine_options", {}),
         **options,
     )
     tree = engine.to_tree(engine.init())
@@ -37,7 +38,8 @@ def run_engine(make: Callable[..., Any], case: Case, inputs: Inputs, **options: 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for step in range(len(rates)):
             index = step % len(inputs["images"])
-            yield {"image": inputs["images"][index], "label": inputs["labels"][index]}
+            batch = {"image": inputs["images"][index], "label": inputs["labels"][index]}
+            yield {**batch, "drop_path": inputs["keep"][step]} if "keep" in inputs else batch
 
     losses, logits = [], []
     for after, metrics in engine.train(engine.from_tree(tree), batches()):
@@ -53,4 +55,6 @@ def _flat(tree: dict[str, Any]) -> Results:
     for field, arrays in tree["optimizer"].items():
         if isinstance(arrays, dict):
             results |= {f"{field}.{name}": array for name, array in arrays.items()}
+    for part in tree.get("ema", {}).values():
+        results |= {f"average.{name}": array for name, array in part.items()}
     return results | {f"after.{name}": array for name, array in tree["batch_stats"].items()}

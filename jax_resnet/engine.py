@@ -19,6 +19,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from jax_resnet import resnet
 from jax_resnet.layers import parameter_dtype, use_matmul
+from jax_resnet.losses import Loss
 from jax_resnet.optimizers import state_from_dict, state_to_dict
 from jax_resnet.placement import Placement
 from jax_resnet.state import TrainState
@@ -68,6 +69,7 @@ class Engine:
             norms of `log_gradients` are those before. See `optimizers.clip_scale`.
         ema_decay: maintain exponential moving averages of parameters and batch statistics, with this decay
             per step; see `step.update_average`. `evaluate` uses the averages.
+        loss, label_smoothing, class_weights: what training minimizes; see `losses.Loss`.
     """
 
     compiles = True  # the first step waits for XLA
@@ -93,6 +95,9 @@ class Engine:
         log_gradients: bool = False,
         clip_grad_norm: float | None = None,
         ema_decay: float | None = None,
+        loss: str = "cross-entropy",
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         self.learning_rate, self.ema_decay = learning_rate, ema_decay
         self.optimizer = Optimizer(optimizer, dict(optimizer_options), clip_grad_norm)
@@ -116,6 +121,7 @@ class Engine:
                 std=np.asarray(std),
                 dtype=parameter_dtype(precision),
                 freeze_backbone=freeze_backbone,
+                loss=Loss(loss, label_smoothing, class_weights),
             )
         self.gradient_fn: GradientFn = compute_gradient
         if accumulate > 1:
@@ -211,7 +217,8 @@ class Engine:
         Where `needs_state` is False for a step (steps count from 1), the next may be taken in the same call
         of a compiled function. Then None is yielded for its state. The division into calls changes no bit.
 
-        A batch may have "drop_path" [N, num_blocks], the factors of the residual branches.
+        A batch may have "drop_path" [N, num_blocks], the factors of the residual branches, and for mixed
+        images "label2" and "lam" [N]; see `losses.soft_targets`.
 
         Raises ValueError, before the step, for labels [N] that are not integers in range(num_classes).
 
@@ -233,10 +240,10 @@ class Engine:
                 yield state if metrics is rows[-1] else None, metrics
 
     def _checked(self, batch: Batch) -> Batch:
-        check_labels(batch["label"], self._num_classes)
-        if "drop_path" in batch:
-            return {**batch, "drop_path": batch["drop_path"].astype(self.network.dtype)}
-        return batch
+        for name in batch.keys() & {"label", "label2"}:
+            check_labels(batch[name], self._num_classes)
+        wide = batch.keys() & {"drop_path", "lam"}  # float64
+        return {**batch, **{name: batch[name].astype(self.network.dtype) for name in wide}}
 
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
         """Yield the logits [N, num_classes] of each batch, with the running statistics; or with the averages,

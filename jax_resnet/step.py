@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_resnet.layers import use_matmul
+from jax_resnet.losses import PLAIN, Loss
 from jax_resnet.optimizers import bound_metrics, clip_scale, make_optimizer, parameter_kind
 from jax_resnet.state import Arrays, TrainState
 from jax_resnet.state_dict import apply
@@ -43,8 +44,8 @@ def train_step(
         network: the model and what its images need.
         optimizer: the rule that turns gradients into updates.
         state: the state before the step.
-        batch: {"image": [N, H, W, C], "label": [N]}; with stochastic depth also "drop_path" [N, blocks], the
-            factors of the residual branches.
+        batch: {"image": [N, H, W, C], "label": [N]}; for mixed images also "label2" and "lam" [N]; with
+            stochastic depth also "drop_path" [N, blocks], the factors of the residual branches.
         lr: the learning rate of this step; shape ().
         gradient_fn: how the gradient is computed: None is `compute_gradient`; the other is in
             `strategies/accumulate.py`.
@@ -80,7 +81,7 @@ def compute_gradient(network: Network, params: Arrays, batch_stats: Arrays, batc
     def loss_fn(trainable: Arrays) -> tuple[jax.Array, tuple[jax.Array, Arrays]]:
         everything = {**params, **trainable}
         logits, new_batch_stats = apply(network.train_graph, everything, batch_stats, image, keep)
-        return cross_entropy(logits, batch["label"]), (logits, new_batch_stats)
+        return network.loss(logits, batch), (logits, new_batch_stats)
 
     loss_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (logits, new_batch_stats)), grads = loss_and_grad(network.trainable(params))
@@ -143,11 +144,6 @@ def eval_step(network: Network, params: Arrays, batch_stats: Arrays, image: jax.
     return apply(network.eval_graph, params, batch_stats, network.normalize(image))[0]
 
 
-def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """Mean over the batch of -log softmax(logits [N, C])[label [N]]."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
-
-
 def normalize(image: jax.Array, mean: ArrayLike, std: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """Images [N, H, W, C] of type uint8 as (x / 255 - mean) / std, per channel; others unchanged."""
     if image.dtype != jnp.uint8:
@@ -164,6 +160,7 @@ class Network:
         mean, std: per channel, for images of type uint8.
         dtype: the type of the normalized images, of the loss and of the learning rate.
         freeze_backbone: only the head `fc` is trained.
+        loss: what training minimizes.
     """
 
     train_graph: nnx.GraphDef[Any]
@@ -172,6 +169,7 @@ class Network:
     std: ArrayLike
     dtype: DTypeLike
     freeze_backbone: bool = False
+    loss: Loss = PLAIN
 
     def normalize(self, image: jax.Array) -> jax.Array:
         """Images as the model takes them."""

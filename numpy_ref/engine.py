@@ -17,6 +17,7 @@ import numpy as np
 
 from numpy_ref import resnet
 from numpy_ref.layers import Array, check_labels
+from numpy_ref.losses import Loss
 from numpy_ref.memory import trim
 from numpy_ref.optimizers import make_optimizer
 from numpy_ref.parallel import Communicator, Group, SharedMemory, aligned, board_size, core_count, split
@@ -78,6 +79,7 @@ class Engine:
             norms of `log_gradients` are those before. See `optimizers.clip_scale`.
         ema_decay: maintain exponential moving averages of parameters and running statistics, with this decay
             per step; see `Replica.update_average`. `evaluate` uses the averages.
+        loss, label_smoothing, class_weights: what training minimizes; see `losses.Loss`.
 
     Raises:
         ValueError: if a name is unknown or a number out of its range.
@@ -107,6 +109,9 @@ class Engine:
         log_gradients: bool = False,
         clip_grad_norm: float | None = None,
         ema_decay: float | None = None,
+        loss: str = "cross-entropy",
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         self.learning_rate = learning_rate
         self.processes = core_count() if processes is None else processes
@@ -125,6 +130,7 @@ class Engine:
             log_gradients=log_gradients,
             clip_grad_norm=clip_grad_norm,
             ema_decay=ema_decay,
+            loss=Loss(loss, label_smoothing, class_weights),
         )
         if model not in resnet.MODELS:
             raise ValueError(f"unknown model {model!r}; choose one of {', '.join(resnet.MODELS)}")
@@ -174,22 +180,23 @@ class Engine:
 
         Yields the state after it and {"loss", "logits", "label", "grad_norm", "update_norm"}. `needs_state`
         is ignored: the state is yielded after every step. A batch may have "drop_path" [N, num_blocks], the
-        factors of the residual branches.
+        factors of the residual branches, and for mixed images "label2" and "lam" [N]; see
+        `losses.soft_targets`.
 
         Raises ValueError, before the step, unless there is one label in range(num_classes) for each image,
         and for a batch of 0.
         """
         for batch in batches:
             image, label = batch["image"], batch["label"]
-            check_labels(label, self._setup.num_classes, len(image))
+            for name in batch.keys() & {"label", "label2"}:
+                check_labels(batch[name], self._setup.num_classes, len(image))
             if not len(image):
                 raise ValueError("a training step needs at least 1 example, got a batch of 0")
             parts = split(len(image), min(self.processes, len(image)))
             lr = self.learning_rate(state.step)
             state.step += 1
-            keep = batch.get("drop_path")
             arguments = [
-                (image[part], label[part], len(image), lr, state.step, None if keep is None else keep[part])
+                ({name: rows[part] for name, rows in batch.items()}, len(image), lr, state.step)
                 for part in parts
             ]
             results: list[Metrics] = state.run("train", arguments)

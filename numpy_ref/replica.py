@@ -11,6 +11,7 @@ import numpy as np
 from numpy_ref import resnet
 from numpy_ref.fast import BatchNorm, Conv2d
 from numpy_ref.layers import Array, Layer, Parameter
+from numpy_ref.losses import PLAIN, Loss
 from numpy_ref.network import Network
 from numpy_ref.optimizers import clip_scale, make_optimizer
 from numpy_ref.parallel import Communicator, SharedMemory, aligned
@@ -38,6 +39,7 @@ class Setup:
     log_gradients: bool = False
     clip_grad_norm: float | None = None
     ema_decay: float | None = None
+    loss: Loss = PLAIN
 
     def network(self, *, initial: bool) -> Network:
         """Build the network, with its initial weights or with zeros."""

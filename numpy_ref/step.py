@@ -6,13 +6,13 @@ these functions at the same time; the sums over all parts are the only thing the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from numpy_ref.layers import Array, Layer, cross_entropy, no_grad
+from numpy_ref.layers import Array, Layer, no_grad
 from numpy_ref.parallel import Communicator, SharedMemory, Worker
 from numpy_ref.replica import Replica, Setup
 
@@ -21,12 +21,10 @@ Metrics = dict[str, Any]
 
 def train_step(
     replica: Replica,
-    image: Array,
-    label: Array,
+    batch: Mapping[str, Array],
     batch_size: int,
     lr: float,
     step: int,
-    keep: Array | None = None,
 ) -> Metrics:
     """Take one step of gradient descent: forward, loss, backward, update.
 
@@ -36,12 +34,12 @@ def train_step(
 
     Args:
         replica: the network and the optimizer; they change in place.
-        image: this process's part of the images, [n, H, W, C].
-        label: their labels, int [n].
+        batch: this process's part of the batch: {"image": [n, H, W, C], "label": int [n]}; for mixed images
+            also "label2" and "lam" [n]; with stochastic depth also "drop_path" [n, blocks], the factors of
+            the residual branches.
         batch_size: the number of examples of the whole batch.
         lr: the learning rate of this step.
         step: the number of this step, from 1.
-        keep: with stochastic depth, the factors of the residual branches of this part, [n, blocks].
 
     Returns:
         The loss and the norms of the whole batch, those of gradients before clipping, and the logits of the
@@ -57,8 +55,9 @@ def train_step(
         sums.append(replica.update_group(layer))
 
     with np.errstate(all="ignore"):  # loss and norms show what is not finite
-        logits = network.forward(replica.setup.normalize(image), train=True, keep=keep)
-        loss, dlogits = cross_entropy(logits, label, batch_size)
+        image = replica.setup.normalize(batch["image"])
+        logits = network.forward(image, train=True, keep=batch.get("drop_path"))
+        loss, dlogits = replica.setup.loss(logits, batch, batch_size)
         network.backward(dlogits, update)
         replica.update_average(step)
         total = replica.communicator.all_reduce(np.append(np.sum(sums, 0), loss))

@@ -20,9 +20,9 @@ from flax import nnx
 
 from experiment.commands import train
 from jax_resnet.engine import Engine
+from jax_resnet.losses import cross_entropy
 from jax_resnet.resnet import resnet50
 from jax_resnet.state_dict import apply, load_state_dict, split, state_dict
-from jax_resnet.step import cross_entropy
 from tests.helpers.comparing import assert_all_close, assert_all_near, assert_close, quick_jit, random_state
 from tests.tolerances import BFLOAT16_GRADIENT, BFLOAT16_NETWORK, FLOAT32_NETWORK
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.data.autoaugment import CIFAR10, IMAGENET, autoaugment
+from experiment.data.randaugment import randaugment
 from experiment.data.types import Batch, Color, Pixels, Size, Source
 
 if TYPE_CHECKING:
@@ -205,9 +206,30 @@ def pca_color(image: Pixels, rng: np.random.Generator) -> Pixels:
     return changed
 
 
+def random_erase(image: Pixels, probability: float, color: Color, rng: np.random.Generator) -> Pixels:
+    """Fill a rectangle of an image [H, W, C] with a color, with a probability.
+
+    Zhong et al. 2017, "Random Erasing Data Augmentation", arXiv 1708.04896, with the ranges of torchvision's
+    `RandomErasing`: 2 to 33 % of the area, height / width from 0.3 to 3.3, ten tries to fit inside.
+    """
+    if rng.random() >= probability:
+        return image
+    height, width, _ = image.shape
+    for _ in range(10):
+        area = height * width * rng.uniform(0.02, 0.33)
+        ratio = np.exp(rng.uniform(np.log(0.3), np.log(3.3)))
+        down, across = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if down < height and across < width:
+            top, left = int(rng.integers(height - down + 1)), int(rng.integers(width - across + 1))
+            erased = image.copy()
+            erased[top : top + down, left : left + across] = color
+            return erased
+    return image
+
+
 @dataclass(frozen=True)
 class Augmentation:
-    """The transform of a training batch by `--augment`.
+    """The transform of a training batch by `--augment`, then `--randaugment`, then `--random-erase`.
 
     Attributes:
         name: one of `config.AUGMENTATIONS`.
@@ -215,6 +237,9 @@ class Augmentation:
         size: height and width of the results.
         shorter_side: the range that is drawn from; None for images that are padded and cropped instead.
         fill: what surrounds an image that is padded, shifted or turned.
+        randaugment: number and magnitude of RandAugment's operations; empty is none.
+        erase_probability: of `random_erase`.
+        erase_color: the mean color, which is (nearly) 0 after normalization.
     """
 
     name: str
@@ -222,13 +247,16 @@ class Augmentation:
     size: Size
     shorter_side: Size | None
     fill: Color
+    randaugment: tuple[int, ...] = ()
+    erase_probability: float = 0.0
+    erase_color: Color = ()
 
     def batch(self, source: Source, examples: npt.NDArray[np.int64], epoch: int) -> Batch:
         """Read the examples [N] of a source and augment them with their random numbers for this epoch."""
-        if self.name == "none":
+        if self.name == "none" and not self._recolors:
             return source.read(examples)
         images: Any
-        if self.shorter_side is None:
+        if self.shorter_side is None or self.name == "none":
             batch = source.read(examples)
             images, labels = batch["image"], batch["label"]
         else:
@@ -240,7 +268,11 @@ class Augmentation:
     @property
     def moves_only(self) -> bool:
         """True if `draws` describes the whole transform."""
-        return self.shorter_side is None and self.name in ("none", "crop-flip")
+        return self.shorter_side is None and self.name in ("none", "crop-flip") and not self._recolors
+
+    @property
+    def _recolors(self) -> bool:
+        return bool(self.randaugment or self.erase_probability)
 
     def draws(self, examples: npt.NDArray[np.int64], epoch: int) -> dict[str, npt.NDArray[Any]]:
         """Return what `batch` draws for the examples [N]: {"shift": int32 [N, 2], "flip": bool [N]}."""
@@ -252,16 +284,22 @@ class Augmentation:
 
     def _change(self, image: Any, rng: np.random.Generator) -> Pixels:
         """Change one image: pixels of the final size, or a Pillow image of any size."""
-        if self.shorter_side is None:
-            image = pad_crop(image, self.fill, rng)
-        else:
-            image = random_crop(image, self.size, self.shorter_side, rng)
-        changed = flip(image, rng)
+        changed = image if self.name == "none" else self._crop_flip(image, rng)
         if self.name == "crop-flip-pca":
             changed = pca_color(changed, rng)
         elif self.name in POLICIES:
             changed = pixels_of(autoaugment(image_of(changed), POLICIES[self.name], self.fill, rng))
+        if self.randaugment:
+            count, magnitude = self.randaugment
+            changed = pixels_of(randaugment(image_of(changed), count, magnitude, self.fill, rng))
+        if self.erase_probability:
+            changed = random_erase(changed, self.erase_probability, self.erase_color, rng)
         return changed
+
+    def _crop_flip(self, image: Any, rng: np.random.Generator) -> Pixels:
+        if self.shorter_side is None:
+            return flip(pad_crop(image, self.fill, rng), rng)
+        return flip(random_crop(image, self.size, self.shorter_side, rng), rng)
 
 
 def ten_crops(image: Image, size: Size, shorter_side: int) -> Pixels:

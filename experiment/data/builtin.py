@@ -83,6 +83,9 @@ class ArraySource:
     def read(self, indices: npt.NDArray[np.int64]) -> Batch:
         return {"image": self._fitted[indices], "label": self._labels[indices]}
 
+    def labels(self, indices: npt.NDArray[np.int64]) -> Labels:
+        return self._labels[indices]
+
     def images(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
         return [image_of(image) for image in self._images[indices]], self._labels[indices]
 
@@ -113,6 +116,9 @@ class CachedSource:
             # read the same example; both write the same bytes.
             self._present[missing] = True
         return {"image": self._images[indices], "label": self._labels[indices]}
+
+    def labels(self, indices: npt.NDArray[np.int64]) -> Labels:
+        return self._source.labels(indices)
 
     def images(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
         return self._source.images(indices)
@@ -169,12 +175,15 @@ class SyntheticSource:
         images, labels = self.images(indices)
         return {"image": np.stack([self._fit(image) for image in images]), "label": labels}
 
+    def labels(self, indices: npt.NDArray[np.int64]) -> Labels:
+        return ((indices + self._first) % 10).astype(np.int32)
+
     def images(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
         numbers = indices + self._first
         images = [image_of(self._image(int(number))) for number in numbers]
         if self._grayscale:
             images = [image.convert("L") for image in images]
-        return images, (numbers % 10).astype(np.int32)
+        return images, self.labels(indices)
 
     def _image(self, number: int) -> npt.NDArray[np.uint8]:
         height, width = self._size

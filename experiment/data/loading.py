@@ -12,6 +12,7 @@ only on the seed and k: to resume, the step is enough, and the number of threads
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,9 +21,10 @@ import numpy.typing as npt
 from experiment.data.augmentation import Augmentation, fill_color
 from experiment.data.builtin import BUILTIN, CACHE_BYTES, no_boxes
 from experiment.data.drop_path import DropPath
+from experiment.data.mixing import Mixing
 from experiment.data.tfds import tfds_dataset
 from experiment.data.types import Batch, Dataset, Labels, Pixels, Size, Source
-from experiment.errors import UserError
+from experiment.errors import UserError, first_of
 from experiment.options.config import check_image_size, check_limits
 from experiment.processes import SINGLE_PROCESS, ProcessInfo
 
@@ -55,6 +57,7 @@ class Data(Dataset):
     augmentation: Augmentation
     parts: Mapping[Split, Part] = field(repr=False)
     place: ProcessInfo = SINGLE_PROCESS  # of several processes each reads its rows of a training batch
+    mixing: Mixing | None = None  # adds "label2", int32 [N], and "lam", float64 [N]
     drop_path: DropPath | None = None  # adds "drop_path", float64 [N, blocks], to training batches
 
     @property
@@ -81,9 +84,13 @@ class Data(Dataset):
         source, indices = self.parts["train"]
 
         def read(step: int, positions: npt.NDArray[np.int64]) -> Batch:
-            epoch = step // self.steps_per_epoch
-            batch = self.augmentation.batch(source, indices[positions], epoch)
-            return {**batch, **self._drop_path(indices[positions], epoch)}
+            epoch, examples = step // self.steps_per_epoch, indices[positions]
+            augmented = partial(self.augmentation.batch, source, epoch=epoch)
+            if self.mixing is None:
+                batch = augmented(examples)
+            else:
+                batch = self.mixing.batch(augmented, indices, examples, epoch)
+            return {**batch, **self._drop_path(examples, epoch)}
 
         return self._prefetched(self._order().map_with_index(read)[start_step:])
 
@@ -117,7 +124,26 @@ class Data(Dataset):
         training does more than shift and flip."""
         source, indices = self.parts["train"]
         size = len(indices) * int(np.prod(self.image_shape))
-        return source.read(indices) if self.augmentation.moves_only and size <= CACHE_BYTES else None
+        moves_only = self.augmentation.moves_only and self.mixing is None
+        return source.read(indices) if moves_only and size <= CACHE_BYTES else None
+
+    def class_weights(self) -> tuple[float, ...]:
+        """A weight for each class k, n / (K n_k): of n training examples n_k are of class k, one of K.
+
+        Rare classes count more, and the mean over the training examples is 1: scikit-learn's "balanced".
+
+        Raises:
+            UserError: a class has no training example.
+        """
+        source, indices = self.parts["train"]
+        counts = np.bincount(source.labels(indices), minlength=self.num_classes)
+        if not counts.all():
+            absent = first_of([self.class_names[k] for k in np.flatnonzero(counts == 0)], 3)
+            raise UserError(
+                f"--class-weights: the training part has no example of {absent}; use a larger "
+                "--train-subset, or leave the flag out"
+            )
+        return tuple((self.train_size / (self.num_classes * counts)).tolist())
 
     def _order(self) -> Any:
         """The positions [N] of the examples of each training batch, endless: a Grain MapDataset."""
@@ -194,6 +220,11 @@ def load(
     crop_to_bbox: bool = False,
     mean_only: bool = False,
     augment: str = "none",
+    randaugment: tuple[int, ...] = (),
+    random_erase: float = 0.0,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
+    eval_size: Size | None = None,
 ) -> Data:
     """Open a data set and split it.
 
@@ -216,6 +247,11 @@ def load(
         crop_to_bbox: only the part of an image inside its bounding box.
         mean_only: the engines subtract the mean and do not divide by the standard deviation.
         augment: one of `config.AUGMENTATIONS`.
+        randaugment: number and magnitude of RandAugment's operations; empty is none.
+        random_erase: the probability of `augmentation.random_erase`.
+        mixup_alpha, cutmix_alpha: see `mixing.Mixing`; 0 is off.
+        eval_size: height and width of validation and test images, which `resize` does not change then; None
+            is `image_size`.
 
     Raises:
         UserError: an unknown name; data that is not prepared or is damaged; features that do not fit; a size
@@ -241,6 +277,21 @@ def load(
         )
     if mean_only:
         dataset = replace(dataset, std=(1.0,) * len(dataset.std))
+    if eval_size is None:
+        evaluated = dataset
+    else:
+        evaluated = open_dataset(name, data_dir, eval_size, grayscale=grayscale, crop_to_bbox=crop_to_bbox)
+    augmentation = Augmentation(
+        augment,
+        seed,
+        size,
+        (min(resize), max(resize)) if resize else None,
+        fill,
+        randaugment,
+        random_erase,
+        fill_color(dataset.mean),
+    )
+    mixes = bool(mixup_alpha or cutmix_alpha)
     return Data(
         **vars(dataset),
         name=name,
@@ -249,12 +300,13 @@ def load(
         test_size=len(dataset.test),
         batch_size=batch_size,
         seed=seed,
-        augmentation=Augmentation(augment, seed, size, (min(resize), max(resize)) if resize else None, fill),
+        augmentation=augmentation,
         parts={
             "train": (dataset.train, train),
-            "val": (dataset.train, val),
-            "test": (dataset.test, np.arange(len(dataset.test))),
+            "val": (evaluated.train, val),
+            "test": (evaluated.test, np.arange(len(dataset.test))),
         },
+        mixing=Mixing(mixup_alpha, cutmix_alpha, seed) if mixes else None,
     )
 
 

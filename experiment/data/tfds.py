@@ -93,6 +93,13 @@ class TfdsSource:
         images, labels = self.images(indices)
         return {"image": np.stack([self._fit(image) for image in images]), "label": labels}
 
+    def labels(self, indices: npt.NDArray[np.int64]) -> Labels:
+        """Return the labels at `indices`; raises as `read` does for records."""
+        places = indices.tolist()
+        parts = [places[start : start + 1024] for start in range(0, len(places), 1024)]
+        found = [self._label(*pair) for part in parts for pair in zip(part, self._read(part), strict=True)]
+        return np.array(found, np.int32)
+
     def images(self, indices: npt.NDArray[np.int64]) -> tuple[list["Image"], Labels]:
         """Return the images at `indices`, cut to their boxes if that was asked for; raises as `read`."""
         places = indices.tolist()
@@ -116,14 +123,7 @@ class TfdsSource:
 
     def _decode(self, place: int, record: dict[str, Any]) -> "Image":
         """Return the image of a record, its label checked as well."""
-        label = int(record["label"])
-        if not 0 <= label < self._classes:
-            fault = (
-                "has no label (-1): labels of this split are hidden or unknown"
-                if label == HIDDEN
-                else f"has the label {label}, which is none of its {self._classes} classes"
-            )
-            raise UserError(f"{self._record(place, record)} {fault}; use another data set")
+        self._label(place, record)
         try:
             box = record["bbox"] if self._crop_to_bbox else None
             return decode_image(io.BytesIO(record["image"]), self._channels, box)
@@ -134,6 +134,18 @@ class TfdsSource:
             ) from error
         except ValueError as error:
             raise UserError(f"{self._record(place, record)}: {error}; leave --crop-to-bbox out") from error
+
+    def _label(self, place: int, record: dict[str, Any]) -> int:
+        """Return the label of a record. Raises UserError if it is none of the classes."""
+        label = int(record["label"])
+        if not 0 <= label < self._classes:
+            fault = (
+                "has no label (-1): labels of this split are hidden or unknown"
+                if label == HIDDEN
+                else f"has the label {label}, which is none of its {self._classes} classes"
+            )
+            raise UserError(f"{self._record(place, record)} {fault}; use another data set")
+        return label
 
     def _record(self, place: int, record: dict[str, Any] | None = None) -> str:
         """Name a record by its place in the split, from 0, and by what the data set calls it."""

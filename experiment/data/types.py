@@ -20,8 +20,10 @@ Color = tuple[int, ...]
 """A number of uint8 for each channel."""
 
 Batch = dict[str, npt.NDArray[Any]]
-"""`{"image": uint8 [N, H, W, C], "label": int32 [N]}`; with stochastic depth also `"drop_path"`, float64
-[N, blocks], the factors of the residual branches."""
+"""`{"image": uint8 [N, H, W, C], "label": int32 [N]}`.
+
+For mixed images also `"label2"`, int32 [N], and `"lam"`, float64 [N], the share of `"label"`. With stochastic
+depth also `"drop_path"`, float64 [N, blocks], the factors of the residual branches."""
 
 Labels = npt.NDArray[np.int32]
 
@@ -42,6 +44,10 @@ class Source(Protocol):
 
     def read(self, indices: npt.NDArray[np.int64]) -> Batch:
         """Return the examples at `indices` [N], in that order, brought to one shape, as a new batch."""
+        ...
+
+    def labels(self, indices: npt.NDArray[np.int64]) -> Labels:
+        """Return the labels [N] of the examples at `indices`; no image is decoded."""
         ...
 
     def images(self, indices: npt.NDArray[np.int64]) -> tuple[list[Image], Labels]:

@@ -23,6 +23,7 @@ SCHEDULES = ("cosine", "constant", "multistep", "plateau")
 PRECISIONS = ("float32", "bfloat16", "float64")
 # A new augmentation also goes into `_change` (and `moves_only`, if it only moves pixels) of
 # data/augmentation.py and into docs/data.md.
+LOSSES = ("cross-entropy", "bce")
 AUGMENTATIONS = ("none", "crop-flip", "crop-flip-pca", "autoaugment", "autoaugment-cifar10")
 MIN_IMAGE_SIZE = 32
 
@@ -47,6 +48,8 @@ def option(
 GROUPS = {
     "framework": "model",
     "dataset": "data",
+    "augment": "augmentation",
+    "loss": "loss",
     "optimizer": "optimizer",
     "schedule": "schedule",
     "init_from": "transfer",
@@ -86,7 +89,18 @@ class Config:
     grayscale: bool = option(False, "convert color images to one channel")
     crop_to_bbox: bool = option(False, "crop images to their bounding box")
     mean_only: bool = option(False, "subtract the mean, do not divide by the standard deviation")
+    test_size: str | None = option(None, "size of validation and test images (default: --image-size)")
     augment: str = option("none", "random changes of the training images", choices=AUGMENTATIONS)
+    randaugment: tuple[int, ...] = option((), "RandAugment: N operations of magnitude M (0 to 30)", least=0)
+    random_erase: float = option(0.0, "probability of filling a random box with the mean", least=0, most=1)
+    mixup_alpha: float = option(0.0, "mixup: alpha of the share's Beta distribution; 0 is off", least=0)
+    cutmix_alpha: float = option(0.0, "CutMix: the same; with both, each image takes one of them", least=0)
+
+    loss: str = option("cross-entropy", "what training minimizes; bce: a sigmoid a class", choices=LOSSES)
+    label_smoothing: float = option(0.0, "part of each target that all classes share", least=0, below=1)
+    class_weights: str | None = option(
+        None, "weights of the classes in the loss: the rarer, the heavier", choices=("balanced",)
+    )
 
     optimizer: str = option("adam", "optimizer", choices=OPTIMIZERS)
     lr: float | None = option(None, "learning rate (default 0.001; sgd 0.1)", above=0)
@@ -161,8 +175,9 @@ class Config:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not isinstance(number, bool):
                     check_limits(flag_of(field), number, **field.metadata["limits"])
-        if self.image_size is not None:
-            parse_image_size(self.image_size)
+        for flag, size in (("--image-size", self.image_size), ("--test-size", self.test_size)):
+            if size is not None:
+                parse_image_size(size, flag)
         for fault in (*self._faults(), *self._network_faults()):
             raise UserError(fault)
 
@@ -172,6 +187,13 @@ class Config:
             yield f"--resize: {' '.join(map(str, self.resize))}: give one number, or two, the smaller first"
         if len(self.resize) == 2 and self.augment == "none":
             yield "--resize: a range is for training at random sizes; give one number, or --augment crop-flip"
+        if self.randaugment and (len(self.randaugment) != 2 or not self.randaugment[0] >= 1):
+            given = " ".join(map(str, self.randaugment))
+            yield f"--randaugment: {given}: give the number of operations, and their magnitude, such as 2 9"
+        elif self.randaugment and self.randaugment[1] > 30:
+            yield f"--randaugment: magnitude {self.randaugment[1]} is too large; give 30 or less"
+        if self.randaugment and self.augment.startswith("autoaugment"):
+            yield f"--randaugment: {self.augment} changes colors already; give --augment crop-flip with it"
         if list(self.milestones) != sorted(set(self.milestones)):
             yield f"--milestones: {' '.join(map(str, self.milestones))} must increase"
         if self.milestones and self.schedule != "multistep":
@@ -209,6 +231,8 @@ class Config:
         if self.batch_size % self.accumulate:
             fault = f"{self.accumulate} does not divide --batch-size {self.batch_size}"
             yield f"--accumulate: {fault}; change one"
+        if cnn and self.test_size:
+            yield "--test-size: the head of cnn fits one size of images; leave the flag out"
         if cnn and self.drop_path:
             yield "--drop-path: cnn has no residual blocks; leave the flag out"
         if self.norm_weight_decay is not None and (cnn or not self.batch_norm):
@@ -236,8 +260,11 @@ class Config:
     def data_options(self) -> dict[str, Any]:
         """The keyword arguments of `data.load`, beside the data set's name."""
         names = ("data_dir", "batch_size", "seed", "train_subset", "val_fraction", "resize", "grayscale")
-        options = {name: getattr(self, name) for name in (*names, "crop_to_bbox", "mean_only", "augment")}
-        return {**options, "image_size": parse_image_size(self.image_size) if self.image_size else None}
+        names += ("crop_to_bbox", "mean_only", "augment", "randaugment", "random_erase")
+        names += ("mixup_alpha", "cutmix_alpha")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        sizes = {"image_size": self.image_size, "eval_size": self.test_size}
+        return options | {name: parse_image_size(size) if size else None for name, size in sizes.items()}
 
     def model_options(self) -> dict[str, Any]:
         """The keyword arguments of the network's builder that differ from its defaults."""
@@ -254,6 +281,7 @@ class Config:
         """The keyword arguments of an engine that follow from the options alone, without its optimizer."""
         jax_only = ["accumulate", "remat"] if self.framework == "jax" else []
         names = ["model", "precision", "seed", "log_gradients", "clip_grad_norm", *jax_only]
+        names += ["loss", "label_smoothing"]
         options = {name: getattr(self, name) for name in names}
         return {"model_options": self.model_options(), "ema_decay": self.model_ema_decay, **options}
 
@@ -280,22 +308,22 @@ class Config:
         return steps_per_epoch * (DEFAULT_EPOCHS.get(self.dataset, 1) if self.epochs is None else self.epochs)
 
 
-def parse_image_size(text: str) -> tuple[int, int]:
-    """'96' to (96, 96), '64x96' to (64, 96): height, width. Raises UserError."""
+def parse_image_size(text: str, flag: str = "--image-size") -> tuple[int, int]:
+    """'96' to (96, 96), '64x96' to (64, 96): height, width. Raises UserError, which names the flag."""
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
     if not match:
-        raise UserError(f"--image-size: {text!r} is no size; write 96, or 64x96 for height x width")
+        raise UserError(f"{flag}: {text!r} is no size; write 96, or 64x96 for height x width")
     height, width = int(match[1]), int(match[2] or match[1])
-    check_image_size(height, width)
+    check_image_size(height, width, flag)
     return height, width
 
 
-def check_image_size(height: int, width: int) -> None:
+def check_image_size(height: int, width: int, flag: str = "--image-size") -> None:
     """Raise UserError for a size that is too small for a network."""
     if min(height, width) < MIN_IMAGE_SIZE:
         size = str(height) if height == width else f"{height}x{width}"
         remedy = "the network halves it five times, give at least 32"
-        raise UserError(f"--image-size: {size} is too small; {remedy}")
+        raise UserError(f"{flag}: {size} is too small; {remedy}")
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:

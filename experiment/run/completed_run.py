@@ -13,7 +13,7 @@ from experiment.files import results, run_folder, weights
 from experiment.files.arrays import differences
 from experiment.files.results import WEIGHTS
 from experiment.options.command_line import Parser
-from experiment.options.config import FRAMEWORKS, Config
+from experiment.options.config import FRAMEWORKS, Config, parse_image_size
 from experiment.options.resolving import resolve
 from experiment.program import found
 
@@ -36,7 +36,8 @@ class CompletedRun:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of the images it was trained on."""
+        """Height, width and channels of the images that it takes: of those that it was trained on, or of
+        `--test-size`."""
         height, width, channels = self.resolved["image_shape"]
         return height, width, channels
 
@@ -75,6 +76,11 @@ def open_run(
     given = {"framework": framework, "data_dir": data_dir}
     # Options of training: those that one engine lacks, and the average, which the weights are already
     stored = {**record["config"], "accumulate": 1, "remat": False, "model_ema_decay": None}
+    resolved = record["resolved"]
+    if stored.get("test_size"):  # what is evaluated is of that size
+        stored |= {"image_size": stored["test_size"], "test_size": None, "resize": ()}
+        size = parse_image_size(stored["image_size"], "--test-size")
+        resolved = {**resolved, "image_shape": [*size, resolved["image_shape"][2]]}
     config = resolve({name: value for name, value in given.items() if value is not None}, stored)
     set_environment(config.framework, deterministic=config.deterministic)
     path = run_dir / WEIGHTS[which]
@@ -87,7 +93,6 @@ def open_run(
     tensors = weights.load(path)
     weights.check(path, tensors)
     results.check_weights(run_dir, which)
-    resolved = record["resolved"]
     try:
         engine = load_engine(config.framework)(
             **config.engine_options(),

@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jax_resnet.losses import labels_of
 from jax_resnet.optimizers import clip_scale
 from jax_resnet.placement import Placement
 from jax_resnet.resnet import ResNet
@@ -37,7 +38,6 @@ from jax_resnet.step import (
     Update,
     apply_gradients,
     count_step,
-    cross_entropy,
     gradient_norms,
     l2_norm,
     merge_metrics,
@@ -81,6 +81,7 @@ class Blocks:
 
     def __init__(self, model: ResNet, network: Network) -> None:
         self.normalize = jit_for_cpu(network.normalize)
+        self.loss = jit_for_cpu(jax.value_and_grad(network.loss))
         self.blocks = []
         for prefix, module in model.parts():
             parts = split(module)
@@ -116,7 +117,6 @@ class Blockwise:
     ) -> None:
         self._blocks, self._placement = blocks, placement
         self._clip_grad_norm, self._ema_decay = optimizer.clip_grad_norm, ema_decay
-        self._loss = jit_for_cpu(jax.value_and_grad(cross_entropy))
         self._backward = jit_for_cpu(partial(_backward, optimizer, log_gradients), donate_argnums=(0, 1))
         self._pull_back = jit_for_cpu(partial(_pull_back, log_gradients))
         self._update = jit_for_cpu(partial(_update, optimizer), donate_argnums=(0, 1))
@@ -145,7 +145,7 @@ class Blockwise:
             pullbacks.append(pullback)
             new_batch_stats |= rename(updated_stats, block.batch_stats)
         logits = x
-        loss, dy = self._loss(logits, batch["label"])
+        loss, dy = self._blocks.loss(logits, labels_of(batch))
 
         counts = counts_of(state.opt_state)
         updates = []

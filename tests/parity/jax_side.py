@@ -16,9 +16,9 @@ from jax import lax
 
 import jax_resnet
 from jax_resnet import layers, resnet
+from jax_resnet.losses import cross_entropy
 from jax_resnet.optimizers import make_optimizer, state_to_dict
 from jax_resnet.state_dict import load_state_dict, to_torch_layout
-from jax_resnet.step import cross_entropy
 from tests.helpers.comparing import quick_jit
 from tests.parity.case import CLASSES, Case, Inputs, Results, group
 from tests.parity.trajectory import run_engine

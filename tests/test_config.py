@@ -35,6 +35,7 @@ VALUES: dict[str, tuple[list[str], object]] = {
     "stride_in_1x1": ([], True),
     "small_images": ([], True),
     "precision": (["float64"], "float64"),
+    "drop_path": (["0.1"], 0.1),
     "dataset": (["mnist"], "mnist"),
     "data_dir": (["some dir"], "some dir"),
     "train_subset": (["0.5"], 0.5),
@@ -54,6 +55,11 @@ VALUES: dict[str, tuple[list[str], object]] = {
     "eps": (["0"], 0.0),
     "momentum": (["0.5"], 0.5),
     "weight_decay": (["5e-4"], 5e-4),
+    "norm_weight_decay": (["0"], 0.0),
+    "bias_weight_decay": (["0"], 0.0),
+    "nesterov": ([], True),
+    "clip_grad_norm": (["5"], 5.0),
+    "model_ema_decay": (["0.999"], 0.999),
     "schedule": (["multistep"], "multistep"),
     "milestones": (["30", "60"], (30, 60)),
     "decay_factor": (["1"], 1.0),
@@ -111,6 +117,8 @@ DEFAULTS = {
     "batch_norm": True,
 }
 
+FROZEN = ["--freeze-backbone", "--init-from", "weights.safetensors"]
+
 # What is written, the flag that the line must name, and a word of its remedy.
 MISTAKES = [
     (["--learning-rate", "0.1"], "--learning-rate", "--help"),
@@ -146,6 +154,20 @@ MISTAKES = [
     (["--eps", "inf"], "--eps", "at least 0"),
     (["--momentum", "1"], "--momentum", "below 1"),
     (["--weight-decay", "-1"], "--weight-decay", "at least 0"),
+    (["--norm-weight-decay", "-1"], "--norm-weight-decay", "at least 0"),
+    (["--norm-weight-decay", "0", "--no-batch-norm"], "--norm-weight-decay", "leave"),
+    (["--norm-weight-decay", "0", "--model", "cnn"], "--norm-weight-decay", "leave"),
+    (["--norm-weight-decay", "0", *FROZEN], "--norm-weight-decay", "--freeze-backbone"),
+    (["--bias-weight-decay", "-1"], "--bias-weight-decay", "at least 0"),
+    (["--optimizer", "sgd", "--momentum", "0", "--nesterov"], "--nesterov", "--momentum"),
+    (["--clip-grad-norm", "0"], "--clip-grad-norm", "above 0"),
+    (["--clip-grad-norm", "inf"], "--clip-grad-norm", "above 0"),
+    (["--model-ema-decay", "0"], "--model-ema-decay", "above 0"),
+    (["--model-ema-decay", "1"], "--model-ema-decay", "below 1"),
+    (["--drop-path", "1"], "--drop-path", "below 1"),
+    (["--drop-path", "-0.1"], "--drop-path", "at least 0"),
+    (["--drop-path", "0.1", "--model", "cnn"], "--drop-path", "leave"),
+    (["--drop-path", "0.1", *FROZEN], "--drop-path", "--freeze-backbone"),
     (["--decay-factor", "0"], "--decay-factor", "above 0"),
     (["--decay-factor", "1.5"], "--decay-factor", "at most 1"),
     (["--schedule", "multistep", "--milestones", "0"], "--milestones", "at least 1"),
@@ -234,8 +256,8 @@ def test_flag_parses(name):
 
 
 def test_all_flags_together():
-    # 0 goes with no early stopping; NumPy has none of the others
-    left_out = {"val_fraction", "accumulate", "remat", "distributed"}
+    # 0 goes with no early stopping; a frozen backbone without batch norm; NumPy has none of the others
+    left_out = {"val_fraction", "accumulate", "remat", "distributed", "drop_path", "norm_weight_decay"}
     values = {name: value for name, value in VALUES.items() if name not in left_out}
     argv = [word for name, (written, _) in values.items() for word in [flag_of(FIELDS[name]), *written]]
     expected = {name: VALUES[name][1] for name in values} | {n: FIELDS[n].default for n in left_out}
@@ -253,6 +275,8 @@ def test_defaults():
         (["--optimizer", "sgd", "--beta1", "0.5"], "--beta1", "adabound"),
         (["--optimizer", "sgdbound", "--beta2", "0.9"], "--beta2", "adam"),
         (["--momentum", "0.5"], "--momentum", "--optimizer sgd"),
+        (["--nesterov"], "--nesterov", "--optimizer sgd"),
+        (["--optimizer", "sgdbound", "--nesterov"], "--nesterov", "--optimizer sgd"),
         (["--gamma", "0.1"], "--gamma", "--optimizer adabound"),
         (["--decay-factor", "0.5"], "--decay-factor", "--schedule multistep, plateau"),
         (["--schedule", "constant", "--patience", "3"], "--patience", "--schedule plateau"),

@@ -62,11 +62,15 @@ FLAGS = (
     *("--checkpoint-every", "7", "--eval-every", "25", "--no-report"),
     *(("--deterministic",) if ON_GPU else ()),
 )
+PIECES = (
+    *("--model-ema-decay", "0.9", "--clip-grad-norm", "1"),
+    *("--weight-decay", "1e-3", "--bias-weight-decay", "0"),
+)
 # The first is at its best at step 50 and overfits; the second has batch norm and the default schedule.
 RUNS = {
     "adam": ("--model", "cnn", "--optimizer", "adam", "--lr", "0.01", "--schedule", "constant"),
-    "adabound": ("--model", "resnet20", "--optimizer", "adabound"),
-    "numpy": ("--framework", "numpy", "--model", "cnn", "--optimizer", "amsbound"),
+    "adabound": ("--model", "resnet20", "--optimizer", "adabound", *PIECES, "--drop-path", "0.3"),
+    "numpy": ("--framework", "numpy", "--model", "cnn", "--optimizer", "amsbound", *PIECES),
 }
 
 

@@ -134,7 +134,7 @@ def oracle(model: str, tree: dict) -> torch.nn.Module:
 
 def train_on_devices() -> dict[str, np.ndarray]:
     """20 steps and an evaluation of 5 images: the losses, the tree after step 10, and the logits; then
-    losses and first gradient norms of batches in two micro-batches."""
+    losses, first gradient norms and averages of batches in two micro-batches, with all pieces of a recipe."""
     engine = shared()
     batches = make_batches(20)
     state, metrics = train(engine, engine.init(), batches[:10])
@@ -142,8 +142,19 @@ def train_on_devices() -> dict[str, np.ndarray]:
     state, rest = train(engine, state, batches[10:])
     (logits,) = engine.evaluate(state, make_batches(1, size=5, seed=1))
     losses = np.array([step["loss"] for step in [*metrics, *rest]])
-    accumulating = make_engine(accumulate=2, log_gradients=True)
-    _, metrics = train(accumulating, accumulating.init(), make_batches(3, size=16))
+    accumulating = make_engine(
+        accumulate=2,
+        log_gradients=True,
+        clip_grad_norm=0.5,
+        ema_decay=0.7,
+        optimizer_options={"weight_decay": 0.1, "norm_weight_decay": 0.0, "bias_weight_decay": 0.01},
+    )
+    factors = 1.5 * np.random.default_rng(2).integers(2, size=(16, accumulating.num_blocks))
+    dropped = [{**batch, "drop_path": factors} for batch in make_batches(3, size=16)]
+    state, metrics = train(accumulating, accumulating.init(), dropped)
+    average = flat(accumulating.to_tree(state)["ema"])
+    averages = np.concatenate([array.reshape(-1) for _, array in sorted(average.items())])
     parts = np.array([step["loss"] for step in metrics])
     norms = np.array([value for name, value in sorted(metrics[0].items()) if name.startswith("grad_norm/")])
-    return {"losses": losses, "logits": logits, "parts": parts, "norms": norms, **flat(tree)}
+    results = {"losses": losses, "logits": logits, "parts": parts, "norms": norms, "averages": averages}
+    return {**results, **flat(tree)}

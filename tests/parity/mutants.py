@@ -38,6 +38,7 @@ LAYOUT, JAX_RESNET, JAX_STEP = "jax_resnet/state_dict.py", "jax_resnet/resnet.py
 BLOCKWISE = "jax_resnet/strategies/blockwise.py"
 NUMPY_RESNET, BASE = "numpy_ref/resnet.py", "numpy_ref/optimizer_base.py"
 JAX, JAX_OPTIMIZERS = "jax_resnet/layers.py", "jax_resnet/optimizers.py"
+REPLICA = "numpy_ref/replica.py"
 PLAIN, FAST, NUMPY_BOUND = "numpy_ref/layers", "numpy_ref/fast", "numpy_ref/adabound.py"
 BOUND, NUMPY_OPTIMIZERS = "jax_resnet/adabound.py", "numpy_ref/optimizers.py"
 
@@ -79,8 +80,8 @@ MUTANTS = [
     Mutant(
         "jax-shortcut-lost",
         JAX_RESNET,
-        "self.branch(x) + self.shortcut(x)",
-        "self.branch(x) + 0 * self.shortcut(x)",
+        "return relu(self.branch(x) + self.shortcut(x))",
+        "return relu(self.branch(x) + 0 * self.shortcut(x))",
     ),
     Mutant("jax-loss-is-a-sum", JAX_STEP, "(logits, label).mean()", "(logits, label).sum()"),
     Mutant(
@@ -104,8 +105,41 @@ MUTANTS = [
     Mutant(
         "jax-sgd-nesterov",
         JAX_OPTIMIZERS,
-        "optax.sgd(learning_rate, momentum)",
+        "optax.sgd(learning_rate, momentum, nesterov)",
         "optax.sgd(learning_rate, momentum, nesterov=True)",
+    ),
+    Mutant(
+        "jax-nesterov-lost",
+        JAX_OPTIMIZERS,
+        "optax.sgd(learning_rate, momentum, nesterov)",
+        "optax.sgd(learning_rate, momentum)",
+    ),
+    Mutant(
+        "jax-drop-path-keeps-shortcut-out",
+        JAX_RESNET,
+        "kept * self.branch(x) + self.shortcut(x)",
+        "kept * (self.branch(x) + self.shortcut(x))",
+    ),
+    Mutant("jax-drop-path-next-block", BLOCKWISE, "keep[:, number - 1]", "keep[:, -number]"),
+    Mutant("jax-clip-not-applied", BLOCKWISE, "scale_gradients(grads, scale), lr)", "grads, lr)"),
+    Mutant(
+        "jax-average-the-wrong-way-round",
+        JAX_STEP,
+        "average + (1 - decay) * (latest - average)",
+        "average + decay * (latest - average)",
+    ),
+    Mutant("jax-average-from-initial-weights", JAX_STEP, "step == 0, latest", "step < 0, latest"),
+    Mutant(
+        "jax-norm-decay-of-weights-alone",
+        JAX_OPTIMIZERS,
+        'if kind.startswith("norm.")',
+        'if kind == "norm.weight"',
+    ),
+    Mutant(
+        "jax-vectors-share-one-decay",
+        JAX_STEP,
+        'parameter_kind(name) if differs else "vectors"',
+        '"vectors"',
     ),
     Mutant(
         "jax-decay-not-decoupled",
@@ -190,6 +224,33 @@ MUTANTS = [
     ),
     Mutant("numpy-adam-epsilon", NUMPY_OPTIMIZERS, "h.eps * root", "h.eps"),
     Mutant("numpy-sgd-dampening", NUMPY_OPTIMIZERS, "trace += grad", "trace += 0.9 * grad"),
+    Mutant("numpy-nesterov-without-gradient", NUMPY_OPTIMIZERS, "            delta += grad\n", ""),
+    Mutant(
+        "numpy-drop-path-gradient-whole",
+        NUMPY_RESNET,
+        "dsum if keep is None else per_example(keep, dsum) * dsum",
+        "dsum",
+    ),
+    Mutant(
+        "numpy-fused-drop-path-gradient-whole",
+        f"{FAST}/batch_norm_add_relu.py",
+        "block = scale_pixels(block, factors[part], dnorm[part])",
+        "dnorm[part] = block",
+    ),
+    Mutant(
+        "numpy-clip-epsilon",
+        NUMPY_OPTIMIZERS,
+        "np.minimum(max_norm / (grad_norm + 1e-6)",
+        "np.minimum(max_norm / (grad_norm + 1e-2)",
+    ),
+    Mutant("numpy-average-the-wrong-way-round", REPLICA, "change *= 1 - decay", "change *= decay"),
+    Mutant("numpy-average-from-initial-weights", REPLICA, "if step == 1:", "if step < 1:"),
+    Mutant(
+        "numpy-biases-of-norms-not-biases",
+        NUMPY_OPTIMIZERS,
+        'if kind.endswith("bias")',
+        'if kind == "bias"',
+    ),
     Mutant(
         "numpy-decay-unscaled",
         BASE,

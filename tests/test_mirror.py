@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 PACKAGES = ("jax_resnet", "numpy_ref", "torch_oracle")
-MODULES = ("layers", "resnet", "adabound", "optimizers", "state_dict", "stages")
+MODULES = ("layers", "losses", "resnet", "adabound", "optimizers", "state_dict", "stages")
 
 OPTAX = "an optimizer is a function that returns optax's transformation"
 CLASSES = "an optimizer is an object that changes its parameters; in JAX see the function of the same name"
@@ -35,10 +35,14 @@ NAMES: dict[str, dict[str, str]] = {
         "Layer": "the base class, which Flax and PyTorch have",
         "Parameter": "a value and its gradient, which Flax and PyTorch have",
         "Sequential": "which Flax and PyTorch have",
-        "cross_entropy": "with its gradient; in JAX in step.py, in PyTorch PyTorch's own",
+        "cross_entropy": "with its gradient; in the others in losses.py",
         "no_grad": "nothing is saved for backward; in JAX there is no such state, and PyTorch has it",
         "draw": "initial weights that both engines share; PyTorch's are its own",
         "im2col": "PyTorch's convolution is its own",
+    },
+    "losses": {
+        "cross_entropy": "in NumPy in layers/loss.py",
+        "PLAIN": "the engines' default, and the reference has no engine",
     },
     "resnet": {},
     "adabound": {

@@ -340,6 +340,18 @@ FLAGS = [
 FLAGS += ["--optimizer", "sgd", "--lr", "0.02", "--precision", "float64", "--weight-decay", "0.01"]
 FLAGS += ["--nesterov", "--norm-weight-decay", "0", "--bias-weight-decay", "0.001", "--clip-grad-norm", "2"]
 FLAGS += ["--model-ema-decay", "0.8", "--drop-path", "0.5", "--augment", "crop-flip", "--schedule-steps", "6"]
+FLAGS += ["--label-smoothing", "0.1", "--mixup-alpha", "0.2", "--cutmix-alpha", "1", "--loss", "bce"]
+FLAGS += [
+    "--class-weights",
+    "balanced",
+    "--randaugment",
+    "2",
+    "9",
+    "--random-erase",
+    "0.25",
+    "--test-size",
+    "40",
+]
 FLAGS += ["--eval-every", "3", "--checkpoint-every", "2", "--log-every", "1"]
 
 

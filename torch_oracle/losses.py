@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +25,8 @@ def soft_targets(
     label_smoothing: float = 0.0,
     label2: Tensor | None = None,
     lam: Tensor | None = None,
-    dtype: Any = torch.float64,
 ) -> Tensor:
-    """Return the targets [N, C]: a distribution over the classes for each example.
+    """Return the targets [N, C], float64: a distribution over the classes for each example.
 
         q = lam * onehot(label) + (1 - lam) * onehot(label2)     the label alone without `label2`
         q' = (1 - s) * q + s / C                                 smoothed by s
@@ -39,12 +37,11 @@ def soft_targets(
         label_smoothing: s, in [0, 1): Szegedy et al. 2015, arXiv 1512.00567, section 7.
         label2, lam: the other label of a mixed image, int64 [N], and the share of `label`, [N], in [0, 1]:
             mixup (Zhang et al. 2017, arXiv 1710.09412) and CutMix (Yun et al. 2019, arXiv 1905.04899).
-        dtype: of the result.
     """
-    target = F.one_hot(label, num_classes).to(dtype)
+    target = F.one_hot(label, num_classes).double()
     if label2 is not None and lam is not None:
-        share = lam.to(dtype)[:, None]
-        target = share * target + (1 - share) * F.one_hot(label2, num_classes).to(dtype)
+        share = lam.double()[:, None]
+        target = share * target + (1 - share) * F.one_hot(label2, num_classes).double()
     return (1 - label_smoothing) * target + label_smoothing / num_classes
 
 
@@ -89,8 +86,7 @@ class Loss:
             label_smoothing=self.label_smoothing,
             label2=batch.get("label2"),
             lam=batch.get("lam"),
-            dtype=logits.dtype,
-        )
+        ).to(logits.dtype)
         weights = None if self.class_weights is None else torch.tensor(self.class_weights, dtype=logits.dtype)
         function = binary_cross_entropy if self.kind == "bce" else soft_cross_entropy
         return function(logits, target, weights)

@@ -57,7 +57,7 @@ def operate(name: str, image: Image, magnitude: int, backwards: bool, fill: Colo
     if name == "Identity":
         return image
     if name == "Solarize":
-        return ImageOps.solarize(image, 255 * (1 - strength))
+        return ImageOps.solarize(image, round(255 * (1 - strength)))
     if name in ENHANCEMENTS:  # whose range in AutoAugment begins at 0.1, and has 1 in its middle
         strength = 0.5 - strength / 2 if backwards else 0.5 + strength / 2
     return apply(name, image, strength, backwards, TRANSLATION, fill)

@@ -98,8 +98,8 @@ class Config:
 
     loss: str = option("cross-entropy", "what training minimizes; bce: a sigmoid a class", choices=LOSSES)
     label_smoothing: float = option(0.0, "part of each target that all classes share", least=0, below=1)
-    class_weights: str | None = option(
-        None, "weights of the classes in the loss: the rarer, the heavier", choices=("balanced",)
+    class_weights: str = option(
+        "none", "balanced: the rarer a class, the more it counts", choices=("none", "balanced")
     )
 
     optimizer: str = option("adam", "optimizer", choices=OPTIMIZERS)
@@ -175,9 +175,9 @@ class Config:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not isinstance(number, bool):
                     check_limits(flag_of(field), number, **field.metadata["limits"])
-        for flag, size in (("--image-size", self.image_size), ("--test-size", self.test_size)):
+        for name, size in (("--image-size", self.image_size), ("--test-size", self.test_size)):
             if size is not None:
-                parse_image_size(size, flag)
+                parse_image_size(size, name)
         for fault in (*self._faults(), *self._network_faults()):
             raise UserError(fault)
 
@@ -188,8 +188,8 @@ class Config:
         if len(self.resize) == 2 and self.augment == "none":
             yield "--resize: a range is for training at random sizes; give one number, or --augment crop-flip"
         if self.randaugment and (len(self.randaugment) != 2 or not self.randaugment[0] >= 1):
-            given = " ".join(map(str, self.randaugment))
-            yield f"--randaugment: {given}: give the number of operations, and their magnitude, such as 2 9"
+            numbers = " ".join(map(str, self.randaugment))
+            yield f"--randaugment: {numbers}: give the number of operations, and their magnitude, such as 2 9"
         elif self.randaugment and self.randaugment[1] > 30:
             yield f"--randaugment: magnitude {self.randaugment[1]} is too large; give 30 or less"
         if self.randaugment and self.augment.startswith("autoaugment"):
@@ -259,9 +259,11 @@ class Config:
 
     def data_options(self) -> dict[str, Any]:
         """The keyword arguments of `data.load`, beside the data set's name."""
-        names = ("data_dir", "batch_size", "seed", "train_subset", "val_fraction", "resize", "grayscale")
-        names += ("crop_to_bbox", "mean_only", "augment", "randaugment", "random_erase")
-        names += ("mixup_alpha", "cutmix_alpha")
+        names = [
+            *("data_dir", "batch_size", "seed", "train_subset", "val_fraction", "resize", "grayscale"),
+            *("crop_to_bbox", "mean_only", "augment", "randaugment", "random_erase"),
+            *("mixup_alpha", "cutmix_alpha"),
+        ]
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         sizes = {"image_size": self.image_size, "eval_size": self.test_size}
         return options | {name: parse_image_size(size) if size else None for name, size in sizes.items()}

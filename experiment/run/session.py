@@ -283,7 +283,7 @@ def make_engine(
         optimizer_options=resolved["optimizer_options"],
         learning_rate=schedule,
         freeze_backbone=config.freeze_backbone,
-        class_weights=data.class_weights() if config.class_weights else None,
+        class_weights=data.class_weights() if config.class_weights == "balanced" else None,
     )
     if config.batch_size // config.accumulate % engine.device_count:
         parts = f" in {config.accumulate} micro-batches" if config.accumulate > 1 else ""

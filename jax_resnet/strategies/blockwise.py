@@ -132,44 +132,44 @@ class Blockwise:
 
     def step(self, state: TrainState, batch: Batch, lr: jax.Array) -> StepOutput:
         """As `step.train_step`: forward through all blocks, backward and update through all blocks."""
-        x, keep = self._blocks.normalize(batch["image"]), batch.get("drop_path")
+        x = self._blocks.normalize(batch["image"])
+        keeps: list[jax.Array | None] = [None] * len(self._blocks.blocks)
+        if "drop_path" in batch:
+            keeps[1:-1] = _columns(batch["drop_path"])  # neither the stem nor the head
         inputs, pullbacks = [], []
         new_batch_stats: Arrays = {}
-        for number, block in enumerate(self._blocks.blocks):
+        for number, (block, keep) in enumerate(zip(self._blocks.blocks, keeps, strict=True)):
             inputs.append(x)
             params = take(state.params, block.params)
             batch_stats = take(state.batch_stats, block.batch_stats)
-            is_residual = 0 < number < len(self._blocks.blocks) - 1  # neither the stem nor the head
-            block_keep = keep[:, number - 1] if keep is not None and is_residual else None
-            x, pullback, updated_stats = _forward(block.train, number > 0, params, batch_stats, x, block_keep)
+            x, pullback, updated_stats = _forward(block.train, number > 0, params, batch_stats, x, keep)
             pullbacks.append(pullback)
             new_batch_stats |= rename(updated_stats, block.batch_stats)
         logits = x
         loss, dy = self._blocks.loss(logits, labels_of(batch))
 
         counts = counts_of(state.opt_state)
-        updates = []
+        updates: list[Update] = []
         norms: Metrics = {}
-        grads_of_blocks, clipped = [], {}
+        clipped: Metrics = {}
+        unclipped: list[tuple[Block, Arrays, jax.Array]] = []  # with clipping: blocks, gradients, their norms
         for block in reversed(self._blocks.blocks):
             params = take(state.params, block.params)
-            moments = moments_of(state.opt_state, block.params)
             pullback = pullbacks.pop()  # the arrays that it saved are free after this
             x = inputs.pop()
             if self._clip_grad_norm is None:
+                moments = moments_of(state.opt_state, block.params)
                 update, block_norms, dy = self._backward(params, moments, counts, pullback, x, dy, lr)
                 updates.append(rename_update(update, block.params))
             else:
                 grads, grad_norm, block_norms, dy = self._pull_back(params, pullback, x, dy)
-                grads_of_blocks.append((block, grads, grad_norm))
+                unclipped.append((block, grads, grad_norm))
             del pullback, x
-            norms |= rename(
-                block_norms, {f"grad_norm/{k}": f"grad_norm/{v}" for k, v in block.params.items()}
-            )
+            names = {f"grad_norm/{name}": f"grad_norm/{whole}" for name, whole in block.params.items()}
+            norms |= rename(block_norms, names)
         if self._clip_grad_norm is not None:
-            scale, clipped = _clip([norm for _, _, norm in grads_of_blocks], self._clip_grad_norm)
-            while grads_of_blocks:
-                block, grads, _ = grads_of_blocks.pop(0)
+            scale, clipped = _clip([norm for _, _, norm in unclipped], self._clip_grad_norm)
+            for block, grads, _ in unclipped:
                 params = take(state.params, block.params)
                 moments = moments_of(state.opt_state, block.params)
                 update = self._update(params, moments, counts, grads, scale, lr)
@@ -260,6 +260,12 @@ def _update(
 ) -> Update:
     """The block's parameters and optimizer state after the update by its gradients times `scale`."""
     return _apply(optimizer, params, moments, counts, scale_gradients(grads, scale), lr)
+
+
+@jit_for_cpu
+def _columns(array: jax.Array) -> list[jax.Array]:
+    """The columns of an array [N, K]; one compiled function for all of them."""
+    return list(array.T)
 
 
 @jit_for_cpu

@@ -120,7 +120,7 @@ MUTANTS = [
         "kept * self.branch(x) + self.shortcut(x)",
         "kept * (self.branch(x) + self.shortcut(x))",
     ),
-    Mutant("jax-drop-path-next-block", BLOCKWISE, "keep[:, number - 1]", "keep[:, -number]"),
+    Mutant("jax-drop-path-next-block", BLOCKWISE, "return list(array.T)", "return list(array.T[::-1])"),
     Mutant("jax-clip-not-applied", BLOCKWISE, "scale_gradients(grads, scale), lr)", "grads, lr)"),
     Mutant(
         "jax-average-the-wrong-way-round",

@@ -1,7 +1,8 @@
 """The pieces of today's recipes: averages, stochastic depth, clipping, decay by kind, Nesterov's momentum.
 
-Each alone over 20 steps against PyTorch's own, all at once in every strategy, and worked out by hand. More is
-in the parity suite (`tests/parity/cases.py`), whose mutants have a fault of each.
+Losses alone are in test_losses.py. Each of the others is held to PyTorch's own over 20 steps, then all at once
+in every strategy, and by hand. More is in the parity suite (`tests/parity/cases.py`), whose mutants have a
+fault of each.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import experiment.data.loading
 import jax_resnet
 import numpy_ref
 import torch_oracle
+import torch_oracle.losses
 from experiment.commands import train as train_command
 from experiment.data.drop_path import DropPath
 from experiment.files.checkpoints import Checkpoints
@@ -107,14 +109,24 @@ ALL: dict[str, Any] = {
     },
     "clip_grad_norm": 0.3,
     "ema_decay": 0.7,
+    "loss": "bce",
+    "label_smoothing": 0.1,
+    "class_weights": (0.5, 2.0, 1.0, 0.25, 3.0),
 }
+LOSS = ("loss", "label_smoothing", "class_weights")
 BLOCKS = 2
 
 
 def batches_of(count: int, size: int = 8) -> list[dict[str, np.ndarray]]:
     drop_path = DropPath(0.5, BLOCKS, seed=3)
+    rng = np.random.default_rng(4)
     return [
-        {**batch, "drop_path": drop_path.factors(np.arange(size), epoch)}
+        {
+            **batch,
+            "label2": np.roll(batch["label"], 1),
+            "lam": rng.random(size),
+            "drop_path": drop_path.factors(np.arange(size), epoch),
+        }
         for epoch, batch in enumerate(make_batches(count, size))
     ]
 
@@ -186,19 +198,17 @@ def test_micro_batches_get_the_factors_of_their_examples() -> None:
     options = {name: value for name, value in ALL["optimizer_options"].items() if name != "base_lr"}
     optimizer = torch_oracle.make_optimizer("sgd", dict(network.named_parameters()), 0.0, **options)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ALL["ema_decay"]), use_buffers=True)
-    batches = batches_of(3)
+    batches, loss = batches_of(3), torch_oracle.losses.Loss(*(ALL[name] for name in LOSS))
     state, metrics = train(engine, state, batches)
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         optimizer.zero_grad()
         for part in range(2):
-            image, label, keep = (
-                torch.from_numpy(np.ascontiguousarray(batch[name][part::2]))
-                for name in ("image", "label", "drop_path")
-            )
-            logits = network(torch.from_numpy(nchw(image.numpy())), keep)
-            (torch.nn.functional.cross_entropy(logits, label.long()) / 2).backward()
+            rows = {k: torch.from_numpy(np.ascontiguousarray(v[part::2])) for k, v in batch.items()}
+            rows |= {name: rows[name].long() for name in ("label", "label2")}
+            logits = network(torch.from_numpy(nchw(rows["image"].numpy())), rows["drop_path"])
+            (loss(logits, rows) / 2).backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), ALL["clip_grad_norm"])
         assert norm > ALL["clip_grad_norm"]
         assert_close("norm before clipping", metrics[step]["grad_norm"], norm, FLOAT64_NETWORK)

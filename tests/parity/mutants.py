@@ -22,7 +22,8 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-SUITE = ["tests/test_parity.py", "tests/test_parity_optimizers.py", "tests/test_parity_trajectory.py"]
+SUITE = ["tests/test_losses.py", "tests/test_parity.py"]
+SUITE += ["tests/test_parity_optimizers.py", "tests/test_parity_trajectory.py"]
 
 
 class Mutant(NamedTuple):
@@ -39,6 +40,7 @@ BLOCKWISE = "jax_resnet/strategies/blockwise.py"
 NUMPY_RESNET, BASE = "numpy_ref/resnet.py", "numpy_ref/optimizer_base.py"
 JAX, JAX_OPTIMIZERS = "jax_resnet/layers.py", "jax_resnet/optimizers.py"
 REPLICA = "numpy_ref/replica.py"
+JAX_LOSSES, NUMPY_LOSSES = "jax_resnet/losses.py", "numpy_ref/losses.py"
 PLAIN, FAST, NUMPY_BOUND = "numpy_ref/layers", "numpy_ref/fast", "numpy_ref/adabound.py"
 BOUND, NUMPY_OPTIMIZERS = "jax_resnet/adabound.py", "numpy_ref/optimizers.py"
 
@@ -83,7 +85,39 @@ MUTANTS = [
         "return relu(self.branch(x) + self.shortcut(x))",
         "return relu(self.branch(x) + 0 * self.shortcut(x))",
     ),
-    Mutant("jax-loss-is-a-sum", JAX_STEP, "(logits, label).mean()", "(logits, label).sum()"),
+    Mutant("jax-loss-is-a-sum", JAX_LOSSES, "(logits, label).mean()", "(logits, label).sum()"),
+    Mutant("jax-smoothing-of-each-class", JAX_LOSSES, "label_smoothing / num_classes\n", "label_smoothing\n"),
+    Mutant(
+        "jax-shares-swapped", JAX_LOSSES, "share * target + (1 - share) *", "(1 - share) * target + share *"
+    ),
+    Mutant("jax-bce-class-weights-lost", JAX_LOSSES, "class_weights * terms", "terms"),
+    Mutant(
+        "jax-bce-sum-over-classes",
+        JAX_LOSSES,
+        "class_weights * terms).mean()",
+        "class_weights * terms).sum(1).mean()",
+    ),
+    Mutant(
+        "numpy-smoothing-of-each-class", NUMPY_LOSSES, "label_smoothing / num_classes,", "label_smoothing,"
+    ),
+    Mutant(
+        "numpy-shares-swapped",
+        NUMPY_LOSSES,
+        "share * target + (1 - share) *",
+        "(1 - share) * target + share *",
+    ),
+    Mutant(
+        "numpy-soft-gradient-without-weights",
+        NUMPY_LOSSES,
+        " * weighted.sum(1, keepdims=True) - weighted",
+        " - weighted",
+    ),
+    Mutant(
+        "numpy-bce-gradient-without-weights",
+        NUMPY_LOSSES,
+        "weight * (sigmoid - target)",
+        "(sigmoid - target)",
+    ),
     Mutant(
         "jax-adabound-corrected-root",
         BOUND,

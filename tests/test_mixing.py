@@ -15,7 +15,7 @@ from experiment.data.loading import Data, load
 from experiment.data.mixing import Mixing, box, cutmix, mixup
 from experiment.data.randaugment import OPERATIONS, operate, randaugment
 from experiment.data.types import Batch
-from tests.test_transforms import scripted
+from tests.helpers.scripted import scripted
 
 FILL = (100, 128, 150)
 PART = np.arange(10, 40)

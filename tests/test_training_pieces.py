@@ -1,8 +1,8 @@
 """The pieces of today's recipes: averages, stochastic depth, clipping, decay by kind, Nesterov's momentum.
 
-Losses alone are in test_losses.py. Each of the others is held to PyTorch's own over 20 steps, then all at once
-in every strategy, and by hand. More is in the parity suite (`tests/parity/cases.py`), whose mutants have a
-fault of each.
+Losses alone are in test_losses.py. Each of the others is compared with PyTorch's own over 20 steps, then all
+at once in every strategy, and by hand. More is in the parity suite (`tests/parity/cases.py`), whose mutants
+have a fault of each.
 """
 
 from __future__ import annotations

@@ -35,27 +35,12 @@ from experiment.data.loading import Data, load
 from experiment.errors import UserError
 from experiment.options.config import AUGMENTATIONS
 from tests.helpers import made_tfds
+from tests.helpers.scripted import scripted
 
 Pixels = npt.NDArray[np.uint8]
 
 
 FILL = (100, 128, 150)
-
-
-class Scripted:
-    """In place of a generator: gives the numbers it was made with, one after another."""
-
-    def __init__(self, *numbers: float) -> None:
-        self.numbers = list(numbers)
-
-    def random(self, size: int | None = None) -> Any:
-        if size is None:
-            return self.numbers.pop(0)
-        return np.array([self.numbers.pop(0) for _ in range(size)])
-
-
-def scripted(*numbers: float) -> Any:
-    return Scripted(*numbers)
 
 
 def noise(*shape: int, seed: int = 0) -> Pixels:

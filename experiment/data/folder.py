@@ -1,0 +1,336 @@
+"""Images in folders: `--dataset folder --data-dir DIR`, in the layout of torchvision's ImageFolder.
+
+    DIR/train/CLASS/*.jpg       with `val` (or `validation`) and `test` beside `train`, each with all classes
+    DIR/CLASS/*.jpg             one tree of classes, of which a part is held out for the test
+
+`val` alone is the test set, as in copies of ImageNet: it decides nothing, and validation is taken from
+`train`. Beside `test` it is validation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from experiment.data.builtin import cached, fit_to, identity
+from experiment.data.contents import (
+    Content,
+    Contents,
+    ImageFile,
+    Transform,
+    is_file_as_listed,
+    open_regular,
+)
+from experiment.data.images import ImageError, decode_image
+from experiment.data.types import Batch, Dataset, Fit, Identity, Labels, Size, Statistics
+from experiment.errors import UserError, first_of, one_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+NAME = "folder"
+"""The name that `--dataset` takes."""
+
+VALIDATION = ("val", "validation")
+SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"})
+"""Hidden files and folders of other systems, in small letters; those of Unix begin with a dot."""
+
+LARGEST_DEFAULT = 224
+"""The default size of images whose sizes differ, or are larger than this."""
+
+IN_ONE_LINE = 5  # more bad files than these get a line each
+
+Folders = dict[str, list[ImageFile]]
+"""The files of each part: `train`, and `val` and `test` where there is one."""
+
+
+class FolderSource:
+    """The images of one part. Each file is checked to be as it was listed, and decoded, when it is read."""
+
+    def __init__(self, root: Path, files: Sequence[ImageFile], channels: int, fit: Fit) -> None:
+        self._root, self._channels, self._fit = root, channels, fit
+        self._names = [file.name for file in files]
+        self._labels = np.array([file.label for file in files], np.int32)
+        self._listed = np.array([(file.size, file.times[0]) for file in files], np.int64)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, indices: npt.NDArray[np.int64]) -> Batch:
+        """Return the examples at `indices`.
+
+        Raises:
+            UserError: a file is gone, was changed since it was listed, or cannot be read. It names the file.
+        """
+        images, labels = self.images(indices)
+        return {"image": np.stack([self._fit(image) for image in images]), "label": labels}
+
+    def images(self, indices: npt.NDArray[np.int64]) -> tuple[list[Image], Labels]:
+        """Return the images at `indices`; raises as `read`."""
+        return [self._decode(index) for index in indices.tolist()], self._labels[indices]
+
+    def _decode(self, index: int) -> Image:
+        path = self._root / self._names[index]
+        try:
+            with open_regular(path) as file:
+                if is_file_as_listed(os.fstat(file.fileno()), *self._listed[index].tolist()):
+                    return decode_image(file, self._channels)
+                fault = "was changed since the start; restore it"
+        except FileNotFoundError:
+            fault = "is gone; it was there at the start; restore it"
+        except OSError as error:
+            fault = f"cannot be read ({error.strerror}); make it readable"
+        except ImageError as error:
+            fault = str(error)
+        raise UserError(f"--data-dir: {one_line(path)}: {fault}")
+
+
+def folder_dataset(
+    data_dir: str | None,
+    image_size: Size | None,
+    resize: int | None = None,
+    *,
+    grayscale: bool = False,
+    skip_bad: bool = False,
+    recorded: Mapping[str, Any] | None = None,
+) -> Dataset:
+    """Open a folder of images; on the first time every file is read once, with a progress bar.
+
+    Args:
+        data_dir: the folder.
+        image_size: height and width, or None for the default: the images' own size if they all have one (no
+            side above 224, at least 32), else 224x224.
+        resize: the shorter side before the image is cropped to that size; None: what covers it.
+        grayscale: images of one channel; else all become RGB.
+        skip_bad: go on without the files that are no images.
+        recorded: what config.json of a run holds of its data: size, mean and deviation are taken from there,
+            and without `skip_bad` no image is decoded.
+
+    Raises:
+        UserError: no such folder, or not in this layout; files that are no images; a class without images.
+    """
+    if data_dir is None:
+        raise UserError(f"--dataset {NAME}: name the folder of the images with --data-dir DIR")
+    root = Path(data_dir)
+    class_names, parts = _list(root)
+    files = [file for part in parts.values() for file in part]
+    contents, channels = Contents(root), 1 if grayscale else 3
+    if recorded is not None:
+        image_size = tuple(recorded["image_shape"][:2])
+    size = image_size or contents.common_size(files, LARGEST_DEFAULT) or (LARGEST_DEFAULT,) * 2
+    size = (max(size[0], 32), max(size[1], 32))
+    transform = Transform(channels, fit_to(size, resize), f"{size[0]}x{size[1]}x{channels} from {resize}")
+    measured = [recorded is None] * len(parts["train"])
+    measured += [False] * (len(files) - len(measured))
+    decodes = recorded is None or skip_bad
+    examined = contents.examine(files, measured, transform if decodes else None)
+    bad = [f"{one_line(f.name)}: {c}" for f, c in zip(files, examined, strict=True) if isinstance(c, str)]
+    if bad and not skip_bad:
+        raise UserError(_refusal(root, bad, len(files)))
+    found = {file.name: c for file, c in zip(files, examined, strict=True) if isinstance(c, Content)}
+    parts = {part: [file for file in listed if file.name in found] for part, listed in parts.items()}
+    for part, listed in parts.items():
+        _check_classes(root, part, listed, class_names)
+    test_part, val_part = _roles(parts)
+    shape = (*size, channels)
+    sources = {p: cached(FolderSource(root, parts[p], channels, transform.fit), shape) for p in parts}
+    mean, std = (tuple(recorded[name]) if recorded is not None else () for name in ("mean", "std"))
+    sums = None if recorded else np.array([found[file.name].sums[transform.name] for file in parts["train"]])
+    return Dataset(
+        sources["train"],
+        sources[test_part] if test_part else None,
+        class_names,
+        shape,
+        mean,
+        std,
+        _identity(parts, found, class_names, test_part),
+        val=sources[val_part] if val_part else None,
+        measure=None if sums is None else lambda indices: _statistics(sums[indices], size[0] * size[1]),
+        notes=tuple(f"--skip-bad: passed over {line}" for line in bad),
+    )
+
+
+def _roles(parts: Mapping[str, object]) -> tuple[str | None, str | None]:
+    """Return which part is the test set, and which is validation; None for one that is taken from `train`."""
+    val = next((name for name in VALIDATION if name in parts), None)
+    return ("test", val) if "test" in parts else (val, None)
+
+
+def _refusal(root: Path, bad: Sequence[str], count: int) -> str:
+    """Return the line that refuses a folder with bad files; many of them get a line each before it."""
+    what = f"--data-dir: {len(bad)} of the {count} files in {root} cannot be used"
+    remedy = "move them away, or add --skip-bad to go on without them"
+    if len(bad) <= IN_ONE_LINE:
+        return f"{what}: {first_of(bad, IN_ONE_LINE)}; {remedy}"
+    for line in bad:
+        print(line, file=sys.stderr)
+    return f"{what} (named above, each in a line); {remedy}"
+
+
+def _check_classes(root: Path, part: str, files: Sequence[ImageFile], class_names: Sequence[str]) -> None:
+    """Raise UserError if a class of a part has no images."""
+    present = {file.label for file in files}
+    empty = [one_line(name) for label, name in enumerate(class_names) if label not in present]
+    if empty:
+        raise UserError(
+            f"--data-dir: {root}: no image of {first_of(empty, 3, ', ')} in the {part} part; add images, or "
+            "move the folder of that class away"
+        )
+
+
+def _identity(
+    parts: Folders, found: Mapping[str, Content], class_names: Sequence[str], test_part: str | None
+) -> Identity:
+    """Return the identity of the images: a hash of their names, classes and contents, part by part."""
+    sha256 = hashlib.sha256()
+    for part, files in parts.items():
+        for file in files:
+            line = [part, file.name, class_names[file.label], found[file.name].sha256]
+            sha256.update(f"{json.dumps(line)}\n".encode())
+    return identity(sha256.hexdigest(), test_split=test_part)
+
+
+def _statistics(sums: npt.NDArray[np.int64], pixels: int) -> Statistics:
+    """Return mean and deviation of each channel on the scale 0..1, from integers, so that no order matters.
+
+    A channel that never changes gets the deviation 1: there is nothing to scale.
+
+    Args:
+        sums: of each image, the sums of its pixels and then those of their squares [N, 2 C].
+        pixels: of an image.
+    """
+    count = len(sums) * pixels
+    totals = [int(total) for total in sums.sum(0)]
+    channels = len(totals) // 2
+    mean = tuple(total / (255 * count) for total in totals[:channels])
+    # count * sum of squares - (sum)^2, exact in Python's integers, is count^2 times the variance
+    spread = [count * totals[channels + c] - totals[c] ** 2 for c in range(channels)]
+    std = tuple(value**0.5 / (255 * count) if value else 1.0 for value in spread)
+    return mean, std
+
+
+def _list(root: Path) -> tuple[tuple[str, ...], Folders]:
+    """Return the names of the classes, and the files of each part, without opening any.
+
+    Raises:
+        UserError: the folder is absent, unreadable or of another layout; names that are not UTF-8; links that
+            lead in a circle.
+    """
+    if not root.is_dir():
+        fault = "is a file" if root.is_file() else "does not exist"
+        raise UserError(f"--data-dir: {root} {fault}; name the folder of the images")
+    splits = [name for name in ("train", *VALIDATION, "test") if _has_folders(root / name)]
+    if splits and splits[0] != "train":
+        raise UserError(
+            f"--data-dir: {root} has {' and '.join(splits)}, and no train with a folder for each class; "
+            "add it, or name a folder of classes"
+        )
+    if set(VALIDATION) <= set(splits):
+        raise UserError(f"--data-dir: {root} has {' and '.join(VALIDATION)}; move one of them away")
+    folders = {part: root / part for part in splits} or {"train": root}
+    classes = {part: _class_names(folder) for part, folder in folders.items()}
+    names = classes["train"]
+    if len(names) < 2:
+        there = f"only one class, {one_line(names[0])}" if names else "no class"
+        raise UserError(
+            f"--data-dir: {folders['train']} has {there}: put the images of each class into a folder of its "
+            "own there, two classes or more"
+        )
+    for part, others in classes.items():
+        if different := sorted(set(others) ^ set(names)):
+            here, there = ("train", part) if different[0] in names else (part, "train")
+            raise UserError(
+                f"--data-dir: {root}: the class {one_line(different[0])} is in {here}, not in {there}; "
+                "give every part the same classes"
+            )
+    parts = {
+        part: [file for label, name in enumerate(names) for file in _files(root, folder / name, label)]
+        for part, folder in folders.items()
+    }
+    for part, files in parts.items():
+        _check_classes(root, part, files, names)
+    return names, parts
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what a folder holds, sorted by name, hidden files left out. Raises UserError if unreadable."""
+    try:
+        with os.scandir(folder) as entries:
+            shown = [e for e in entries if e.name[0] != "." and e.name.lower() not in SYSTEM_FILES]
+    except OSError as error:
+        raise UserError(
+            f"--data-dir: {one_line(folder)} cannot be read ({error.strerror}); make it readable"
+        ) from None
+    return sorted(shown, key=lambda entry: entry.name)
+
+
+def _has_folders(folder: Path) -> bool:
+    """True for a folder that has folders in it: a part with classes, and no class that is named like one."""
+    return folder.is_dir() and any(entry.is_dir() for entry in _visible(folder))
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    """The folders in a folder, sorted. Raises UserError for a name that is not UTF-8: JSON cannot hold it."""
+    names = tuple(entry.name for entry in _visible(folder) if entry.is_dir())
+    for name in names:
+        if not _is_utf8(name):
+            raise UserError(f"--data-dir: {folder}: the name {name!r} is not UTF-8; rename it")
+    return names
+
+
+def _is_utf8(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def _files(root: Path, folder: Path, label: int) -> list[ImageFile]:
+    """Return all files of a class, those of nested folders too, in the order of torchvision's ImageFolder."""
+    found = sorted(_walk(folder), key=lambda pair: (os.path.dirname(pair[0].path), pair[0].name))
+    return [_image_file(root, entry, status, label) for entry, status in found]
+
+
+def _walk(folder: Path) -> Iterator[tuple[os.DirEntry[str], os.stat_result | None]]:
+    """Yield everything below a folder that is no folder, and its status; None for a link that leads nowhere.
+
+    Raises:
+        UserError: a link leads back to a folder that it lies in.
+    """
+    status = os.stat(folder)
+    waiting = [(folder, {(status.st_dev, status.st_ino)})]
+    while waiting:
+        folder, above = waiting.pop()
+        for entry in _visible(folder):
+            try:
+                status = entry.stat()
+            except OSError:
+                yield entry, None
+                continue
+            if not stat.S_ISDIR(status.st_mode):
+                yield entry, status
+                continue
+            inode = status.st_dev, status.st_ino
+            if inode in above:
+                raise UserError(
+                    f"--data-dir: {one_line(entry.path)} leads back to a folder that it lies in; "
+                    "remove that link"
+                )
+            waiting.append((Path(entry.path), above | {inode}))
+
+
+def _image_file(root: Path, entry: os.DirEntry[str], status: os.stat_result | None, label: int) -> ImageFile:
+    name = Path(entry.path).relative_to(root).as_posix()
+    if status is None:
+        return ImageFile(name, label, fault="a link that leads nowhere")
+    if not stat.S_ISREG(status.st_mode):
+        return ImageFile(name, label, fault="no regular file (a FIFO, socket or device)")
+    if not _is_utf8(name):
+        return ImageFile(name, label, fault="its name is not UTF-8; rename it")
+    return ImageFile(name, label, status.st_size, (status.st_mtime_ns, status.st_ctime_ns))

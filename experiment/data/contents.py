@@ -81,7 +81,7 @@ Known = dict[str, tuple[int, tuple[int, int], Content]]
 """By name of a file: its size, its times, and its contents."""
 
 
-def open_regular(path: str | Path) -> BufferedReader:
+def open_regular(path: str) -> BufferedReader:
     """Open a file for reading. Never waits, as it would for the other end of a FIFO."""
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
@@ -122,7 +122,10 @@ class Contents:
             content = self._find(file)
             size = content.image_size if content is not None else None
             if size is None and file.fault is None:
-                with suppress(OSError, ImageError), open_regular(self._root / file.name) as opened:
+                with (
+                    suppress(OSError, ImageError),
+                    open_regular(os.path.join(self._root, file.name)) as opened,
+                ):
                     size = stored_size(opened)
             if size is None:  # no image; `examine` names it
                 continue
@@ -159,7 +162,8 @@ class Contents:
                 with bar, ThreadPoolExecutor(threads) as pool:
                     for start in range(0, len(missing), CHUNK):
                         chunk = missing[start : start + CHUNK]
-                        for index, result in zip(chunk, pool.map(read, chunk), strict=True):
+                        mapped = map(read, chunk) if threads == 1 else pool.map(read, chunk)
+                        for index, result in zip(chunk, mapped, strict=True):
                             results[index] = result
                             bar.update()
             finally:  # also of a pass that was interrupted
@@ -180,7 +184,7 @@ class Contents:
     def _read(self, file: ImageFile, sums: bool, transform: Transform | None) -> Content | str:
         """Read one file. Called by several threads at once."""
         try:
-            with open_regular(self._root / file.name) as opened:
+            with open_regular(os.path.join(self._root, file.name)) as opened:
                 if not is_file_as_listed(os.fstat(opened.fileno()), file.size, file.times[0]):
                     return "changes while it is read"
                 content = self._find(file) or Content(hashlib.file_digest(opened, "sha256").hexdigest())

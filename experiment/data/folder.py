@@ -79,7 +79,7 @@ class FolderSource:
         return [self._decode(index) for index in indices.tolist()], self._labels[indices]
 
     def _decode(self, index: int) -> Image:
-        path = self._root / self._names[index]
+        path = os.path.join(self._root, self._names[index])
         try:
             with open_regular(path) as file:
                 if is_file_as_listed(os.fstat(file.fileno()), *self._listed[index].tolist()):
@@ -125,14 +125,14 @@ def folder_dataset(
     files = [file for part in parts.values() for file in part]
     contents, channels = Contents(root), 1 if grayscale else 3
     if recorded is not None:
-        image_size = tuple(recorded["image_shape"][:2])
-    size = image_size or contents.common_size(files, LARGEST_DEFAULT) or (LARGEST_DEFAULT,) * 2
-    size = (max(size[0], 32), max(size[1], 32))
-    transform = Transform(channels, fit_to(size, resize), f"{size[0]}x{size[1]}x{channels} from {resize}")
-    measured = [recorded is None] * len(parts["train"])
-    measured += [False] * (len(files) - len(measured))
-    decodes = recorded is None or skip_bad
-    examined = contents.examine(files, measured, transform if decodes else None)
+        image_size = (recorded["image_shape"][0], recorded["image_shape"][1])
+    measured = [recorded is None] * len(parts["train"]) + [False] * (len(files) - len(parts["train"]))
+    for looked_at in (files[:: 1 + len(files) // 256], files):  # all sizes are known after the first
+        size = image_size or contents.common_size(looked_at, LARGEST_DEFAULT) or (LARGEST_DEFAULT,) * 2
+        size = (max(size[0], 32), max(size[1], 32))
+        transform = Transform(channels, fit_to(size, resize), f"{size[0]}x{size[1]}x{channels} from {resize}")
+        decodes = recorded is None or skip_bad
+        examined = contents.examine(files, measured, transform if decodes else None)
     bad = [f"{one_line(f.name)}: {c}" for f, c in zip(files, examined, strict=True) if isinstance(c, str)]
     if bad and not skip_bad:
         raise UserError(_refusal(root, bad, len(files)))
@@ -253,8 +253,12 @@ def _list(root: Path) -> tuple[tuple[str, ...], Folders]:
                 "give every part the same classes"
             )
     parts = {
-        part: [file for label, name in enumerate(names) for file in _files(root, folder / name, label)]
-        for part, folder in folders.items()
+        part: [
+            file
+            for label, name in enumerate(names)
+            for file in _files(root, f"{part}/{name}" if splits else name, label)
+        ]
+        for part in folders
     }
     for part, files in parts.items():
         _check_classes(root, part, files, names)
@@ -288,45 +292,54 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 
 def _is_utf8(name: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in name)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _files(root: Path, folder: Path, label: int) -> list[ImageFile]:
-    """Return all files of a class, those of nested folders too, in the order of torchvision's ImageFolder."""
-    found = sorted(_walk(folder), key=lambda pair: (os.path.dirname(pair[0].path), pair[0].name))
-    return [_image_file(root, entry, status, label) for entry, status in found]
+def _files(root: Path, folder: str, label: int) -> list[ImageFile]:
+    """Return all files of a class, those of nested folders too, in the order of torchvision's ImageFolder.
+
+    `folder` is the class's, relative to `root`.
+    """
+    files = [_image_file(name, status, label) for name, status in _walk(root, folder)]
+    return sorted(files, key=lambda file: file.name.rpartition("/"))
 
 
-def _walk(folder: Path) -> Iterator[tuple[os.DirEntry[str], os.stat_result | None]]:
-    """Yield everything below a folder that is no folder, and its status; None for a link that leads nowhere.
+def _walk(root: Path, folder: str) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Yield the name, relative to `root`, and the status of everything below a folder that is no folder.
+
+    The status is None for a link that leads nowhere.
 
     Raises:
         UserError: a link leads back to a folder that it lies in.
     """
-    status = os.stat(folder)
+    status = os.stat(root / folder)
     waiting = [(folder, {(status.st_dev, status.st_ino)})]
     while waiting:
         folder, above = waiting.pop()
-        for entry in _visible(folder):
+        for entry in _visible(root / folder):
+            name = f"{folder}/{entry.name}"
             try:
                 status = entry.stat()
             except OSError:
-                yield entry, None
+                yield name, None
                 continue
             if not stat.S_ISDIR(status.st_mode):
-                yield entry, status
+                yield name, status
                 continue
             inode = status.st_dev, status.st_ino
             if inode in above:
                 raise UserError(
-                    f"--data-dir: {one_line(entry.path)} leads back to a folder that it lies in; "
+                    f"--data-dir: {one_line(root / name)} leads back to a folder that it lies in; "
                     "remove that link"
                 )
-            waiting.append((Path(entry.path), above | {inode}))
+            waiting.append((name, above | {inode}))
 
 
-def _image_file(root: Path, entry: os.DirEntry[str], status: os.stat_result | None, label: int) -> ImageFile:
-    name = Path(entry.path).relative_to(root).as_posix()
+def _image_file(name: str, status: os.stat_result | None, label: int) -> ImageFile:
     if status is None:
         return ImageFile(name, label, fault="a link that leads nowhere")
     if not stat.S_ISREG(status.st_mode):

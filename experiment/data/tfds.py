@@ -196,7 +196,13 @@ def tfds_dataset(
     sources = cached(train, shape), None if test is None else cached(test, shape)
     for source in filter(None, sources):
         source.read(np.array([0]))  # what is not decodable at all is noticed before a run begins
-    return Dataset(*sources, class_names, shape, *statistics, _identity(builder, test and test.split))
+    return Dataset(
+        *sources,
+        class_names,
+        shape,
+        *statistics,
+        _identity(builder, test.split if test is not None else None),
+    )
 
 
 def _has_only_train(builder: Any) -> bool:
@@ -224,12 +230,10 @@ def _labeled(
         fault = f"the labels of its {' and '.join(hidden)} split are hidden (-1)"
     else:
         fault = f"it has no {' or '.join(candidates)} split with examples"
-    remedy = (
-        "" if "train" in candidates else ", or hold a part of train out for the test: --test-fraction 0.1"
-    )
+    remedy = "" if "train" in candidates else ", or hold a part of train out with --test-fraction 0.1"
     raise UserError(
-        f"--dataset {options['name']}: {fault}; a split to train on and one to test on are needed, and it has "
-        f"{there or 'none'}; use another data set{remedy}"
+        f"--dataset {options['name']}: {fault}; a split to train on and one to test on are needed, and it "
+        f"has {there or 'none'}; use another data set{remedy}"
     )
 
 
@@ -272,8 +276,8 @@ def _features(
     label_key = _only(named, tfds.features.ClassLabel, "label")
     if image_key is None or label_key is None:
         raise UserError(
-            f"--dataset {name}: an image and a class are needed, by the names `image` and `label` or the only "
-            "ones of their types (Image, ClassLabel), and it has "
+            f"--dataset {name}: an image and a class are needed, by the names `image` and `label` or the "
+            "only ones of their types (Image, ClassLabel), and it has "
             f"{', '.join(f'{key} ({type(value).__name__})' for key, value in named.items())}; use another"
         )
     image, label = named[image_key], named[label_key]

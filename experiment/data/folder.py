@@ -10,11 +10,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,41 +122,73 @@ def folder_dataset(
         raise UserError(f"--dataset {NAME}: name the folder of the images with --data-dir DIR")
     root = Path(data_dir)
     class_names, parts = _list(root)
-    files = [file for part in parts.values() for file in part]
-    contents, channels = Contents(root), 1 if grayscale else 3
+    files = [file for listed in parts.values() for file in listed]
+    measured = [recorded is None] * len(parts["train"]) + [False] * (len(files) - len(parts["train"]))
     if recorded is not None:
         image_size = (recorded["image_shape"][0], recorded["image_shape"][1])
-    measured = [recorded is None] * len(parts["train"]) + [False] * (len(files) - len(parts["train"]))
-    for looked_at in (files[:: 1 + len(files) // 256], files):  # all sizes are known after the first
-        size = image_size or contents.common_size(looked_at, LARGEST_DEFAULT) or (LARGEST_DEFAULT,) * 2
-        size = (max(size[0], 32), max(size[1], 32))
-        transform = Transform(channels, fit_to(size, resize), f"{size[0]}x{size[1]}x{channels} from {resize}")
-        decodes = recorded is None or skip_bad
-        examined = contents.examine(files, measured, transform if decodes else None)
+    decodes, channels = recorded is None or skip_bad, 1 if grayscale else 3
+    size, transform, examined = _examine(root, files, measured, image_size, resize, channels, decodes=decodes)
     bad = [f"{one_line(f.name)}: {c}" for f, c in zip(files, examined, strict=True) if isinstance(c, str)]
     if bad and not skip_bad:
         raise UserError(_refusal(root, bad, len(files)))
-    found = {file.name: c for file, c in zip(files, examined, strict=True) if isinstance(c, Content)}
-    parts = {part: [file for file in listed if file.name in found] for part, listed in parts.items()}
+    contents = {file.name: c for file, c in zip(files, examined, strict=True) if isinstance(c, Content)}
+    parts = {part: [file for file in listed if file.name in contents] for part, listed in parts.items()}
     for part, listed in parts.items():
         _check_classes(root, part, listed, class_names)
-    test_part, val_part = _roles(parts)
     shape = (*size, channels)
     sources = {p: cached(FolderSource(root, parts[p], channels, transform.fit), shape) for p in parts}
-    mean, std = (tuple(recorded[name]) if recorded is not None else () for name in ("mean", "std"))
-    sums = None if recorded else np.array([found[file.name].sums[transform.name] for file in parts["train"]])
+    test, val = _roles(parts)
+    statistics: Statistics = ((), ())
+    measure = None
+    if recorded is not None:
+        statistics = tuple(recorded["mean"]), tuple(recorded["std"])
+    else:
+        sums = np.array([contents[file.name].sums[transform.name] for file in parts["train"]])
+        measure = partial(_statistics, sums, size[0] * size[1])
     return Dataset(
         sources["train"],
-        sources[test_part] if test_part else None,
+        sources[test] if test else None,
         class_names,
         shape,
-        mean,
-        std,
-        _identity(parts, found, class_names, test_part),
-        val=sources[val_part] if val_part else None,
-        measure=None if sums is None else lambda indices: _statistics(sums[indices], size[0] * size[1]),
+        *statistics,
+        _identity(parts, contents, class_names, test),
+        val=sources[val] if val else None,
+        measure=measure,
         notes=tuple(f"--skip-bad: passed over {line}" for line in bad),
     )
+
+
+def _examine(
+    root: Path,
+    files: Sequence[ImageFile],
+    measured: Sequence[bool],
+    image_size: Size | None,
+    resize: int | None,
+    channels: int,
+    *,
+    decodes: bool,
+) -> tuple[Size, Transform, list[Content | str]]:
+    """Return the size that images are brought to, how, and the contents of the files.
+
+    The default size is assumed from some files. It is known when all have been read, and if it was another,
+    they are read again.
+    """
+    contents = Contents(root)
+    some = files[:: 1 + len(files) // 256]
+    size = image_size or _default_size(contents, some)
+    while True:
+        transform = Transform(channels, fit_to(size, resize), f"{size[0]}x{size[1]}x{channels} from {resize}")
+        examined = contents.examine(files, measured, transform if decodes else None)
+        known = image_size or _default_size(contents, files)
+        if known == size:
+            return size, transform, examined
+        size = known
+
+
+def _default_size(contents: Contents, files: Sequence[ImageFile]) -> Size:
+    """Return the default size for images in these files; see `folder_dataset`."""
+    height, width = contents.common_size(files, LARGEST_DEFAULT) or (LARGEST_DEFAULT, LARGEST_DEFAULT)
+    return max(height, 32), max(width, 32)
 
 
 def _roles(parts: Mapping[str, object]) -> tuple[str | None, str | None]:
@@ -194,12 +226,12 @@ def _identity(
     sha256 = hashlib.sha256()
     for part, files in parts.items():
         for file in files:
-            line = [part, file.name, class_names[file.label], found[file.name].sha256]
-            sha256.update(f"{json.dumps(line)}\n".encode())
+            line = (part, file.name, class_names[file.label], found[file.name].sha256)
+            sha256.update("\0".join(line).encode() + b"\n")  # no name holds a null character
     return identity(sha256.hexdigest(), test_split=test_part)
 
 
-def _statistics(sums: npt.NDArray[np.int64], pixels: int) -> Statistics:
+def _statistics(sums: npt.NDArray[np.int64], pixels: int, indices: npt.NDArray[np.int64]) -> Statistics:
     """Return mean and deviation of each channel on the scale 0..1, from integers, so that no order matters.
 
     A channel that never changes gets the deviation 1: there is nothing to scale.
@@ -207,9 +239,10 @@ def _statistics(sums: npt.NDArray[np.int64], pixels: int) -> Statistics:
     Args:
         sums: of each image, the sums of its pixels and then those of their squares [N, 2 C].
         pixels: of an image.
+        indices: the images to count.
     """
-    count = len(sums) * pixels
-    totals = [int(total) for total in sums.sum(0)]
+    count = len(indices) * pixels
+    totals = [int(total) for total in sums[indices].sum(0)]
     channels = len(totals) // 2
     mean = tuple(total / (255 * count) for total in totals[:channels])
     # count * sum of squares - (sum)^2, exact in Python's integers, is count^2 times the variance

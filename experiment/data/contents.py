@@ -17,11 +17,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from experiment.data.images import ImageError, decode_image, stored_size
+from experiment.data.listing import ImageFile
 from experiment.data.types import Fit, Pixels, Size
 from experiment.engines import cache_directory, can_hold_files
 
@@ -32,24 +33,6 @@ CHUNK = 1024  # files that are examined between two looks at the progress bar
 LARGE_FILE = 2**14
 """Larger files are examined by several threads: reading, hashing and decoding hold no lock of Python's. With
 smaller ones threads would wait for that lock."""
-
-
-class ImageFile(NamedTuple):
-    """A file of a class.
-
-    Attributes:
-        name: its path relative to the data folder, with `/`.
-        label: the class's number.
-        size: in bytes.
-        times: when its contents, and its entry in the file system, last changed, in nanoseconds.
-        fault: why it cannot be an image, where its name or its kind already shows that; else None.
-    """
-
-    name: str
-    label: int
-    size: int = 0
-    times: tuple[int, int] = (0, 0)
-    fault: str | None = None
 
 
 @dataclass

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +24,12 @@ from experiment.data.builtin import cached, fit_to, identity
 from experiment.data.contents import (
     Content,
     Contents,
-    ImageFile,
     Transform,
     is_file_as_listed,
     open_regular,
 )
 from experiment.data.images import ImageError, decode_image
+from experiment.data.listing import VALIDATION, Folders, ImageFile, check_classes, list_files
 from experiment.data.types import Batch, Dataset, Fit, Identity, Labels, Size, Statistics
 from experiment.errors import UserError, first_of, one_line
 
@@ -40,17 +39,10 @@ if TYPE_CHECKING:
 NAME = "folder"
 """The name that `--dataset` takes."""
 
-VALIDATION = ("val", "validation")
-SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"})
-"""Hidden files and folders of other systems, in small letters; those of Unix begin with a dot."""
-
 LARGEST_DEFAULT = 224
 """The default size of images whose sizes differ, or are larger than this."""
 
 IN_ONE_LINE = 5  # more bad files than these get a line each
-
-Folders = dict[str, list[ImageFile]]
-"""The files of each part: `train`, and `val` and `test` where there is one."""
 
 
 class FolderSource:
@@ -121,7 +113,7 @@ def folder_dataset(
     if data_dir is None:
         raise UserError(f"--dataset {NAME}: name the folder of the images with --data-dir DIR")
     root = Path(data_dir)
-    class_names, parts = _list(root)
+    class_names, parts = list_files(root)
     files = [file for listed in parts.values() for file in listed]
     measured = [recorded is None] * len(parts["train"]) + [False] * (len(files) - len(parts["train"]))
     if recorded is not None:
@@ -134,7 +126,7 @@ def folder_dataset(
     contents = {file.name: c for file, c in zip(files, examined, strict=True) if isinstance(c, Content)}
     parts = {part: [file for file in listed if file.name in contents] for part, listed in parts.items()}
     for part, listed in parts.items():
-        _check_classes(root, part, listed, class_names)
+        check_classes(root, part, listed, class_names)
     shape = (*size, channels)
     sources = {p: cached(FolderSource(root, parts[p], channels, transform.fit), shape) for p in parts}
     test, val = _roles(parts)
@@ -208,17 +200,6 @@ def _refusal(root: Path, bad: Sequence[str], count: int) -> str:
     return f"{what} (named above, each in a line); {remedy}"
 
 
-def _check_classes(root: Path, part: str, files: Sequence[ImageFile], class_names: Sequence[str]) -> None:
-    """Raise UserError if a class of a part has no images."""
-    present = {file.label for file in files}
-    empty = [one_line(name) for label, name in enumerate(class_names) if label not in present]
-    if empty:
-        raise UserError(
-            f"--data-dir: {root}: no image of {first_of(empty, 3, ', ')} in the {part} part; add images, or "
-            "move the folder of that class away"
-        )
-
-
 def _identity(
     parts: Folders, found: Mapping[str, Content], class_names: Sequence[str], test_part: str | None
 ) -> Identity:
@@ -249,134 +230,3 @@ def _statistics(sums: npt.NDArray[np.int64], pixels: int, indices: npt.NDArray[n
     spread = [count * totals[channels + c] - totals[c] ** 2 for c in range(channels)]
     std = tuple(value**0.5 / (255 * count) if value else 1.0 for value in spread)
     return mean, std
-
-
-def _list(root: Path) -> tuple[tuple[str, ...], Folders]:
-    """Return the names of the classes, and the files of each part, without opening any.
-
-    Raises:
-        UserError: the folder is absent, unreadable or of another layout; names that are not UTF-8; links that
-            lead in a circle.
-    """
-    if not root.is_dir():
-        fault = "is a file" if root.is_file() else "does not exist"
-        raise UserError(f"--data-dir: {root} {fault}; name the folder of the images")
-    splits = [name for name in ("train", *VALIDATION, "test") if _has_folders(root / name)]
-    if splits and splits[0] != "train":
-        raise UserError(
-            f"--data-dir: {root} has {' and '.join(splits)}, and no train with a folder for each class; "
-            "add it, or name a folder of classes"
-        )
-    if set(VALIDATION) <= set(splits):
-        raise UserError(f"--data-dir: {root} has {' and '.join(VALIDATION)}; move one of them away")
-    folders = {part: root / part for part in splits} or {"train": root}
-    classes = {part: _class_names(folder) for part, folder in folders.items()}
-    names = classes["train"]
-    if len(names) < 2:
-        there = f"only one class, {one_line(names[0])}" if names else "no class"
-        raise UserError(
-            f"--data-dir: {folders['train']} has {there}: put the images of each class into a folder of its "
-            "own there, two classes or more"
-        )
-    for part, others in classes.items():
-        if different := sorted(set(others) ^ set(names)):
-            here, there = ("train", part) if different[0] in names else (part, "train")
-            raise UserError(
-                f"--data-dir: {root}: the class {one_line(different[0])} is in {here}, not in {there}; "
-                "give every part the same classes"
-            )
-    parts = {
-        part: [
-            file
-            for label, name in enumerate(names)
-            for file in _files(root, f"{part}/{name}" if splits else name, label)
-        ]
-        for part in folders
-    }
-    for part, files in parts.items():
-        _check_classes(root, part, files, names)
-    return names, parts
-
-
-def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    """Return what a folder holds, sorted by name, hidden files left out. Raises UserError if unreadable."""
-    try:
-        with os.scandir(folder) as entries:
-            shown = [e for e in entries if e.name[0] != "." and e.name.lower() not in SYSTEM_FILES]
-    except OSError as error:
-        raise UserError(
-            f"--data-dir: {one_line(folder)} cannot be read ({error.strerror}); make it readable"
-        ) from None
-    return sorted(shown, key=lambda entry: entry.name)
-
-
-def _has_folders(folder: Path) -> bool:
-    """True for a folder that has folders in it: a part with classes, and no class that is named like one."""
-    return folder.is_dir() and any(entry.is_dir() for entry in _visible(folder))
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
-    """The folders in a folder, sorted. Raises UserError for a name that is not UTF-8: JSON cannot hold it."""
-    names = tuple(entry.name for entry in _visible(folder) if entry.is_dir())
-    for name in names:
-        if not _is_utf8(name):
-            raise UserError(f"--data-dir: {folder}: the name {name!r} is not UTF-8; rename it")
-    return names
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _files(root: Path, folder: str, label: int) -> list[ImageFile]:
-    """Return all files of a class, those of nested folders too, in the order of torchvision's ImageFolder.
-
-    `folder` is the class's, relative to `root`.
-    """
-    files = [_image_file(name, status, label) for name, status in _walk(root, folder)]
-    return sorted(files, key=lambda file: file.name.rpartition("/"))
-
-
-def _walk(root: Path, folder: str) -> Iterator[tuple[str, os.stat_result | None]]:
-    """Yield the name, relative to `root`, and the status of everything below a folder that is no folder.
-
-    The status is None for a link that leads nowhere.
-
-    Raises:
-        UserError: a link leads back to a folder that it lies in.
-    """
-    status = os.stat(root / folder)
-    waiting = [(folder, {(status.st_dev, status.st_ino)})]
-    while waiting:
-        folder, above = waiting.pop()
-        for entry in _visible(root / folder):
-            name = f"{folder}/{entry.name}"
-            try:
-                status = entry.stat()
-            except OSError:
-                yield name, None
-                continue
-            if not stat.S_ISDIR(status.st_mode):
-                yield name, status
-                continue
-            inode = status.st_dev, status.st_ino
-            if inode in above:
-                raise UserError(
-                    f"--data-dir: {one_line(root / name)} leads back to a folder that it lies in; "
-                    "remove that link"
-                )
-            waiting.append((name, above | {inode}))
-
-
-def _image_file(name: str, status: os.stat_result | None, label: int) -> ImageFile:
-    if status is None:
-        return ImageFile(name, label, fault="a link that leads nowhere")
-    if not stat.S_ISREG(status.st_mode):
-        return ImageFile(name, label, fault="no regular file (a FIFO, socket or device)")
-    if not _is_utf8(name):
-        return ImageFile(name, label, fault="its name is not UTF-8; rename it")
-    return ImageFile(name, label, status.st_size, (status.st_mtime_ns, status.st_ctime_ns))

@@ -15,6 +15,8 @@ from experiment.errors import UserError, one_line
 from experiment.options.paths import local_path
 from experiment.program import command
 
+VERSION = r"\d+\.\d+\.\d+"
+
 
 def prepare_command(name: str, data_dir: str | None) -> str:
     """Return the command that downloads and prepares a data set."""
@@ -24,11 +26,11 @@ def prepare_command(name: str, data_dir: str | None) -> str:
 
 def check_name(name: str) -> None:
     """Raise UserError unless `name` is a TFDS name: NAME, and where needed /CONFIG and :VERSION behind it."""
-    if re.fullmatch(r"[a-z][a-z0-9_]*(/\w[\w.+-]*)?(:\d+\.\d+\.\d+)?", name, re.ASCII):
+    if re.fullmatch(r"[a-z][a-z0-9_]*(/\w[\w.+-]*)?(:" + VERSION + ")?", name, re.ASCII):
         return
     raise UserError(
-        f"--dataset {name!r} is not a TFDS name (lower-case letters, digits and _; then, where it is needed, "
-        "/CONFIG and :VERSION such as 1.0.0): use one like mnist, or digits, synthetic or folder"
+        f"--dataset {name!r} is not a TFDS name (lower-case letters, digits and _, no path; where needed "
+        "then /CONFIG and a version such as :1.0.0): use one like mnist, or digits, synthetic or folder"
     )
 
 
@@ -44,7 +46,11 @@ def prepared_choices(name: str, data_dir: str | None) -> str:
         found = [path.parent.relative_to(root) for path in (root / plain_name(name)).rglob("features.json")]
     except OSError:  # a folder that cannot be read
         found = []
-    choices = sorted(f"{'/'.join(path.parts[:-1])}:{path.name}" for path in found if len(path.parts) < 4)
+    choices = sorted(
+        f"{'/'.join(path.parts[:-1])}:{path.name}"
+        for path in found
+        if re.fullmatch(VERSION, path.name) and len(path.parts) < 4
+    )
     return ", ".join(choices)
 
 

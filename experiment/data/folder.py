@@ -120,7 +120,7 @@ def folder_dataset(
         image_size = (recorded["image_shape"][0], recorded["image_shape"][1])
     decodes, channels = recorded is None or skip_bad, 1 if grayscale else 3
     size, transform, examined = _examine(root, files, measured, image_size, resize, channels, decodes=decodes)
-    bad = [f"{one_line(f.name)}: {c}" for f, c in zip(files, examined, strict=True) if isinstance(c, str)]
+    bad = [f"{_shown(f.name)}: {c}" for f, c in zip(files, examined, strict=True) if isinstance(c, str)]
     if bad and not skip_bad:
         raise UserError(_refusal(root, bad, len(files)))
     contents = {file.name: c for file, c in zip(files, examined, strict=True) if isinstance(c, Content)}
@@ -187,6 +187,11 @@ def _roles(parts: Mapping[str, object]) -> tuple[str | None, str | None]:
     """Return which part is the test set, and which is validation; None for one that is taken from `train`."""
     val = next((name for name in VALIDATION if name in parts), None)
     return ("test", val) if "test" in parts else (val, None)
+
+
+def _shown(name: str) -> str:
+    """Return a file's name in one line, bytes that are not UTF-8 as escapes."""
+    return one_line(name.encode(errors="backslashreplace").decode())
 
 
 def _refusal(root: Path, bad: Sequence[str], count: int) -> str:

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,8 @@ def compare_rates(made: Path, rounds: int, seconds: float) -> None:
         options |= {"batch_size": 50, "seed": 0, "image_size": (32, 32) if form == "png" else (224, 224)}
         folders, sets = write_folder(made / f"{form}-folder", files), write_tfds(made / f"{form}-tfds", files)
         opened: dict[str, Callable[[], Data]] = {
-            "folder": lambda folders=folders, options=options: load(
-                "folder", data_dir=str(folders), **options
-            ),
-            "made": lambda sets=sets, options=options: load("made", data_dir=str(sets), **options),
+            "folder": partial(load, "folder", data_dir=str(folders), **options),
+            "made": partial(load, "made", data_dir=str(sets), **options),
         }
         for state in ("first pass", "from memory") if form == "png" else ("streamed",):
             rates: dict[str, list[float]] = {kind: [] for kind in opened}

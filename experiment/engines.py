@@ -96,13 +96,13 @@ def set_environment(framework: str, *, deterministic: bool) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
 
-def cache_directory() -> str:
-    """Return the default folder of the compilation cache; empty for a user without a home folder."""
+def cache_directory(name: str = "jax") -> str:
+    """Return the default folder of the compilation cache, or of another; empty without a home folder."""
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
         return ""
-    return str(base / "threeway-resnet" / "jax")
+    return str(base / "threeway-resnet" / name)
 
 
 def can_hold_files(directory: str) -> bool:

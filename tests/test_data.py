@@ -539,9 +539,9 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
 def test_splits_that_do_not_fit(root: Path) -> None:
     files = made_tfds.images(4, (32, 32, 3))
     for name, splits in (
-        ("a", {"train": files}),
+        ("a", {"train": files, "unlabeled": files}),
         ("b", {"test": files}),
-        ("c", {"train": files, "test": []}),
+        ("c", {"train": files, "test": [], "unlabeled": files}),
         ("d", {"train": [], "test": files}),
         ("e", {}),
     ):
@@ -554,29 +554,92 @@ def test_splits_that_do_not_fit(root: Path) -> None:
             caught,
             f"--dataset {name}: it has no {needed} split with examples",
             f"it has {there or 'none'}; use another",
+            *(["or hold a part of train out with --test-fraction 0.1"] if splits.get("train") else []),
         )
 
 
+@pytest.mark.parametrize("splits", [{"train": 20}, {"train": 20, "test": 0}])
+def test_a_set_with_a_train_split_alone(root: Path, splits: dict[str, int]) -> None:
+    """The test part does not depend on the seed, and no image is in two parts."""
+    made_tfds.write(root, "made", {s: made_tfds.images(n, (32, 32, 3)) for s, n in splits.items()})
+    for fraction, tested in ((None, 2), (0.25, 5), (0.001, 1)):
+        loaded = [load_made(root, test_fraction=fraction, seed=seed) for seed in (0, 1)]
+        parts = [{split: set(data.parts[split][1].tolist()) for split in data.parts} for data in loaded]
+        assert parts[0]["test"] == parts[1]["test"]
+        assert parts[0]["train"] != parts[1]["train"]
+        for data, part in zip(loaded, parts, strict=True):
+            assert (data.train_size + data.val_size, data.test_size) == (20 - tested, tested)
+            assert len(part["train"] | part["val"] | part["test"]) == 20
+            assert data.identity["data_test_split"] is None
+            seen = {image.tobytes() for image in everything(data, "test")["image"]}
+            assert seen.isdisjoint(image.tobytes() for image in everything(data, "train")["image"])
+    with pytest.raises(UserError) as caught:
+        load_made(root, test_fraction=0.99)
+    one_line(caught, "--test-fraction 0.99 leaves no example to train on")
+
+
+def test_a_test_part_is_not_held_out_beside_a_test_split(root: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load("digits", data_dir=None, batch_size=2, seed=0, test_fraction=0.1)
+    one_line(caught, "--test-fraction: digits has a test part; leave the flag out")
+    files = made_tfds.images(10, (32, 32, 3))
+    made_tfds.write(root, "made", {"train": files, "test": [(file, -1) for file, _ in files]})
+    data = load_made(root, test_fraction=0.2)  # its labels are hidden
+    assert (data.train_size + data.val_size, data.test_size) == (8, 2)
+
+
 def test_configurations(root: Path) -> None:
-    """The default one is used; an error names those there are."""
-    files = made_tfds.images(4, (32, 32, 3))
-    parts = {"train": files, "test": files}
-    for name in ("made", "half"):
-        made_tfds.write(root, name, parts if name == "made" else {"train": files}, config="large")
-        made_tfds.write(root, name, parts, config="small")
-    named = "of the configurations of made (large, small) only TFDS' default one can be used"
-    for name in ("made", "made/small", "made/small:1.0.0", "made:1.0.0"):
+    """`NAME/CONFIG:VERSION`; alone, a name is that of the default one, and an error names those there are."""
+    files = made_tfds.images(8, (32, 32, 3))
+    for config, count in (("large", 8), ("small", 4)):
+        made_tfds.write(root, "made", {"train": files[:count], "test": files[:2]}, config=config)
+    made_tfds.write(root, "made", {"train": files[:6], "test": files[:2]}, config="small", version="0.9.0")
+    known = {"made/large": (8, "1.0.0"), "made/small": (4, "1.0.0"), "made/small:0.9.0": (6, "0.9.0")}
+    for name, (count, version) in known.items():
+        data = load_made(root, name)
+        assert data.train_size + data.val_size == count
+        assert data.identity["data_version"] == version
+        assert data.identity["data_config"] == name[5:10]
+    there = "has made/large:1.0.0, made/small:0.9.0, made/small:1.0.0; name one of these, or run"
+    for name in ("made", "made/other", "made/small:2.0.0", "made:1.0.0"):
         with pytest.raises(UserError) as caught:
             load_made(root, name)
-        one_line(caught, named)
-    for name in ("made", "half"):
-        (root / name / ".config").mkdir()
-        (root / name / ".config" / "metadata.json").write_text('{"default_config_name": "large"}')
-    data = load_made(root)
-    assert data.identity["data_config"] == "large"
+        one_line(caught, f"--dataset {name}: --data-dir", there, f"prepare {name} ")
+    (root / "made" / ".config").mkdir()
+    (root / "made" / ".config" / "metadata.json").write_text('{"default_config_name": "large"}')
+    assert load_made(root).identity["data_config"] == "large"
+
+
+def test_features_of_other_names(root: Path) -> None:
+    """The only features of their types; others beside `image` and `label` do not matter."""
+    import tensorflow_datasets as tfds
+
+    image, label = tfds.features.Image(shape=(32, 32, 3)), tfds.features.ClassLabel(num_classes=2)
+    files = made_tfds.images(4, (32, 32, 3))
+    for name, keys in (("a", ("photo", "species")), ("b", ("image", "species")), ("c", ("image", "label"))):
+        features = {keys[0]: image, keys[1]: label}
+        examples = [dict(zip(keys, pair, strict=True)) for pair in files]
+        if name == "c":
+            features |= {"mask": image, "coarse": label}
+            examples = [{**each, "mask": files[0][0], "coarse": 1} for each in examples]
+        made_tfds.write(root, name, {"train": examples, "test": examples}, features=features)
+        data = load_made(root, name, val_fraction=0)
+        batch = everything(data, "train")
+        assert batch["label"].tolist() == [0, 1, 0, 1]
+        for read, (file, _) in zip(batch["image"], files, strict=True):
+            np.testing.assert_array_equal(read, np.asarray(Image.open(io.BytesIO(file))))
+    features = {"left": image, "right": image, "label": label}
+    examples = [{"left": file, "right": file, "label": number} for file, number in files]
+    made_tfds.write(root, "d", {"train": examples, "test": examples}, features=features)
     with pytest.raises(UserError) as caught:
-        load_made(root, "half")
-    one_line(caught, "--dataset half: it has no test or validation split", named.replace("made", "half"))
+        load_made(root, "d")
+    one_line(
+        caught,
+        "--dataset d: an image and a class are needed",
+        "left (Image)",
+        "right (Image)",
+        "label (ClassLabel)",
+    )
 
 
 def test_features_that_do_not_fit(root: Path) -> None:
@@ -586,7 +649,7 @@ def test_features_that_do_not_fit(root: Path) -> None:
     image, label = features.Image(shape=(32, 32, 3)), features.ClassLabel(num_classes=2)
     files = made_tfds.images(4, (32, 32, 3))
     cases: dict[str, tuple[dict[str, Any], str]] = {
-        "a": ({"image": image, "objects": label}, "objects (ClassLabel)"),
+        "a": ({"image": image, "one": label, "other": label}, "other (ClassLabel)"),
         "b": ({"image": image, "label": features.Scalar(np.int64)}, "label (Scalar)"),
         "c": ({"label": label, "text": features.Text()}, "text (Text)"),
         "d": ({"image": features.Image(shape=(32, 32, 4)), "label": label}, "4 of uint8"),
@@ -785,8 +848,14 @@ def test_an_unfinished_preparation_is_no_data_set(root: Path) -> None:
         ),
         ("cifar10", {"data_dir": "a file"}, ["--data-dir a file (which does not exist)", "'a file'"]),
         ("cifar10", {"data_dir": None}, ["--data-dir ", "run `python -m experiment prepare cifar10`"]),
-        ("mnist/x", {}, ["--dataset 'mnist/x'", "plain TFDS name"]),
-        ("mnist:3.0.1", {}, ["--dataset", "version"]),
+        ("mnist/x", {}, ["--dataset mnist/x is not prepared", "prepare mnist/x --data-dir "]),
+        ("mnist:3.0.1", {}, ["--dataset mnist:3.0.1 is not prepared", "prepare mnist:3.0.1 "]),
+        ("mnist:3", {}, ["--dataset 'mnist:3' is not a TFDS name", "version"]),
+        ("folder", {"data_dir": None}, ["--dataset folder", "--data-dir DIR"]),
+        ("folder", {"data_dir": "nowhere"}, ["--data-dir: nowhere does not exist"]),
+        ("folder", {"data_dir": "a file"}, ["--data-dir: a file is a file"]),
+        ("folder", {}, ["--data-dir: empty has no class"]),
+        ("folder", {"crop_to_bbox": True}, ["--crop-to-bbox: folder has no bounding boxes"]),
         ("../mnist", {}, ["--dataset", "path"]),
         ("MNIST", {}, ["--dataset 'MNIST'", "lower-case"]),
         ("mnist\n", {}, ["--dataset 'mnist\\n'"]),
@@ -959,5 +1028,6 @@ def test_messages_name_existing_flags() -> None:
     """What the messages tell the user to change is what the command line has."""
     flags = {f"--{name}" for name in ("dataset", "data-dir", "batch-size", "seed")}
     flags |= {"--train-subset", "--val-fraction", "--augment", "--resize", "--crop-to-bbox", "--grayscale"}
+    flags |= {"--test-fraction"}
     text = "".join(Path(module.__file__ or "").read_text() for module in (data_module, builtin, tfds))
     assert set(re.findall(r"--[a-z][a-z-]+", text)) == flags

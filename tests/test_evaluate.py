@@ -289,7 +289,10 @@ REFUSED = [
     (["predict", "run"], ["IMAGE", "after the run"]),
     (["predict", "nowhere", "a.png"], ["nowhere", "not found"]),
     (["predict", "run", "absent.png"], ["absent.png", "not found"]),
-    (["predict", "run", "run"], ["run", "is a folder"]),
+    (["predict", "run", "run/checkpoints"], ["none of the ", " files is an image: run/checkpoints/"]),
+    (["predict", "run", "a.png", "--batch-size", "0"], ["--batch-size", "at least 1"]),
+    (["predict", "run", "a.png", "--out", "a.txt"], ["--out: a.txt", ".csv or .json"]),
+    (["predict", "run", "a.png", "--out", "nowhere/a.csv"], ["--out: nowhere/a.csv", "a folder that exists"]),
     (["predict", "run", "run/config.json"], ["config.json", "no image"]),
     (["predict", "run", "a.png", "--top", "0"], ["--top", "at least 1"]),
 ]

@@ -33,6 +33,7 @@ COMMANDS = {
     "parity --dump": ("--dump", ["parity", "a", "--dump", "{}/x"]),
     "predict RUN": ("RUN", ["predict", "{}"]),
     "predict IMAGE": ("IMAGE", ["predict", ".", "{}"]),
+    "predict --out": ("--out", ["predict", ".", "a.png", "--out", "{}/x.csv"]),
     "prepare --data-dir": ("--data-dir", ["prepare", "mnist", "--data-dir", "{}"]),
     "report RUN": ("RUN", ["report", "{}"]),
     "study STUDY": ("STUDY", ["study", "{}"]),
@@ -40,7 +41,7 @@ COMMANDS = {
     "study --data-dir": ("--data-dir", ["study", "a", "--data-dir", "{}"]),
 }
 OPTIONS = ("--run-dir", "--data-dir", "--init-from")
-ANY_BYTES = ("predict RUN", "predict IMAGE", "evaluate RUN", "convert IN", "convert OUT")
+ANY_BYTES = ("predict RUN", "predict IMAGE", "predict --out", "evaluate RUN", "convert IN", "convert OUT")
 
 
 @pytest.fixture(autouse=True)
@@ -150,11 +151,10 @@ def test_an_image_whose_name_is_not_utf8_is_predicted(capsys: pytest.CaptureFixt
 PREDICT = {
     "a missing image": (["digit.png"], "digit.png: not found"),
     "a missing image beside a run": (["run", "digit.png"], "digit.png: not found"),
-    "a folder of images": (
-        ["my images"],
-        "my images: is a folder, not an image; name the files in it: 'my images'/*",
-    ),
-    "a folder beside a run": (["run", "my images"], "my images: is a folder, not an image"),
+    "a folder without an image": (["my images"], "my images/1.png: no image that Pillow reads"),
+    "an empty folder": (["empty"], "empty: is a folder without files; name image files"),
+    "an empty folder beside a run": (["run", "empty"], "empty: is a folder without files"),
+    "a pattern": (["run", "*.png"], "*.png: no file matches this pattern"),
     "a run alone": (["run"], "IMAGE: name image files after the run run"),
     "no run": (["my images", "my images/1.png"], "my images: is not the folder of a run"),
 }
@@ -183,6 +183,7 @@ def test_predict_says_what_is_wrong_with_its_arguments(what: str, capsys: pytest
     for path in ("run/config.json", "my images/1.png"):
         Path(path).parent.mkdir()
         Path(path).write_text("{}")
+    Path("empty").mkdir()
     argv, words = PREDICT[what]
     assert main(["predict", *argv]) == 2
     assert capsys.readouterr().err.startswith(f"error: {words}")

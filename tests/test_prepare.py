@@ -75,7 +75,7 @@ def test_already_prepared(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert out == f"mnist 1.0.0 is already prepared in {directory}\n"
 
 
-@pytest.mark.parametrize(("name", "part"), [("mnits", "did you mean mnist"), ("a/b", "plain TFDS name")])
+@pytest.mark.parametrize(("name", "part"), [("mnits", "did you mean mnist"), ("a/../b", "not a TFDS name")])
 def test_unknown_data_set(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, part: str) -> None:
     one_error(told(capsys, "prepare", name, "--data-dir", str(tmp_path)), "--dataset", part)
     assert list(tmp_path.iterdir()) == []

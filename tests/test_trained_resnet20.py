@@ -58,6 +58,7 @@ def images(data_dir: Path) -> Images:
     if not (data_dir / "cifar10").is_dir():
         pytest.skip("no cifar10 in the directory that THREEWAY_DATA_DIR names")
     test = tfds_dataset("cifar10", str(data_dir), None).test
+    assert test is not None
     batch = test.read(np.arange(len(test)))
     return Images(batch["image"], batch["label"])
 

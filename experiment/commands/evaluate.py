@@ -55,7 +55,11 @@ def main(argv: Sequence[str]) -> int:
     run = open_run(options.run, which=options.weights, framework=options.framework, data_dir=options.data_dir)
     resize = _resize(options, run)
     changed: dict[str, Any] = {"augment": "none", **({} if resize is None else {"resize": (resize,)})}
-    data = loading.load(run.config.dataset, **(run.config.data_options() | changed))
+    data = loading.load(
+        run.config.dataset,
+        **(run.config.data_options() | changed),
+        recorded=run_folder.recorded_data(run.resolved),
+    )
     note = run_folder.check_same_data(run.resolved, data)
     if not len(data.parts[options.split][1]):
         raise UserError(f"--split: the run has no {options.split} part; choose another")

@@ -38,12 +38,12 @@ def main(argv: Sequence[str]) -> int:
         description="Download a TFDS data set and write it as array_record files, which training reads.",
         epilog=f"Needs TensorFlow, in an environment of its own: {install()}",
     )
-    parser.add_argument("name", metavar="NAME", help="a plain TFDS name: mnist, cifar10, ...")
+    parser.add_argument("name", metavar="NAME", help="a TFDS name: mnist, cifar10, ..., NAME/CONFIG:VERSION")
     parser.add_data_dir("where to put it (default: TFDS' own)")
     options = parser.parse_args(argv)
     name, data_dir = options.name, options.data_dir
 
-    if name in BUILTIN:
+    if name in (*BUILTIN, "folder"):
         print(f"{name} needs no preparation")
         return 0
     builder = find_prepared(name, data_dir)

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.data.augmentation import crop_to_box
+from experiment.data.types import Size
 from experiment.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -58,6 +59,26 @@ def read_image(path: Path, channels: int) -> Image:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ImageError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def stored_size(file: IO[bytes]) -> Size:
+    """Return the height and width that `decode_image` gives an image, from its header alone.
+
+    Raises:
+        ImageError: the file is no image.
+    """
+    from PIL import Image
+
+    _silence_libraries()
+    try:
+        with Image.open(file) as stored:
+            width, height = stored.size
+            swapped = stored.format != "TIFF" and _axes(_orientation(stored))[0]  # Pillow swaps a TIFF's
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise ImageError(f"no image that Pillow reads ({one_line(error)})") from error
+    return (width, height) if swapped else (height, width)
 
 
 def decode_image(file: IO[bytes], channels: int, box: Iterable[float] | None = None) -> Image:

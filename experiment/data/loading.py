@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from experiment.data import folder
 from experiment.data.augmentation import Augmentation, fill_color
 from experiment.data.builtin import BUILTIN, CACHE_BYTES, no_boxes
 from experiment.data.drop_path import DropPath
@@ -25,7 +26,7 @@ from experiment.data.mixing import Mixing
 from experiment.data.tfds import tfds_dataset
 from experiment.data.types import Batch, Dataset, Labels, Pixels, Size, Source
 from experiment.errors import UserError, first_of
-from experiment.options.config import check_image_size, check_limits
+from experiment.options.config import Config, check_image_size, check_limits
 from experiment.processes import SINGLE_PROCESS, ProcessInfo
 
 if TYPE_CHECKING:
@@ -43,8 +44,12 @@ images are decoded and resized outside of the lock: 500x375 JPEGs to 224x224, 52
 
 _MOST_THREADS = 16  # each may hold a batch of large images
 
+VAL_FRACTION: float = Config.val_fraction
+TEST_FRACTION = 0.1
+"""The default of --test-fraction, of a set that has nothing but examples to train on."""
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Data(Dataset):
     """A data set, split and ready to be read in batches. Made by `load`."""
 
@@ -214,6 +219,8 @@ def load(
     seed: int,
     train_subset: float = 1.0,
     val_fraction: float = 0.1,
+    test_fraction: float | None = None,
+    skip_bad: bool = False,
     image_size: Size | None = None,
     resize: Sequence[int] = (),
     grayscale: bool = False,
@@ -225,21 +232,26 @@ def load(
     mixup_alpha: float = 0.0,
     cutmix_alpha: float = 0.0,
     eval_size: Size | None = None,
+    recorded: Mapping[str, Any] | None = None,
 ) -> Data:
     """Open a data set and split it.
 
     The training split is permuted by the seed; its first `train_subset` is kept, and of that the first
     `val_fraction` is validation and the rest training. The same seed gives the same parts; which examples are
-    test depends on no argument. Fractions are rounded to whole examples, and a part that is asked for has at
-    least one.
+    test depends on no argument but `test_fraction`. Fractions are rounded to whole examples, and a part that
+    is asked for has at least one.
 
     Args:
-        name: `digits`, `synthetic`, or a plain TFDS name.
-        data_dir: the TFDS data directory; None is TFDS' own default.
+        name: `digits`, `synthetic`, `folder`, or a TFDS name.
+        data_dir: the folder of images, or the TFDS data directory; None is TFDS' own default.
         batch_size: examples a training batch.
         seed: 0 .. 2**32 - 1; fixes the split and the order.
         train_subset: the fraction of the training split to use, in (0, 1].
-        val_fraction: the fraction of that to keep for validation, in [0, 1).
+        val_fraction: the fraction of that to keep for validation, in [0, 1). A folder with `val` and `test`
+            has its own validation part; 0 leaves that out.
+        test_fraction: the fraction of the training split to hold out for the test, in (0, 1), of a set
+            without a test part. None is a tenth.
+        skip_bad: of a folder, pass over files that are no images.
         image_size: height and width in pixels, each at least 32; None is the data set's default.
         resize: the shorter side before the image is cropped to `image_size`; two numbers are the range it is
             drawn from for training. Empty: the smallest that covers it.
@@ -252,6 +264,7 @@ def load(
         mixup_alpha, cutmix_alpha: see `mixing.Mixing`; 0 is off.
         eval_size: height and width of validation and test images, which `resize` does not change then; None
             is `image_size`.
+        recorded: what config.json of a run holds of its data: a folder's size, mean and deviation.
 
     Raises:
         UserError: an unknown name; data that is not prepared or is damaged; features that do not fit; a size
@@ -261,15 +274,29 @@ def load(
     check_limits("--train-subset", train_subset, above=0, most=1)
     check_limits("--val-fraction", val_fraction, least=0, below=1)
     check_limits("--seed", seed, least=0, most=2**32 - 1)
+    if test_fraction is not None:
+        check_limits("--test-fraction", test_fraction, above=0, below=1)
     dataset = open_dataset(
-        name, data_dir, image_size, min(resize, default=None), grayscale=grayscale, crop_to_bbox=crop_to_bbox
+        name,
+        data_dir,
+        image_size,
+        min(resize, default=None),
+        grayscale=grayscale,
+        crop_to_bbox=crop_to_bbox,
+        skip_bad=skip_bad,
+        holds_out=test_fraction is not None,
+        recorded=recorded,
     )
+    parts = _parts(name, dataset, seed, train_subset, val_fraction, test_fraction)
+    train, val, test = (indices for _, indices in parts.values())
+    if dataset.measure is not None:
+        mean, std = dataset.measure(train)
+        dataset = replace(dataset, mean=mean, std=std, measure=None)
     size = dataset.image_shape[:2]
     # The data sets that are gray already are drawn on black: MNIST, Fashion-MNIST, digits
     fill = fill_color(dataset.mean, drawn_on_black=len(dataset.mean) == 1 and not grayscale)
     if augment == "crop-flip-pca" and dataset.image_shape[2] == 1:
         raise UserError("--augment: crop-flip-pca changes colors, and the images are gray; use crop-flip")
-    train, val = _split(len(dataset.train), seed, train_subset, val_fraction)
     if not 1 <= batch_size <= len(train):
         raise UserError(
             f"--batch-size {batch_size}: the training part of {name} has {len(train)} examples; "
@@ -277,10 +304,20 @@ def load(
         )
     if mean_only:
         dataset = replace(dataset, std=(1.0,) * len(dataset.std))
-    if eval_size is None:
-        evaluated = dataset
-    else:
-        evaluated = open_dataset(name, data_dir, eval_size, grayscale=grayscale, crop_to_bbox=crop_to_bbox)
+    if eval_size is not None:
+        shape = (*eval_size, dataset.image_shape[2])
+        evaluated = open_dataset(
+            name,
+            data_dir,
+            eval_size,
+            grayscale=grayscale,
+            crop_to_bbox=crop_to_bbox,
+            skip_bad=skip_bad,
+            holds_out=test_fraction is not None,
+            recorded={"image_shape": shape, "mean": dataset.mean, "std": dataset.std},
+        )
+        others = _parts(name, evaluated, seed, train_subset, val_fraction, test_fraction)
+        parts = {**others, "train": parts["train"]}
     augmentation = Augmentation(
         augment,
         seed,
@@ -297,15 +334,11 @@ def load(
         name=name,
         train_size=len(train),
         val_size=len(val),
-        test_size=len(dataset.test),
+        test_size=len(test),
         batch_size=batch_size,
         seed=seed,
         augmentation=augmentation,
-        parts={
-            "train": (dataset.train, train),
-            "val": (evaluated.train, val),
-            "test": (evaluated.test, np.arange(len(dataset.test))),
-        },
+        parts=parts,
         mixing=Mixing(mixup_alpha, cutmix_alpha, seed) if mixes else None,
     )
 
@@ -318,17 +351,68 @@ def open_dataset(
     *,
     grayscale: bool = False,
     crop_to_bbox: bool = False,
+    skip_bad: bool = False,
+    holds_out: bool = False,
+    recorded: Mapping[str, Any] | None = None,
 ) -> Dataset:
-    """Open a data set by the name that `--dataset` takes, unsplit; the arguments are those of `load`."""
+    """Open a data set by the name that `--dataset` takes, unsplit; the arguments are those of `load`.
+
+    `holds_out` is True if a test part will be taken from the training split.
+    """
     if image_size is not None:
         check_image_size(*image_size)
-    if name not in BUILTIN:
+    if name not in (*BUILTIN, folder.NAME):
         return tfds_dataset(
-            name, data_dir, image_size, resize, grayscale=grayscale, crop_to_bbox=crop_to_bbox
+            name,
+            data_dir,
+            image_size,
+            resize,
+            grayscale=grayscale,
+            crop_to_bbox=crop_to_bbox,
+            holds_out=holds_out,
         )
     if crop_to_bbox:
         raise UserError(no_boxes(name))
+    if name == folder.NAME:
+        return folder.folder_dataset(
+            data_dir, image_size, resize, grayscale=grayscale, skip_bad=skip_bad, recorded=recorded
+        )
     return BUILTIN[name](image_size, resize, grayscale=grayscale)
+
+
+def _parts(
+    name: str,
+    dataset: Dataset,
+    seed: int,
+    train_subset: float,
+    val_fraction: float,
+    test_fraction: float | None,
+) -> dict[Split, Part]:
+    """Return the sources and sorted indices of training, validation and test.
+
+    A test part that is held out does not depend on the seed, so that runs of several seeds are tested alike.
+    """
+    pool = np.arange(len(dataset.train))
+    if dataset.test is not None:
+        if test_fraction is not None:
+            raise UserError(f"--test-fraction: {name} has a test part; leave the flag out")
+        test: Part = dataset.test, np.arange(len(dataset.test))
+    else:
+        fraction = TEST_FRACTION if test_fraction is None else test_fraction
+        order, size = np.random.default_rng(0).permutation(pool), max(1, round(len(pool) * fraction))
+        if size >= len(pool):
+            raise UserError(f"--test-fraction {fraction:g} leaves no example to train on; use a smaller one")
+        test, pool = (dataset.train, np.sort(order[:size])), np.sort(order[size:])
+    if dataset.val is None:
+        train, val = (pool[part] for part in _split(len(pool), seed, train_subset, val_fraction))
+        return {"train": (dataset.train, train), "val": (dataset.train, val), "test": test}
+    if val_fraction not in (0, VAL_FRACTION):
+        raise UserError(
+            f"--val-fraction: {name} has a validation part; leave the flag out, or give 0 to do without it"
+        )
+    train, _ = _split(len(pool), seed, train_subset, 0.0)
+    val = np.arange(len(dataset.val) if val_fraction else 0)
+    return {"train": (dataset.train, pool[train]), "val": (dataset.val, val), "test": test}
 
 
 def _split(

@@ -15,6 +15,8 @@ from experiment.errors import UserError, one_line
 from experiment.options.paths import local_path
 from experiment.program import command
 
+VERSION = r"\d+\.\d+\.\d+"
+
 
 def prepare_command(name: str, data_dir: str | None) -> str:
     """Return the command that downloads and prepares a data set."""
@@ -22,32 +24,41 @@ def prepare_command(name: str, data_dir: str | None) -> str:
     return f"{command('prepare')} {name}{directory}"
 
 
-def check_name(name: str, data_dir: str | None) -> None:
-    """Raise UserError unless `name` is a plain TFDS name: no path, configuration, version or argument."""
-    if re.fullmatch(r"[a-z][a-z0-9_]*", name):
+def check_name(name: str) -> None:
+    """Raise UserError unless `name` is a TFDS name: NAME, and where needed /CONFIG and :VERSION behind it."""
+    if re.fullmatch(r"[a-z][a-z0-9_]*(/\w[\w.+-]*)?(:" + VERSION + ")?", name, re.ASCII):
         return
-    plain = re.match(r"([a-z][a-z0-9_]*)[/:]", name)
-    configs = prepared_configs(plain[1], data_dir) if plain else ""
     raise UserError(
-        f"--dataset {name!r} is not a plain TFDS name (lower-case letters, digits and _; no path, "
-        f"configuration or version): use one like mnist, or digits, or synthetic{configs and f'; {configs}'}"
+        f"--dataset {name!r} is not a TFDS name (lower-case letters, digits and _, no path; where needed "
+        "then /CONFIG and a version such as :1.0.0): use one like mnist, or digits, synthetic or folder"
     )
 
 
-def prepared_configs(name: str, data_dir: str | None) -> str:
-    """Name the configurations of a data set that are prepared in `data_dir`; empty if there is none."""
+def plain_name(name: str) -> str:
+    """Return a TFDS name without configuration and version."""
+    return re.split("[/:]", name)[0]
+
+
+def prepared_choices(name: str, data_dir: str | None) -> str:
+    """Name the prepared configurations and versions of a data set; empty if there are none."""
+    root = data_root(data_dir)
     try:
-        files = list((data_root(data_dir) / name).glob("*/*/features.json"))
+        found = [path.parent.relative_to(root) for path in (root / plain_name(name)).rglob("features.json")]
     except OSError:  # a folder that cannot be read
-        files = []
-    names = ", ".join(sorted({path.parts[-3] for path in files}))
-    return names and f"of the configurations of {name} ({names}) only TFDS' default one can be used"
+        found = []
+    choices = sorted(
+        f"{'/'.join(path.parts[:-1])}:{path.name}"
+        for path in found
+        if re.fullmatch(VERSION, path.name) and len(path.parts) < 4
+    )
+    return ", ".join(choices)
 
 
 def check_known(name: str) -> None:
     """Raise UserError unless TFDS knows how to prepare a data set of that name."""
     import tensorflow_datasets as tfds
 
+    name = plain_name(name)
     known = tfds.list_builders(with_community_datasets=False)
     if name not in known:
         close = difflib.get_close_matches(name, [*BUILTIN, *known])
@@ -61,14 +72,14 @@ def find_prepared(name: str, data_dir: str | None) -> Any | None:
     """Return the TFDS builder of a data set that is prepared in `data_dir`, or None.
 
     Args:
-        name: a plain TFDS name.
+        name: a TFDS name.
         data_dir: the TFDS data directory; None is TFDS' own default.
 
     Raises:
-        UserError: the name is another; its description cannot be read; its files are of a format that allows
+        UserError: it is no such name; its description cannot be read; its files are of a format that allows
             no random access.
     """
-    check_name(name, data_dir)
+    check_name(name)
     import tensorflow_datasets as tfds
 
     directory = data_root(data_dir)
@@ -80,7 +91,7 @@ def find_prepared(name: str, data_dir: str | None) -> Any | None:
         return None
     except Exception as error:  # whatever the readers of damaged JSON raise
         raise UserError(
-            f"--data-dir: the description of {name} in {directory / name} cannot be read "
+            f"--data-dir: the description of {name} in {directory / plain_name(name)} cannot be read "
             f"({one_line(error)}){prepare_again(name, data_dir)}"
         ) from error
     if "array_record" not in formats:
@@ -113,10 +124,9 @@ def check_prepared(name: str, data_dir: str | None) -> Any:
     if (builder := find_prepared(name, data_dir)) is not None:
         return builder
     root, command = data_root(data_dir), prepare_command(name, data_dir)
-    if configs := prepared_configs(name, data_dir):
+    if choices := prepared_choices(name, data_dir):
         raise UserError(
-            f"--dataset {name}: {configs}, and --data-dir {root} does not have that: run `{command}`, or use "
-            "another data set"
+            f"--dataset {name}: --data-dir {root} has {choices}; name one of these, or run `{command}`"
         )
     check_known(name)
     where = f"{root}" if root.is_dir() else f"{root} (which does not exist)"

@@ -61,12 +61,28 @@ Identity = Mapping[str, str | None]
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test source, and what is known of both."""
+    """Sources of a data set, and what is known of them.
+
+    Attributes:
+        train: what is trained on; validation, and the test part where there is no other, are taken from it.
+        test: None if the set has no test part.
+        class_names: the label `i` is that of `class_names[i]`.
+        image_shape: height, width, channels.
+        mean: of each channel, on the scale 0..1; empty where `measure` is given.
+        std: likewise the standard deviation.
+        identity: which data these are.
+        val: a validation part of the set's own.
+        measure: returns mean and deviation of examples of `train`, where they are not known beforehand.
+        notes: lines for the user.
+    """
 
     train: Source
-    test: Source
+    test: Source | None
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]  # height, width, channels
-    mean: tuple[float, ...]  # a channel, on the scale 0..1
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
     std: tuple[float, ...]
     identity: Identity
+    val: Source | None = None
+    measure: Callable[[npt.NDArray[np.int64]], Statistics] | None = None
+    notes: tuple[str, ...] = ()

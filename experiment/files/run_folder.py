@@ -154,6 +154,15 @@ def data_facts(data: Data) -> dict[str, Any]:
     return {**{name: getattr(data, name) for name in DATA_FACTS}, **data.identity}
 
 
+def recorded_data(resolved: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what config.json of a run holds of its data; None if that is not complete."""
+    return (
+        resolved
+        if all(isinstance(resolved.get(name), list) for name in ("image_shape", "mean", "std"))
+        else None
+    )
+
+
 def check_same_data(old: dict[str, Any], data: Data) -> str | None:
     """Compare `data` with what config.json holds of a run's, `old`.
 
@@ -178,6 +187,8 @@ def check_same_data(old: dict[str, Any], data: Data) -> str | None:
         remedy = "name a directory whose newest version is that one"
         if data.identity["data_version"] is None:
             remedy = "install the versions of packages that it began with"
+        if data.name == "folder":
+            remedy = "name the folder with those files, or start a fresh run"
         raise UserError(
             f"--data-dir: the data are {present}; the run began with "
             f"{_identity_words(data.name, recorded)}; {remedy}"

@@ -76,10 +76,16 @@ class Config:
         0.0, "probability of dropping the last block's branch; linearly less before it", least=0, below=1
     )
 
-    dataset: str = option("digits", "digits, synthetic, or any plain TFDS name")
-    data_dir: str | None = option(None, "where TFDS keeps its data (default: TFDS' own)")
+    dataset: str = option(
+        "digits", "digits, synthetic, folder (images in --data-dir), or a TFDS name: NAME[/CONFIG][:VERSION]"
+    )
+    data_dir: str | None = option(None, "folder of images, or where TFDS keeps its data (default: TFDS' own)")
     train_subset: float = option(1.0, "seeded fraction of the training split to use", above=0, most=1)
     val_fraction: float = option(0.1, "fraction used for validation", least=0, below=1)
+    test_fraction: float | None = option(
+        None, "fraction held out for the test, of a set that has no test part (default 0.1)", above=0, below=1
+    )
+    skip_bad: bool = option(False, "folder: pass over files that are no images")
     image_size: str | None = option(None, "96, or 64x96 (height x width); at least 32")
     resize: tuple[int, ...] = option(
         (),
@@ -260,8 +266,8 @@ class Config:
     def data_options(self) -> dict[str, Any]:
         """The keyword arguments of `data.load`, beside the data set's name."""
         names = [
-            *("data_dir", "batch_size", "seed", "train_subset", "val_fraction", "resize", "grayscale"),
-            *("crop_to_bbox", "mean_only", "augment", "randaugment", "random_erase"),
+            *("data_dir", "batch_size", "seed", "train_subset", "val_fraction", "test_fraction", "skip_bad"),
+            *("resize", "grayscale", "crop_to_bbox", "mean_only", "augment", "randaugment", "random_erase"),
             *("mixup_alpha", "cutmix_alpha"),
         ]
         options: dict[str, Any] = {name: getattr(self, name) for name in names}

@@ -18,6 +18,7 @@ USED_BY = {
     **dict.fromkeys(("momentum", "nesterov"), ("optimizer", ("sgd",))),
     "decay_factor": ("schedule", ("multistep", "plateau")),
     **dict.fromkeys(("patience", "cooldown"), ("schedule", ("plateau",))),
+    "skip_bad": ("dataset", ("folder",)),
 }
 
 PATHS = ("data_dir", "init_from", "run_dir")  # options that name a local file or folder

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 import shlex
 import signal
 import traceback
@@ -67,9 +68,10 @@ class Session:
         if config.run_dir is not None:
             self._check(Path(config.run_dir))
         set_environment(config.framework, deterministic=config.deterministic)
-        data = loading.load(config.dataset, **config.data_options())
+        recorded = self.stored and run_folder.recorded_data(self.stored["resolved"])
+        data = loading.load(config.dataset, **config.data_options(), recorded=recorded)
         note = self.stored and run_folder.check_same_data(self.stored["resolved"], data)
-        self.notes = [note] if note else []
+        self.notes = [*data.notes, *([note] if note else [])]
         self.resolved = resolve_lengths(config, data, self.stored, given)
         self.process = connect() if config.distributed else SINGLE_PROCESS
         self.data = dataclasses.replace(data, place=self.process)
@@ -88,8 +90,9 @@ class Session:
         """
         config, is_main = self.config, self.process.is_main
         folder = Path(config.run_dir) if config.run_dir is not None else None
+        dataset = re.sub("[/:]", "-", config.dataset)  # of a configuration and a version
         if is_main and self.stored is None:
-            folder = run_folder.create(folder, f"{config.model}-{config.dataset}-{config.optimizer}")
+            folder = run_folder.create(folder, f"{config.model}-{dataset}-{config.optimizer}")
         with open_output(
             folder, is_main=is_main, keep_checkpoints=config.keep_checkpoints, check=self._check
         ) as output:

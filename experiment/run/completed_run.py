@@ -54,7 +54,12 @@ def add_run(parser: Parser) -> None:
 
 
 def open_run(
-    run_dir: Path, *, which: str = "final", framework: str | None = None, data_dir: str | None = None
+    run_dir: Path,
+    *,
+    which: str = "final",
+    framework: str | None = None,
+    data_dir: str | None = None,
+    widen: bool = False,
 ) -> CompletedRun:
     """Open the folder of a run; nothing in it is changed.
 
@@ -63,6 +68,7 @@ def open_run(
         which: "final", the weights after the last step, or "best", the best on validation.
         framework: the engine, by default the run's own.
         data_dir: where TFDS keeps its data, by default as when the run began.
+        widen: compute in float32 what the run computed in bfloat16; its weights are float32.
 
     Raises:
         UserError: no folder of a run; its files are damaged; the weights are absent, of another network or of
@@ -74,6 +80,8 @@ def open_run(
     record = run_folder.read_named_record(run_dir)
     given = {"framework": framework, "data_dir": data_dir}
     stored = {**record["config"], "accumulate": 1, "remat": False}  # training options that one engine lacks
+    if widen and stored.get("precision") == "bfloat16":
+        stored["precision"] = "float32"
     config = resolve({name: value for name, value in given.items() if value is not None}, stored)
     set_environment(config.framework, deterministic=config.deterministic)
     path = run_dir / WEIGHTS[which]

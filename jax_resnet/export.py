@@ -21,6 +21,7 @@ from jax_resnet.engine import Engine
 from jax_resnet.state import TrainState
 from jax_resnet.state_dict import FROM_TORCH, TO_TORCH, to_torch_layout
 from jax_resnet.step import eval_step
+from jax_resnet.strategies.blockwise import jit_for_cpu
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 Arrays = dict[str, Any]
@@ -115,9 +116,9 @@ def leaf_names(state: TrainState) -> list[str]:
 
 def run_network(content: bytes, weights: Mapping[str, np.ndarray], image: np.ndarray) -> np.ndarray:
     """Return the logits [N, num_classes] that the content of a file of `export_network` gives."""
-    exported = export.deserialize(bytearray(content))
+    call = jit_for_cpu(export.deserialize(bytearray(content)).call)
     with jax.enable_x64(any(array.dtype == np.float64 for array in weights.values())):
-        return np.asarray(exported.call(dict(weights), image))
+        return np.asarray(call(dict(weights), image))
 
 
 class StepRunner:
@@ -133,9 +134,10 @@ class StepRunner:
     """
 
     def __init__(self, content: bytes, state: Mapping[str, np.ndarray]) -> None:
-        self._step = export.deserialize(bytearray(content))
+        exported = export.deserialize(bytearray(content))
+        self._call = jit_for_cpu(exported.call)
         self.state: Arrays = dict(state)
-        arguments, _ = jax.tree.unflatten(self._step.in_tree, self._step.in_avals)
+        arguments, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
         self._lr_dtype = arguments[3].dtype
         self.leaves = [(name, spec.shape, str(spec.dtype)) for name, spec in arguments[0].items()]
 
@@ -143,7 +145,7 @@ class StepRunner:
         """Take a step; return {"loss", "logits", "params.NAME", "optimizer.mu.NAME", ...}."""
         with jax.enable_x64(self._lr_dtype == np.float64):
             rate = np.asarray(lr, self._lr_dtype)
-            self.state, log = self._step.call(self.state, batch["image"], batch["label"], rate)
+            self.state, log = self._call(self.state, batch["image"], batch["label"], rate)
             tree = {
                 name.replace("opt_state/", "optimizer/").replace("/", "."): np.asarray(array)
                 for name, array in self.state.items()

@@ -23,6 +23,7 @@ from experiment import __main__
 from experiment.commands import export, train
 from experiment.errors import UserError
 from experiment.files import onnx_graph
+from experiment.program import shipped
 from jax_resnet.export import StepRunner, export_network, export_step, flat_state, run_network
 from tests.helpers.comparing import assert_all_close, assert_close
 from tests.helpers.jax_engine import CLASSES, MEAN, SHAPE, STD, flat
@@ -152,12 +153,13 @@ def test_the_exported_step_is_the_engines(model: str, optimizer: str, options: d
 
 # The command
 
-SMALL = ["--model", "resnet8", "--train-subset", "0.05", "--batch-size", "16", "--steps", "2", "--no-report"]
+RESNET8 = shipped("weights") / "digits-resnet8"
+SMALL = ["--model", "cnn", "--train-subset", "0.05", "--batch-size", "16", "--steps", "2", "--no-report"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the JAX engine, whose weights are the best and the final ones."""
+    """A run of the JAX engine, of the network that compiles soonest."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
     assert train.main([*SMALL, "--run-dir", str(folder)]) == 0
     return folder
@@ -215,7 +217,7 @@ label = np.arange(16, dtype=np.int32) % 10
 logits = load("network.stablehlo").call(load_file("weights.safetensors"), image)
 step, state, losses = load("training_step.stablehlo"), load_file("training_state.safetensors"), []
 for _ in range(3):
-    state, metrics = step.call(state, image, label, np.float32(1e-2))
+    state, metrics = step.call(state, image, label, np.float32(1e-4))
     losses.append(float(metrics["loss"]))
 assert not {"jax_resnet", "experiment", "flax", "optax"} & set(sys.modules)
 print(json.dumps([np.asarray(logits).tolist(), losses, int(state["step"])]))
@@ -224,7 +226,7 @@ print(json.dumps([np.asarray(logits).tolist(), losses, int(state["step"])]))
     done = subprocess.run(command, cwd=exported, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     logits, losses, steps = json.loads(done.stdout)
-    network = torch_oracle.resnet8(10, 1)
+    network = torch_oracle.cnn(10, 1)
     torch_oracle.load_state_dict(network, safetensors.numpy.load_file(run / "weights.safetensors"))
     config = json.loads((run / "config.json").read_text())["resolved"]
     image = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 1), np.uint8)
@@ -240,15 +242,15 @@ def test_the_pth_file_is_the_state_dict(run: Path, exported: Path) -> None:
     expected = safetensors.numpy.load_file(run / "weights.safetensors")
     assert found.keys() == expected.keys()
     assert all((found[name].numpy() == array).all() for name, array in expected.items())
-    torch_oracle.resnet8(10, 1).load_state_dict(found)
+    torch_oracle.cnn(10, 1).load_state_dict(found)
 
 
 def test_a_run_of_numpy_without_its_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The step is compared with NumPy's in float64; of images there are random ones, as the card tells."""
-    cnn = [*SMALL, "--model", "cnn", "--framework", "numpy", "--optimizer", "adabound"]
-    assert train.main([*cnn, "--run-dir", str(tmp_path / "run")]) == 0
+    options = [*SMALL, "--framework", "numpy", "--optimizer", "adabound"]
+    assert train.main([*options, "--run-dir", str(tmp_path / "run")]) == 0
 
     def absent(*args: Any, **options: Any) -> None:
         raise UserError("--data-dir: there is no data")
@@ -264,11 +266,19 @@ def test_a_run_of_numpy_without_its_data(
     assert "`label`: int32 [4]" in card
 
 
-def test_what_departs_from_the_run_is_refused(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_resnet_is_exported_and_refused_where_it_departs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(onnx_graph, "EPSILON", 1.01e-5)
-    assert export.main([str(run), "--format", "onnx", "--out", str(tmp_path / "out")]) == 1
+    """The released network, whose folder of the project nothing is written to."""
+    words = [str(RESNET8), "--out", str(tmp_path / "out"), "--format"]
+    assert export.main([*words, "pth", "onnx"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`torch_oracle.resnet8` of threeway-resnet is one" in card
+    assert "stablehlo" not in card
+    shutil.rmtree(tmp_path / "out")
+    capsys.readouterr()
+    monkeypatch.setattr(onnx_graph, "EPSILON", 1e-3)
+    assert export.main([*words, "onnx"]) == 1
     out, err = capsys.readouterr()
     assert "model.onnx: logits of 8 random images: off by " in out
     assert err == "error: model.onnx does not agree with the run, so nothing is written\n"

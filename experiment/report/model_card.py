@@ -90,7 +90,7 @@ def model_card(
     return environment.get_template("model_card.md").render(
         run=run,
         config=config,
-        resolved=run.resolved,
+        resolved={**dict.fromkeys(run_folder.RESOLVED), **run.resolved},  # older runs lack some
         trained_in=run.config.precision,
         image=list(run.resolved["image_shape"]),
         weights_name=results.WEIGHTS[which],

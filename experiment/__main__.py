@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "runs side by side: curves over one another, results, differences of their options",
     "convert": "weights from PyTorch's files (.pth, .ckpt, .pth.tar, ...) to safetensors, or back",
     "evaluate": "test a completed run: one crop, ten crops, or whole images at several scales",
+    "export": "a run's network as ONNX, StableHLO and a PyTorch file, each compared with the run",
     "parity": "one network in NumPy, JAX and PyTorch: the first stage at which two of them depart",
     "predict": "the most likely classes of images in files, by a completed run",
     "study": "optimizers x seeds by a TOML file: tuned alike, compared with intervals",

@@ -389,7 +389,7 @@ class CNN(nnx.Module):
             raise ValueError(f"expected channels last, [N, {height}, {width}, C], got {list(x.shape)}")
         y = relu(self.conv(x.astype(self.dtype)))
         # PyTorch flattens [N, C, H, W]; the rows of the linear layer must have the same order here.
-        flat = y.transpose(0, 3, 1, 2).reshape(len(y), -1)
+        flat = y.transpose(0, 3, 1, 2).reshape(y.shape[0], -1)
         logits = self.fc(flat)
         return {"conv": y, "logits": logits.astype(parameter_dtype(logits.dtype))}
 

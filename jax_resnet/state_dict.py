@@ -60,16 +60,21 @@ def _path(name: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
 
 
+TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
+FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}
+"""{dimensions: order of the axes}: kernels HWIO and OIHW, matrices [in, out] and [out, in]."""
+
+
 def to_torch_layout(array: Any) -> np.ndarray:
     """Return a copy in PyTorch's layout: kernels HWIO to OIHW, matrices [in, out] to [out, in]."""
     array = np.asarray(array)
-    axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim)
+    axes = TO_TORCH.get(array.ndim)
     return np.array(array if axes is None else array.transpose(axes), order="C")
 
 
 def from_torch_layout(array: np.ndarray) -> np.ndarray:
     """The inverse of `to_torch_layout`."""
-    axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim)
+    axes = FROM_TORCH.get(array.ndim)
     return np.array(array if axes is None else array.transpose(axes), order="C")
 
 

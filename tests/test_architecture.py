@@ -31,9 +31,12 @@ HEAVY = frozenset(
         "PIL",
         "array_record",
         "grain",
+        "huggingface_hub",
         "jax",
         "jinja2",
         "matplotlib",
+        "onnx",
+        "onnxruntime",
         "orbax",
         "scipy",
         "sklearn",
@@ -76,6 +79,8 @@ PACKAGES = {
     "experiment": Rules(
         HEAVY | {"filelock", "numpy", "rich", "safetensors", "tqdm"},
         lazily={
+            "experiment/commands/certify.py": frozenset({"parity"}),
+            "experiment/commands/export.py": TORCH,
             "experiment/commands/parity.py": TORCH | {"parity"},
             "experiment/commands/convert.py": TORCH,
             "experiment/commands/prepare.py": TENSORFLOW | {"importlib_resources"},

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiment.errors import UserError, first_of
-from experiment.files import weights
+from experiment.files import hub, weights
 from experiment.files.run_folder import write_file
 from experiment.options.command_line import Parser
 from experiment.program import command, install_command
@@ -34,16 +34,14 @@ def main(argv: Sequence[str]) -> int:
         "removed.",
         epilog=f"Needs PyTorch, which the extra `test` brings: {install_command('test')}",
     )
-    source, target = (
-        "the file to read; its content says its kind",
-        f"the file to write: {', '.join(SUFFIXES)}",
-    )
-    parser.add_path("source", metavar="IN", any_bytes=True, help=source)
-    parser.add_path("target", metavar="OUT", any_bytes=True, help=target)
+    help_in = "the file to read; its content says its kind; or hf://OWNER/NAME"
+    help_out = f"the file to write: {', '.join(SUFFIXES)}"
+    parser.add_path("source", metavar="IN", any_bytes=True, hub=True, help=help_in)
+    parser.add_path("target", metavar="OUT", any_bytes=True, help=help_out)
     key = "which state dict to take, where IN holds several: its key, or the prefix of its names"
     parser.add_argument("--key", metavar="NAME", help=key)
     options = parser.parse_args(argv)
-    source, target = options.source, options.target
+    source, target = hub.local_file(options.source), options.target
 
     _check(source, target)
     if importlib.util.find_spec("torch") is None:

@@ -18,7 +18,7 @@ from experiment.data.images import read_image
 from experiment.data.types import IMAGENET
 from experiment.engines import load_module, set_environment
 from experiment.errors import UserError, first_of
-from experiment.files import weights
+from experiment.files import hub, weights
 from experiment.files.identify import Network, identify
 from experiment.options.command_line import Parser
 from experiment.options.config import MODELS, check_limits, parse_image_size
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: a file that is absent or damaged, weights of an unknown network, arguments that do not fit.
     """
     options = _parser().parse_args(argv)
-    options.weights = found(options.weights)
+    options.weights = found(hub.local_file(options.weights))
     if options.weights.suffix == ".py":
         return _compare_file(options, argv)
     options.image = None if options.image is None else found(options.image)
@@ -93,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     add_path(
         "weights",
         metavar="WEIGHTS",
-        help="a safetensors state dict: torchvision's, timm's or ours; or a FILE.py with two models",
+        hub=True,
+        help="a safetensors state dict: torchvision's, timm's or ours; hf://OWNER/NAME; or a FILE.py with "
+        "two models",
     )
     add_path("image", metavar="IMAGE", nargs="?", help="an image; without one, random numbers")
     add("--model", choices=MODELS, help="default: by the tensors")

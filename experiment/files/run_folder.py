@@ -38,7 +38,7 @@ ENGINE_FACTS = ("num_classes", "image_shape", "mean", "std")  # of these, what a
 RESOLVED = frozenset(
     {
         *("total_steps", "steps_per_epoch", "schedule_steps", "warmup_steps"),
-        *("optimizer_options", "init_from_sha256", *DATA_FACTS),
+        *("optimizer_options", "init_from_sha256", "init_from_commit", *DATA_FACTS),
         *("data_version", "data_config", "data_test_split", "data_sha256"),
     }
 )

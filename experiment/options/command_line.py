@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from experiment.errors import UserError
 from experiment.options.config import GROUPS, Config, flag_of
-from experiment.options.paths import local_path
+from experiment.options.paths import HUB, local_path
 from experiment.options.resolving import resolve, with_local_paths
 from experiment.program import command
 
@@ -23,11 +23,18 @@ class Parser(argparse.ArgumentParser):
         """Raise a UserError that says where the arguments are listed."""
         raise UserError(f"{message.removeprefix('argument ')} (`{self.prog} --help` lists the arguments)")
 
-    def add_path(self, argument: str, *, metavar: str, any_bytes: bool = False, **options: Any) -> None:
-        """Add an argument that is a local path (see `local_path`); its value is a `Path`."""
+    def add_path(
+        self, argument: str, *, metavar: str, any_bytes: bool = False, hub: bool = False, **options: Any
+    ) -> None:
+        """Add an argument that is a local path (see `local_path`); its value is a `Path`.
+
+        With `hub` it may be the name of weights on the Hub instead, and is then left a string.
+        """
         name = argument if argument.startswith("-") else metavar
 
-        def path(text: str) -> Path:
+        def path(text: str) -> Path | str:
+            if hub and text.startswith(HUB):
+                return text
             return Path(local_path(name, text, any_bytes=any_bytes))
 
         self.add_argument(argument, metavar=metavar, type=path, **options)

@@ -138,7 +138,7 @@ class Config:
     schedule_steps: int | None = option(None, "length of the schedule (default: the run's)", least=1)
 
     init_from: str | None = option(
-        None, "begin from the weights in a safetensors file of torchvision's names"
+        None, "begin from weights: a safetensors file of torchvision's names, or hf://OWNER/NAME"
     )
     freeze_backbone: bool = option(False, "train the head alone, batch statistics frozen too")
 

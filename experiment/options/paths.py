@@ -4,6 +4,9 @@ import os
 
 from experiment.errors import UserError
 
+HUB = "hf://"
+"""What begins the name of weights on Hugging Face's Hub, where a file of weights is expected."""
+
 
 def local_path(name: str, text: str, *, any_bytes: bool = False) -> str:
     """Return the local path that the flag or argument `name` was given, with `~` expanded.

@@ -6,7 +6,7 @@ from typing import Any
 
 from experiment.errors import UserError
 from experiment.options.config import OPTIMIZERS, Config, flag_of
-from experiment.options.paths import local_path
+from experiment.options.paths import HUB, local_path
 
 # Options that only some values of another option use.
 USED_BY = {
@@ -46,8 +46,13 @@ def is_changeable(name: str, schedule: str) -> bool:
 
 
 def with_local_paths(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options with `~` expanded in their paths. Raises UserError for a path that is not local."""
+    """Return options with `~` expanded in their paths. Raises UserError for a path that is not local.
+
+    Weights may have a name on the Hub instead (`files/hub.py`).
+    """
     paths = {name: options[name] for name in PATHS if isinstance(options.get(name), str)}
+    if paths.get("init_from", "").startswith(HUB):
+        del paths["init_from"]
     return options | {name: local_path("--" + name.replace("_", "-"), path) for name, path in paths.items()}
 
 

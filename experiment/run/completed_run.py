@@ -55,7 +55,12 @@ def add_run(parser: Parser) -> None:
 
 
 def open_run(
-    run_dir: Path, *, which: str = "final", framework: str | None = None, data_dir: str | None = None
+    run_dir: Path,
+    *,
+    which: str = "final",
+    framework: str | None = None,
+    data_dir: str | None = None,
+    widen: bool = False,
 ) -> CompletedRun:
     """Open the folder of a run; nothing in it is changed.
 
@@ -64,6 +69,7 @@ def open_run(
         which: "final", the weights after the last step, or "best", the best on validation.
         framework: the engine, by default the run's own.
         data_dir: where TFDS keeps its data, by default as when the run began.
+        widen: compute in float32 what the run computed in bfloat16; its weights are float32.
 
     Raises:
         UserError: no folder of a run; its files are damaged; the weights are absent, of another network or of
@@ -81,6 +87,8 @@ def open_run(
         stored |= {"image_size": stored["test_size"], "test_size": None, "resize": ()}
         size = parse_image_size(stored["image_size"], "--test-size")
         resolved = {**resolved, "image_shape": [*size, resolved["image_shape"][2]]}
+    if widen and stored.get("precision") == "bfloat16":
+        stored["precision"] = "float32"
     config = resolve({name: value for name, value in given.items() if value is not None}, stored)
     set_environment(config.framework, deterministic=config.deterministic)
     path = run_dir / WEIGHTS[which]

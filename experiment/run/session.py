@@ -25,13 +25,14 @@ from experiment.options.resolving import resolve, with_local_paths
 from experiment.processes import SINGLE_PROCESS, connect
 from experiment.program import command
 from experiment.report import write_report
+from experiment.run import transfer
 from experiment.run.console import Console, conclude, describe
 from experiment.run.outcome import End, Outcome, describe_failure, resume_command, what_is_safe
 from experiment.run.output import RunOutput, open_output
 from experiment.run.restoring import Start, restore
 from experiment.run.schedules import ValidationHistory, Validations, make_schedule
 from experiment.run.trainer import Trainer
-from experiment.run.transfer import initial_tree, sha256
+from experiment.run.transfer import initial_tree
 
 
 class Session:
@@ -246,7 +247,7 @@ def resolve_lengths(
                 f"add --schedule-steps {old} to keep it"
             )
         length = old
-    initial = stored["resolved"].get("init_from_sha256") if stored else sha256(config.init_from)
+    initial = transfer.identity(config.init_from) if stored is None else transfer.recorded(stored["resolved"])
     warmup = min(data.steps_per_epoch, length // 10) if config.warmup_steps is None else config.warmup_steps
     if config.schedule == "cosine" and config.warmup_steps and warmup >= length > 0:
         raise UserError(
@@ -258,7 +259,7 @@ def resolve_lengths(
         "schedule_steps": length,
         "warmup_steps": warmup,
         "optimizer_options": config.optimizer_options(),
-        "init_from_sha256": initial,
+        **initial,
         **run_folder.data_facts(data),
     }
 

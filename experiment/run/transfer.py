@@ -1,6 +1,7 @@
 """Transfer learning: start from the weights of another network, trained elsewhere or on other data.
 
     python train.py --dataset fashion_mnist --model resnet18 --init-from weights.safetensors --freeze-backbone
+    python train.py --dataset cifar10 --model resnet101 --init-from hf://timm/resnet101.a1_in1k
 
 The head `fc` is kept if it has as many classes, else it is a new one, from the seed. Everything is done here
 in NumPy, on the engine-neutral tree, so that both engines begin from the same bits.
@@ -14,10 +15,11 @@ import numpy as np
 
 from experiment.engines import Engine
 from experiment.errors import UserError, first_of
-from experiment.files import weights
+from experiment.files import hub, weights
 from experiment.files.identify import Shapes, identify, summary, torchvision_name
 from experiment.files.run_folder import file_sha256
 from experiment.options.config import Config
+from experiment.options.paths import HUB
 
 HEAD = "fc."
 STEMS = ("conv1.weight", "conv.weight")  # the first convolution: of the ResNets, of the CNN
@@ -32,9 +34,9 @@ def initial_tree(
     Args:
         engine: what is to be trained.
         config: its `init_from` is a safetensors file of torchvision's names, under any prefix
-            (`weights.network_names`); `linear.*` is read as `fc.*`, and `num_batches_tracked` is passed over.
-            If it is None, the result is None.
-        resolved: its `init_from_sha256` is that of the file.
+            (`weights.network_names`), or hf://OWNER/NAME (`files/hub.py`); `linear.*` is read as `fc.*`, and
+            `num_batches_tracked` is passed over. If it is None, the result is None.
+        resolved: its `init_from_sha256` is that of the file, `init_from_commit` that of hf://.
         report: called with a line about each of these: tensors beside the network, a new head, a stem whose
             channels were adapted, the numbers of trained and frozen parameters.
 
@@ -44,9 +46,10 @@ def initial_tree(
     """
     if config.init_from is None:
         return None
-    path = Path(config.init_from)
-    if sha256(config.init_from) != resolved["init_from_sha256"]:
-        raise UserError(f"--init-from: {path} was changed since the run began; restore it, or start afresh")
+    path, found = _located(config.init_from, resolved.get("init_from_commit"))
+    if found["init_from_sha256"] != resolved["init_from_sha256"]:
+        name = config.init_from
+        raise UserError(f"--init-from: {name} was changed since the run began; restore it, or start afresh")
     tree = engine.to_tree(engine.init())
     try:
         tensors, rest = weights.load_network(path)
@@ -68,8 +71,33 @@ def initial_tree(
     if "ema" in tree:
         tree["ema"] = {part: tree[part] for part in ("params", "batch_stats")}
     trained, frozen = count_parameters(tree["params"], freeze_backbone=config.freeze_backbone)
-    report(f"begun from {path}: {trained:,} parameters are trained, {frozen:,} are frozen")
+    report(f"begun from {config.init_from}: {trained:,} parameters are trained, {frozen:,} are frozen")
     return tree
+
+
+def identity(init_from: str | None) -> dict[str, str | None]:
+    """Return what config.json keeps of --init-from: the file's SHA-256; of one on the Hub, also the commit.
+
+    Raises UserError if it cannot be read.
+    """
+    return {"init_from_sha256": None} if init_from is None else _located(init_from)[1]
+
+
+def recorded(resolved: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return what `identity` returned when the run began."""
+    commit = {name: resolved[name] for name in ("init_from_commit",) if name in resolved}
+    return {"init_from_sha256": resolved.get("init_from_sha256"), **commit}
+
+
+def _located(init_from: str, commit: str | None = None) -> tuple[Path, dict[str, str | None]]:
+    """Return the file of --init-from, of the Hub at that commit, and its identity."""
+    if not init_from.startswith(HUB):
+        return Path(init_from), {"init_from_sha256": sha256(init_from)}
+    try:
+        file = hub.fetch(init_from, commit)
+    except UserError as error:
+        raise UserError(f"--init-from: {error}") from None
+    return file.path, {"init_from_sha256": file.sha256, "init_from_commit": file.commit}
 
 
 def sha256(path: str | None) -> str | None:

@@ -6,7 +6,11 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,14 +155,15 @@ def test_default_sizes(tmp_path: Path, sides: list[int], size: tuple[int, int]) 
     assert load_folder(tmp_path, image_size=(32, 40)).image_shape == (32, 40, 3)
 
 
-def test_a_size_that_differs_late_is_noticed(tmp_path: Path) -> None:
+def test_a_size_that_differs_late_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sizes of 256 files are looked at first; then those of all."""
+    monkeypatch.setattr(folder, "LARGEST_DEFAULT", 40)
     small = saved(noise(33, 33, 3))
     files = {f"{name}/{i:03d}.png": small for name in ("cat", "dog") for i in range(300)}
     write(tmp_path, files | {"dog/002.png": saved(noise(34, 33, 3))})
     data = load_folder(tmp_path)
-    assert data.image_shape == (224, 224, 3)
-    assert data.mean == load_folder(tmp_path, image_size=(224, 224)).mean
+    assert data.image_shape == (40, 40, 3)
+    assert data.mean == load_folder(tmp_path, image_size=(40, 40)).mean
 
 
 @pytest.mark.parametrize("options", [{}, {"grayscale": True}, {"image_size": (40, 36), "resize": (48,)}])
@@ -396,7 +401,9 @@ def same_results(one: Run, other: Run) -> None:
             np.testing.assert_array_equal(array, others[name], err_msg=name)
 
 
-def check_trains_as_tfds(tmp_path: Path, images: Pixels, labels: Sequence[int], monkeypatch: Any) -> None:
+def check_trains_as_tfds(
+    tmp_path: Path, images: Pixels, labels: Sequence[int], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same images as PNG files in folders and as a TFDS set, in the same order: the same bits."""
     order = np.argsort(labels, kind="stable")
     classes = sorted({f"class {label}" for label in labels})
@@ -417,7 +424,7 @@ def check_trains_as_tfds(tmp_path: Path, images: Pixels, labels: Sequence[int], 
     made_tfds.write(tmp_path / "tfds", "made", splits, features=features)
     data = load_folder(tmp_path / "folder", seed=3)
     monkeypatch.setitem(tfds.STATISTICS, "made", (data.mean, data.std))
-    options = ["--model", "resnet8", "--steps", "5", "--seed", "3", "--dataset"]
+    options = ["--model", model, "--steps", "4", "--seed", "3", "--dataset"]
     by_folder = trained(tmp_path / "1", *options, "folder", "--data-dir", str(tmp_path / "folder"))
     by_tfds = trained(tmp_path / "2", *options, "made", "--data-dir", str(tmp_path / "tfds"))
     assert by_folder.config["resolved"]["train_size"] == round(0.9 * len(images))
@@ -428,15 +435,16 @@ def test_a_folder_trains_as_the_tfds_set_of_the_same_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = np.random.default_rng(1).integers(0, 3, 60).tolist()
-    check_trains_as_tfds(tmp_path, noise(60, 32, 32, 3), labels, monkeypatch)
+    check_trains_as_tfds(tmp_path, noise(60, 32, 32, 3), labels, "cnn", monkeypatch)
 
 
 def test_a_folder_of_cifar10_trains_as_the_tfds_set(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = load("cifar10", data_dir=str(data_dir), batch_size=1, seed=0, train_subset=0.006)
+    data = load("cifar10", data_dir=str(data_dir), batch_size=1, seed=0, train_subset=0.0066)
     (batch,) = data.eval_batches("train", 300)
-    check_trains_as_tfds(tmp_path, batch["image"][:300], batch["label"][:300].tolist(), monkeypatch)
+    images, labels = batch["image"], batch["label"].tolist()
+    check_trains_as_tfds(tmp_path, images, labels, "resnet8", monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -476,6 +484,22 @@ def test_a_stopped_run_goes_on_bit_for_bit(here: Path) -> None:
     same_results(resumed, whole)
     assert resumed.config["resolved"] == whole.config["resolved"]
     assert "--skip-bad: passed over dog/bad.jpg: no image" in (here / "stopped" / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(here: Path) -> None:
+    """SIGKILL once a checkpoint is there. All in processes of their own, which have equally many threads."""
+    program = [sys.executable, str(Path(__file__).parents[1] / "train.py"), "--run-dir"]
+    argv = [*RUN, "--model", "resnet20", "--dataset", "folder", "--skip-bad", "--data-dir", "data"]
+    argv += ["--steps", "14"]
+    subprocess.run([*program, "whole", *argv], stdout=subprocess.DEVNULL, check=True)
+    with subprocess.Popen([*program, "killed", *argv], stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (here / "killed" / "checkpoints" / "4").is_dir():
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    subprocess.run([*program, "killed", "--resume"], stdout=subprocess.DEVNULL, check=True)
+    same_results(Run(here / "killed"), Run(here / "whole"))
 
 
 def test_other_images_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,13 @@ ALONE = [
 ]
 
 
-@pytest.mark.parametrize("case", ALONE, ids=lambda case: case.name)
+IN_PARITY = ("norms-apart", "biases-apart", "nesterov")  # over 1,000 steps, in `test_parity_optimizers.py`
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.name, marks=pytest.mark.slow if c.name in IN_PARITY else ()) for c in ALONE],
+)
 def test_each_piece_alone_is_pytorchs_for_20_steps(case: Case) -> None:
     inputs = make_inputs(case)
     expected = torch_side.run(case, inputs)
@@ -187,6 +193,7 @@ def test_seeds_together_equal_each_alone() -> None:
         assert_all_close(f"seed {index}", flat(tree), flat(expected), FLOAT64_NETWORK)
 
 
+@pytest.mark.slow
 def test_micro_batches_get_the_factors_of_their_examples() -> None:
     """And are clipped, decayed and averaged once a step, as PyTorch's loops do it; in a chunk of steps."""
     engine: Any = make_jax_engine(**ALL, accumulate=2, chunk=3)

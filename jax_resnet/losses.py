@@ -109,6 +109,9 @@ class Loss:
             not by their weights: PyTorch's `CrossEntropyLoss(weight)` does so for probabilities, and divides
             by the weights for integer labels.
 
+    Raises:
+        ValueError: an unknown kind, or a label smoothing out of range.
+
     Examples:
         >>> print(Loss("bce", label_smoothing=0.1)(jnp.zeros((1, 2)), {"label": jnp.array([0])}))
         0.6931472
@@ -116,7 +119,13 @@ class Loss:
 
     kind: str = "cross-entropy"
     label_smoothing: float = 0.0
-    class_weights: Sequence[float] | None = None
+    class_weights: Sequence[float] | jax.Array | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cross-entropy", "bce"):
+            raise ValueError(f"unknown loss {self.kind!r}; choose cross-entropy or bce")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
 
     def __call__(self, logits: jax.Array, batch: Mapping[str, Any]) -> jax.Array:
         """Return the loss.

@@ -138,6 +138,9 @@ class Loss:
             not by their weights: PyTorch's `CrossEntropyLoss(weight)` does so for probabilities, and divides
             by the weights for integer labels.
 
+    Raises:
+        ValueError: an unknown kind, or a label smoothing out of range.
+
     Examples:
         >>> loss, dlogits = Loss("bce", label_smoothing=0.1)(np.zeros((1, 2)), {"label": np.array([0])})
         >>> dlogits.round(4)
@@ -147,6 +150,12 @@ class Loss:
     kind: str = "cross-entropy"
     label_smoothing: float = 0.0
     class_weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cross-entropy", "bce"):
+            raise ValueError(f"unknown loss {self.kind!r}; choose cross-entropy or bce")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
 
     def __call__(
         self, logits: Array, batch: Mapping[str, Array], batch_size: int | None = None

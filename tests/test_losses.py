@@ -144,3 +144,11 @@ def test_a_class_without_examples_has_no_weight() -> None:
     data = load("digits", data_dir=None, batch_size=2, seed=1, train_subset=0.005)
     with pytest.raises(UserError, match="--class-weights: the training part has no example of"):
         data.class_weights()
+
+
+@pytest.mark.parametrize("package", [jax_resnet.losses, numpy_ref.losses, torch_oracle.losses])
+def test_a_loss_that_cannot_be_is_refused(package: Any) -> None:
+    with pytest.raises(ValueError, match="unknown loss 'hinge'"):
+        package.Loss("hinge")
+    with pytest.raises(ValueError, match="label_smoothing"):
+        package.Loss(label_smoothing=1.0)

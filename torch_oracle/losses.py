@@ -64,11 +64,20 @@ class Loss:
         label_smoothing: see `soft_targets`.
         class_weights: a factor for each class, [C]; None is 1. The sum is divided by the number of examples,
             as PyTorch does for probabilities.
+
+    Raises:
+        ValueError: an unknown kind, or a label smoothing out of range.
     """
 
     kind: str = "cross-entropy"
     label_smoothing: float = 0.0
     class_weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cross-entropy", "bce"):
+            raise ValueError(f"unknown loss {self.kind!r}; choose cross-entropy or bce")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
 
     def __call__(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the loss.

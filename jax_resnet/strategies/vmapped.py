@@ -26,7 +26,7 @@ from jax_resnet.step import Batch, Metrics, StepOutput, train_step
 
 class VmappedEngines:
     """Engines that differ in the seed alone, and in what follows from it: initial weights, the mean and
-    standard deviation of the data, the learning rates of a plateau.
+    standard deviation of the data, class weights, the learning rates of a plateau.
 
     Args:
         engines: S engines.
@@ -37,6 +37,8 @@ class VmappedEngines:
         self._main = self.engines[0]  # its configuration is that of all
         self._mean = np.stack([engine.network.mean for engine in engines])
         self._std = np.stack([engine.network.std for engine in engines])
+        weights = [engine.network.loss.class_weights for engine in engines]
+        self._class_weights = None if None in weights else np.array(weights)
         self._compiled = jax.jit(jax.vmap(self._one_step), donate_argnums=0)
 
     def train(
@@ -65,7 +67,7 @@ class VmappedEngines:
         batch = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
         with self._main._precision():
             lrs = np.array([engine.learning_rate(step) for engine in self.engines], self._main.network.dtype)
-            output = self._compiled(stacked, batch, lrs, self._mean, self._std)
+            output = self._compiled(stacked, batch, lrs, self._mean, self._std, self._class_weights)
         return output.state, {**output.log(), "label": batch["label"]}
 
     def one(self, stacked: Any, index: int) -> Any:
@@ -74,9 +76,16 @@ class VmappedEngines:
             return jax.tree.map(lambda array: array[index], stacked)
 
     def _one_step(
-        self, state: TrainState, batch: Batch, lr: jax.Array, mean: jax.Array, std: jax.Array
+        self,
+        state: TrainState,
+        batch: Batch,
+        lr: jax.Array,
+        mean: jax.Array,
+        std: jax.Array,
+        class_weights: jax.Array | None,
     ) -> StepOutput:
-        network = dataclasses.replace(self._main.network, mean=mean, std=std)
+        loss = dataclasses.replace(self._main.network.loss, class_weights=class_weights)
+        network = dataclasses.replace(self._main.network, mean=mean, std=std, loss=loss)
         return train_step(
             network,
             self._main.optimizer,

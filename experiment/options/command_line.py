@@ -49,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line of train.py, made from Config. Flags that are not given are absent from its result."""
     parser = Parser(
         prog=command("train"),
+        usage="%(prog)s [FLAG ...]",
         description="Train a ResNet with JAX or with NumPy.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

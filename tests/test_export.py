@@ -347,3 +347,29 @@ def test_a_resnet101(tmp_path: Path) -> None:
     assert train.main([*options, "--run-dir", str(tmp_path / "run")]) == 0
     assert export.main([str(tmp_path / "run")]) == 0
     assert names(tmp_path / "run" / "export") == FILES | {"README.md"}
+
+
+@pytest.mark.slow
+def test_a_run_with_every_piece_of_a_recipe_is_exported(tmp_path: Path) -> None:
+    """The weights are the average, the step has the loss and its size of images; evaluation has another."""
+    flags = [
+        "--model",
+        "resnet8",
+        "--train-subset",
+        "0.1",
+        "--batch-size",
+        "16",
+        "--steps",
+        "2",
+        "--no-report",
+    ]
+    flags += ["--model-ema-decay", "0.9", "--drop-path", "0.1", "--clip-grad-norm", "1", "--loss", "bce"]
+    flags += ["--label-smoothing", "0.1", "--class-weights", "balanced", "--mixup-alpha", "0.2"]
+    flags += ["--test-size", "40", "--norm-weight-decay", "0", "--weight-decay", "0.001"]
+    for framework in ("jax", "numpy"):
+        folder = tmp_path / framework
+        assert train.main([*flags, "--framework", framework, "--run-dir", str(folder)]) == 0
+        assert export.main([str(folder)]) == 0
+        state = safetensors.numpy.load_file(folder / "export" / "training_state.safetensors")
+        average = safetensors.numpy.load_file(folder / "weights.safetensors")
+        np.testing.assert_array_equal(state["ema/params/fc.weight"], average["fc.weight"])

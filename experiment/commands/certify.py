@@ -54,12 +54,13 @@ class Images:
 
     Attributes:
         sets: {"random": ..., "real": ...}; real ones only where the data set is at hand.
-        batches: returns `STEPS` batches of a size.
+        batches: returns `STEPS` batches of a size and an image shape; random images if the run's data set is
+            not at hand, or is evaluated in another shape.
         note: why there are no real images, or "".
     """
 
     sets: dict[str, np.ndarray]
-    batches: Callable[[int], Iterable[Batch]]
+    batches: Callable[[int, tuple[int, int, int]], Iterable[Batch]]
     note: str
 
 
@@ -79,20 +80,23 @@ def take_images(run: CompletedRun, data: Data | str) -> Images:
     """
     rng = np.random.default_rng(0)
     sets = {"random": rng.integers(0, 256, (COUNT, *run.image_shape), np.uint8)}
+
+    def random_batches(size: int, shape: tuple[int, int, int]) -> Iterator[Batch]:
+        for _ in range(STEPS):
+            image = rng.integers(0, 256, (size, *shape), np.uint8)
+            label = rng.integers(run.resolved["num_classes"], size=size, dtype=np.int32)
+            yield {"image": image, "label": label}
+
     if isinstance(data, str):
-
-        def random_batches(size: int) -> Iterator[Batch]:
-            for _ in range(STEPS):
-                image = rng.integers(0, 256, (size, *run.image_shape), np.uint8)
-                label = rng.integers(run.resolved["num_classes"], size=size, dtype=np.int32)
-                yield {"image": image, "label": label}
-
         return Images(sets, random_batches, data)
     split = next(split for split in SPLITS if len(data.parts[split][1]))
     batch = next(iter(data.eval_batches(split, COUNT - 3)))  # another number than of the random ones
     sets["real"] = batch["image"]
 
-    def real_batches(size: int) -> Iterator[Batch]:
+    def real_batches(size: int, shape: tuple[int, int, int]) -> Iterator[Batch]:
+        if shape != run.image_shape:
+            yield from random_batches(size, shape)
+            return
         first = next(iter(data.eval_batches("train", STEPS * size)))
         for start in range(0, STEPS * size, size):
             rows = np.arange(start, start + size) % len(first["label"])  # again from the first, if few

@@ -130,7 +130,11 @@ def _whole_folder(out: Path) -> Iterator[Path]:
 def _load_data(run: CompletedRun) -> loading.Data | str:
     """Return the run's data set, or why it is not at hand."""
     try:
-        data = loading.load(run.config.dataset, **(run.config.data_options() | {"augment": "none"}))
+        data = loading.load(
+            run.config.dataset,
+            **(run.config.data_options() | {"augment": "none"}),
+            recorded=run_folder.recorded_data(run.resolved),
+        )
         run_folder.check_same_data(run.resolved, data)
     except UserError as error:
         return str(error)
@@ -235,12 +239,14 @@ class _Export:
         network, step = folder / "network.stablehlo", folder / "training_step.stablehlo"
         own, start = folder / "weights.safetensors", folder / "training_state.safetensors"
         network.write_bytes(export.export_network(engine, run.image_shape))
-        step.write_bytes(export.export_step(engine, run.image_shape, config.batch_size))
+        step.write_bytes(export.export_step(engine, self._step_shape, config.batch_size))
         shutil.copyfile(self.weights_file, own)
         tensors = weights.load(self.weights_file)
         tree = engine.to_tree(engine.init())
         for part in ("params", "batch_stats"):
             tree[part] = {name: tensors[name].astype(array.dtype) for name, array in tree[part].items()}
+        if "ema" in tree:
+            tree["ema"] = {part: tree[part] for part in ("params", "batch_stats")}
         save_file(export.flat_state(engine.from_tree(tree)), start)
 
         loaded, arrays = network.read_bytes(), load_file(own)
@@ -251,9 +257,9 @@ class _Export:
             lambda image: np.asarray(export.run_network(loaded, arrays, image)),
             precision=run.config.precision,
         )
-        batches = list(self.images.batches(config.batch_size))
+        batches = list(self.images.batches(config.batch_size, self._step_shape))
         candidate = export.StepRunner(step.read_bytes(), load_file(start))
-        kind = "random" if self.images.note else "real"
+        kind = "random" if self.images.note or self._step_shape != run.image_shape else "real"
         words = f"state after each of {len(batches)} training steps on {kind} images"
         checks.append(certify.training_step(step.name, engine, tree, candidate, batches, words))
         if run.config.framework == "numpy" and config.accumulate == 1:
@@ -278,10 +284,16 @@ class _Export:
         jax_engine = self._engine(dataclasses.replace(config, framework="jax"))
         numpy_engine = self._engine(dataclasses.replace(config, framework="numpy"))
         tree = _widened(tree)
-        content = export.export_step(jax_engine, self.run.image_shape, config.batch_size)
+        content = export.export_step(jax_engine, self._step_shape, config.batch_size)
         candidate = export.StepRunner(content, export.flat_state(jax_engine.from_tree(tree)))
         words = f"exported in float64, with the NumPy engine: {words}"
         return certify.training_step(file, numpy_engine, tree, candidate, batches, words)
+
+    @property
+    def _step_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images that the run was trained on."""
+        height, width, channels = run_folder.read_named_record(self.run_dir)["resolved"]["image_shape"]
+        return height, width, channels
 
     def _step_config(self) -> Config:
         """Return the run's options for the exported step."""
@@ -297,7 +309,7 @@ class _Export:
         """Return an engine that trains as the run did, at the run's peak learning rate."""
         resolved = self.run.resolved
         facts: Any = SimpleNamespace(**{name: resolved[name] for name in run_folder.ENGINE_FACTS})
-        facts.image_shape = self.run.image_shape
+        facts.image_shape = self._step_shape
         engine = make_engine(config, facts, resolved)
         engine.learning_rate = lambda step: resolved["optimizer_options"]["base_lr"]
         return engine

@@ -259,6 +259,7 @@ def resolve_lengths(
         "schedule_steps": length,
         "warmup_steps": warmup,
         "optimizer_options": config.optimizer_options(),
+        **({"class_weights": data.class_weights()} if config.class_weights == "balanced" else {}),
         **initial,
         **run_folder.data_facts(data),
     }
@@ -287,7 +288,7 @@ def make_engine(
         optimizer_options=resolved["optimizer_options"],
         learning_rate=schedule,
         freeze_backbone=config.freeze_backbone,
-        class_weights=data.class_weights() if config.class_weights == "balanced" else None,
+        class_weights=resolved.get("class_weights"),
     )
     if config.batch_size // config.accumulate % engine.device_count:
         parts = f" in {config.accumulate} micro-batches" if config.accumulate > 1 else ""

@@ -64,7 +64,9 @@ FLAGS = (
 )
 PIECES = (
     *("--model-ema-decay", "0.9", "--clip-grad-norm", "1"),
-    *("--weight-decay", "1e-3", "--bias-weight-decay", "0"),
+    *("--weight-decay", "1e-3", "--bias-weight-decay", "0", "--loss", "bce", "--label-smoothing", "0.1"),
+    *("--class-weights", "balanced", "--mixup-alpha", "0.2", "--cutmix-alpha", "1"),
+    *("--randaugment", "2", "9", "--random-erase", "0.25"),
 )
 # The first is at its best at step 50 and overfits; the second has batch norm and the default schedule.
 RUNS = {

@@ -148,10 +148,17 @@ def train_on_devices() -> dict[str, np.ndarray]:
         clip_grad_norm=0.5,
         ema_decay=0.7,
         optimizer_options={"weight_decay": 0.1, "norm_weight_decay": 0.0, "bias_weight_decay": 0.01},
+        loss="bce",
+        label_smoothing=0.1,
+        class_weights=np.linspace(0.5, 2, CLASSES).tolist(),
     )
+    rng = np.random.default_rng(3)
     factors = 1.5 * np.random.default_rng(2).integers(2, size=(16, accumulating.num_blocks))
-    dropped = [{**batch, "drop_path": factors} for batch in make_batches(3, size=16)]
-    state, metrics = train(accumulating, accumulating.init(), dropped)
+    mixed = [
+        {**batch, "drop_path": factors, "label2": np.roll(batch["label"], 1), "lam": rng.random(16)}
+        for batch in make_batches(3, size=16)
+    ]
+    state, metrics = train(accumulating, accumulating.init(), mixed)
     average = flat(accumulating.to_tree(state)["ema"])
     averages = np.concatenate([array.reshape(-1) for _, array in sorted(average.items())])
     parts = np.array([step["loss"] for step in metrics])

@@ -81,8 +81,11 @@ FRESH = {
     "unknown model": (["--model", "resnet99"], ["--model", "resnet99", "resnet101"]),
     "unknown data set": (["--dataset", "nonesuch"], ["--dataset", "nonesuch"]),
     "misspelt data set": (["--dataset", "fashion_mnits"], ["--dataset", "did you mean fashion_mnist"]),
-    "data set by path": (["--dataset", "../mnist"], ["--dataset", "plain TFDS name"]),
-    "data set by version": (["--dataset", "mnist:3.0.1"], ["--dataset", "plain TFDS name"]),
+    "data set by path": (["--dataset", "../mnist"], ["--dataset", "is not a TFDS name"]),
+    "data set by version": (
+        ["--dataset", "mnist:3.0.1", "--data-dir", "my data"],
+        ["--dataset", "python -m experiment prepare mnist:3.0.1 --data-dir 'my data'"],
+    ),
     "missing data set": (
         ["--dataset", "mnist", "--data-dir", "my data"],
         ["--dataset", "--data-dir", "python -m experiment prepare mnist --data-dir 'my data'"],

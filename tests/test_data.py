@@ -1028,6 +1028,6 @@ def test_messages_name_existing_flags() -> None:
     """What the messages tell the user to change is what the command line has."""
     flags = {f"--{name}" for name in ("dataset", "data-dir", "batch-size", "seed")}
     flags |= {"--train-subset", "--val-fraction", "--augment", "--resize", "--crop-to-bbox", "--grayscale"}
-    flags |= {"--test-fraction"}
+    flags |= {"--test-fraction", "--class-weights"}
     text = "".join(Path(module.__file__ or "").read_text() for module in (data_module, builtin, tfds))
     assert set(re.findall(r"--[a-z][a-z-]+", text)) == flags

@@ -453,7 +453,7 @@ def trained(compiled_blocks: bool, remat: bool) -> tuple[np.ndarray, dict[str, n
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using 'Module.sow", DeprecationWarning)
         if not compiled_blocks:
-            patch.setattr(resnet, "run_block", lambda block, x, remat: block(x))
+            patch.setattr(resnet, "run_block", lambda block, x, remat, keep: block(x))
         losses, state = run(state)
     return np.array(losses), leaves(state)
 

@@ -39,7 +39,7 @@ RESOLVED = frozenset(
     {
         *("total_steps", "steps_per_epoch", "schedule_steps", "warmup_steps"),
         *("optimizer_options", "init_from_sha256", "init_from_commit", *DATA_FACTS),
-        *("data_version", "data_config", "data_test_split", "data_sha256"),
+        *("data_version", "data_config", "data_test_split", "data_sha256", "class_weights"),
     }
 )
 FIXED = RESOLVED - {"total_steps", "steps_per_epoch", "optimizer_options"}

@@ -259,7 +259,7 @@ def resolve_lengths(
         "schedule_steps": length,
         "warmup_steps": warmup,
         "optimizer_options": config.optimizer_options(),
-        **({"class_weights": data.class_weights()} if config.class_weights == "balanced" else {}),
+        **({"class_weights": list(data.class_weights())} if config.class_weights == "balanced" else {}),
         **initial,
         **run_folder.data_facts(data),
     }

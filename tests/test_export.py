@@ -119,7 +119,7 @@ def test_the_network_of_stablehlo_is_the_engines(model: str) -> None:
 @pytest.mark.parametrize(
     ("model", "optimizer", "options"),
     [
-        ("resnet50", "adam", {}),
+        pytest.param("resnet50", "adam", {}, marks=pytest.mark.slow),
         ("cnn", "adabound", {}),
         pytest.param("resnet8", "sgd", {}, marks=pytest.mark.slow),
         pytest.param("resnet18", "amsbound", {"accumulate": 2}, marks=pytest.mark.slow),

@@ -137,7 +137,7 @@ def batches_of(count: int, size: int = 8) -> list[dict[str, np.ndarray]]:
     ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _no_processes_left() -> Iterator[None]:
     yield
     gc.collect()

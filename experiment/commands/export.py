@@ -163,7 +163,14 @@ class _Export:
                     raise RunFailedError(f"{check.file} does not agree with the run, so nothing is written")
             checks += compared
         card = model_card(
-            self.run_dir, self.options.weights, self.run.config, files, checks, self.images.note, folder
+            self.run_dir,
+            self.options.weights,
+            self.run.config,
+            self.run.image_shape,
+            files,
+            checks,
+            self.images.note,
+            folder,
         )
         (folder / CARD).write_text(card, encoding="utf-8")
 

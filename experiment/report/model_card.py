@@ -59,6 +59,7 @@ def model_card(
     run_dir: Path,
     which: str,
     config: Config,
+    image_shape: tuple[int, int, int],
     files: Sequence[ExportedFile],
     checks: Sequence[Verdict],
     no_images: str,
@@ -70,6 +71,7 @@ def model_card(
         run_dir: the folder of the run.
         which: which of its weights were exported, "final" or "best".
         config: the options with which it was opened.
+        image_shape: height, width and channels of the images that it is evaluated on.
         files: that were written.
         checks: their comparisons with the run.
         no_images: why there were no real images, or "".
@@ -92,7 +94,8 @@ def model_card(
         config=config,
         resolved={**dict.fromkeys(run_folder.RESOLVED), **run.resolved},  # older runs lack some
         trained_in=run.config.precision,
-        image=list(run.resolved["image_shape"]),
+        image=image_shape,
+        trained_image=run.resolved["image_shape"],
         weights_name=results.WEIGHTS[which],
         weights_sha256=run_folder.file_sha256(run_dir / results.WEIGHTS[which]),
         step=weights.step_of(run_dir / results.WEIGHTS[which]),
@@ -112,7 +115,7 @@ def model_card(
         kinds={**dict.fromkeys(KINDS), **{file.kind: file for file in files}},
         checks=checks,
         no_images=" ".join(no_images.split()),
-        resize=min(run.config.resize, default=None),
+        resize=min(config.resize, default=None),
         trained_with=first,
         exported_with={"python": platform.python_version(), **_versions()},
         commit=run_folder.git_commit(),

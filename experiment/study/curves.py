@@ -174,6 +174,8 @@ def _draw_curves(study: Json, folder: Path, variant: str) -> Path:
 
 def _draw_block(figure: Any, curves: Curves, title: str, scale: float, top: float) -> list[Any]:
     """Draw curves as panels; positive values without a largest one, `top`, on a log axis."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
     scaled = {label: (steps, scale * values) for label, (steps, values) in curves.items()}
     every = np.concatenate([np.ravel(values) for _, values in scaled.values()])
     every = every[np.isfinite(every)]
@@ -183,6 +185,9 @@ def _draw_block(figure: Any, curves: Curves, title: str, scale: float, top: floa
         means = np.concatenate([_mean(values, log=True) for _, values in scaled.values()])
         means = means[np.isfinite(means)]
         panels[0].set(yscale="log", ylim=(means.min() / 2, means.max() * 2) if len(means) else None)
+        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # the panels share their axes
+        panels[0].yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        panels[0].yaxis.set_minor_formatter(NullFormatter())
     for single, axes in zip(curves.values(), panels, strict=True):
         _band(axes, single, BLUE, "-", scale, top, log=log)
     return panels

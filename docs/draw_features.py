@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
 import numpy_ref
-from experiment.data.loading import Data, Split, load
+from experiment.data.loading import Data, load
+from experiment.data.splitting import Split
 from experiment.report.style import BLUE, DOCUMENT_WIDTH, ORANGE, save_document, style
 from numpy_ref.layers import Array
 from numpy_ref.resnet import BasicBlock, ResidualBlock, ResNet

@@ -249,8 +249,8 @@ def weight_decay_of(
     """Return the weight decay of a parameter of that name.
 
     As torchvision's `set_weight_decay`, called as its training script does: `bias_weight_decay` is that of
-    all biases, batch norm's too; `norm_weight_decay` that of batch norm's other parameters; where one is
-    None, its parameters are not told apart.
+    all biases, batch norm's too; `norm_weight_decay` that of batch norm's other parameters. Where one is
+    None, the next rule applies, and at last `weight_decay`.
 
     Examples:
         >>> [weight_decay_of(name, 1e-4, 0.0) for name in ("conv1.weight", "bn1.weight", "bn1.bias")]

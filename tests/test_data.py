@@ -28,11 +28,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiment.data import builtin, tfds
+from experiment.data import builtin, splitting, tfds
 from experiment.data import loading as data_module
 from experiment.data.augmentation import fit_image, image_of
 from experiment.data.builtin import CachedSource, SyntheticSource, cached
-from experiment.data.loading import Data, Split, load
+from experiment.data.loading import Data, load
+from experiment.data.splitting import Split, split_indices
 from experiment.data.types import IMAGENET, Batch, Dataset, Labels
 from experiment.errors import UserError
 from tests.helpers import made_tfds
@@ -220,21 +221,19 @@ def test_split(size: int, seed: int, train_subset: float, val_fraction: float) -
     val_size = max(1, round(used * val_fraction)) if val_fraction else 0
     if val_size == used:
         with pytest.raises(UserError, match=r"--train-subset .* --val-fraction"):
-            data_module._split(size, seed, train_subset, val_fraction)
+            split_indices(size, seed, train_subset, val_fraction)
         return
-    train, val = data_module._split(size, seed, train_subset, val_fraction)
+    train, val = split_indices(size, seed, train_subset, val_fraction)
     assert len(val) == val_size
     assert len(train) == used - val_size
     assert len({*train.tolist(), *val.tolist()}) == used
     assert all(0 <= index < size for index in (*train, *val))
-    for part, again in zip(
-        (train, val), data_module._split(size, seed, train_subset, val_fraction), strict=True
-    ):
+    for part, again in zip((train, val), split_indices(size, seed, train_subset, val_fraction), strict=True):
         np.testing.assert_array_equal(part, again)
 
 
 def test_the_split_depends_on_the_seed() -> None:
-    splits = {tuple(data_module._split(100, seed, 0.5, 0.2)[part]) for seed in range(10) for part in (0, 1)}
+    splits = {tuple(split_indices(100, seed, 0.5, 0.2)[part]) for seed in range(10) for part in (0, 1)}
     assert len(splits) == 20
 
 
@@ -1029,5 +1028,7 @@ def test_messages_name_existing_flags() -> None:
     flags = {f"--{name}" for name in ("dataset", "data-dir", "batch-size", "seed")}
     flags |= {"--train-subset", "--val-fraction", "--augment", "--resize", "--crop-to-bbox", "--grayscale"}
     flags |= {"--test-fraction", "--class-weights"}
-    text = "".join(Path(module.__file__ or "").read_text() for module in (data_module, builtin, tfds))
+    text = "".join(
+        Path(module.__file__ or "").read_text() for module in (data_module, splitting, builtin, tfds)
+    )
     assert set(re.findall(r"--[a-z][a-z-]+", text)) == flags

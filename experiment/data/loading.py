@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,18 +23,15 @@ from experiment.data.augmentation import Augmentation, fill_color
 from experiment.data.builtin import BUILTIN, CACHE_BYTES, no_boxes
 from experiment.data.drop_path import DropPath
 from experiment.data.mixing import Mixing
+from experiment.data.splitting import Part, Split, split_parts
 from experiment.data.tfds import tfds_dataset
 from experiment.data.types import Batch, Dataset, Labels, Pixels, Size, Source
 from experiment.errors import UserError, first_of
-from experiment.options.config import Config, check_image_size, check_limits
+from experiment.options.config import check_image_size, check_limits
 from experiment.processes import SINGLE_PROCESS, ProcessInfo
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Split = Literal["train", "val", "test"]
-Part = tuple[Source, npt.NDArray[np.int64]]
-"""A source, and the indices [n] of its examples that belong to the part."""
 
 _SMALL_IMAGE = 64 * 64
 """One thread reads fastest up to this many pixels: the work is Python's, and a second one only waits for its
@@ -43,10 +40,6 @@ images are decoded and resized outside of the lock: 500x375 JPEGs to 224x224, 52
 850 with two."""
 
 _MOST_THREADS = 16  # each may hold a batch of large images
-
-VAL_FRACTION: float = Config.val_fraction
-TEST_FRACTION = 0.1
-"""The default of --test-fraction, of a set that has nothing but examples to train on."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -287,7 +280,7 @@ def load(
         holds_out=test_fraction is not None,
         recorded=recorded,
     )
-    parts = _parts(name, dataset, seed, train_subset, val_fraction, test_fraction)
+    parts = split_parts(name, dataset, seed, train_subset, val_fraction, test_fraction)
     train, val, test = (indices for _, indices in parts.values())
     if dataset.measure is not None:
         mean, std = dataset.measure(train)
@@ -316,7 +309,7 @@ def load(
             holds_out=test_fraction is not None,
             recorded={"image_shape": shape, "mean": dataset.mean, "std": dataset.std},
         )
-        others = _parts(name, evaluated, seed, train_subset, val_fraction, test_fraction)
+        others = split_parts(name, evaluated, seed, train_subset, val_fraction, test_fraction)
         parts = {**others, "train": parts["train"]}
     augmentation = Augmentation(
         augment,
@@ -378,53 +371,3 @@ def open_dataset(
             data_dir, image_size, resize, grayscale=grayscale, skip_bad=skip_bad, recorded=recorded
         )
     return BUILTIN[name](image_size, resize, grayscale=grayscale)
-
-
-def _parts(
-    name: str,
-    dataset: Dataset,
-    seed: int,
-    train_subset: float,
-    val_fraction: float,
-    test_fraction: float | None,
-) -> dict[Split, Part]:
-    """Return the sources and sorted indices of training, validation and test.
-
-    A test part that is held out does not depend on the seed, so that runs of several seeds are tested alike.
-    """
-    pool = np.arange(len(dataset.train))
-    if dataset.test is not None:
-        if test_fraction is not None:
-            raise UserError(f"--test-fraction: {name} has a test part; leave the flag out")
-        test: Part = dataset.test, np.arange(len(dataset.test))
-    else:
-        fraction = TEST_FRACTION if test_fraction is None else test_fraction
-        order, size = np.random.default_rng(0).permutation(pool), max(1, round(len(pool) * fraction))
-        if size >= len(pool):
-            raise UserError(f"--test-fraction {fraction:g} leaves no example to train on; use a smaller one")
-        test, pool = (dataset.train, np.sort(order[:size])), np.sort(order[size:])
-    if dataset.val is None:
-        train, val = (pool[part] for part in _split(len(pool), seed, train_subset, val_fraction))
-        return {"train": (dataset.train, train), "val": (dataset.train, val), "test": test}
-    if val_fraction not in (0, VAL_FRACTION):
-        raise UserError(
-            f"--val-fraction: {name} has a validation part; leave the flag out, or give 0 to do without it"
-        )
-    train, _ = _split(len(pool), seed, train_subset, 0.0)
-    val = np.arange(len(dataset.val) if val_fraction else 0)
-    return {"train": (dataset.train, pool[train]), "val": (dataset.val, val), "test": test}
-
-
-def _split(
-    size: int, seed: int, train_subset: float, val_fraction: float
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the sorted indices of the training and of the validation part."""
-    used = np.random.default_rng(seed).permutation(size)[: max(1, round(size * train_subset))]
-    val_size = max(1, round(len(used) * val_fraction)) if val_fraction else 0
-    if val_size >= len(used):
-        raise UserError(
-            f"--train-subset {train_subset:g} and --val-fraction {val_fraction:g} leave no example to train "
-            "on; use a larger subset or a smaller fraction"
-        )
-    # Sorted, because files are read fastest from front to back; training is shuffled anyway.
-    return np.sort(used[val_size:]), np.sort(used[:val_size])

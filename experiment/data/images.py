@@ -77,7 +77,7 @@ def stored_size(file: IO[bytes]) -> Size:
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises many types for damaged files
-        raise ImageError(f"no image that Pillow reads ({one_line(error)})") from error
+        raise _no_image(error) from error
     return (width, height) if swapped else (height, width)
 
 
@@ -118,8 +118,19 @@ def decode_image(file: IO[bytes], channels: int, box: Iterable[float] | None = N
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow raises many types for damaged files
-        raise ImageError(f"no image that Pillow reads ({one_line(error)})") from error
+        raise _no_image(error) from error
     return image if box is None else crop_to_box(image, _upright_box(box, orientation))
+
+
+def _no_image(error: Exception) -> ImageError:
+    """Return what to raise for a file that Pillow cannot read.
+
+    Where Pillow does not know the format, its message only names the open file as a Python object.
+    """
+    from PIL import UnidentifiedImageError
+
+    reason = "" if isinstance(error, UnidentifiedImageError) else f" ({one_line(error)})"
+    return ImageError(f"no image that Pillow reads{reason}")
 
 
 def _eight_bits(stored: Image) -> Image:

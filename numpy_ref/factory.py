@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from numpy_ref import fast as fast_layers
 from numpy_ref import layers as plain_layers
-from numpy_ref.layers import BatchNorm, Layer, Linear, NoNorm, OptionA, Sequential
+from numpy_ref.layers import BatchNorm, Layer, Linear, NoNorm, Sequential
 
 
 class LayerFactory:
@@ -53,6 +53,7 @@ class LayerFactory:
         if stride == 1 and in_channels == out_channels:
             return None
         if kind == "option-A":
-            return OptionA(in_channels, out_channels, stride=stride)
+            layer: Layer = self.forms.OptionA(in_channels, out_channels, stride=stride)
+            return layer
         conv = self.conv(in_channels, out_channels, 1, stride=stride)
         return Sequential(conv, self.plain_norm(out_channels))

@@ -18,4 +18,5 @@ from numpy_ref.fast.block import FusedBlock as FusedBlock
 from numpy_ref.fast.convolution import Conv2d as Conv2d
 from numpy_ref.fast.convolution import choose_algorithm as choose_algorithm
 from numpy_ref.fast.normalization import BatchNorm as BatchNorm
+from numpy_ref.fast.option_a import OptionA as OptionA
 from numpy_ref.fast.pooling import MaxPool2d as MaxPool2d

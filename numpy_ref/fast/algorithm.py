@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from numpy_ref.fast.memory_order import NHWC
 from numpy_ref.layers import Array, Pair, Parameter
 
 
@@ -15,7 +16,12 @@ class Algorithm:
         stride: of the kernel, (rows, columns).
         padding: zeros on each side, (rows, columns).
         keep_patches: save for backward what is made of the images, instead of making it again.
+
+    Attributes:
+        order: in which x, y, dy and dx lie in memory.
     """
+
+    order: type[NHWC] = NHWC
 
     def __init__(self, weight: Parameter, stride: Pair, padding: Pair, *, keep_patches: bool) -> None:
         self.weight, self.stride, self.padding = weight, stride, padding

@@ -32,12 +32,17 @@ def even_blocks(n: int, nbytes: int) -> Iterator[slice]:
 
 
 def widen(x: Array) -> tuple[Array, int]:
-    """Return x [..., C] as [M, F * C], F pixels side by side, and F: NumPy is slow at short rows."""
-    channels = x.shape[-1]
-    pixels, fold = x.size // channels, 1
-    while fold * channels < 1024 and pixels % (2 * fold) == 0:
+    """Return x [..., C] as [M, F * C], F pixels side by side, and F = `fold_of(x.shape)`."""
+    fold = fold_of(x.shape)
+    return x.reshape(math.prod(x.shape[:-1]) // fold, fold * x.shape[-1]), fold
+
+
+def fold_of(shape: tuple[int, ...]) -> int:
+    """How many pixels of [..., C] stand side by side in a row: NumPy is slow at short rows."""
+    pixels, fold = math.prod(shape[:-1]), 1
+    while fold * shape[-1] < 1024 and pixels % (2 * fold) == 0:
         fold *= 2
-    return x.reshape(pixels // fold, fold * channels), fold
+    return fold
 
 
 def repeat(a: Array, fold: int) -> Array:

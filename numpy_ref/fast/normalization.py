@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from numpy_ref import layers
-from numpy_ref.fast.blocks import blocks, fold_sums, repeat, sum_rows, widen
+from numpy_ref.fast.memory_order import NHWC, order_of
 from numpy_ref.layers import Array, check_channels, check_count, promote
 from numpy_ref.memory import empty_like
 
@@ -29,70 +29,74 @@ class BatchNorm(layers.BatchNorm):
 
     def forward(self, x: Array, train: bool = False) -> Array:
         """Map x [..., C] to its own shape."""
-        rows, centered, inverse_std, n = self._center(x, train)
-        scale, offset = self._scale_and_offset(inverse_std, rows.shape[1])
-        y = empty_like(rows)
-        for part in blocks(rows):
+        order, centered, inverse_std, n = self._center(x, train)
+        scale, offset = self._scale_and_offset(inverse_std, order)
+        y = empty_like(centered)
+        for part in order.blocks(centered):
             out = np.multiply(centered[part], scale, out=y[part])
             out += offset
-        self.save_for_backward(centered, inverse_std, n)
-        return y.reshape(x.shape)
+        self.save_for_backward(order, centered, inverse_std, n)
+        return order.restore(y)
 
     def backward(self, dy: Array) -> Array:
         """Return dL/dx."""
-        centered, inverse_std, n = self.saved
-        d = promote(dy.reshape(centered.shape), centered)
-        ones = np.ones(len(d), d.dtype)
-        sums = np.zeros((2, d.shape[1]), np.float64)
-        for part in blocks(d):
-            sums[0] += ones[part] @ d[part]
-            sums[1] += np.einsum("nc,nc->c", d[part], centered[part])
-        return self._input_gradient(d, sums, centered, inverse_std, n).reshape(dy.shape)
+        order: NHWC
+        order, centered, inverse_std, n = self.saved
+        d = order.view(promote(dy, centered))
+        sums = np.zeros((2, order.width), np.float64)
+        for part in order.blocks(d):
+            sums[0] += order.sum(d[part])
+            sums[1] += order.dot(d[part], centered[part])
+        return order.restore(self._input_gradient(order, d, sums, centered, inverse_std, n))
 
-    def _center(self, x: Array, train: bool) -> tuple[Array, Array, Array, int]:
-        """Return x as wide rows, x - mean, 1 / sqrt(var + eps), and in training the number of values per
-        channel, else 0."""
+    def _center(self, x: Array, train: bool) -> tuple[NHWC, Array, Array, int]:
+        """Return the order of x in memory, a view of x - mean, 1 / sqrt(var + eps), and the number of values
+        per channel in training, else 0."""
         check_channels(x, len(self.weight.value))
-        rows, fold = widen(promote(x, self.weight.value))
+        order = order_of(x)(x.shape)
+        rows = order.view(promote(x, self.weight.value))
         centered = empty_like(rows)
         if not train:
-            np.subtract(rows, repeat(self.running_mean, fold), out=centered)
-            return rows, centered, 1 / np.sqrt(self.running_var + self.eps), 0
-        totals = self.all_reduce(np.append(fold_sums(sum_rows(rows, blocks(rows)), fold), len(rows) * fold))
+            np.subtract(rows, order.spread(self.running_mean), out=centered)
+            return order, centered, 1 / np.sqrt(self.running_var + self.eps), 0
+        sums, squares = np.zeros((2, order.width), np.float64)
+        for part in order.blocks(rows):
+            sums += order.sum(rows[part])
+        totals = self.all_reduce(np.append(order.total(sums), x.size // x.shape[-1]))
         n = int(totals[-1])
         check_count(n)
         mean = (totals[:-1] / n).astype(rows.dtype)
-        wide_mean, squares = repeat(mean, fold), np.zeros(rows.shape[1], np.float64)
-        for part in blocks(rows):
+        wide_mean = order.spread(mean)
+        for part in order.blocks(rows):
             block = np.subtract(rows[part], wide_mean, out=centered[part])
-            squares += np.einsum("nc,nc->c", block, block)
-        var = (self.all_reduce(fold_sums(squares, fold)) / n).astype(rows.dtype)
+            squares += order.dot(block, block)
+        var = (self.all_reduce(order.total(squares)) / n).astype(rows.dtype)
         if self.keeps_running:
             self._update_running(mean, var, n)
-        return rows, centered, 1 / np.sqrt(var + self.eps), n
+        return order, centered, 1 / np.sqrt(var + self.eps), n
 
-    def _scale_and_offset(self, inverse_std: Array, width: int) -> tuple[Array, Array]:
-        """y = (x - mean) * scale + offset; one of each for every column of wide rows."""
-        fold = width // len(inverse_std)
-        return repeat(self.weight.value * inverse_std, fold), repeat(self.bias.value, fold)
+    def _scale_and_offset(self, inverse_std: Array, order: NHWC) -> tuple[Array, Array]:
+        """y = (x - mean) * scale + offset, for views."""
+        return order.spread(self.weight.value * inverse_std), order.spread(self.bias.value)
 
-    def _input_gradient(self, d: Array, sums: Array, centered: Array, inverse_std: Array, n: int) -> Array:
-        """Add the gradients of weight and bias, and return dL/dx, from d = dL/dy.
+    def _input_gradient(
+        self, order: NHWC, d: Array, sums: Array, centered: Array, inverse_std: Array, n: int
+    ) -> Array:
+        """Add the gradients of weight and bias, and return dL/dx, from d = dL/dy; all views.
 
-        `sums` are those of d and of d (x - mean) over the rows. Derived in `layers.BatchNorm.backward`.
+        `sums` are those of d and of d (x - mean). Derived in `layers.BatchNorm.backward`.
         """
-        fold = d.shape[1] // len(inverse_std)
-        dbias, dscale = sums = fold_sums(sums, fold)
+        dbias, dscale = sums = order.total(sums)
         self.weight.add_grad(dscale * inverse_std)
         self.bias.add_grad(dbias)
         scale, dx = self.weight.value * inverse_std, empty_like(d)
-        a = repeat(scale, fold)
+        a = order.spread(scale)
         if n:
             # w s (dy - dbias / n - z dweight / n) with z = s (x - mean), as a dy + b (x - mean) + c
             dbias, dscale = self.all_reduce(sums)
             b, c = -scale * inverse_std**2 * dscale / n, -scale * dbias / n
-            b, c = repeat(b.astype(d.dtype), fold), repeat(c.astype(d.dtype), fold)
-        for part in blocks(d):
+            b, c = order.spread(b.astype(d.dtype)), order.spread(c.astype(d.dtype))
+        for part in order.blocks(d):
             out = np.multiply(d[part], a, out=dx[part])
             if n:
                 linear = centered[part] * b

@@ -40,6 +40,8 @@ CONVOLUTIONS = [
     _conv("conv-3x3-many-channels", (3, 8, 10, 64), 72, 3, padding=1, bias=False),
     _conv("conv-3x3-many-channels-odd", (4, 9, 7, 72), 64, 3, padding=1),
     _conv("conv-3x3-mostly-padding", (8, 3, 5, 4), 2, 3, padding=3),
+    _conv("conv-3x3-eight-images", (8, 5, 7, 6), 4, 3, padding=1),  # NumPy computes these two row by row
+    _conv("conv-3x3-stride-2-eight-images", (8, 6, 5, 3), 4, 3, stride=2, padding=1, bias=False),
     _conv("conv-1x1", (2, 5, 4, 8), 6, 1, bias=False),
     _conv("conv-1x1-stride-2", (2, 5, 4, 8), 6, 1, stride=2),
     _conv("conv-1x1-padding", (2, 3, 3, 4), 2, 1, padding=1),
@@ -113,6 +115,7 @@ _BLOCKS: list[tuple[str, tuple[int, ...], str, str, dict[str, Any]]] = [  # with
     ("bottleneck-v1", (4, 9, 8, 16), "resnet50", "layer2", {"stage_sizes": (1, 1), "stride_in_1x1": True}),
     ("bottleneck-bare", (1, 9, 8, 16), "resnet50", "layer2", {"stage_sizes": (1, 1), "batch_norm": False}),
     ("option-A", (4, 9, 8, 4), "resnet_cifar", "layer2", {"n": 1}),
+    ("option-A-eight-images", (8, 9, 8, 4), "resnet_cifar", "layer2", {"n": 1}),
 ]
 STAGES = [
     _stage(name, shape, model, stage, train=train, width=4, **options)
@@ -138,6 +141,7 @@ NETWORKS = [  # thin; images so large that batch norm never divides by the devia
         "resnet-basic-drop-path", (4, 33, 34, 3), "resnet18", width=4, stage_sizes=(1, 1), drop_path=0.5
     ),
     _network("resnet-bottleneck-drop-path", (4, 40, 33, 3), "resnet50", **_DROPPED),
+    _network("resnet-option-A-drop-path", (8, 32, 33, 3), "resnet_cifar", n=1, width=3, drop_path=0.5),
     _network("resnet-drop-path-no-batch-norm", (4, 32, 33, 3), "resnet50", **_DROPPED, batch_norm=False),
     _network("cnn", (4, 33, 40, 3), "cnn", image_size=(33, 40), width=3),
     _network("resnet-basic-eval", (4, 47, 66, 3), "resnet18", train=False, width=4, stage_sizes=(1, 1, 1, 1)),

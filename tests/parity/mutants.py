@@ -268,8 +268,26 @@ MUTANTS = [
     Mutant(
         "numpy-fused-drop-path-gradient-whole",
         f"{FAST}/batch_norm_add_relu.py",
-        "block = scale_pixels(block, factors[part], dnorm[part])",
+        "block = order.scale(block, factors, part, dnorm[part])",
         "dnorm[part] = block",
+    ),
+    Mutant(
+        "numpy-rows-kernel-gradient-not-shifted",
+        f"{FAST}/row_products.py",
+        "dout[:, pixels(tap.outputs, n)].T",
+        "dout[:, pixels(tap.inputs, n)].T",
+    ),
+    Mutant(
+        "numpy-rows-kernel-not-turned",
+        f"{FAST}/row_products.py",
+        "for i in reversed(range(kh))",
+        "for i in range(kh)",
+    ),
+    Mutant(
+        "numpy-rows-drop-path-by-column",
+        f"{FAST}/memory_order.py",
+        "np.tile(keep",
+        "np.repeat(keep",
     ),
     Mutant(
         "numpy-clip-epsilon",

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from numpy_ref import resnet
-from numpy_ref.cores import thread_count
+from numpy_ref import openblas, resnet
+from numpy_ref.cores import core_count, thread_count
 from numpy_ref.layers import Array, check_labels
 from numpy_ref.losses import Loss
 from numpy_ref.memory import trim
@@ -137,6 +137,8 @@ class Engine:
             raise ValueError(f"unknown model {model!r}; choose one of {', '.join(resnet.MODELS)}")
         if self.processes < 1:
             raise ValueError(f"processes must be 1 or more, got {processes}")
+        if self.processes == core_count() == 1:
+            openblas.use_one_thread()
         make_optimizer(optimizer, {}, 0.0, **optimizer_options)  # raises if an option is out of range
 
     @property
@@ -153,7 +155,9 @@ class Engine:
     @property
     def device(self) -> str:
         """A description of the device."""
-        return f"NumPy {np.__version__}, {self.processes} process{'es' if self.processes > 1 else ''}"
+        words = f"NumPy {np.__version__}, {self.processes} process{'es' if self.processes > 1 else ''}"
+        kernels = openblas.kernels()
+        return words if kernels is None else f"{words}, OpenBLAS {kernels}"
 
     def init(self) -> State:
         """The state before the first step."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from numpy_ref.cores import core_count
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS: dict[str, list[list[str]]] = {
@@ -32,7 +33,7 @@ def header() -> str:
     """Return the date, the machine and the versions."""
     names = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+    machine = f"{core_count()} cores, {platform.machine()}, {platform.system()}"
     return (
         f"# CPU, {time.strftime('%d %B %Y')}\n\n{machine}, Python {platform.python_version()}; {versions}.\n"
     )

@@ -36,6 +36,7 @@ from experiment.data.augmentation import fit_image
 from experiment.data.builtin import SyntheticSource
 from experiment.data.images import read_image
 from experiment.data.loading import Data, load
+from numpy_ref.cores import core_count
 from tests.helpers import made_tfds
 
 CLASSES = 10
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0, help="for a pass (default 5)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads, processes")
+    parser.add_argument("--workers", type=int, default=core_count(), help="threads, processes")
     parser.add_argument("--files", type=int, default=100_000, help="for start (default 100000)")
     parser.add_argument("--epochs", type=int, default=8, help="for memory (default 8)")
     options = parser.parse_args()

@@ -196,6 +196,8 @@ def parse_size(text: str) -> tuple[int, tuple[int, int, int]]:
 
 def main() -> None:
     """Run the command line."""
+    from numpy_ref.cores import core_count  # a candidate imports its engine after its cores are chosen
+
     parser = argparse.ArgumentParser(description="time the engines on this CPU against PyTorch")
     parser.add_argument(
         "--size", nargs="+", default=["32@32x32x1", "8@96x96x3", "4@224x224x3"], help="BATCH@HxWxC"
@@ -204,7 +206,7 @@ def main() -> None:
     parser.add_argument("--inference", action="store_true", help="time logits instead of training steps")
     parser.add_argument("--model", default="resnet101")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=core_count())
     args = parser.parse_args()
     for size in args.size:
         batch, shape = parse_size(size)

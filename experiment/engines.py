@@ -24,6 +24,10 @@ class Engine(Protocol):
         """The device in words."""
 
     @property
+    def threads(self) -> int | None:
+        """The number of threads or processes that compute on a CPU, or None for another device."""
+
+    @property
     def device_count(self) -> int:
         """The number of devices that share a batch, whose size must be a multiple of it."""
 
@@ -120,8 +124,14 @@ def caches_compilation() -> bool:
 
 
 def load_module(framework: str, name: str) -> ModuleType:
-    """A module that every engine has (`engine`, `stages`), imported when it is asked for and not before."""
+    """A module of an engine, imported when it is asked for and not before. Each has `engine` and `stages`."""
     return importlib.import_module(f"{ENGINES[framework]}.{name}")
+
+
+def core_count() -> int:
+    """Return the number of cores that this process may use; see `numpy_ref.cores`."""
+    cores: int = load_module("numpy", "cores").core_count()
+    return cores
 
 
 def load_engine(framework: str) -> Callable[..., Engine]:

@@ -6,6 +6,7 @@ saving, early stopping and signals are the caller's, once for all engines.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -166,8 +167,25 @@ class Engine:
     def device(self) -> str:
         """The devices in words."""
         devices = jax.devices()
-        processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){processes}"
+        words = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+        several = jax.process_count() > 1
+        words += f" in {jax.process_count()} processes" if several else ""
+        if self.threads is None:
+            return words
+        return f"{words}, {self.threads} thread{'s' if self.threads > 1 else ''}{' each' if several else ''}"
+
+    @property
+    def threads(self) -> int | None:
+        """The number of threads with which XLA computes on a CPU, or None for another device.
+
+        JAX does not report it. This is the rule of XLA's CPU client, which reads these variables.
+        """
+        if jax.default_backend() != "cpu":
+            return None
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        given = [os.environ.get(name, "") for name in ("PJRT_NPROC", "NPROC")]
+        threads = next((int(number) for number in given if number.isdecimal()), cores)
+        return max(threads, jax.local_device_count())
 
     @property
     def device_count(self) -> int:

@@ -1,7 +1,7 @@
 """The NumPy engine: the loop that drives the training step of `step.py`.
 
 The loop is a generator that yields after each step. Logging, saving, early stopping and signals are the
-caller's, once for all engines. The batch is split between as many processes as there are cores
+caller's, once for all engines. The batch is split between `cores.thread_count()` processes
 (`parallel.py`); with one process everything is computed in this one.
 """
 
@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from numpy_ref import resnet
+from numpy_ref import openblas, resnet
+from numpy_ref.cores import core_count, thread_count
 from numpy_ref.layers import Array, check_labels
 from numpy_ref.losses import Loss
 from numpy_ref.memory import trim
 from numpy_ref.optimizers import make_optimizer
-from numpy_ref.parallel import Communicator, Group, SharedMemory, aligned, board_size, core_count, split
+from numpy_ref.parallel import Communicator, Group, SharedMemory, aligned, board_size, split
 from numpy_ref.replica import Replica, Setup, Tree, size_of, update_groups
 from numpy_ref.state_dict import from_torch_layout, to_torch_layout
 from numpy_ref.step import Metrics, make_worker, run_step
@@ -71,9 +72,9 @@ class Engine:
         precision: "float32" or "float64".
         seed: seed of the initial weights, which are those of the JAX engine.
         freeze_backbone: train only the head `fc`; everything before it computes as in evaluation.
-        processes: the number of processes that share a batch; by default the number of cores. With more than
-            one, a script must have `if __name__ == "__main__":` around its main program, since each process
-            imports the script again.
+        processes: the number of processes that share a batch; by default `cores.thread_count()`. With more
+            than one, a script must have `if __name__ == "__main__":` around its main program, since each
+            process imports the script again.
         log_gradients: add the norm of each parameter's gradient to the metrics, as "grad_norm/NAME".
         clip_grad_norm: scale the gradients so that their common norm is at most this; "grad_norm" and the
             norms of `log_gradients` are those before. See `optimizers.clip_scale`.
@@ -114,7 +115,7 @@ class Engine:
         class_weights: Sequence[float] | None = None,
     ) -> None:
         self.learning_rate = learning_rate
-        self.processes = core_count() if processes is None else processes
+        self.processes = thread_count() if processes is None else processes
         self._setup = Setup(
             model=model,
             model_options=dict(model_options),
@@ -136,7 +137,14 @@ class Engine:
             raise ValueError(f"unknown model {model!r}; choose one of {', '.join(resnet.MODELS)}")
         if self.processes < 1:
             raise ValueError(f"processes must be 1 or more, got {processes}")
+        if self.processes == core_count() == 1:
+            openblas.use_one_thread()
         make_optimizer(optimizer, {}, 0.0, **optimizer_options)  # raises if an option is out of range
+
+    @property
+    def threads(self) -> int:
+        """The number of processes, each of which computes with one thread if there are several."""
+        return self.processes
 
     @property
     def num_blocks(self) -> int:
@@ -147,7 +155,9 @@ class Engine:
     @property
     def device(self) -> str:
         """A description of the device."""
-        return f"NumPy {np.__version__}, {self.processes} process{'es' if self.processes > 1 else ''}"
+        words = f"NumPy {np.__version__}, {self.processes} process{'es' if self.processes > 1 else ''}"
+        kernels = openblas.kernels()
+        return words if kernels is None else f"{words}, OpenBLAS {kernels}"
 
     def init(self) -> State:
         """The state before the first step."""

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from numpy_ref.cores import thread_count
 from numpy_ref.layers import Array, Parameter
-from numpy_ref.parallel import thread_count
 
 BLOCK = 1 << 17  # numbers in a block: five arrays of that size about fill a second-level cache
-_threads = thread_count(os.cpu_count() or 1)
+_threads = thread_count()
 
 
 def _start_pool() -> None:

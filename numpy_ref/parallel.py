@@ -43,18 +43,6 @@ NOT_STARTED = (
 )
 
 
-def core_count() -> int:
-    """The number of cores that this process may use, or OMP_NUM_THREADS if that is set."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return thread_count(cores)
-
-
-def thread_count(cores: int) -> int:
-    """The first number in OMP_NUM_THREADS (it may be a list, "4,2"); `cores` if it has none above 0."""
-    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return int(first) if first.isdecimal() and int(first) > 0 else cores
-
-
 class SharedMemory:
     """Zeroed memory that processes share. Each of them takes the same arrays from it in the same order."""
 

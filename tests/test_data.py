@@ -145,7 +145,7 @@ def test_the_number_of_threads_does_not_change_the_order(
 ) -> None:
     one = order(load_numbered(60, batch_size=4).train_batches(5), 30)
     monkeypatch.setattr(data_module, "_SMALL_IMAGE", 0)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(data_module, "core_count", lambda: 8)
     dawdle = random.Random(0)
     data = load_numbered(60, batch_size=4, delay=lambda: dawdle.uniform(0, 0.01))
     assert order(data.train_batches(5), 30) == one

@@ -347,7 +347,7 @@ def test_the_digit_that_comes_along_is_predicted_as_the_page_says(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (predict,) = code_blocks("docs/evaluation.md", "sh")[1].splitlines()
-    monkeypatch.setattr("numpy_ref.engine.core_count", lambda: 1)  # too little work to start processes for
+    monkeypatch.setattr("numpy_ref.engine.thread_count", lambda: 1)  # too little work to start processes for
     monkeypatch.chdir(ROOT)
     assert main(predict.partition("#")[0].split()[3:]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jax_resnet.optimizers import BOUNDED
+from numpy_ref import openblas
 from numpy_ref.parallel import split
 from tests.helpers.comparing import assert_all_close, assert_close
 from tests.helpers.jax_engine import (
@@ -292,6 +293,58 @@ def test_split_is_even_and_whole(count, parts):
     assert {len(each) for each in found} <= {count // parts, -(-count // parts)}
 
 
-def test_the_device_in_words():
+def test_the_device_in_words(monkeypatch):
+    kernels = "" if openblas.kernels() is None else f", OpenBLAS {openblas.kernels()}"
+    assert make_engine().device == f"NumPy {np.__version__}, 1 process{kernels}"
+    assert make_engine(processes=2).device == f"NumPy {np.__version__}, 2 processes{kernels}"
+    monkeypatch.setattr(openblas, "_library", lambda: None)  # NumPy is linked to another library
     assert make_engine().device == f"NumPy {np.__version__}, 1 process"
-    assert make_engine(processes=2).device == f"NumPy {np.__version__}, 2 processes"
+
+
+KERNELS = """
+from numpy_ref import openblas
+from numpy_ref.parallel import Group, SharedMemory, board_size
+
+def work(name, arguments):
+    return openblas.kernels()
+
+def make(communicator, memory):
+    return work
+
+if __name__ == "__main__":
+    group = Group(2, SharedMemory(board_size(2)), make)
+    print(openblas.kernels(), *group.call("kernels", [(), ()]))
+"""
+
+
+@pytest.mark.skipif(openblas.kernels() is None, reason="NumPy is linked to another library than OpenBLAS")
+def test_all_processes_use_the_same_kernels(tmp_path):
+    """Those that the user names, too: any CPU with AVX2 runs Nehalem's."""
+    script = tmp_path / "kernels.py"
+    script.write_text(KERNELS)
+    x86 = np.show_config(mode="dicts")["Machine Information"]["host"]["cpu"] == "x86_64"
+    for named in (None, *(["Nehalem"] if x86 else [])):
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"OPENBLAS_CORETYPE": named} if named else {})
+        command = [sys.executable, str(script)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == 3 * [named or openblas.kernels()]
+
+
+@pytest.mark.skipif(openblas.kernels() is None, reason="NumPy is linked to another library than OpenBLAS")
+def test_a_control_group_of_one_core_leaves_openblas_one_thread(tmp_path):
+    (tmp_path / "membership").write_text("0::/\n")
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    program = """
+import sys
+from pathlib import Path
+from numpy_ref import cores, openblas
+from tests.helpers.numpy_engine import make_engine
+cores.CGROUPS, cores.MEMBERSHIP = Path(sys.argv[1]), Path(sys.argv[1], "membership")
+library = openblas._library()
+library.scipy_openblas_set_num_threads64_(2)
+print(make_engine(processes=None).processes, library.scipy_openblas_get_num_threads64_())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "1 1\n"

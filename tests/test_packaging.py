@@ -127,7 +127,7 @@ def test_extras_are_installed_from_what_there_is(
 
 def test_shipped_files_are_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of the user's comes first, and a folder that has a study's name is no study."""
-    monkeypatch.setattr("numpy_ref.engine.core_count", lambda: 1)  # too little work to start processes for
+    monkeypatch.setattr("numpy_ref.engine.thread_count", lambda: 1)  # too little work to start processes for
     monkeypatch.chdir(tmp_path)
     digit = Path("weights/digit.png")
     assert program.found(digit) == program.shipped("weights") / "digit.png"

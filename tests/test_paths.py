@@ -16,7 +16,6 @@ from experiment.files.run_folder import check_fresh
 from experiment.options.command_line import parse
 from experiment.options.paths import local_path
 from experiment.options.resolving import resolve
-from numpy_ref.parallel import core_count, thread_count
 
 BYTES = os.fsdecode(b"caf\xe9")
 # Every path that a command line takes: its name in messages, and the arguments with a place for it.
@@ -223,17 +222,3 @@ def test_output_redirected_into_the_run_folder_is_no_circle(capsys: pytest.Captu
     (folder / "log.txt").write_text("")  # what a run killed at its start leaves
     check_fresh(folder)
     assert "leave --resume out" in refusal([*argv, "--resume"], capsys)
-
-
-@pytest.mark.parametrize(
-    ("value", "threads"),
-    [("4,2", 4), (" 3 ", 3), ("0", None), ("", None), ("-1", None), ("many", None), (",2", None)],
-)
-def test_omp_num_threads_of_any_form(
-    monkeypatch: pytest.MonkeyPatch, value: str, threads: int | None
-) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    cores = core_count()
-    monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert thread_count(7) == (threads or 7)
-    assert core_count() == (threads or cores)

@@ -14,7 +14,7 @@ from experiment.__main__ import main
 from experiment.commands.predict import RELEASED
 from experiment.data.loading import load
 from experiment.files import run_folder
-from numpy_ref.parallel import core_count
+from numpy_ref.cores import thread_count
 
 MACHINE = RELEASED / "machine.json"
 # Other kernels round otherwise, training magnifies it, and some of the 360 test images change their class.
@@ -39,7 +39,7 @@ def machine() -> dict[str, object]:
     return {
         "cpu": cpu.get("model name", platform.processor()),
         "avx512": "avx512f" in cpu.get("flags", ""),
-        "cores": core_count(),
+        "cores": thread_count(),
         "python": platform.python_version(),
         "numpy": importlib.metadata.version("numpy"),
         "scikit-learn": importlib.metadata.version("scikit-learn"),

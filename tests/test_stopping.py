@@ -46,7 +46,7 @@ def _interruptible() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the NumPy engine: the network is too small to start others for."""
-    monkeypatch.setattr("numpy_ref.engine.core_count", lambda: 1)
+    monkeypatch.setattr("numpy_ref.engine.thread_count", lambda: 1)
 
 
 def run_in(folder: Path, *argv: str, status: int = 0) -> Run:
@@ -62,7 +62,7 @@ def resume(run: Run, *argv: str, status: int = 0) -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that nothing stops."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("numpy_ref.engine.core_count", lambda: 1)
+        patch.setattr("numpy_ref.engine.thread_count", lambda: 1)
         run = run_in(tmp_path_factory.mktemp("whole") / "run", *PLATEAU)
     rates = [line["lr"] for line in run.lines("train", "step")]
     assert len(set(rates)) > 1  # the validations matter
@@ -321,7 +321,7 @@ def test_a_killed_process_of_the_numpy_engine_is_named(
             killed.append(process.pid)
             os.kill(process.pid or 0, signal.SIGKILL)
 
-    monkeypatch.setattr("numpy_ref.engine.core_count", lambda: 2)
+    monkeypatch.setattr("numpy_ref.engine.thread_count", lambda: 2)
     hook_data(monkeypatch, hook)
     run = run_in(tmp_path / "run", status=1)
     words = failure_of(run, capfd)

@@ -69,7 +69,7 @@ def write(folder: Path, text: str = STUDY) -> Path:
 def _one_process() -> Iterator[None]:
     """Of NumPy's engine: the networks are too small to start others for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("numpy_ref.engine.core_count", lambda: 1)
+        patch.setattr("numpy_ref.engine.thread_count", lambda: 1)
         yield
 
 

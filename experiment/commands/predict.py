@@ -20,6 +20,7 @@ from experiment.data.augmentation import fill_color
 from experiment.data.builtin import fit_to
 from experiment.data.images import read_image
 from experiment.data.types import Fit, Pixels
+from experiment.engines import core_count
 from experiment.errors import UserError
 from experiment.files.run_folder import write_file
 from experiment.metrics import softmax
@@ -187,7 +188,7 @@ def _read(paths: Sequence[Path], channels: int, fit: Fit) -> Iterator[tuple[Path
         except UserError as error:
             return str(error)
 
-    threads = min(os.cpu_count() or 1, 16)
+    threads = min(core_count(), 16)
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(paths), 4 * threads):  # no more than these are in memory
             chunk = paths[start : start + 4 * threads]

@@ -24,7 +24,7 @@ import numpy as np
 from experiment.data.images import ImageError, decode_image, stored_size
 from experiment.data.listing import ImageFile
 from experiment.data.types import Fit, Pixels, Size
-from experiment.engines import cache_directory, can_hold_files
+from experiment.engines import cache_directory, can_hold_files, core_count
 
 FORMAT = 1
 """The version of the cache file."""
@@ -135,7 +135,7 @@ class Contents:
         missing = [index for index, result in enumerate(results) if result is None]
         if missing:
             bytes_each = sum(files[index].size for index in missing) / len(missing)
-            threads = min(os.cpu_count() or 1, 16) if bytes_each > LARGE_FILE else 1
+            threads = min(core_count(), 16) if bytes_each > LARGE_FILE else 1
 
             def read(index: int) -> Content | str:
                 return self._read(files[index], measured[index], transform)

@@ -9,7 +9,6 @@ training, validation and test. For the same data and options, training batch k a
 only on the seed and k: to resume, the step is enough, and the number of threads changes only the speed.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +25,7 @@ from experiment.data.mixing import Mixing
 from experiment.data.splitting import Part, Split, split_parts
 from experiment.data.tfds import tfds_dataset
 from experiment.data.types import Batch, Dataset, Labels, Pixels, Size, Source
+from experiment.engines import core_count
 from experiment.errors import UserError, first_of
 from experiment.options.config import check_image_size, check_limits
 from experiment.processes import SINGLE_PROCESS, ProcessInfo
@@ -196,7 +196,7 @@ class Data(Dataset):
         import grain
 
         height, width, _ = self.image_shape
-        threads = 1 if height * width <= _SMALL_IMAGE else min(os.cpu_count() or 1, _MOST_THREADS)
+        threads = 1 if height * width <= _SMALL_IMAGE else min(core_count(), _MOST_THREADS)
         iterator = iter(batches.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=threads + 1)))
         try:
             yield from iterator

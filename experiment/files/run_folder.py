@@ -284,19 +284,42 @@ def lock(run_dir: Path) -> Iterator[Callable[[], None]]:
         ) from None
 
 
-def session(step: int, device: str, argv: list[str]) -> dict[str, Any]:
-    """Describe a start or resume for config.json, so that every number can be traced."""
+def session(step: int, device: str, threads: int | None, argv: list[str]) -> dict[str, Any]:
+    """Describe a start or resume for config.json, so that every number can be traced.
+
+    Args:
+        step: the step it starts at.
+        device: the engine's device in words.
+        threads: the number of the engine's CPU threads or processes.
+        argv: the flags.
+    """
     return {
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": argv,
         "device": device,
+        "threads": threads,
         "cpu_count": os.cpu_count(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "git_commit": git_commit(),
     }
+
+
+def device_change(sessions: list[Any], newest: dict[str, Any]) -> str | None:
+    """Return a line if `newest` computes on another device than the last of `sessions`, else None.
+
+    The device in words has the number of threads. Sessions of older versions, which did not record that
+    number, are not compared.
+    """
+    before = sessions[-1] if sessions else None
+    if not isinstance(before, dict) or "threads" not in before or before.get("device") == newest["device"]:
+        return None
+    return (
+        f"the run was on {before.get('device')}, and is now on {newest['device']}: "
+        "bits may differ from those of an uninterrupted run"
+    )
 
 
 def git_commit() -> str | None:

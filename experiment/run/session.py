@@ -164,14 +164,16 @@ class Session:
     def _record(self, output: RunOutput, start: Start) -> dict[str, Any]:
         """Write config.json and describe the run; return the options as config.json has them."""
         config = dataclasses.replace(self.config, resume=False, run_dir=None, distributed=False)
-        newest = run_folder.session(start.step, self.engine.device, self.argv)
-        sessions = [*(self.stored["sessions"] if self.stored else []), newest]
-        record = {"config": dataclasses.asdict(config), "resolved": self.resolved, "sessions": sessions}
+        engine, before = self.engine, self.stored["sessions"] if self.stored else []
+        newest = run_folder.session(start.step, engine.device, engine.threads, self.argv)
+        options = dataclasses.asdict(config)
+        record = {"config": options, "resolved": self.resolved, "sessions": [*before, newest]}
         output.write_json("config.json", record)
-        describe(record, self.engine.device, output.folder, output.console)
-        for line in self.notes:
+        describe(record, engine.device, output.folder, output.console)
+        change = run_folder.device_change(before, newest)
+        for line in [*self.notes, *([change] if change else [])]:
             output.console.report(line)
-        return dataclasses.asdict(config)
+        return options
 
 
 def start(

@@ -180,6 +180,7 @@ class EngineProxy:
         self._rendezvous, self._index, self._engine = rendezvous, index, engine
         self.learning_rate, self.init, self.from_tree = engine.learning_rate, engine.init, engine.from_tree
         self.device, self.device_count = engine.device, engine.device_count
+        self.threads = engine.threads
         self.num_blocks = engine.num_blocks
         self.compiles, self.holds_images, self.is_synchronized = True, False, True
 

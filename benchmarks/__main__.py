@@ -1,7 +1,7 @@
 """Run every CPU benchmark, one after another, and write their output to a file.
 
-    python -m benchmarks --out results.md     # an hour on two cores; nothing else should run
-    python -m benchmarks --only training_step first_step --data-dir DIR
+    python -m benchmarks --out results.md     # two hours on two cores; nothing else should run
+    python -m benchmarks --only every_network first_step --data-dir DIR
 
 The figures of `benchmarks/RESULTS.md` come from these commands. A GPU has its own, `benchmarks.gpu`.
 """
@@ -21,7 +21,8 @@ from numpy_ref.cores import core_count
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS: dict[str, list[list[str]]] = {
-    "training_step": [["--engine", "jax", "numpy"], ["--engine", "jax", "numpy", "--inference"]],
+    "every_network": [[]],
+    "growth": [[]],
     "convolution": [["micro"], ["layers"], ["loops"]],
     "first_step": [["--rounds", "3"]],
     "memory": [[]],

@@ -1,11 +1,13 @@
-"""Time ResNet-101 in JAX, NumPy and PyTorch on this CPU: training steps (forward, backward, Adam), inference.
+"""Time a network in JAX, NumPy and PyTorch on this CPU: training steps (forward, backward, Adam), inference.
 
-    python -m benchmarks.training_step --size 32@32x32x1 --rounds 9 --threads 2
+    python -m benchmarks.training_step --model resnet20 --size 128@32x32x3 --rounds 9 --threads 2
     python -m benchmarks.training_step --engine numpy --inference
 
 Each candidate is a process with the same number of threads. Steps are interleaved, so that a drift of the
 machine's speed affects all alike. Printed are medians, the ratio to PyTorch's fastest eager form, and peak
-memory. PyTorch runs in four forms: NCHW or channels_last, default or fused Adam.
+memory. PyTorch runs in four forms: NCHW or channels_last, default or fused Adam; in inference in two.
+
+`benchmarks.every_network` measures many cases in the same way and makes a table of them.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import itertools
 import multiprocessing
 import os
 import re
+import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,13 @@ from typing import Any
 import numpy as np
 
 Seconds = dict[str, list[float]]
+Step = Callable[[], object]
 
+ENGINES = {
+    "jax": ("jax_resnet", {}),
+    "numpy": ("numpy_ref", {}),
+    "numpy, patches kept": ("numpy_ref", {"keep_patches": True}),
+}
 TORCH_FORMS = {
     "torch NCHW, Adam": (False, False),
     "torch NCHW, fused Adam": (False, True),
@@ -34,22 +44,55 @@ TORCH_FORMS = {
     "torch channels_last, fused Adam": (True, True),
 }
 DEFAULT_FORM = "torch NCHW, Adam"
+TURN = 0.2  # seconds
+COMPILED = "torch.compile, channels_last, fused Adam"
 
 
-Step = Callable[[], object]
-ENGINES = {
-    "jax": ("jax_resnet", {}),
-    "numpy": ("numpy_ref", {}),
-    "numpy, patches kept": ("numpy_ref", {"keep_patches": True}),
-}
+@dataclass(frozen=True)
+class Case:
+    """A network and its batch of images [batch, height, width, channels]; 10 classes.
+
+    Attributes:
+        shape: (height, width, channels).
+        options: keyword arguments of the network's builder, the same in all three implementations.
+    """
+
+    model: str
+    batch: int
+    shape: tuple[int, int, int]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def network(self) -> str:
+        """The network with its options."""
+        return ", ".join([self.model, *(f"{name}={value}" for name, value in self.options.items())])
+
+    @property
+    def size(self) -> str:
+        """The batch, as "32 @ 32x32x1"."""
+        return f"{self.batch} @ {'x'.join(map(str, self.shape))}"
+
+    def __str__(self) -> str:
+        return f"{self.network}, {self.size}"
 
 
-def engine_step(name: str, batch: int, shape: tuple[int, int, int], model: str, inference: bool) -> Step:
+def torch_forms(inference: bool) -> list[str]:
+    """Return PyTorch's eager forms; inference has no optimizer, so that two of the four remain."""
+    return [name for name, (_, fused) in TORCH_FORMS.items() if not (inference and fused)]
+
+
+def package_of(name: str) -> str:
+    """Return the package that a candidate imports."""
+    return ENGINES[name][0] if name in ENGINES else "torch_oracle"
+
+
+def engine_step(name: str, case: Case, inference: bool) -> Step:
     """Return a function that takes one training step with an engine, or computes one batch of logits."""
     package, options = ENGINES[name]
+    batch, shape = case.batch, case.shape
     engine = importlib.import_module(package).Engine(
-        model=model,
-        model_options=options,
+        model=case.model,
+        model_options={**case.options, **options},
         num_classes=10,
         image_shape=shape,
         mean=(0.5,) * shape[2],
@@ -70,20 +113,23 @@ def engine_step(name: str, batch: int, shape: tuple[int, int, int], model: str, 
     return lambda: float(next(steps)[1]["grad_norm"])
 
 
-def torch_step(name: str, batch: int, shape: tuple[int, int, int], model: str, inference: bool) -> Step:
-    """Return the same function for eager PyTorch."""
+def torch_step(name: str, case: Case, inference: bool) -> Step:
+    """Return the same function for PyTorch, eager or compiled."""
     import torch
 
     from torch_oracle.resnet import MODELS
 
-    channels_last, fused = TORCH_FORMS[name]
+    channels_last, fused = TORCH_FORMS.get(name, (True, True))
+    height, width, channels = case.shape
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    net = MODELS[model](10, shape[2]).train()
+    net: torch.nn.Module = MODELS[case.model](10, channels, **case.options).train()
     net.to(memory_format=layout)  # type: ignore[call-overload]
-    image = torch.randn(batch, shape[2], *shape[:2]).to(memory_format=layout)
-    label = torch.arange(batch) % 10
+    image = torch.randn(case.batch, channels, height, width).to(memory_format=layout)
+    label = torch.arange(case.batch) % 10
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=fused)
+    if name == COMPILED:
+        net.compile()
     loss_fn = torch.nn.CrossEntropyLoss()
 
     def step() -> None:
@@ -99,6 +145,11 @@ def torch_step(name: str, batch: int, shape: tuple[int, int, int], model: str, i
         net.eval()
         return infer
     return step
+
+
+def case_step(name: str, case: Case, inference: bool) -> Step:
+    """Return the function of a candidate."""
+    return (engine_step if name in ENGINES else torch_step)(name, case, inference)
 
 
 def memory(pid: int | None) -> int:
@@ -122,63 +173,97 @@ def peak_memory(pid: int | None, pipe: Connection) -> int:
     return peak
 
 
-def work(name: str, threads: int, pipe: Connection, *what: Any) -> None:
-    """Run a candidate: prepare, then take a step for each message and send its seconds."""
-    os.sched_setaffinity(
-        0, sorted(os.sched_getaffinity(0))[:threads]
-    )  # XLA has a thread for each processor it sees
-    if name in ENGINES:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        importlib.import_module(ENGINES[name][0])
-        make = engine_step
-    else:
-        torch = importlib.import_module("torch")
-        importlib.import_module("torch_oracle")
-        torch.set_num_threads(threads)
-        make = torch_step
+def work(name: str, make: Callable[..., Step], threads: int, pipe: Connection, *what: Any) -> None:
+    """Run a candidate: prepare, then take steps for each message and send the seconds of one.
+
+    A step shorter than TURN is repeated for about TURN after one that is not counted: the first one after
+    other candidates finds caches and threads cold, which in training happens once.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its candidates
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if package_of(name) == "torch_oracle":
+        importlib.import_module("torch").set_num_threads(threads)
+    importlib.import_module(package_of(name))
     pipe.send("imported")
     step = make(name, *what)
     step()
-    step()
-    pipe.send("ready")
-    while pipe.recv():
-        begun = time.perf_counter()
+    repeats = max(1, int(TURN / seconds_of(step, 1)))
+    try:
+        pipe.send("ready")
+        while pipe.recv():
+            if repeats > 1:
+                step()
+            pipe.send(seconds_of(step, repeats))
+    except (EOFError, ConnectionError):
+        return  # the parent was stopped
+
+
+def seconds_of(step: Step, repeats: int) -> float:
+    """Return the mean seconds of `repeats` steps."""
+    begun = time.perf_counter()
+    for _ in range(repeats):
         step()
-        pipe.send(time.perf_counter() - begun)
+    return (time.perf_counter() - begun) / repeats
 
 
-def measure(names: list[str], threads: int, rounds: int, *what: Any) -> tuple[Seconds, dict[str, int]]:
-    """Return for each candidate the seconds of `rounds` interleaved steps, and its peak memory in bytes: from
-    its start to the end of its second step, and in one more step, less its memory after imports."""
+def measure(
+    names: Sequence[str], make: Callable[..., Step], threads: int, rounds: int, *what: Any
+) -> tuple[Seconds, dict[str, int]]:
+    """Return for each candidate the seconds of a step in each of `rounds` interleaved turns, and its peak
+    memory in bytes: from its start to the end of its second step, and in one more turn, less its memory after
+    imports.
+
+    Args:
+        names: of engines and of PyTorch's forms.
+        make: `make(name, *what)` returns the function to time; it runs in the candidate's process.
+
+    Raises:
+        ChildProcessError: a candidate ended early.
+    """
     context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Connection]] = {}
     peaks: dict[str, int] = {}
     before: dict[str, int] = {}
-    for name in names:
-        here, there = context.Pipe()
-        process = context.Process(target=work, args=(name, threads, there, *what))
-        process.start()
-        workers[name] = (process, here)
-        here.recv()
-        before[name] = memory(process.pid)
-        peaks[name] = peak_memory(process.pid, here)
     seconds: Seconds = {name: [] for name in names}
-    for _ in range(rounds):
-        for name, (_, pipe) in workers.items():
+    cores = os.sched_getaffinity(0)
+    try:
+        # Inherited by the candidates: NumPy and XLA have a thread for each processor that they see at import
+        os.sched_setaffinity(0, sorted(cores)[:threads])
+        for name in names:
+            here, there = context.Pipe()
+            process = context.Process(target=work, args=(name, make, threads, there, *what))
+            process.start()
+            there.close()  # so that the end of the process is the end of the pipe
+            workers[name] = (process, here)
+            here.recv()
+            before[name] = memory(process.pid)
+            peaks[name] = peak_memory(process.pid, here)
+        for _ in range(rounds):
+            for name, (_, pipe) in workers.items():
+                pipe.send(True)
+                seconds[name].append(pipe.recv())
+        for name, (process, pipe) in workers.items():
             pipe.send(True)
-            seconds[name].append(pipe.recv())
-    for name, (process, pipe) in workers.items():
-        pipe.send(True)
-        peaks[name] = max(peaks[name], peak_memory(process.pid, pipe))
-        pipe.send(False)
-        process.join()
+            peaks[name] = max(peaks[name], peak_memory(process.pid, pipe))
+            pipe.send(False)
+            process.join()
+    except (EOFError, ConnectionError) as error:
+        raise ChildProcessError(f"{name} ended early (out of memory?)") from error
+    finally:
+        os.sched_setaffinity(0, cores)
+        for _, pipe in workers.values():
+            pipe.close()
+        for process, _ in workers.values():
+            process.join(10)
+            process.terminate()
+            process.join()
     return seconds, {name: peaks[name] - before[name] for name in names}
 
 
 def report(title: str, seconds: Seconds, sizes: dict[str, int], threads: int) -> None:
     """Print medians, peak memory, and the ratios to PyTorch's fastest and default form."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    fastest = min(TORCH_FORMS, key=lambda name: medians[name])
+    fastest = min((name for name in TORCH_FORMS if name in medians), key=medians.__getitem__)
     rounds = len(seconds[fastest])
     print(f"\n{title}, float32, {threads} threads, median of {rounds} interleaved rounds")
     print(f"  {'':32} {'seconds':>9} {'of fastest':>11} {'of default':>11} {'MB':>6}")
@@ -209,11 +294,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=core_count())
     args = parser.parse_args()
     for size in args.size:
-        batch, shape = parse_size(size)
-        what = (batch, shape, args.model, args.inference)
-        results = measure([*args.engine, *TORCH_FORMS], args.threads, args.rounds, *what)
+        case = Case(args.model, *parse_size(size))
+        names = [*args.engine, *torch_forms(args.inference)]
+        results = measure(names, case_step, args.threads, args.rounds, case, args.inference)
         task = "inference" if args.inference else "training step"
-        report(f"{args.model} {size}, {task}", *results, args.threads)
+        report(f"{case}, {task}", *results, args.threads)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ session.make_engine = thin
 sys.exit(main())
 """
 LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n"
-# 258 images: 32 steps an epoch, so that most checkpoints lie within one. Digits would import scikit-learn.
+# 258 images: 32 steps an epoch, so that most checkpoints lie within one.
 FLAGS = (
     *("--dataset", "synthetic", "--steps", str(STEPS), "--train-subset", "0.14", "--batch-size", "8"),
     *("--checkpoint-every", "7", "--eval-every", "25", "--no-report"),

@@ -6,14 +6,17 @@ The data sets of TFDS are in `experiment.data.tfds`.
 """
 
 import hashlib
+import importlib.util
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from experiment.data.augmentation import fit_image, image_of, to_gray
+from experiment.data.splitting import stratified_split
 from experiment.data.types import Batch, Dataset, Fit, Identity, Labels, Pixels, Size, Source, Statistics
 from experiment.errors import UserError
 
@@ -140,19 +143,27 @@ def digits(image_size: Size | None, resize: int | None = None, *, grayscale: boo
     """
     if grayscale:
         raise UserError(gray_already("digits"))
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
     size = image_size or (32, 32)
     fit = fit_to(size, resize)
-    images, labels = load_digits(return_X_y=True)
-    images = np.rint(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-    labels = labels.astype(np.int32)
-    split = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-    parts = [(images[part], labels[part]) for part in split]
+    rows = _digits_file()
+    images = np.rint(rows[:, :-1].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    labels = rows[:, -1].astype(np.int32)
+    parts = [(images[part], labels[part]) for part in stratified_split(labels, 0.2)]
     train, test = (ArraySource(*part, fit) for part in parts)
     sha256 = sha256_of(*parts[0], *parts[1])
     return Dataset(train, test, tuple("0123456789"), (*size, 1), *DIGITS_STATISTICS, identity(sha256))
+
+
+def _digits_file() -> npt.NDArray[np.float64]:
+    """Return scikit-learn's file of digits: rows of 64 pixels and the label.
+
+    To import scikit-learn, or a part of it, takes a second.
+    """
+    package = importlib.util.find_spec("sklearn")  # does not import it
+    assert package is not None
+    assert package.submodule_search_locations
+    path = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    return np.loadtxt(path, delimiter=",")
 
 
 class SyntheticSource:

@@ -1,5 +1,6 @@
 """Which examples are training, validation and test: by the set's own parts, else by the seed."""
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -66,3 +67,44 @@ def split_indices(
         )
     # Sorted, because files are read fastest from front to back; training is shuffled anyway.
     return np.sort(used[val_size:]), np.sort(used[:val_size])
+
+
+def stratified_split(
+    labels: npt.NDArray[np.integer], test_fraction: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the indices of the training and of the test part, with each class in both in proportion.
+
+    They are those of scikit-learn's `train_test_split(..., stratify=labels, random_state=0)`.
+    """
+    generator = np.random.RandomState(0)
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    sizes = np.array([len(indices) for indices in members])
+    test_size = math.ceil(test_fraction * len(labels))
+    train_sizes = _proportional(sizes, len(labels) - test_size, generator)
+    test_sizes = _proportional(sizes - train_sizes, test_size, generator)
+    train, test = [], []
+    for indices, train_count, test_count in zip(members, train_sizes, test_sizes, strict=True):
+        shuffled = indices[generator.permutation(len(indices))]
+        train.append(shuffled[:train_count])
+        test.append(shuffled[train_count : train_count + test_count])
+    return generator.permutation(np.concatenate(train)), generator.permutation(np.concatenate(test))
+
+
+def _proportional(
+    sizes: npt.NDArray[np.int64], count: int, generator: np.random.RandomState
+) -> npt.NDArray[np.int64]:
+    """Return how many of each class of these sizes are drawn so that it is `count` in all.
+
+    Numbers are rounded down. The classes with the largest remainders then get one more, equal ones by chance.
+    """
+    exact = sizes / sizes.sum() * count
+    drawn = np.floor(exact)
+    remainders = exact - drawn
+    for remainder in np.unique(remainders)[::-1]:
+        missing = int(count - drawn.sum())
+        if missing == 0:
+            break
+        equal = np.flatnonzero(remainders == remainder)
+        drawn[generator.choice(equal, min(len(equal), missing), replace=False)] += 1
+    numbers: npt.NDArray[np.int64] = drawn.astype(np.int64)
+    return numbers

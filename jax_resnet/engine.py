@@ -19,7 +19,7 @@ from flax import nnx
 from jax.experimental.multihost_utils import process_allgather
 
 from jax_resnet import resnet
-from jax_resnet.layers import parameter_dtype, use_matmul
+from jax_resnet.layers import on_cpu, parameter_dtype
 from jax_resnet.losses import Loss
 from jax_resnet.optimizers import state_from_dict, state_to_dict
 from jax_resnet.placement import Placement
@@ -141,7 +141,7 @@ class Engine:
         self._placement = Placement()
         self._chunk = chunk or best_chunk()
         blocks = None
-        if use_matmul() and self.device_count == 1 and model != "cnn":  # a single CPU device, a ResNet
+        if on_cpu() and self.device_count == 1 and model != "cnn":  # a single CPU device, a ResNet
             blocks = Blocks(built, self.network)
         needs_whole = remat or freeze_backbone or accumulate > 1
         self._strategy = self._choose_strategy(None if needs_whole else blocks)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-Pair = tuple[int, int]
+from jax_resnet.convolution import Pair, conv2d_cpu, conv2d_lax
 
 
 def draw(
@@ -67,53 +67,15 @@ def parameter_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def use_matmul() -> bool:
-    """True on a CPU, where convolutions are matrix products and steps may be compiled block by block.
-
-    On a CPU, XLA's convolutions are several times slower than its matrix products, forward and backward. On a
-    GPU they are cuDNN's.
-    """
+def on_cpu() -> bool:
+    """True on a CPU, which has its own forms of the convolution and may compile a step block by block."""
     return jax.default_backend() == "cpu"
-
-
-def im2col(x: jax.Array, kernel: Pair, stride: Pair, padding: Pair) -> jax.Array:
-    """The patches of x [N, H, W, C], one for each output position: [N, OH, OW, KH * KW * C].
-
-    OH = (H + 2 * padding - KH) // stride + 1, OW likewise. Each of the KH * KW kernel positions contributes
-    one strided slice of the padded image.
-    """
-    (kh, kw), (sh, sw), (ph, pw) = kernel, stride, padding
-    x = jnp.pad(x, ((0, 0), (ph, ph), (pw, pw), (0, 0)))
-    n, h, w, c = x.shape
-    oh, ow = (h - kh) // sh + 1, (w - kw) // sw + 1
-    slices = [
-        lax.slice(x, (0, i, j, 0), (n, i + (oh - 1) * sh + 1, j + (ow - 1) * sw + 1, c), (1, sh, sw, 1))
-        for i in range(kh)
-        for j in range(kw)
-    ]
-    return slices[0] if len(slices) == 1 else jnp.concatenate(slices, axis=-1)
-
-
-def conv2d_matmul(x: jax.Array, weight: jax.Array, stride: Pair, padding: Pair) -> jax.Array:
-    """The convolution of `conv2d` as one matrix product: im2col(x) @ weight as [KH * KW * I, O].
-
-    All patches are rows of one matrix, [N * OH * OW, KH * KW * I]. With N, OH and OW as separate axes XLA
-    transposes dL/dy for the gradient of the weight, and the step takes a fifth longer.
-    """
-    kh, kw, i, o = weight.shape
-    patches = im2col(x, (kh, kw), stride, padding)
-    rows = patches.reshape(-1, kh * kw * i)
-    return (rows @ weight.reshape(kh * kw * i, o)).reshape(*patches.shape[:-1], o)
 
 
 def conv2d(x: jax.Array, weight: jax.Array, stride: Pair, padding: Pair) -> jax.Array:
     """Cross-correlation of x [N, H, W, I] with weight [KH, KW, I, O]: [N, OH, OW, O]; PyTorch's conv2d."""
-    if use_matmul():
-        return conv2d_matmul(x, weight, stride, padding)
-    (ph, pw) = padding
-    return lax.conv_general_dilated(
-        x, weight, stride, ((ph, ph), (pw, pw)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    conv = conv2d_cpu if on_cpu() else conv2d_lax
+    return conv(x, weight, stride, padding)
 
 
 @jax.custom_jvp

@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_resnet.layers import use_matmul
+from jax_resnet.layers import on_cpu
 from jax_resnet.losses import PLAIN, Loss
 from jax_resnet.optimizers import bound_metrics, clip_scale, make_optimizer, parameter_kind
 from jax_resnet.state import Arrays, TrainState
@@ -280,7 +280,7 @@ def l2_norm(arrays: Mapping[str, jax.Array]) -> jax.Array:
     each sum by itself, which for ResNet-101 takes seconds. The barrier is for CPUs: without it XLA notices
     that Adam squares the gradient, too, and writes the squares to memory for both.
     """
-    if use_matmul():
+    if on_cpu():
         arrays = jax.lax.optimization_barrier(dict(arrays))
     vectors = [x for x in arrays.values() if x.ndim == 1]
     others = [x for x in arrays.values() if x.ndim != 1]

@@ -22,6 +22,11 @@ from tests.tolerances import FLOAT64_NETWORK
 if jax.default_backend() != "cpu":
     pytest.skip("other back ends compile a step as one", allow_module_level=True)
 
+LEVEL = {"xla_backend_optimization_level": 1}
+LIBRARIES = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+}
+
 
 def whole_engine(model: str = "resnet18", **options: Any) -> Any:
     """An engine as other back ends have it."""
@@ -68,7 +73,7 @@ def test_steps_at_the_level_of_users_equal_those_at_the_level_of_the_tests(monke
     options = {"width": 4, "stage_sizes": (1,)}
     monkeypatch.setenv("XLA_FLAGS", "")
     module = runpy.run_path(blockwise.__file__)
-    assert module["jit_for_cpu"].keywords == {"compiler_options": {"xla_backend_optimization_level": 1}}
+    assert module["jit_for_cpu"].keywords == {"compiler_options": {**LEVEL, **LIBRARIES}}
     engine: Any = make_engine(model_options=options)
     with engine._precision():
         blocks = module["Blocks"](engine._build(rngs=nnx.Rngs(0)), engine.network)
@@ -116,12 +121,13 @@ def test_the_first_nonfinite_step_is_counted():
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("", {"xla_backend_optimization_level": 1}),
-        ("--xla_cpu_enable_fast_math=false", {"xla_backend_optimization_level": 1}),
-        ("--xla_backend_optimization_level=0", None),
+        ("", {**LEVEL, **LIBRARIES}),
+        ("--xla_cpu_enable_fast_math=false", {**LEVEL, **LIBRARIES}),
+        ("--xla_backend_optimization_level=0", LIBRARIES),
+        ("--xla_cpu_experimental_ynn_fusion_type=", LEVEL),
     ],
 )
-def test_an_optimization_level_of_the_users_is_left_alone(flags, expected, monkeypatch):
+def test_options_that_users_set_are_left_alone(flags, expected, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
     assert compiler_options() == expected
 

@@ -38,7 +38,6 @@ NAMES: dict[str, dict[str, str]] = {
         "cross_entropy": "with its gradient; in the others in losses.py",
         "no_grad": "nothing is saved for backward; in JAX there is no such state, and PyTorch has it",
         "draw": "initial weights that both engines share; PyTorch's are its own",
-        "im2col": "PyTorch's convolution is its own",
     },
     "losses": {
         "cross_entropy": "in NumPy in layers/loss.py",

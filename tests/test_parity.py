@@ -99,7 +99,7 @@ def test_the_other_convolution_is_another_program() -> None:
             return str(jax.make_jaxpr(run)(state, x))
 
     for other in (False, True):
-        assert ("conv_general_dilated" in program(other)) == (layers.use_matmul() == other)
+        assert ("conv_general_dilated" in program(other)) == (layers.on_cpu() == other)
 
 
 # Shapes that hypothesis draws

@@ -46,13 +46,21 @@ from jax_resnet.step import (
 )
 
 
-def compiler_options() -> dict[str, int] | None:
-    """Return XLA's options for a CPU; None if XLA_FLAGS sets an optimization level.
+def compiler_options() -> dict[str, int | str]:
+    """Return XLA's options for a CPU, without those that XLA_FLAGS sets.
 
     XLA compiles in a tenth less time at level 1, and the code is no slower: most of it is library calls.
+    Products and sums are YNNPACK's, as by default. Convolutions are not, but Eigen's. In milliseconds, 3x3 on
+    two AMD EPYC cores (AVX-512), jax 0.10.2, 30 November 2026, YNNPACK and Eigen, freed memory reused
+    (mallopt): 128 maps of 16x16x32, forward 2.6 and 1.8, gradient of the kernel 7.6 and 4.6; of 8x8x64,
+    2.7 and 1.6, 5.2 and 1.9.
     """
-    level = "xla_backend_optimization_level"
-    return None if level in os.environ.get("XLA_FLAGS", "") else {level: 1}
+    libraries = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+    options: dict[str, int | str] = {
+        "xla_backend_optimization_level": 1,
+        "xla_cpu_experimental_ynn_fusion_type": libraries,
+    }
+    return {name: value for name, value in options.items() if name not in os.environ.get("XLA_FLAGS", "")}
 
 
 jit_for_cpu = partial(jax.jit, compiler_options=compiler_options())

@@ -115,9 +115,9 @@ def convolutions(other: bool) -> Iterator[None]:
     if not other:
         yield
         return
-    chosen = layers.use_matmul()
+    chosen = layers.on_cpu()
     with (
-        patch.object(layers, "use_matmul", lambda: not chosen),
+        patch.object(layers, "on_cpu", lambda: not chosen),
         patch.object(
             resnet, "run_block", lambda block, x: block(x)
         ),  # it remembers programs of the first form

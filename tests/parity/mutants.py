@@ -38,6 +38,7 @@ class Mutant(NamedTuple):
 LAYOUT, JAX_RESNET, JAX_STEP = "jax_resnet/state_dict.py", "jax_resnet/resnet.py", "jax_resnet/step.py"
 BLOCKWISE = "jax_resnet/strategies/blockwise.py"
 NUMPY_RESNET, BASE = "numpy_ref/resnet.py", "numpy_ref/optimizer_base.py"
+CONVOLUTION = "jax_resnet/convolution.py"
 JAX, JAX_OPTIMIZERS = "jax_resnet/layers.py", "jax_resnet/optimizers.py"
 REPLICA = "numpy_ref/replica.py"
 JAX_LOSSES, NUMPY_LOSSES = "jax_resnet/losses.py", "numpy_ref/losses.py"
@@ -47,16 +48,22 @@ BOUND, NUMPY_OPTIMIZERS = "jax_resnet/adabound.py", "numpy_ref/optimizers.py"
 MUTANTS = [
     Mutant(
         "jax-im2col-padding",
-        JAX,
+        CONVOLUTION,
         "((0, 0), (ph, ph), (pw, pw), (0, 0))",
         "((0, 0), (0, 2 * ph), (pw, pw), (0, 0))",
     ),
-    Mutant("jax-conv-padding", JAX, "((ph, ph), (pw, pw)), dim", "((ph, ph), (0, 2 * pw)), dim"),
+    Mutant("jax-conv-padding", CONVOLUTION, "((ph, ph), (pw, pw)), dim", "((ph, ph), (0, 2 * pw)), dim"),
     Mutant(
         "jax-kernel-transposed",
-        JAX,
+        CONVOLUTION,
         "weight.reshape(kh * kw * i, o)",
         "weight.swapaxes(0, 1).reshape(kh * kw * i, o)",
+    ),
+    Mutant(
+        "jax-columns-reversed",
+        CONVOLUTION,
+        "weight.transpose(0, 2, 1, 3)",
+        "weight[:, ::-1].transpose(0, 2, 1, 3)",
     ),
     Mutant("jax-relu-passes-zero", JAX, "_where(x > 0, dx)", "_where(x >= 0, dx)"),
     Mutant("jax-epsilon", JAX, "eps: float = 1e-5", "eps: float = 1e-3"),

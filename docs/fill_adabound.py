@@ -40,8 +40,9 @@ def page(name: str) -> str:
     study = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     parts = [
         f"# Study: {name}",
-        "`python docs/fill_adabound.py` writes this page. What the study asks, and what it answers: "
-        "[adabound.md](../adabound.md#results).",
+        f"`python docs/fill_adabound.py` writes this page. What the study asks: `studies/{name}.toml`. "
+        "Answers: [adabound.md](../adabound.md#results); "
+        "of `recipe-pieces`: [training.md](../training.md#recipes).",
         f"{head(study)} All numbers: [{name}.json]({name}.json).",
         *(
             f"![{words} of the study {name}]({path.name})"

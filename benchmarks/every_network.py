@@ -28,6 +28,7 @@ import numpy as np
 
 from benchmarks.results_file import ROOT, Record, Results, conditions
 from benchmarks.training_step import COMPILED, Case, Step, case_step, measure, torch_forms
+from numpy_ref.cores import core_count
 
 OUT, DOCUMENT = Path("runs/every_network.jsonl"), ROOT / "benchmarks" / "RESULTS.md"
 BEGIN, END = "<!-- every_network: begin -->", "<!-- every_network: end -->"
@@ -288,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = list(dict.fromkeys(case.model for case in CASES))
     parser.add_argument("--only", nargs="+", choices=models, default=models, metavar="MODEL")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=core_count())
     parser.add_argument("--out", type=Path, default=OUT, help="the file of results, read and continued")
     parser.add_argument(
         "--table", action="store_true", help=f"measure nothing; write the table into {DOCUMENT.name}"

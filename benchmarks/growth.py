@@ -9,7 +9,6 @@ FLOPs take at the machine's peak, the rate of a large float32 product. It is in 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from benchmarks.every_network import OUT, measure_cases, measure_peak, medians
 from benchmarks.results_file import ROOT, Record, Results, conditions
 from benchmarks.training_step import Case
+from numpy_ref.cores import core_count
 
 FIGURE = ROOT / "docs" / "growth.png"
 MODEL, BATCH, SIDE = "resnet20", 32, 32
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.growth", description="draw how a step's time grows"
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=core_count())
     parser.add_argument("--out", type=Path, default=OUT, help="the file of results, read and continued")
     options = parser.parse_args(argv)
     results, where = Results(options.out), conditions(options.threads)

@@ -2,7 +2,7 @@
 
 Chosen on a single CPU device. `whole.py` compiles a training step into one function. ResNet-101 has 33 blocks
 of eight kinds, and such a function contains each of them. Here XLA compiles, and loads from its cache, every
-kind once; and a block compiled by itself also runs faster, by a fifth (benchmarks/RESULTS.md).
+kind once; and a block compiled by itself also runs faster, by a fifth (benchmarks/HISTORY.md).
 
 Forward computes each block with `jax.vjp`, and so returns the block's output and its pullback: the function
 from dL/dy to dL/dparams and dL/dx, with the arrays that it saved. Backward calls the pullbacks in reverse,

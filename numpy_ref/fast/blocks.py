@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -55,17 +55,12 @@ def fold_sums(sums: Array, fold: int) -> Array:
     return sums if fold == 1 else np.asarray(sums.reshape(*sums.shape[:-1], fold, -1).sum(-2))
 
 
-def sum_rows(rows: Array, parts: Iterable[slice]) -> Array:
-    """Add up rows [M, C] to float64 [C]; each part by BLAS, in the type of the rows."""
-    ones, sums = np.ones(len(rows), rows.dtype), np.zeros(rows.shape[1], np.float64)
-    for part in parts:
-        sums += ones[part] @ rows[part]
-    return sums
-
-
 def sum_pixels(x: Array) -> Array:
     """Add up x [..., C] over all axes but the last, [C]; float32 in float64, 128 rows at a time."""
     if x.dtype == np.float64:
         return np.asarray(x.sum(tuple(range(x.ndim - 1))))
     rows, fold = widen(x)
-    return fold_sums(sum_rows(rows, slices(len(rows), 128)), fold)
+    ones, sums = np.ones(len(rows), rows.dtype), np.zeros(rows.shape[1], np.float64)
+    for part in slices(len(rows), 128):
+        sums += ones[part] @ rows[part]
+    return fold_sums(sums, fold)

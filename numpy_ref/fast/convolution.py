@@ -41,7 +41,7 @@ def choose_algorithm(
       `WINOGRAD_PIXELS` pixels, N H W. It saves 20 of 36 products, and has to transform the kernels in every
       step, whatever the number of pixels. Forward and backward took 0.70 of the time of `Im2col` for
       2 @ 28x28x128, 0.77 for 14x14x256, and 0.98 for 4 @ 6x6x256, 144 pixels, which is left to `Im2col`
-      (benchmarks/RESULTS.md, 25 and 26 November 2026).
+      (25 and 26 November 2026).
     - `Shifted` where at most half of the products of `Im2col` would meet the image, the others its padding:
       on 2x2 images, four of nine taps of a padded 3x3 kernel. It took 0.16 of the processor time of `Im2col`
       for 16 @ 1x1x512 and 0.6 for 16 @ 2x2x512 (28 November 2026, one thread, on a busy machine). Half is a

@@ -21,6 +21,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax_resnet import resnet
 from jax_resnet.layers import on_cpu, parameter_dtype
 from jax_resnet.losses import Loss
+from jax_resnet.memory import reuse_freed_memory
 from jax_resnet.optimizers import state_from_dict, state_to_dict
 from jax_resnet.placement import Placement
 from jax_resnet.state import TrainState
@@ -103,6 +104,8 @@ class Engine:
         self.learning_rate, self.ema_decay = learning_rate, ema_decay
         self.optimizer = Optimizer(optimizer, dict(optimizer_options), clip_grad_norm)
         self._x64 = precision == "float64"
+        if getattr(resnet.MODELS[model], "func", None) is resnet.resnet_cifar:  # the CIFAR family
+            reuse_freed_memory()
         self._num_classes, self._seed = num_classes, seed
         self._build = partial(
             resnet.MODELS[model],

@@ -1,103 +1,101 @@
-"""Time and memory of --accumulate, --remat, --precision bfloat16 and --freeze-backbone in the JAX engine.
+"""Draw time against memory of the JAX engine's flags, beside NumPy and PyTorch: docs/memory.png.
 
-python -m benchmarks.memory --model resnet101 --batch-size 16 --size 96 --rounds 5
+    python -m benchmarks.memory
+    python -m benchmarks.memory --model resnet101 --size 16@96x96x3
 
-Time: a training step with Adam, medians of interleaved rounds. Memory: XLA's count for the compiled step
-without its arguments and results (on a CPU and on a GPU alike), and the state's.
+Each is a process with the same number of threads. Time: a training step with Adam, medians of interleaved
+rounds. Memory: the peak of the process and its children, less its memory after imports, so with parameters,
+gradients and the optimizer's state. The compilation's own memory counts too where it is the peak.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
+from benchmarks.results_file import ROOT
+from benchmarks.training_step import ENGINES, Case, case_step, measure, parse_size, torch_forms
+from numpy_ref.cores import core_count
 
-from jax_resnet import Engine
-
-CANDIDATES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "--accumulate 2": {"accumulate": 2},
-    "--accumulate 4": {"accumulate": 4},
-    "--remat": {"remat": True},
-    "--remat --accumulate 4": {"remat": True, "accumulate": 4},
-    "--precision bfloat16": {"precision": "bfloat16"},
-    "--freeze-backbone": {"freeze_backbone": True},
-}
-
-
-class Candidate:
-    """An engine ready to take steps on one batch."""
-
-    def __init__(self, model: str, batch: dict[str, np.ndarray], options: dict[str, Any]) -> None:
-        self.engine = Engine(
-            model=model,
-            model_options={},
-            num_classes=10,
-            image_shape=batch["image"].shape[1:],
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
-            optimizer="adam",
-            optimizer_options={},
-            learning_rate=lambda step: 1e-3,
-            **options,
-        )
-        self.batch = batch
-        state = self.engine.init()
-        self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        whole = self.engine.whole()
-        self.engine._strategy = whole  # on a CPU too, where not all flags need it
-        lowered = whole.compiled.lower(state, whole.placement.shard_batch(batch), np.float32(1e-3))
-        analysis = lowered.compile().memory_analysis()
-        if analysis is None:
-            raise RuntimeError("XLA does not tell of this device how much memory a program needs")
-        self.temporary_bytes = int(analysis.temp_size_in_bytes)
-        self.state = state
-        self.seconds: list[float] = []
-
-    def step(self) -> None:
-        """Take a step and record its seconds."""
-        begun = time.perf_counter()
-        ((self.state, metrics),) = self.engine.train(self.state, [self.batch])
-        float(metrics["grad_norm"])  # waits for the device
-        self.seconds.append(time.perf_counter() - begun)
+FIGURE = ROOT / "docs" / "memory.png"
+JAX = [name for name in ENGINES if name.startswith("jax")]
+CASES = (
+    Case("resnet20", 128, (32, 32, 3)),
+    Case("resnet50", 8, (96, 96, 3)),
+    Case("resnet101", 32, (32, 32, 1)),
+    Case("resnet101", 8, (96, 96, 3)),
+    Case("resnet101", 4, (224, 224, 3)),
+)
+Point = tuple[float, float]  # seconds, bytes
 
 
-def main() -> None:
+def measure_points(case: Case, names: Sequence[str], threads: int, rounds: int) -> dict[str, Point]:
+    """Return seconds and bytes by name; "PyTorch" is the fastest of its eager forms."""
+    forms = torch_forms(inference=False)
+    seconds, sizes = measure([*names, *forms], case_step, threads, rounds, case, False)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    fastest = min(forms, key=medians.__getitem__)
+    points = {name: (medians[name], float(sizes[name])) for name in names}
+    return {**points, "PyTorch": (medians[fastest], float(sizes[fastest]))}
+
+
+def print_table(case: Case, points: dict[str, Point]) -> None:
+    """Print a row for each candidate, as ratios to PyTorch."""
+    seconds, size = points["PyTorch"]
+    print(f"\n{case}\n\n| | MB | of PyTorch | s a step | of PyTorch |\n| --- | --- | --- | --- | --- |")
+    for name, (own, memory) in points.items():
+        print(f"| {name} | {memory / 1e6:.0f} | {memory / size:.2f} | {own:.3f} | {own / seconds:.2f} |")
+
+
+def draw(results: dict[Case, dict[str, Point]], path: Path) -> None:
+    """Draw a panel for each case."""
+    from matplotlib.figure import Figure
+
+    from experiment.report.style import BLUE, DOCUMENT_WIDTH, GREEN, ORANGE, save_document, style
+
+    with style():
+        figure = Figure(figsize=(DOCUMENT_WIDTH, 2.4 * -(-len(results) // 3)), layout="constrained")
+        panels: Any = figure.subplots(-(-len(results) // 3), 3, squeeze=False).flat
+        for axes, (case, points) in zip(panels, results.items(), strict=False):
+            seconds, size = points["PyTorch"]
+            for name, (own, memory) in points.items():
+                color = GREEN if name == "PyTorch" else BLUE if name == "numpy" else ORANGE
+                axes.plot(memory / size, own / seconds, "o", color=color, ms=5)
+                label = "NumPy" if name == "numpy" else "JAX" if name == "jax" else name.removeprefix("jax ")
+                axes.annotate(
+                    label, (memory / size, own / seconds), (4, 4), textcoords="offset points", fontsize=7
+                )
+            axes.axvline(1, color=GREEN, lw=0.6, ls="--")
+            axes.set(xlabel="memory / PyTorch's", ylabel="time / PyTorch's")
+            axes.margins(0.25)
+            axes.set_title(str(case), fontsize=9)
+        for axes in list(panels):
+            axes.set_visible(False)
+        save_document(figure, path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="resnet101")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--size", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    rng = np.random.default_rng(0)
-    shape = (args.batch_size, args.size, args.size, 3)
-    batch = {
-        "image": rng.integers(256, size=shape, dtype=np.uint8),
-        "label": rng.integers(10, size=args.batch_size, dtype=np.int32),
-    }
-    candidates = {name: Candidate(args.model, batch, options) for name, options in CANDIDATES.items()}
-    for number in range(args.rounds + 1):
-        for candidate in candidates.values():
-            candidate.step()
-            if number == 0:  # compiled, or read from a cache
-                candidate.seconds.clear()
-    plain = candidates["plain"]
-    device = jax.devices()[0]
-    print(f"{args.model}, batch {args.batch_size} of {args.size}x{args.size}x3, Adam, {device.device_kind}")
-    print("| flags | MB | of plain | s a step | of plain |\n| --- | --- | --- | --- | --- |")
-    for name, candidate in candidates.items():
-        seconds, reference = statistics.median(candidate.seconds), statistics.median(plain.seconds)
-        megabytes, share = candidate.temporary_bytes / 1e6, candidate.temporary_bytes / plain.temporary_bytes
-        print(f"| `{name}` | {megabytes:.0f} | {share:.2f} | {seconds:.3f} | {seconds / reference:.2f} |")
-    print(
-        f"The state itself: {plain.state_bytes / 1e6:.0f} MB, with a frozen backbone "
-        f"{candidates['--freeze-backbone'].state_bytes / 1e6:.0f} MB."
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description="time against memory of the JAX engine's flags"
     )
+    parser.add_argument("--model", help="with --size: this network alone; nothing is drawn")
+    parser.add_argument("--size", default="8@96x96x3", help="BATCH@HxWxC")
+    parser.add_argument("--engine", nargs="+", choices=list(ENGINES), default=[*JAX, "numpy"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=core_count())
+    args = parser.parse_args(argv)
+    cases = [Case(args.model, *parse_size(args.size))] if args.model else CASES
+    results = {}
+    for case in cases:
+        results[case] = measure_points(case, args.engine, args.threads, args.rounds)
+        print_table(case, results[case])
+    if not args.model:
+        draw(results, FIGURE)
+        print(f"drawn: {FIGURE}")
 
 
 if __name__ == "__main__":

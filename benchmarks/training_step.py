@@ -32,10 +32,17 @@ import numpy as np
 Seconds = dict[str, list[float]]
 Step = Callable[[], object]
 
-ENGINES = {
-    "jax": ("jax_resnet", {}),
-    "numpy": ("numpy_ref", {}),
-    "numpy, patches kept": ("numpy_ref", {"keep_patches": True}),
+# name: package, options of the network's builder, options of the engine
+ENGINES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "jax": ("jax_resnet", {}, {}),
+    "jax --remat": ("jax_resnet", {}, {"remat": True}),
+    "jax --accumulate 2": ("jax_resnet", {}, {"accumulate": 2}),
+    "jax --accumulate 4": ("jax_resnet", {}, {"accumulate": 4}),
+    "jax --remat --accumulate 4": ("jax_resnet", {}, {"remat": True, "accumulate": 4}),
+    "jax --precision bfloat16": ("jax_resnet", {}, {"precision": "bfloat16"}),
+    "jax --freeze-backbone": ("jax_resnet", {}, {"freeze_backbone": True}),
+    "numpy": ("numpy_ref", {}, {}),
+    "numpy, patches kept": ("numpy_ref", {"keep_patches": True}, {}),
 }
 TORCH_FORMS = {
     "torch NCHW, Adam": (False, False),
@@ -88,11 +95,11 @@ def package_of(name: str) -> str:
 
 def engine_step(name: str, case: Case, inference: bool) -> Step:
     """Return a function that takes one training step with an engine, or computes one batch of logits."""
-    package, options = ENGINES[name]
+    package, model_options, engine_options = ENGINES[name]
     batch, shape = case.batch, case.shape
     engine = importlib.import_module(package).Engine(
         model=case.model,
-        model_options={**case.options, **options},
+        model_options={**case.options, **model_options},
         num_classes=10,
         image_shape=shape,
         mean=(0.5,) * shape[2],
@@ -100,6 +107,7 @@ def engine_step(name: str, case: Case, inference: bool) -> Step:
         optimizer="adam",
         optimizer_options={},
         learning_rate=lambda step: 1e-3,
+        **engine_options,
     )
     rng = np.random.default_rng(0)
     image = rng.standard_normal((batch, *shape)).astype(np.float32)

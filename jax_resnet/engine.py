@@ -146,17 +146,17 @@ class Engine:
         blocks = None
         if on_cpu() and self.device_count == 1 and model != "cnn":  # a single CPU device, a ResNet
             blocks = Blocks(built, self.network)
-        needs_whole = remat or freeze_backbone or accumulate > 1
-        self._strategy = self._choose_strategy(None if needs_whole else blocks)
+        needs_whole = freeze_backbone or accumulate > 1
+        self._strategy = self._choose_strategy(None if needs_whole else blocks, remat)
         self._eval_step: Callable[..., jax.Array] = blocks.eval_step if blocks else self._whole_eval_step()
 
-    def _choose_strategy(self, blocks: Blocks | None) -> Strategy:
+    def _choose_strategy(self, blocks: Blocks | None, remat: bool) -> Strategy:
         """Choose how steps are taken; `blocks` is given where a step may be taken block by block."""
         if self._chunk > 1:  # a GPU, or `chunk` is given
             return Chunked(self._step, self._placement, self._chunk)
         if blocks is not None:  # a single CPU device
             options: Any = {"log_gradients": self.log_gradients, "ema_decay": self.ema_decay}
-            return Blockwise(blocks, self.optimizer, self._placement, **options)
+            return Blockwise(blocks, self.optimizer, self._placement, remat=remat, **options)
         return self.whole()
 
     def whole(self) -> Whole:

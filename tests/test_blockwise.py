@@ -16,7 +16,7 @@ from jax_resnet.strategies import blockwise
 from jax_resnet.strategies.blockwise import Blockwise, compiler_options
 from jax_resnet.strategies.whole import Whole
 from tests.helpers.comparing import assert_all_close, assert_close, quick_jit
-from tests.helpers.jax_engine import FIELDS, THIN, flat, make_batches, make_engine, train
+from tests.helpers.jax_engine import FIELDS, THIN, assert_same_bits, flat, make_batches, make_engine, train
 from tests.tolerances import FLOAT64_NETWORK
 
 if jax.default_backend() != "cpu":
@@ -84,6 +84,35 @@ def test_steps_at_the_level_of_users_equal_those_at_the_level_of_the_tests(monke
         assert_all_close("metrics", found, wanted, FLOAT64_NETWORK)
 
 
+@pytest.mark.parametrize("dropped", [False, True])
+def test_remat_saves_the_inputs_of_the_blocks_alone_and_changes_no_bit(monkeypatch, dropped):
+    batches = make_batches(3)
+    plain, twice = make_engine(), make_engine(remat=True)
+    if dropped:
+        factors = np.random.default_rng(0).integers(2, size=(len(batches[0]["label"]), plain.num_blocks))
+        batches = [{**batch, "drop_path": factors * 2.0} for batch in batches]
+    (state, metrics), (other, found) = (train(engine, engine.init(), batches) for engine in (plain, twice))
+    assert_same_bits(flat(twice.to_tree(other)), flat(plain.to_tree(state)))
+    for step, expected in zip(found, metrics, strict=True):
+        assert_same_bits(step, expected)
+
+    saved: list[int] = []
+    forward = blockwise._forward
+
+    def counted(*args: Any) -> Any:
+        result = forward(*args)
+        saved.append(sum(array.nbytes for array in jax.live_arrays()))
+        return result
+
+    monkeypatch.setattr(blockwise, "_forward", counted)
+    peaks = []
+    for engine in (plain, twice):
+        train(engine, engine.init(), batches[:1])
+        peaks.append(max(saved) - saved[0])
+        saved.clear()
+    assert peaks[1] < 0.8 * peaks[0]
+
+
 def test_float32_stays_float32():
     engine = make_engine(precision="float32")
     state, (metrics,) = train(engine, engine.init(), make_batches(1))
@@ -132,7 +161,7 @@ def test_options_that_users_set_are_left_alone(flags, expected, monkeypatch):
     assert compiler_options() == expected
 
 
-@pytest.mark.parametrize("options", [{"accumulate": 2}, {"remat": True}, {"freeze_backbone": True}])
+@pytest.mark.parametrize("options", [{"accumulate": 2}, {"freeze_backbone": True}])
 def test_what_needs_a_whole_step_has_it(options):
     engine: Any = make_engine(**options)
     assert isinstance(engine._strategy, Whole)

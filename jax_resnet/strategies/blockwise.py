@@ -7,6 +7,7 @@ kind once; and a block compiled by itself also runs faster, by a fifth (benchmar
 Forward computes each block with `jax.vjp`, and so returns the block's output and its pullback: the function
 from dL/dy to dL/dparams and dL/dx, with the arrays that it saved. Backward calls the pullbacks in reverse,
 and updates the parameters of a block at once, in place: no more than one block's gradient is in memory.
+With `remat` only the inputs of the blocks are saved, and backward computes each block again.
 Clipping needs the norm of all gradients first: with it, backward ends before the first update.
 """
 
@@ -120,10 +121,11 @@ class Blockwise:
         optimizer: Optimizer,
         placement: Placement,
         *,
+        remat: bool = False,
         log_gradients: bool = False,
         ema_decay: float | None = None,
     ) -> None:
-        self._blocks, self._placement = blocks, placement
+        self._blocks, self._placement, self._remat = blocks, placement, remat
         self._clip_grad_norm, self._ema_decay = optimizer.clip_grad_norm, ema_decay
         self._backward = jit_for_cpu(partial(_backward, optimizer, log_gradients), donate_argnums=(0, 1))
         self._pull_back = jit_for_cpu(partial(_pull_back, log_gradients))
@@ -151,7 +153,8 @@ class Blockwise:
             params = take(state.params, block.params)
             batch_stats = take(state.batch_stats, block.batch_stats)
             x, pullback, updated_stats = _forward(block.train, number > 0, params, batch_stats, x, keep)
-            pullbacks.append(pullback)
+            pullbacks.append(None if self._remat else pullback)
+            del pullback
             new_batch_stats |= rename(updated_stats, block.batch_stats)
         logits = x
         loss, dy = self._blocks.loss(logits, labels_of(batch))
@@ -161,10 +164,13 @@ class Blockwise:
         norms: Metrics = {}
         clipped: Metrics = {}
         unclipped: list[tuple[Block, Arrays, jax.Array]] = []  # with clipping: blocks, gradients, their norms
-        for block in reversed(self._blocks.blocks):
+        for number, block in reversed(list(enumerate(self._blocks.blocks))):
             params = take(state.params, block.params)
             pullback = pullbacks.pop()  # the arrays that it saved are free after this
             x = inputs.pop()
+            if self._remat:
+                batch_stats = take(state.batch_stats, block.batch_stats)
+                _, pullback, _ = _forward(block.train, number > 0, params, batch_stats, x, keeps[number])
             if self._clip_grad_norm is None:
                 moments = moments_of(state.opt_state, block.params)
                 update, block_norms, dy = self._backward(params, moments, counts, pullback, x, dy, lr)

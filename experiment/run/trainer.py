@@ -277,7 +277,12 @@ class Trainer:
         }
 
     def _write_weights(self, name: str, tree: dict[str, Any]) -> None:
-        metadata = {"model": self.config.model, "dataset": self.config.dataset, "step": self.step}
+        metadata: dict[str, Any] = {
+            "model": self.config.model,
+            "dataset": self.config.dataset,
+            "step": self.step,
+        }
+        metadata["identity"] = self.identity
         self.output.write_weights(name, tree, metadata)
 
     def _line(self, split: str, scope: str, step: int) -> dict[str, Any]:

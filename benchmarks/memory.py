@@ -21,7 +21,7 @@ from benchmarks.training_step import ENGINES, Case, case_step, measure, parse_si
 from numpy_ref.cores import core_count
 
 FIGURE = ROOT / "docs" / "memory.png"
-JAX = [name for name in ENGINES if name.startswith("jax")]
+DEFAULT = ("jax", "jax --remat", "jax --accumulate 4", "jax --remat --accumulate 4", "numpy")
 CASES = (
     Case("resnet20", 128, (32, 32, 3)),
     Case("resnet50", 8, (96, 96, 3)),
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", help="with --size: this network alone; nothing is drawn")
     parser.add_argument("--size", default="8@96x96x3", help="BATCH@HxWxC")
-    parser.add_argument("--engine", nargs="+", choices=list(ENGINES), default=[*JAX, "numpy"])
+    parser.add_argument("--engine", nargs="+", choices=list(ENGINES), default=list(DEFAULT))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=core_count())
     args = parser.parse_args(argv)

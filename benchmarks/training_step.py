@@ -44,6 +44,7 @@ ENGINES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "numpy": ("numpy_ref", {}, {}),
     "numpy, patches kept": ("numpy_ref", {"keep_patches": True}, {}),
 }
+BY_HAND = "numpy, by hand"  # one process: forward, backward and step, as in docs/tour.md
 TORCH_FORMS = {
     "torch NCHW, Adam": (False, False),
     "torch NCHW, fused Adam": (False, True),
@@ -90,7 +91,7 @@ def torch_forms(inference: bool) -> list[str]:
 
 def package_of(name: str) -> str:
     """Return the package that a candidate imports."""
-    return ENGINES[name][0] if name in ENGINES else "torch_oracle"
+    return "numpy_ref" if name == BY_HAND else ENGINES[name][0] if name in ENGINES else "torch_oracle"
 
 
 def engine_step(name: str, case: Case, inference: bool) -> Step:
@@ -119,6 +120,25 @@ def engine_step(name: str, case: Case, inference: bool) -> Step:
     steps = engine.train(state, batches)
     # Block by block, the loss is there before the backward pass; the gradient's norm comes last
     return lambda: float(next(steps)[1]["grad_norm"])
+
+
+def by_hand_step(case: Case, inference: bool) -> Step:
+    """Return the same function for a NumPy network without an engine."""
+    import numpy_ref
+
+    rng, channels = np.random.default_rng(0), case.shape[2]
+    model = numpy_ref.resnet.MODELS[case.model](10, channels, rng=rng, **case.options)
+    optimizer = numpy_ref.Adam(model.parameters(), lr=1e-3)
+    image = rng.standard_normal((case.batch, *case.shape)).astype(np.float32)
+    label = np.arange(case.batch) % 10
+
+    def step() -> None:
+        _, dlogits = numpy_ref.cross_entropy(model.forward(image, train=True), label)
+        model.backward(dlogits)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return (lambda: model.forward(image)) if inference else step
 
 
 def torch_step(name: str, case: Case, inference: bool) -> Step:
@@ -157,6 +177,8 @@ def torch_step(name: str, case: Case, inference: bool) -> Step:
 
 def case_step(name: str, case: Case, inference: bool) -> Step:
     """Return the function of a candidate."""
+    if name == BY_HAND:
+        return by_hand_step(case, inference)
     return (engine_step if name in ENGINES else torch_step)(name, case, inference)
 
 
@@ -295,7 +317,8 @@ def main() -> None:
     parser.add_argument(
         "--size", nargs="+", default=["32@32x32x1", "8@96x96x3", "4@224x224x3"], help="BATCH@HxWxC"
     )
-    parser.add_argument("--engine", nargs="+", choices=list(ENGINES), default=["jax", "numpy"])
+    candidates = [*ENGINES, BY_HAND]
+    parser.add_argument("--engine", nargs="+", choices=candidates, default=["jax", "numpy"])
     parser.add_argument("--inference", action="store_true", help="time logits instead of training steps")
     parser.add_argument("--model", default="resnet101")
     parser.add_argument("--rounds", type=int, default=9)

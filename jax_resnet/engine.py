@@ -104,7 +104,7 @@ class Engine:
         self.learning_rate, self.ema_decay = learning_rate, ema_decay
         self.optimizer = Optimizer(optimizer, dict(optimizer_options), clip_grad_norm)
         self._x64 = precision == "float64"
-        if getattr(resnet.MODELS[model], "func", None) is resnet.resnet_cifar:  # the CIFAR family
+        if has_large_maps(model, image_shape, **model_options):
             reuse_freed_memory()
         self._num_classes, self._seed = num_classes, seed
         self._build = partial(
@@ -334,6 +334,15 @@ class Engine:
 
     def _precision(self) -> Any:
         return jax.enable_x64(self._x64)
+
+
+def has_large_maps(
+    model: str, image_shape: tuple[int, int, int], *, small_images: bool = False, **_: Any
+) -> bool:
+    """True if the maps after a network's stem have 1,024 pixels or more: then they outweigh its weights."""
+    height, width, _channels = image_shape
+    full_size = small_images or getattr(resnet.MODELS[model], "func", None) is not resnet.resnet_imagenet
+    return height * width >= (1024 if full_size else 16 * 1024)
 
 
 def copied(tree: Tree) -> Tree:

@@ -141,7 +141,7 @@ print(pages[-1] - pages[-2])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
-def test_a_step_of_the_cifar_family_gets_no_new_memory():
+def test_a_step_with_large_maps_gets_no_new_memory():
     """Page faults of the fifth step; with malloc set up by the user, XLA's arrays are new ones."""
     without = {
         name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))

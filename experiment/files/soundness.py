@@ -1,6 +1,6 @@
 """What is wrong with the files of a run, of a checkpoint, or with weights; nothing is changed."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def verify_run(run_dir: Path) -> Iterator[Finding]:
             finding, shapes[path] = verify_weights(path, record)
             which = next((which for which, name in results.WEIGHTS.items() if path == run_dir / name), None)
             if which is not None:
-                _try(finding, lambda which=which: results.check_weights(run_dir, which))
+                _check_step(finding, run_dir, which)
             yield _like_the_others(finding, shapes)
     yield from _verify_results(run_dir)
 
@@ -211,11 +211,16 @@ def _like_the_others(finding: Finding, shapes: dict[Path, Shapes]) -> Finding:
     return finding
 
 
-def _try(finding: Finding, check: Callable[[], None]) -> None:
+def _check_step(finding: Finding, run_dir: Path, which: str) -> None:
+    """Note weights of another step than metrics.jsonl says; of a completed run that is a problem."""
     try:
-        check()
+        results.check_weights(run_dir, which)
     except UserError as error:
-        finding.problems.append(_without(finding.path, error))
+        try:
+            completed = results.read_summary(run_dir) is not None
+        except UserError:
+            completed = False
+        (finding.problems if completed else finding.notes).append(_without(finding.path, error))
 
 
 def _without(path: Path, error: UserError) -> str:

@@ -22,6 +22,7 @@ from experiment.commands import evaluate, train, verify
 from experiment.run.console import exit_status
 
 RUN = ["--framework", "numpy", "--model", "cnn", "--train-subset", "0.1", "--batch-size", "16", "--no-report"]
+RUN += ["--schedule", "constant"]
 STEPS, LONGER = "8", "12"
 NOT_READ = ("log.txt", ".lock")  # nothing is computed from them
 COMPARED = ("metrics.jsonl", "weights.safetensors", "weights-best.safetensors")

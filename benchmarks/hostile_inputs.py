@@ -229,7 +229,7 @@ HOSTILE: dict[str, list[bytes]] = {
         safetensors({"<script>alert(1)</script>\n\x1b[31m": TENSOR}),
         safetensors({"conv1.weight": {**TENSOR, "dtype": "I32"}}),
         safetensors({"__metadata__": {"run": "[" * 50_000}, "a": TENSOR}),
-        safetensors({"__metadata__": {"run": '{"step": -1, "tensors_sha256": 3}'}, "a": TENSOR}),
+        safetensors({"__metadata__": {"run": '{"step": -1, "sha256": 3}'}, "a": TENSOR}),
     ],
     "toml": [
         b"",

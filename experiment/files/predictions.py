@@ -73,7 +73,7 @@ def load(path: Path) -> Predictions:
     """Read what `Predictions.save` wrote. Raises UserError if the file is absent, damaged or another."""
     try:
         check_regular(path)
-        with np.load(path) as file:
+        with open(path, "rb") as content, np.load(content) as file:
             loaded = Predictions(
                 step=int(file["step"]),
                 class_names=tuple(map(str, file["class_names"])),

@@ -53,8 +53,11 @@ def verify_weights(path: Path, record: dict[str, Any] | None = None) -> tuple[Fi
             results.check_identity(path, record)
     except UserError as error:
         finding.problems.append(_without(path, error))
-    if not finding.problems and weights.HASH not in weights.record_of(path):
-        finding.notes.append("it has no hash of its tensors: flipped bits cannot be noticed")
+    written = weights.record_of(path)
+    if record is not None and not written:
+        finding.problems.append("it has no record of a run")
+    elif weights.HASH not in written:
+        finding.notes.append("it has no hash of its content: flipped bits cannot be noticed")
     return finding, shapes
 
 

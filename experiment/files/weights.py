@@ -24,8 +24,8 @@ WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wra
 HEADS = (*HEAD_NAMES, "head.fc", "head", "classifier")  # beside a backbone: its last layer
 FIRST_KERNELS = ("conv1.weight", "conv.weight")  # of the ResNets, of the small CNN
 LARGEST = np.finfo(np.float32).max
-HASH = "tensors_sha256"
-"""The entry of a run's record in a weights file with the hash of the tensors, `tensors_sha256`."""
+HASH = "sha256"
+"""The entry of a run's record in a weights file that holds `content_sha256`."""
 
 
 def from_tree(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -61,15 +61,24 @@ def load(path: Path) -> dict[str, np.ndarray]:
         else:
             raise UserError(f"{path}: {name} is of type {kind}; save it as one of {', '.join(TYPES)}, BF16")
         tensors[name] = array.reshape(entry["shape"])
-    recorded = _record(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])).get(HASH)
-    if recorded is not None and recorded != tensors_sha256(tensors):
-        raise UserError(f"{path}: its tensors differ from their SHA-256: it is damaged; take another copy")
+    record = _record(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]))
+    if (recorded := record.pop(HASH, None)) is None:
+        sound = "identity" not in record  # else a version that writes both has written it
+    else:
+        sound = recorded == content_sha256(tensors, record)
+    if not sound:
+        raise UserError(f"{path}: its content differs from its SHA-256: it is damaged; take another copy")
     return tensors
 
 
-def tensors_sha256(tensors: Mapping[str, np.ndarray]) -> str:
-    """Return the SHA-256 of tensors in hexadecimal: of names, types, shapes and values, ordered by name."""
-    digest = hashlib.sha256()
+def content_sha256(tensors: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a weights file's content in hexadecimal.
+
+    Args:
+        tensors: by name; their names, types, shapes and values count, in the order of the names.
+        record: what the run has written about itself, without the hash.
+    """
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
@@ -231,5 +240,5 @@ def save(path: Path, state_dict: Mapping[str, np.ndarray], metadata: Mapping[str
 
     tensors = {name: np.ascontiguousarray(array) for name, array in state_dict.items()}
     # One entry only: the library writes several in an order that changes from call to call.
-    header = {"run": json.dumps({**metadata, HASH: tensors_sha256(tensors)})}
+    header = {"run": json.dumps({**metadata, HASH: content_sha256(tensors, metadata)})}
     write_file(path, serialize(tensors, header))

@@ -190,18 +190,23 @@ class Checkpoints:
         return True
 
     def _remove_unused_best(self) -> None:
-        used = {self.best_weights(step) for step in map(self._best_step, self.steps()) if step is not None}
+        try:
+            steps = [self._best_step(step) for step in self.steps()]
+        except (OSError, ValueError):  # a damaged checkpoint may refer to any
+            return
+        used = {self.best_weights(step) for step in steps if step is not None}
         for path in self.directory.glob("weights-best-*.safetensors"):
             if path not in used:
                 path.unlink()
 
     def _best_step(self, step: int) -> int | None:
-        """Return the step of the best weights at a checkpoint, or None if there are none."""
-        try:
-            best = read_checked_json(self.directory / str(step) / "run.json", CheckpointRecord).get("best")
-        except (OSError, ValueError):
-            return None
-        return best and best["step"]
+        """Return the step of the best weights at a checkpoint, or None if there are none yet.
+
+        Raises OSError or ValueError if its run.json is damaged.
+        """
+        record: dict[str, Any] = read_checked_json(self.directory / str(step) / "run.json", CheckpointRecord)
+        best: dict[str, int] | None = record.get("best")
+        return None if best is None else best["step"]
 
     def load_newest(self, report: Callable[[str], None]) -> tuple[int, Tree, dict[str, Any]] | None:
         """(step, tree, run) of the newest whole checkpoint, or None if there is none at all.

@@ -21,8 +21,10 @@ FILE = "predictions.npz"
 ARRAYS = ("labels", "predictions", "confidences", "shown")
 SAMPLES = 32
 MISTAKES = 32
-DAMAGES = (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, MemoryError, OverflowError)
-DAMAGES += (NotImplementedError, SyntaxError, RecursionError, zipfile.BadZipFile, zlib.error)
+DAMAGES: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, KeyError, TypeError, IndexError, EOFError, MemoryError, OverflowError),
+    *(NotImplementedError, SyntaxError, RecursionError, zipfile.BadZipFile, zlib.error),
+)
 """What NumPy and zipfile raise for a damaged file; MemoryError for a header with huge shapes."""
 THUMBNAIL = 96
 """Pixels of the longer side, at most, of an image that is kept."""

@@ -282,7 +282,10 @@ class Trainer:
             "dataset": self.config.dataset,
             "step": self.step,
         }
-        metadata["identity"] = self.identity
+        # without the file that the run began from, which is of one machine
+        metadata["identity"] = {
+            name: value for name, value in self.identity.items() if not name.startswith("init_from")
+        }
         self.output.write_weights(name, tree, metadata)
 
     def _line(self, split: str, scope: str, step: int) -> dict[str, Any]:

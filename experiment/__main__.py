@@ -17,6 +17,7 @@ COMMANDS = {
     "parity": "one network in NumPy, JAX and PyTorch: the first stage at which two of them depart",
     "predict": "the most likely classes of images in files, by a completed run",
     "study": "optimizers x seeds by a TOML file: tuned alike, compared with intervals",
+    "verify": "runs, checkpoints and weights: are they what was written?",
     "prepare": "download a TFDS data set and bring it into the form that training reads",
     "report": "a page of a run, finished or not: curves, classes, mistakes, samples",
 }

@@ -1,5 +1,6 @@
 """Exceptions whose message is the one line that the user sees, and parts of such lines."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -20,6 +21,25 @@ class DivergedError(RunFailedError):
 
 class FolderLostError(RunFailedError):
     """The folder of a run is no longer the one that it locked: nothing more may be written there."""
+
+
+LONGEST = 1000
+"""The most characters of a line on the terminal."""
+
+
+def printable(text: str) -> str:
+    r"""Return a message as one line that a terminal shows as it is.
+
+    Line breaks become spaces, other control characters escapes, and the middle of a line of more than
+    `LONGEST` characters is left out. File names, tensor names and arguments may hold anything.
+
+    Examples:
+        >>> printable("no file \x1b[31mred\n")
+        'no file \\x1b[31mred'
+    """
+    text = re.sub(r"\s*[\r\n]\s*", " ", text.strip())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 + 5 :]}"
 
 
 def one_line(error: object) -> str:

@@ -77,7 +77,7 @@ PACKAGES = {
         },
     ),
     "experiment": Rules(
-        HEAVY | {"filelock", "numpy", "rich", "safetensors", "tqdm"},
+        HEAVY | {"filelock", "msgspec", "numpy", "rich", "safetensors", "tqdm"},
         lazily={
             "experiment/commands/certify.py": frozenset({"parity"}),
             "experiment/commands/export.py": TORCH,

@@ -156,7 +156,7 @@ def test_what_the_engine_hands_over_is_saved_although_its_state_is_donated(tmp_p
         step = int(tree["step"])
         if step % 3 == 0:
             expected[step] = copy_of(tree)
-            checkpoints.save(step, tree, {})
+            checkpoints.save(step, tree, RUN)
     checkpoints.close()
     assert sorted(expected) == checkpoints.steps() == [3, 6, 9, 12]
     contents = set()

@@ -20,6 +20,7 @@ from experiment.commands.evaluate import STRIDE, average, by_shape
 from experiment.data.augmentation import ten_crops, ten_shifts, whole_image
 from experiment.data.loading import load
 from experiment.engines import load_engine
+from experiment.files import weights
 from experiment.run.completed_run import open_run
 from tests.helpers import made_tfds
 
@@ -338,8 +339,15 @@ def test_weights_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str])
     path.write_bytes(whole)
     config.write_text(json.dumps({**record, "config": {**record["config"], "model": "resnet20"}}))
     line = refusal(["evaluate", "run"], here, capsys)
+    assert "was written by a run with model cnn, and config.json has resnet20" in line
+    tensors = weights.load(path)
+    del tensors["fc.bias"]
+    config.write_text(json.dumps(record))
+    weights.save(path, tensors, {"step": 40})
+    line = refusal(["evaluate", "run"], here, capsys)
     assert "is of another network" in line
-    assert "is missing" in line
+    assert "fc.bias is missing" in line
+    path.write_bytes(whole)
     config.write_text(json.dumps({**record, "resolved": {**record["resolved"], "test_size": 7}}))
     assert "test_size" in refusal(["evaluate", "run"], here, capsys)
     config.write_text(json.dumps({**record, "resolved": {"schedule_steps": 3}}))

@@ -305,7 +305,7 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
     best = tmp_path / "weights-best.safetensors"
     for step in (1, 2):
-        checkpoints.save(step, make_tree(step), {**RUN, "best": {"step": step}})
+        checkpoints.save(step, make_tree(step), {**RUN, "best": {"step": step, "loss": 0.5}})
         checkpoints.wait()
         write_weights(best, step)
         checkpoints.keep_best(best, step)

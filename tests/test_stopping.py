@@ -11,6 +11,8 @@ import errno
 import multiprocessing
 import os
 import signal
+import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import experiment.data.loading
 from experiment.commands import train
 from experiment.errors import UserError
 from experiment.files import checkpoints
@@ -191,6 +194,31 @@ def test_handlers_are_as_before_after_a_run(tmp_path: Path, monkeypatch: pytest.
     before = [signal.getsignal(number) for number in numbers]
     run_in(tmp_path / "run", "--steps", "2", status=128 + signal.SIGUSR1)
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_ctrl_c_that_python_drops_still_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Raised in the callback of a weak reference, KeyboardInterrupt is printed and forgotten."""
+    load = experiment.data.loading.load
+    dropped: list[Any] = []
+
+    class Thing:
+        pass
+
+    def interrupted_load(*args: Any, **options: Any) -> Any:
+        thing = Thing()
+        reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+        del thing
+        assert reference() is None
+        return load(*args, **options)
+
+    monkeypatch.setattr(experiment.data.loading, "load", interrupted_load)
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+    run_in(tmp_path / "run", status=130)
+    assert [entry.exc_type for entry in dropped] == [KeyboardInterrupt]
+    assert "interrupted at once" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_more_signals_of_a_closing_terminal_do_not_end_the_save(

@@ -205,7 +205,12 @@ def test_the_best_weights_give_the_best_validation_result(run):
 def test_the_weights_say_where_they_come_from(run):
     for name, step in (("weights", 20), ("weights-best", run.summary["best"]["step"])):
         with safetensors.safe_open(run.folder / f"{name}.safetensors", "numpy") as file:
-            assert json.loads(file.metadata()["run"]) == {"model": "cnn", "dataset": "digits", "step": step}
+            record = json.loads(file.metadata()["run"])
+        assert len(record.pop("sha256")) == 64
+        identity = record.pop("identity")
+        assert record == {"model": "cnn", "dataset": "digits", "step": step}
+        assert identity["mean"] == run.config["resolved"]["mean"]
+        assert not [name for name in identity if name.startswith("init_from")]
 
 
 def test_the_last_checkpoint_holds_the_final_weights(run):

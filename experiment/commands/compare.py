@@ -1,5 +1,6 @@
 """`python -m experiment compare RUN RUN...`: a page of runs side by side, and its figures as PNG."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from experiment.errors import UserError
 from experiment.options.command_line import Parser
 from experiment.program import command
 from experiment.report import write_page
-from experiment.report.comparison import is_comparison, render_comparison
+from experiment.report.comparison import NAMES, is_comparison, render_comparison
 from experiment.report.reading import read_run
 
 
@@ -30,10 +31,14 @@ def main(argv: Sequence[str]) -> int:
     out: Path = options.out
     if out.exists() and not (out.is_dir() and is_comparison(out)):
         raise UserError(f"--out: {out} holds something else than a comparison; name another folder")
-    page, images = render_comparison([read_run(run_dir) for run_dir in options.runs])
+    runs = [read_run(run_dir) for run_dir in options.runs]
+    for run in runs:
+        for line in run.damaged:
+            print(f"{run.folder}: {line}", file=sys.stderr)
+    page, images = render_comparison(runs)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        print(write_page(out, page, images))
+        print(write_page(out, page, images, NAMES))
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written ({error.strerror}); name another folder") from None
     return 0

@@ -20,7 +20,7 @@ from experiment.options.command_line import parse
 from experiment.options.recipes import with_recipe
 from experiment.options.resolving import refuse_unused, resolve
 from experiment.program import label
-from experiment.run import session
+from experiment.run import session, signals
 from experiment.run.console import exit_status
 
 
@@ -37,4 +37,5 @@ def _train(argv: list[str]) -> int:
     given = parse(argv)
     if not given.get("resume"):
         refuse_unused(given, resolve(with_recipe(given)))
-    return session.start(given, argv).status
+    with signals.interruptible():
+        return session.start(given, argv).status

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from experiment.data.augmentation import crop_to_box
 from experiment.data.types import Size
 from experiment.errors import UserError, one_line
+from experiment.reading import check_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,6 +50,7 @@ def read_image(path: Path, channels: int) -> Image:
         UserError: there is no such file, it cannot be read, or `decode_image` cannot use it.
     """
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             return decode_image(file, channels)
     except FileNotFoundError:

@@ -12,7 +12,6 @@ a checkpoint still refers to.
 """
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -28,6 +27,8 @@ from experiment.errors import FolderLostError, UserError
 from experiment.files import weights
 from experiment.files.arrays import Tree, call_alone, load_arrays, save_arrays
 from experiment.files.run_folder import checkpoint_steps, file_sha256, write_file, write_json
+from experiment.files.schema import CheckpointRecord, Manifest
+from experiment.reading import read_checked_json
 
 MANIFEST = "manifest.json"
 NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}  # what fsync of a folder says on CIFS, FUSE, vboxsf
@@ -92,8 +93,8 @@ class Checkpoints:
     def _write(self, step: int, tree: Tree, run: dict[str, Any]) -> None:
         final = self.directory / str(step)
         partial = self.directory / f"{step}.incomplete"
-        shutil.rmtree(partial, ignore_errors=True)
         try:
+            _remove(partial)
             self.directory.mkdir(exist_ok=True)  # no parents: the folder of the run is not made again
             partial.mkdir()
             call_alone(save_arrays, partial / "state", tree)
@@ -102,12 +103,12 @@ class Checkpoints:
             for path in [*partial.rglob("*"), partial]:
                 self._sync(path)
             self.check_folder()
-            if final.exists():  # a damaged one that resume has stepped over
-                shutil.rmtree(final)
+            _remove(final)  # a damaged one that resume has stepped over, or something else of this name
             os.rename(partial, final)
             self._sync(self.directory)
         except Exception as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                _remove(partial)
             self._remove_if_lost()
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             failure = OSError(f"checkpoint {step} could not be written: {reason}")
@@ -118,8 +119,9 @@ class Checkpoints:
         for old in older[: max(len(older) + 1 - self.keep, 0)]:
             # Rename it first: a kill must not leave half of a checkpoint whose name marks it as complete.
             removed = self.directory / f"{old}.incomplete"
+            _remove(removed)
             os.rename(self.directory / str(old), removed)
-            shutil.rmtree(removed)
+            _remove(removed)
         self._remove_unused_best()
 
     def _remove_if_lost(self) -> None:
@@ -157,7 +159,8 @@ class Checkpoints:
     def remove_incomplete(self) -> None:
         """Delete what a killed process left half written."""
         for path in self.directory.glob("*.incomplete*") if self._writes else ():
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):  # the next save of that step reports it
+                _remove(path)
         for path in self.directory.glob("*.tmp") if self._writes else ():
             path.unlink(missing_ok=True)
 
@@ -187,18 +190,23 @@ class Checkpoints:
         return True
 
     def _remove_unused_best(self) -> None:
-        used = {self.best_weights(step) for step in map(self._best_step, self.steps()) if step is not None}
+        try:
+            steps = [self._best_step(step) for step in self.steps()]
+        except (OSError, ValueError):  # a damaged checkpoint may refer to any
+            return
+        used = {self.best_weights(step) for step in steps if step is not None}
         for path in self.directory.glob("weights-best-*.safetensors"):
             if path not in used:
                 path.unlink()
 
     def _best_step(self, step: int) -> int | None:
-        """Return the step of the best weights at a checkpoint, or None if there are none."""
-        try:
-            best = json.loads((self.directory / str(step) / "run.json").read_text())["best"]["step"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return best if isinstance(best, int) else None
+        """Return the step of the best weights at a checkpoint, or None if there are none yet.
+
+        Raises OSError or ValueError if its run.json is damaged.
+        """
+        record: dict[str, Any] = read_checked_json(self.directory / str(step) / "run.json", CheckpointRecord)
+        best: dict[str, int] | None = record.get("best")
+        return None if best is None else best["step"]
 
     def load_newest(self, report: Callable[[str], None]) -> tuple[int, Tree, dict[str, Any]] | None:
         """(step, tree, run) of the newest whole checkpoint, or None if there is none at all.
@@ -223,7 +231,7 @@ class Checkpoints:
         try:
             tree, run = (
                 call_alone(load_arrays, folder / "state"),
-                json.loads((folder / "run.json").read_text()),
+                read_checked_json(folder / "run.json", CheckpointRecord),
             )
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"cannot be read: {error}") from error
@@ -242,14 +250,15 @@ def _sums(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _verify(folder: Path) -> None:
     try:
-        listed = json.loads((folder / MANIFEST).read_text())["files"]
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
+        listed = read_checked_json(folder / MANIFEST, Manifest)["files"]
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{MANIFEST} cannot be read: {error}") from None
-    for name, (listed_size, listed_sha256) in files.items():
-        path = folder / name
+    if "run.json" not in listed or not any(name.startswith("state/") for name in listed):
+        raise CheckpointError(f"{MANIFEST} does not list run.json and the files of state/")
+    for name, entry in listed.items():
+        path, listed_size, listed_sha256 = folder / name, entry["bytes"], entry["sha256"]
         if not path.is_file():
             raise CheckpointError(f"{name} is missing")
         try:
@@ -260,6 +269,14 @@ def _verify(folder: Path) -> None:
             raise CheckpointError(f"{name} has {size} bytes, not {listed_size}")
         if sha256 != listed_sha256:
             raise CheckpointError(f"{name} differs from its SHA-256")
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it, a file, or a link but not its target; nothing if absent."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _errno(error: Exception) -> int | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from experiment.errors import UserError
 from experiment.files.run_folder import finite
+from experiment.reading import checked_json, open_no_link
 
 NAME = "metrics.jsonl"
 KINDS = {"split": str, "scope": str, "step": int}
@@ -37,7 +38,7 @@ class MetricsLog:
         """
         self._hash = hashlib.sha256(unchanged_start(path, length, sha256))
         self.length = length
-        self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
+        self._file = open(path, "ab", opener=open_no_link)  # noqa: SIM115 - closed by close()
         self._file.truncate(length)
 
     def append(self, line: Line) -> None:
@@ -110,7 +111,7 @@ def parse(lines: Iterable[bytes]) -> Iterator[Line]:
     """Yield the lines that are whole: the last one of a run that was killed, or goes on, may not be."""
     for text in lines:
         try:
-            line = json.loads(text)
+            line = checked_json(text)
         except ValueError:
             continue
         if (

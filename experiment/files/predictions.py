@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,17 @@ from experiment.data.types import Pixels
 from experiment.errors import UserError
 from experiment.files.run_folder import write_file
 from experiment.metrics import softmax
+from experiment.reading import check_regular
 
 FILE = "predictions.npz"
 ARRAYS = ("labels", "predictions", "confidences", "shown")
 SAMPLES = 32
 MISTAKES = 32
+DAMAGES: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, KeyError, TypeError, IndexError, EOFError, MemoryError, OverflowError),
+    *(NotImplementedError, SyntaxError, RecursionError, zipfile.BadZipFile, zlib.error),
+)
+"""What NumPy and zipfile raise for a damaged file; MemoryError for a header with huge shapes."""
 THUMBNAIL = 96
 """Pixels of the longer side, at most, of an image that is kept."""
 
@@ -67,7 +74,8 @@ class Predictions:
 def load(path: Path) -> Predictions:
     """Read what `Predictions.save` wrote. Raises UserError if the file is absent, damaged or another."""
     try:
-        with np.load(path) as file:
+        check_regular(path)
+        with open(path, "rb") as content, np.load(content) as file:
             loaded = Predictions(
                 step=int(file["step"]),
                 class_names=tuple(map(str, file["class_names"])),
@@ -78,16 +86,22 @@ def load(path: Path) -> Predictions:
         n, classes = len(loaded.labels), len(loaded.class_names)
         if not (
             loaded.labels.shape == loaded.predictions.shape == loaded.confidences.shape == (n,)
+            and all(a.dtype == np.int32 for a in (loaded.labels, loaded.predictions, loaded.shown))
+            and loaded.confidences.dtype == np.float32
+            and loaded.shown.ndim == 1
+            and loaded.images.shape[3:] in ((1,), (3,))
+            and 0 not in loaded.images.shape[1:]
+            and loaded.step >= 0
             and all(((a >= 0) & (a < classes)).all() for a in (loaded.labels, loaded.predictions))
             and ((loaded.shown >= 0) & (loaded.shown < n)).all()
             and loaded.images.dtype == np.uint8
             and loaded.images.ndim == 4
-            and len(loaded.images) == len(loaded.shown) >= loaded.samples
+            and len(loaded.images) == len(loaded.shown) >= loaded.samples >= 0
         ):
             raise ValueError("its arrays do not fit together")
     except FileNotFoundError:
         raise UserError(f"{path}: not found; a run writes it when it tests, at its end") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGES as error:
         raise UserError(f"{path}: is not what a run writes ({error}); test the run again") from None
     return loaded
 

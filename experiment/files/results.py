@@ -4,11 +4,14 @@ After a run is continued past its end, or resumed from an older checkpoint, its 
 predictions no longer belong to its last step. They do again when the run has rewritten them.
 """
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
 from experiment.files import metrics_log, run_folder, weights
+from experiment.files.schema import Summary
+from experiment.options.resolving import resolve
 
 WEIGHTS = {"final": "weights.safetensors", "best": "weights-best.safetensors"}
 SUMMARY = "summary.json"
@@ -41,9 +44,7 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / SUMMARY
     if not path.is_file():
         return None
-    summary = run_folder.read_json(path)
-    if not isinstance(summary, dict) or not isinstance(summary.get("steps"), int):
-        raise UserError(f"{path}: is not what a run writes; continue the run with --resume")
+    summary: dict[str, Any] = run_folder.read_json(path, Summary)
     return summary if last_step(run_dir) in (None, summary["steps"]) else None
 
 
@@ -66,6 +67,24 @@ def check_weights(run_dir: Path, which: str) -> None:
     if expected is None:
         present["best"] = "the run has no validation yet; continue it with --resume"
     raise UserError(f"{path}: is of step {step}, and {present[which]}")
+
+
+def check_identity(path: Path, record: dict[str, Any]) -> None:
+    """Raise UserError if a file of weights was written by a run of other options or data than the record's.
+
+    Args:
+        path: the file of weights; older versions wrote no options into it, and then nothing is known.
+        record: what config.json holds.
+    """
+    present = run_folder.identity(resolve({}, record["config"]), record["resolved"])
+    made_with = weights.record_of(path).get("identity")
+    for name, old in made_with.items() if isinstance(made_with, dict) else ():
+        if old != present.get(name, old):
+            old, new = (textwrap.shorten(str(value), 60) for value in (old, present[name]))
+            raise UserError(
+                f"{path}: was written by a run with {name} {old}, and config.json has {new}; restore the "
+                "files of one run"
+            )
 
 
 def check_startable(run_dir: Path, record: dict[str, Any]) -> None:
@@ -103,10 +122,9 @@ def _step_of(path: Path) -> int | None:
         return last_step(path.parent) or 0
     if path.name == SUMMARY:
         try:
-            step = run_folder.read_json(path)["steps"]
-        except (UserError, KeyError, TypeError):
+            return int(run_folder.read_json(path, Summary)["steps"])
+        except UserError:
             return None
-        return step if isinstance(step, int) else None
     if path.name == PREDICTIONS:
         from experiment.files import predictions
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment.errors import FolderLostError, UserError
+from experiment.files.schema import Record, Resolved
 from experiment.options.config import Config
 from experiment.options.resolving import is_changeable
 from experiment.program import ROOT, in_checkout
+from experiment.reading import check_regular, read_checked_json
 
 if TYPE_CHECKING:
     from experiment.data.loading import Data
@@ -35,20 +37,15 @@ DATA_FACTS = (
 ENGINE_FACTS = ("num_classes", "image_shape", "mean", "std")  # of these, what an engine is made of
 
 # All that "resolved" of config.json may hold, and of these what a resumed run may not change.
-RESOLVED = frozenset(
-    {
-        *("total_steps", "steps_per_epoch", "schedule_steps", "warmup_steps"),
-        *("optimizer_options", "init_from_sha256", "init_from_commit", *DATA_FACTS),
-        *("data_version", "data_config", "data_test_split", "data_sha256", "class_weights"),
-    }
-)
+RESOLVED = frozenset(Resolved.__annotations__)
 FIXED = RESOLVED - {"total_steps", "steps_per_epoch", "optimizer_options"}
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Replace `path` atomically: write `content` to a file beside it, fsync, then rename that file."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    temporary.unlink(missing_ok=True)  # a link there is removed, not followed
+    with open(temporary, "xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -70,15 +67,16 @@ def finite(value: Any) -> Any:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 sum of a file as hexadecimal digits."""
+    """Return the SHA-256 sum of a file as hexadecimal digits. Raises OSError."""
+    check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """The JSON at `path`. Raises UserError if it is absent, unreadable or no JSON."""
+def read_json(path: Path, kind: Any = Any) -> Any:
+    """Return the JSON at `path`, a file of a run. Raises UserError if it is absent, or not of the type."""
     try:
-        return json.loads(path.read_text())
+        return read_checked_json(path, kind)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; is this the folder of a run?") from None
     except (OSError, ValueError) as error:
@@ -104,21 +102,21 @@ def read_record(run_dir: Path) -> dict[str, Any]:
         free = not run_dir.is_file() and not other_files(run_dir)
         remedy = "name another" + (", or leave --resume out to start one there" if free else "")
         raise UserError(f"--run-dir: {run_dir} is not the folder of a run (it has no config.json); {remedy}")
-    record = read_json(path)
-    kinds = {"config": dict, "resolved": dict, "sessions": list}
-    if (
-        not isinstance(record, dict)
-        or not all(isinstance(record.get(name), kind) for name, kind in kinds.items())
-        or not isinstance(record["resolved"].get("schedule_steps"), int)
-    ):
-        raise UserError(f"{path}: is not what a run writes; restore the file, or start a fresh run")
+    record: dict[str, Any] = read_json(path, Record)
     resolved, usual = record["resolved"], Config()
-    known = [(record, kinds.keys()), (record["config"], vars(usual).keys()), (resolved, RESOLVED)]
-    if isinstance(resolved.get("optimizer_options"), dict):
-        known.append((resolved["optimizer_options"], usual.optimizer_options().keys()))
+    known = [(record, Record.__annotations__), (record["config"], vars(usual)), (resolved, RESOLVED)]
+    known.append((resolved.get("optimizer_options", {}), usual.optimizer_options()))
     for values, names in known:
-        if unknown := sorted(values.keys() - names):
+        if unknown := sorted(values.keys() - set(names)):
             raise UserError(f"{path}: unknown option {unknown[0]!r}, of a newer version; use that version")
+    channels = {len(resolved[name]) for name in ("mean", "std") if name in resolved}
+    channels |= {resolved["image_shape"][2]} if "image_shape" in resolved else set()
+    classes = {resolved[name] for name in ("num_classes",) if name in resolved}
+    classes |= {len(resolved[name]) for name in ("class_names", "class_weights") if name in resolved}
+    if max(len(channels), len(classes)) > 1:
+        raise UserError(
+            f"{path}: its classes, or its channels, mean and std, differ in number; restore the file"
+        )
     return record
 
 

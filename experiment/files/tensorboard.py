@@ -84,7 +84,7 @@ def add_images(run_dir: Path, images: Mapping[str, bytes], step: int) -> None:
 
 
 def _files(run_dir: Path) -> list[Path]:
-    return list((run_dir / FOLDER).glob("events.out.tfevents.*"))
+    return list((run_dir / FOLDER).glob("events.out.tfevents.*.run"))  # not those of other programs
 
 
 class _Records:

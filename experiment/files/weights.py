@@ -1,5 +1,6 @@
 """State dicts as safetensors files: {torchvision parameter name: array in PyTorch's layout}."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Set
@@ -12,6 +13,7 @@ from experiment.errors import UserError
 from experiment.files.identify import HEAD_NAMES, Shapes
 from experiment.files.run_folder import write_file
 from experiment.program import command
+from experiment.reading import check_regular, read_bytes
 
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?"}
 TYPES |= {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)}
@@ -22,6 +24,8 @@ WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wra
 HEADS = (*HEAD_NAMES, "head.fc", "head", "classifier")  # beside a backbone: its last layer
 FIRST_KERNELS = ("conv1.weight", "conv.weight")  # of the ResNets, of the small CNN
 LARGEST = np.finfo(np.float32).max
+HASH = "sha256"
+"""The entry of a run's record in a weights file that holds `content_sha256`."""
 
 
 def from_tree(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -34,12 +38,14 @@ def load(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file, from whatever program; bfloat16 as float32, which is exact.
 
     Raises:
-        UserError: the file is absent, damaged, or has a type that no network here has.
+        UserError: the file is absent, damaged, or has a type that no network here has; its tensors are not
+            those whose hash is in it.
     """
     from safetensors import SafetensorError, deserialize
 
     try:
-        entries = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+        content = read_bytes(path)
+        entries = deserialize(content)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except SafetensorError as error:
@@ -55,18 +61,56 @@ def load(path: Path) -> dict[str, np.ndarray]:
         else:
             raise UserError(f"{path}: {name} is of type {kind}; save it as one of {', '.join(TYPES)}, BF16")
         tensors[name] = array.reshape(entry["shape"])
+    record = _record(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]))
+    if (recorded := record.pop(HASH, None)) is None:
+        sound = "identity" not in record  # else a version that writes both has written it
+    else:
+        sound = recorded == content_sha256(tensors, record)
+    if not sound:
+        raise UserError(f"{path}: its content differs from its SHA-256: it is damaged; take another copy")
     return tensors
+
+
+def content_sha256(tensors: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a weights file's content in hexadecimal.
+
+    Args:
+        tensors: by name; their names, types, shapes and values count, in the order of the names.
+        record: what the run has written about itself, without the hash.
+    """
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        digest.update(json.dumps([name, array.dtype.str, list(array.shape)]).encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """Return what a run wrote about itself into its safetensors file: "model", "step", ...; else {}."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        check_regular(path)
+        with safe_open(path, "numpy") as file:
+            return _record({"__metadata__": file.metadata()})
+    except (OSError, SafetensorError):
+        return {}
+
+
+def _record(header: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        record = json.loads(header["__metadata__"]["run"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def step_of(path: Path) -> int | None:
     """Return the step that a run wrote into its safetensors file, or None if the file has none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "numpy") as file:
-            return int(json.loads(file.metadata()["run"])["step"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None
+    step = record_of(path).get("step")
+    return step if isinstance(step, int) else None
 
 
 def first_kernel(path: Path) -> np.ndarray | None:
@@ -74,6 +118,7 @@ def first_kernel(path: Path) -> np.ndarray | None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_regular(path)
         with safe_open(path, "numpy") as file:  # reads this tensor alone
             name = next(name for name in FIRST_KERNELS if name in file.keys())  # noqa: SIM118
             return np.asarray(file.get_tensor(name))
@@ -193,6 +238,7 @@ def save(path: Path, state_dict: Mapping[str, np.ndarray], metadata: Mapping[str
     """Write a safetensors file, whole or not at all; the same content gives the same bytes."""
     from safetensors.numpy import save as serialize
 
+    tensors = {name: np.ascontiguousarray(array) for name, array in state_dict.items()}
     # One entry only: the library writes several in an order that changes from call to call.
-    header = {"run": json.dumps(dict(metadata))}
-    write_file(path, serialize({name: np.ascontiguousarray(a) for name, a in state_dict.items()}, header))
+    header = {"run": json.dumps({**metadata, HASH: content_sha256(tensors, metadata)})}
+    write_file(path, serialize(tensors, header))

@@ -23,6 +23,9 @@ def local_path(name: str, text: str, *, any_bytes: bool = False) -> str:
         raise UserError(f"{name}: {text} is a URL; name a local path, such as a mounted folder")
     if "\0" in text:
         raise UserError(f"{name}: {text!r} holds a null character; name another path")
+    sizes = [len(part.encode(errors="surrogatepass")) for part in (text, *text.split("/"))]
+    if sizes[0] > 4095 or max(sizes[1:]) > 255:
+        raise UserError(f"{name}: {text[:40]!r}... is longer than a file name may be; name another path")
     if not any_bytes and any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{name}: the name {text!r} is not UTF-8; rename it")
     path = os.path.expanduser(text)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 DASHES = ("-", "--", ":", "-.")
 SPLITS = {"train": "training", "val": "validation"}
+NAMES = tuple(f"{key}-{split}" for split, key in itertools.product(SPLITS, METRICS))
+"""The figures that a comparison may have."""
 
 
 class Column(NamedTuple):
@@ -164,5 +166,5 @@ def _facts(run: RunFiles) -> dict[str, Any]:
 
 def is_comparison(folder: Path) -> bool:
     """True if a folder holds nothing but files that a comparison writes."""
-    written = {"index.html", *(f"{key}-{split}.png" for split, key in itertools.product(SPLITS, METRICS))}
+    written = {"index.html", *(f"{name}.png" for name in NAMES)}
     return all(path.name in written for path in folder.iterdir())

@@ -16,6 +16,7 @@ from experiment.files.predictions import Predictions
 from experiment.files.run_folder import short_commit
 from experiment.options.resolving import resolve
 from experiment.program import command
+from experiment.reading import read_bytes
 from experiment.report.figures import SHEETS, ReportFigure, caption, chosen
 from experiment.report.reading import RunFiles
 from experiment.report.tables import class_table, most_confused
@@ -151,7 +152,7 @@ def _classes(predictions: Predictions) -> dict[str, Any]:
 def _log(path: Path) -> tuple[str, bool]:
     """The end of log.txt, and whether there is more of it."""
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError:
         return "", False
     cut = len(content) > LOG_BYTES

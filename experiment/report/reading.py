@@ -46,6 +46,11 @@ class RunFiles:
     absent: list[str] = field(default_factory=list)
 
     @property
+    def damaged(self) -> list[str]:
+        """Those lines of `absent` that are about damaged files."""
+        return [line for line in self.absent if "damaged" in line or "cannot be read" in line]
+
+    @property
     def name(self) -> str:
         """The folder's own name."""
         return self.folder.resolve().name
@@ -147,16 +152,13 @@ def read_run(folder: Path) -> RunFiles:
         UserError: it has no config.json, or one that is damaged. All else may be missing.
     """
     record = run_folder.read_named_record(folder)
-    sessions = record["sessions"]
-    if not all(isinstance(session, dict) for session in sessions):
-        raise UserError(f"{folder / 'config.json'}: its sessions are not what a run writes; restore it")
     absent: list[str] = []
     lines = _read_lines(folder / metrics_log.NAME, absent)
     return RunFiles(
         folder=folder,
         config=resolve({}, record["config"]),
         resolved=record["resolved"],
-        sessions=sessions,
+        sessions=record["sessions"],
         lines=lines,
         summary=_read_summary(folder, lines, absent),
         predictions=_read_predictions(folder / predictions.FILE, absent),

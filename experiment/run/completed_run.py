@@ -101,6 +101,7 @@ def open_run(
     tensors = weights.load(path)
     weights.check(path, tensors)
     results.check_weights(run_dir, which)
+    results.check_identity(path, record)
     try:
         engine = load_engine(config.framework)(
             **config.engine_options(),

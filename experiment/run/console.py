@@ -1,5 +1,6 @@
 """The output of a run on the terminal: lines, kept in log.txt too, and a progress bar."""
 
+import errno
 import io
 import os
 import signal
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from experiment import program
-from experiment.errors import UserError
+from experiment.errors import UserError, printable
+from experiment.reading import open_no_link
 
 PLAIN_LINE_SECONDS = 5.0
+OF_A_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors of a path that a user gave: no file can have it."""
 
 
 def prepare_streams() -> None:
@@ -54,13 +58,13 @@ def exit_status(command: Callable[[], int], name: str = "", interrupted: str = "
     try:
         return command()
     except UserError as error:
-        print(f"{name}error: {error}", file=sys.stderr)
+        print(f"{name}error: {printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
     except (OSError, MemoryError) as error:
-        print(f"{name}error: {str(error) or 'out of memory'}", file=sys.stderr)
-        return 1
+        print(f"{name}error: {printable(str(error)) or 'out of memory'}", file=sys.stderr)
+        return 2 if isinstance(error, OSError) and error.errno in OF_A_NAME else 1
     except KeyboardInterrupt:
         print(f"{name}{interrupted}", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -75,7 +79,9 @@ class Console:
         self._stream = stream or sys.stdout
         self._log: TextIO | None = None  # closed by close()
         if log:
-            self._log = open(log, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            self._log = open(  # noqa: SIM115
+                log, "a", encoding="utf-8", errors="backslashreplace", opener=open_no_link
+            )
         if self._log and _same_file(self._stream, self._log):  # `> RUN/log.txt`: it has the lines already
             self._stream = open(os.devnull, "w")  # noqa: SIM115 - as long as the console
         self._bar: Any = None
@@ -84,6 +90,7 @@ class Console:
 
     def report(self, text: str) -> None:
         """Print and log a line, above the bar. Ignore a terminal that is gone and a full disk."""
+        text = printable(text)
         with suppress(OSError, ValueError):
             if self._bar is not None:
                 self._bar.write(text, file=self._stream)
@@ -94,6 +101,7 @@ class Console:
     def fail(self, text: str, label: str = "error: ") -> None:
         """The last line of a run that failed or was interrupted: on stderr after a label, and in the log."""
         self.stop()
+        text = printable(text)
         with suppress(OSError, ValueError):
             print(f"{program.label()}{label}{text}", file=sys.stderr)
         self.log(text)

@@ -72,6 +72,10 @@ def restore(
             f"--resume: {where} is of another model or optimizer: {first_of(lines, 3)}; name the run it "
             "belongs to"
         )
+    totals = run.get("epoch_metrics")
+    lengths = {len(totals[name]) for name in ("hits", "labels", "predictions")} if totals else set()
+    if lengths - {identity["num_classes"]}:
+        raise UserError(f"--resume: {where} counts other classes than config.json has; name another run")
     if step > total_steps:
         raise UserError(f"--steps: the run is at step {step}; give as many or more")
     validations.restore(parse(unchanged_start(folder / NAME, **run["history"]).splitlines()))

@@ -23,6 +23,33 @@ class StopRequest:
 _request = StopRequest()  # one for the process: the main thread receives signals, other threads read it
 
 
+_early = StopRequest()  # a Ctrl-C under `interruptible` and before `listen`
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Context in which no Ctrl-C is lost before `listen`, which raises it again.
+
+    Python prints a KeyboardInterrupt that comes during a callback of the garbage collector, and goes on.
+    """
+    _early.signal = None
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _early.signal = None
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    _early.signal = signal.Signals(number)
+    raise KeyboardInterrupt
+
+
 @contextmanager
 def listen() -> Iterator[StopRequest]:
     """Turn stop signals into a request. Calls may be nested; only the main thread's installs handlers.
@@ -40,6 +67,8 @@ def listen() -> Iterator[StopRequest]:
     for number in heard:
         signal.signal(number, _ask_to_stop)
     try:
+        if _early.signal is not None:
+            raise KeyboardInterrupt
         yield _request
     finally:
         for number, old in heard.items():

@@ -277,7 +277,15 @@ class Trainer:
         }
 
     def _write_weights(self, name: str, tree: dict[str, Any]) -> None:
-        metadata = {"model": self.config.model, "dataset": self.config.dataset, "step": self.step}
+        metadata: dict[str, Any] = {
+            "model": self.config.model,
+            "dataset": self.config.dataset,
+            "step": self.step,
+        }
+        # without the file that the run began from, which is of one machine
+        metadata["identity"] = {
+            name: value for name, value in self.identity.items() if not name.startswith("init_from")
+        }
         self.output.write_weights(name, tree, metadata)
 
     def _line(self, split: str, scope: str, step: int) -> dict[str, Any]:

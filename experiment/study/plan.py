@@ -36,6 +36,7 @@ from experiment.options.config import FRAMEWORKS
 from experiment.options.recipes import checked
 from experiment.options.resolving import resolve
 from experiment.program import found, shipped
+from experiment.reading import read_bytes
 
 Options = dict[str, Any]
 FOLDER = shipped("studies")
@@ -103,10 +104,10 @@ def read(path: Path, given: Options) -> Plan:
     """
     path = FOLDER / f"{path}.toml" if str(path) in names() and not path.is_file() else found(path)
     try:
-        return _plan(path.stem, tomllib.loads(path.read_text(encoding="utf-8")), given)
+        return _plan(path.stem, tomllib.loads(read_bytes(path).decode()), given)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; name a file, or one of {', '.join(names())}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); fix the file") from None
     except UserError as error:
         raise UserError(f"{path}: {error}; fix the file") from None
@@ -173,8 +174,10 @@ def _named(table: dict[str, Any], key: str) -> list[tuple[str, Options]]:
     named = []
     for entry in entries:
         name = entry.get("name")
-        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
-            raise UserError(f"{key}: name must be of small letters, digits, '-', '_' and '.', not {name!r}")
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,99}", name):
+            raise UserError(
+                f"{key}: name must be of small letters, digits, '-', '_' and '.', at most 100, not {name!r}"
+            )
         named.append((name, {option: value for option, value in entry.items() if option != "name"}))
     if len({name for name, _ in named}) < len(named):
         raise UserError(f"{key}: two have the same name")

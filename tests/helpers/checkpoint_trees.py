@@ -25,4 +25,4 @@ def make_tree(step, seed=0):
     }
 
 
-RUN = {"history": {"length": 7, "sha256": "ab"}, "best": None, "clock": {"wall_seconds": 0.1 + 0.2}}
+RUN = {"history": {"length": 7, "sha256": "ab" * 32}, "best": None, "clock": {"wall_seconds": 0.1 + 0.2}}

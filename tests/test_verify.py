@@ -72,6 +72,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "result": ("summary.json", lambda p: edit(p, lambda c: c["test"].update(accuracy=1.0)), "test results"),
     "steps": ("summary.json", lambda p: edit(p, lambda c: c.update(steps=-1)), "steps"),
     "kept": ("checkpoints/4/run.json", lambda p: p.write_text("{}"), "run.json"),
+    "absent": ("weights.safetensors", lambda p: p.unlink(), "absent"),
     "npz": ("predictions.npz", lambda p: p.write_bytes(p.read_bytes()[:-30]), "not what a run writes"),
 }
 

@@ -48,6 +48,14 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
     return summary if last_step(run_dir) in (None, summary["steps"]) else None
 
 
+def is_complete(run_dir: Path) -> bool:
+    """True if the run is at its end: summary.json is whole, and of the last step."""
+    try:
+        return read_summary(run_dir) is not None
+    except UserError:
+        return False
+
+
 def check_weights(run_dir: Path, which: str) -> None:
     """Raise UserError if a file of weights is of another step than metrics.jsonl says.
 

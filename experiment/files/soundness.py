@@ -113,6 +113,8 @@ def verify_run(run_dir: Path) -> Iterator[Finding]:
         finding, shapes[folder] = verify_checkpoint(folder, record, log)
         yield _like_the_others(finding, shapes)
     named = [run_dir / name for name in results.WEIGHTS.values()]
+    if results.is_complete(run_dir) and not named[0].exists():
+        yield Finding(named[0], "weights", ["it is absent, and the run is at its end"])
     for path in [*named, *sorted((run_dir / "checkpoints").glob("weights-best-*.safetensors"))]:
         if path.exists():
             finding, shapes[path] = verify_weights(path, record)
@@ -219,11 +221,8 @@ def _check_step(finding: Finding, run_dir: Path, which: str) -> None:
     try:
         results.check_weights(run_dir, which)
     except UserError as error:
-        try:
-            completed = results.read_summary(run_dir) is not None
-        except UserError:
-            completed = False
-        (finding.problems if completed else finding.notes).append(_without(finding.path, error))
+        lines = finding.problems if results.is_complete(run_dir) else finding.notes
+        lines.append(_without(finding.path, error))
 
 
 def _without(path: Path, error: UserError) -> str:

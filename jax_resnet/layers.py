@@ -147,6 +147,16 @@ class Conv2d(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
+def split_groups(x: jax.Array, group: int) -> jax.Array:
+    """x [B, ..., C] as [G, N, ..., C], groups of N = `group` consecutive examples.
+
+    Raises ValueError unless B is a multiple of N.
+    """
+    if not len(x) or len(x) % group:
+        raise ValueError(f"batch norm over groups of {group} examples needs a multiple of them, got {len(x)}")
+    return x.reshape(-1, group, *x.shape[1:])
+
+
 class BatchNorm(nnx.Module):
     """Batch normalization over every axis but the last (Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 1).
 
@@ -154,17 +164,35 @@ class BatchNorm(nnx.Module):
     batch, and the running statistics follow PyTorch's rule, with the *unbiased* variance:
     running = (1 - momentum) * running + momentum * batch. In evaluation the running statistics are used.
     Statistics are computed in at least float32.
+
+    With a `group`, mean and var are those of each `group` consecutive examples, and gradients pass through
+    these. The running statistics still move once: `batch` is the mean over the groups of their means, and of
+    their unbiased variances. A device that has whole groups of a batch needs no other for its output.
+
+    Args:
+        num_features: C, the number of channels.
+        eps, momentum: as above.
+        group: examples in a group, 1 or more; None is the whole batch.
+        dtype: compute type.
     """
 
     def __init__(
-        self, num_features: int, *, eps: float = 1e-5, momentum: float = 0.1, dtype: DTypeLike = jnp.float32
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        group: int | None = None,
+        dtype: DTypeLike = jnp.float32,
     ) -> None:
+        if group is not None and group < 1:
+            raise ValueError(f"a group of batch norm must have 1 or more examples, got {group}")
         param_dtype = parameter_dtype(dtype)
         self.weight = nnx.Param(constant(1, num_features, param_dtype))
         self.bias = nnx.Param(constant(0, num_features, param_dtype))
         self.running_mean = nnx.BatchStat(constant(0, num_features, param_dtype))
         self.running_var = nnx.BatchStat(constant(1, num_features, param_dtype))
-        self.eps, self.momentum, self.dtype = eps, momentum, dtype
+        self.eps, self.momentum, self.group, self.dtype = eps, momentum, group, dtype
         self.use_running_average = False  # set by model.train() and model.eval()
 
     def set_view(self, use_running_average: bool | None = None) -> None:
@@ -177,28 +205,38 @@ class BatchNorm(nnx.Module):
             self.use_running_average = use_running_average
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., C] to the same shape. Raises ValueError in training when a channel has a single value."""
+        """x [..., C] to the same shape.
+
+        Raises ValueError in training when a channel has a single value, or when the batch is not a multiple
+        of the group.
+        """
         x32 = x.astype(parameter_dtype(self.dtype))
         if self.use_running_average:
             mean, var = self.running_mean[...], self.running_var[...]
             centered = x32 - mean
         else:
-            n = x.size // x.shape[-1]
+            grouped = self.group is not None
+            if self.group is not None:
+                x32 = split_groups(x32, self.group)
+            axes = tuple(range(x32.ndim - x.ndim, x32.ndim - 1))
+            n = math.prod(x32.shape[axis] for axis in axes)
             if n <= 1:
                 raise ValueError(
                     f"batch norm needs more than 1 value per channel in training, got input {x.shape}"
                 )
-            axes = tuple(range(x.ndim - 1))
-            mean = x32.mean(axes)
+            mean = x32.mean(axes, keepdims=grouped)
             centered = x32 - mean
-            var = (centered * centered).mean(axes)
+            var = (centered * centered).mean(axes, keepdims=grouped)
             self._update("running_mean", mean)
             self._update("running_var", var * (n / (n - 1)))
         scale = self.weight[...] * lax.rsqrt(var + self.eps)
-        return (centered * scale + self.bias[...]).astype(self.dtype)
+        return (centered * scale + self.bias[...]).astype(self.dtype).reshape(x.shape)
 
     def _update(self, name: str, batch: jax.Array) -> None:
+        """Move a running statistic toward that of the batch, [C], or the mean of the groups', [G, ..., C]."""
         running = getattr(self, name)
+        if batch.ndim > 1:
+            batch = batch.mean(tuple(range(batch.ndim - 1)))
         # not running[...] =, which asks a traced array for its sharding: JAX takes long to build the error
         running.set_value((1 - self.momentum) * running[...] + self.momentum * lax.stop_gradient(batch))
 

@@ -1,7 +1,7 @@
 """Placement of arrays: batches are split over all devices, and every device holds the whole state.
 
 The mesh has one axis, `data`, of all devices, those of other processes included. So one device, eight, or two
-hosts run the same code, and batch norm sees the whole batch.
+hosts run the same code, and batch norm sees the whole batch, or the same groups of it.
 """
 
 from __future__ import annotations

@@ -79,11 +79,12 @@ class BasicBlock(ResidualBlock):
         shortcut: str = "projection",
         stride_in_1x1: bool = False,
         batch_norm: bool = True,
+        batch_norm_group: int | None = None,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
     ) -> None:
         conv = partial(Conv2d, bias=not batch_norm, rngs=rngs, dtype=dtype)
-        norm = partial(BatchNorm, dtype=dtype) if batch_norm else _no_norm
+        norm = partial(BatchNorm, group=batch_norm_group, dtype=dtype) if batch_norm else _no_norm
         self.conv1 = conv(in_channels, width, 3, stride=stride, padding=1)
         self.bn1 = norm(width)
         self.conv2 = conv(width, width, 3, padding=1)
@@ -118,11 +119,12 @@ class Bottleneck(ResidualBlock):
         shortcut: str = "projection",
         stride_in_1x1: bool = False,
         batch_norm: bool = True,
+        batch_norm_group: int | None = None,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
     ) -> None:
         conv = partial(Conv2d, bias=not batch_norm, rngs=rngs, dtype=dtype)
-        norm = partial(BatchNorm, dtype=dtype) if batch_norm else _no_norm
+        norm = partial(BatchNorm, group=batch_norm_group, dtype=dtype) if batch_norm else _no_norm
         out_channels = width * self.expansion
         stride1, stride2 = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = conv(in_channels, width, 1, stride=stride1)
@@ -281,6 +283,8 @@ class ResNet(nnx.Module):
         shortcut: "projection" (1x1 convolution, option B) or "option-A", where shapes differ.
         stride_in_1x1: put a bottleneck's stride on its first 1x1 convolution, as the paper does.
         batch_norm: without it, every convolution has a bias.
+        batch_norm_group: the number of consecutive examples that batch norm takes its statistics over, see
+            `layers.BatchNorm`; a batch is a multiple of it. None: the whole batch.
         residual_scale: the initial weight of the batch norm that ends each block. 1 is torchvision's; a
             small one lets blocks start close to their shortcuts (De & Smith 2020, arXiv 2002.10444).
         remat: backward recomputes the blocks, see `run_block`.
@@ -300,6 +304,7 @@ class ResNet(nnx.Module):
         shortcut: str = "projection",
         stride_in_1x1: bool = False,
         batch_norm: bool = True,
+        batch_norm_group: int | None = None,
         residual_scale: float = 1.0,
         remat: bool = False,
         rngs: nnx.Rngs,
@@ -309,12 +314,16 @@ class ResNet(nnx.Module):
             raise ValueError(f'stem must be "imagenet" or "small", not {stem!r}')
         if not stage_sizes or min(stage_sizes) < 1:
             raise ValueError(f"stage_sizes must be positive numbers of blocks, not {stage_sizes!r}")
+        if batch_norm_group is not None and not batch_norm:
+            raise ValueError("batch_norm_group needs batch_norm")
         kernel, stride, padding = (7, 2, 3) if stem == "imagenet" else (3, 1, 1)
         conv = partial(Conv2d, bias=not batch_norm, rngs=rngs, dtype=dtype)
         self.conv1 = conv(in_channels, width, kernel, stride=stride, padding=padding)
-        self.bn1 = BatchNorm(width, dtype=dtype) if batch_norm else None
+        self.bn1 = BatchNorm(width, group=batch_norm_group, dtype=dtype) if batch_norm else None
         self.stem, self.num_stages, self.remat, self.dtype = stem, len(stage_sizes), remat, dtype
         make = partial(block, shortcut=shortcut, stride_in_1x1=stride_in_1x1, batch_norm=batch_norm)
+        if batch_norm_group is not None:  # a block class of your own need not take it
+            make = partial(make, batch_norm_group=batch_norm_group)
         channels = width
         for stage, size in enumerate(stage_sizes):
             stage_width, blocks = width * 2**stage, []

@@ -17,7 +17,7 @@ import numpy as np
 
 from numpy_ref import openblas, resnet
 from numpy_ref.cores import core_count, thread_count
-from numpy_ref.layers import Array, check_labels
+from numpy_ref.layers import Array, check_labels, group_count
 from numpy_ref.losses import Loss
 from numpy_ref.memory import trim
 from numpy_ref.optimizers import make_optimizer
@@ -72,9 +72,10 @@ class Engine:
         precision: "float32" or "float64".
         seed: seed of the initial weights, which are those of the JAX engine.
         freeze_backbone: train only the head `fc`; everything before it computes as in evaluation.
-        processes: the number of processes that share a batch; by default `cores.thread_count()`. With more
-            than one, a script must have `if __name__ == "__main__":` around its main program, since each
-            process imports the script again.
+        processes: the number of processes that share a batch; by default `cores.thread_count()`. With
+            `batch_norm_group` each computes whole groups of a batch: at most as many processes as groups.
+            With more than one process, a script must have `if __name__ == "__main__":` around its main
+            program, since each process imports the script again.
         log_gradients: add the norm of each parameter's gradient to the metrics, as "grad_norm/NAME".
         clip_grad_norm: scale the gradients so that their common norm is at most this; "grad_norm" and the
             norms of `log_gradients` are those before. See `optimizers.clip_scale`.
@@ -156,6 +157,9 @@ class Engine:
     def device(self) -> str:
         """A description of the device."""
         words = f"NumPy {np.__version__}, {self.processes} process{'es' if self.processes > 1 else ''}"
+        group = self._setup.model_options.get("batch_norm_group")
+        if group is not None and self.processes > 1:
+            words += f", each with whole batch-norm groups of {group}"
         kernels = openblas.kernels()
         return words if kernels is None else f"{words}, OpenBLAS {kernels}"
 
@@ -194,7 +198,7 @@ class Engine:
         `losses.soft_targets`.
 
         Raises ValueError, before the step, unless there is one label in range(num_classes) for each image,
-        and for a batch of 0.
+        and for a batch of 0, or one that is not a multiple of `batch_norm_group`.
         """
         for batch in batches:
             image, label = batch["image"], batch["label"]
@@ -202,7 +206,7 @@ class Engine:
                 check_labels(batch[name], self._setup.num_classes, len(image))
             if not len(image):
                 raise ValueError("a training step needs at least 1 example, got a batch of 0")
-            parts = split(len(image), min(self.processes, len(image)))
+            parts = self._parts(len(image))
             lr = self.learning_rate(state.step)
             state.step += 1
             arguments = [
@@ -215,6 +219,13 @@ class Engine:
             if not finite and state.first_nonfinite_step is None:
                 state.first_nonfinite_step = state.step
             yield state, {**metrics, "label": label}
+
+    def _parts(self, size: int) -> list[slice]:
+        """The examples of each process in a training batch: even shares, of whole groups of batch norm."""
+        unit = self._setup.model_options.get("batch_norm_group") or 1
+        count = group_count(size, unit)
+        shares = split(count, min(self.processes, count))
+        return [slice(unit * share.start, unit * share.stop) for share in shares]
 
     def evaluate(self, state: State, batches: Iterable[Batch]) -> Iterator[Array]:
         """The logits [N, num_classes] of each batch, with the running statistics."""

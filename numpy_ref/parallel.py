@@ -4,7 +4,8 @@ NumPy runs on one core but for its matrix products, and Python's lock makes thre
 every array operation. Processes do not wait. Each takes a part of the batch through the same network;
 together they compute the same as one, but for rounding:
 
-- batch norm's sums are added up over all parts (`all_reduce`), so its statistics are those of the batch;
+- batch norm's sums are added up over all parts (`all_reduce`), so its statistics are those of the batch; with
+  groups each part has whole ones, and the sums are those of the running statistics alone;
 - the gradient of a parameter is the sum of the parts' gradients; each process adds up and updates its share
   of the parameters, which lie in shared memory.
 

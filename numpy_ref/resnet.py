@@ -98,12 +98,13 @@ class BasicBlock(ResidualBlock):
         shortcut: str = "projection",
         stride_in_1x1: bool = False,
         batch_norm: bool = True,
+        batch_norm_group: int | None = None,
         rng: np.random.Generator | None,
         dtype: npt.DTypeLike = np.float32,
         fast: bool = True,
     ) -> None:
-        fused = isinstance(self, fast_layers.FusedBlock)
-        make = LayerFactory(batch_norm=batch_norm, rng=rng, dtype=dtype, fast=fast, fused=fused)
+        fused, group = isinstance(self, fast_layers.FusedBlock), batch_norm_group
+        make = LayerFactory(batch_norm=batch_norm, group=group, rng=rng, dtype=dtype, fast=fast, fused=fused)
         self.conv1 = make.conv(in_channels, width, 3, stride=stride, padding=1)
         self.bn1 = make.norm(width)
         self.relu1 = ReLU()
@@ -134,12 +135,13 @@ class Bottleneck(ResidualBlock):
         shortcut: str = "projection",
         stride_in_1x1: bool = False,
         batch_norm: bool = True,
+        batch_norm_group: int | None = None,
         rng: np.random.Generator | None,
         dtype: npt.DTypeLike = np.float32,
         fast: bool = True,
     ) -> None:
-        fused = isinstance(self, fast_layers.FusedBlock)
-        make = LayerFactory(batch_norm=batch_norm, rng=rng, dtype=dtype, fast=fast, fused=fused)
+        fused, group = isinstance(self, fast_layers.FusedBlock), batch_norm_group
+        make = LayerFactory(batch_norm=batch_norm, group=group, rng=rng, dtype=dtype, fast=fast, fused=fused)
         out_channels = width * self.expansion
         stride1, stride2 = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = make.conv(in_channels, width, 1, stride=stride1)
@@ -186,6 +188,8 @@ class ResNet(Network):
         shortcut: "projection" (1x1 convolution, option B) or "option-A", where shapes differ.
         stride_in_1x1: the paper's place of a bottleneck's stride.
         batch_norm: without it, every convolution has a bias.
+        batch_norm_group: the number of consecutive examples that batch norm takes its statistics over, see
+            `layers.BatchNorm`; a batch is a multiple of it. None: the whole batch.
         residual_scale: the initial weight of the batch norm that ends each block. 1 is torchvision's; a
             small one lets blocks start close to their shortcuts (De & Smith 2020, arXiv 2002.10444).
         rng: source of the initial weights; `default_rng(s)` gives those of `nnx.Rngs(s)` in JAX, None zeros.
@@ -206,6 +210,7 @@ class ResNet(Network):
         shortcut: str = "projection",
         stride_in_1x1: bool = False,
         batch_norm: bool = True,
+        batch_norm_group: int | None = None,
         residual_scale: float = 1.0,
         rng: np.random.Generator | None,
         dtype: npt.DTypeLike = np.float32,
@@ -216,8 +221,10 @@ class ResNet(Network):
             raise ValueError(f'stem must be "imagenet" or "small", not {stem!r}')
         if not stage_sizes or min(stage_sizes) < 1:
             raise ValueError(f"stage_sizes must be positive numbers of blocks, not {stage_sizes!r}")
-        fused = fast and batch_norm
-        make = LayerFactory(batch_norm=batch_norm, rng=rng, dtype=dtype, fast=fast, fused=fused)
+        if batch_norm_group is not None and not batch_norm:
+            raise ValueError("batch_norm_group needs batch_norm")
+        fused, group = fast and batch_norm, batch_norm_group
+        make = LayerFactory(batch_norm=batch_norm, group=group, rng=rng, dtype=dtype, fast=fast, fused=fused)
         kernel, stride, padding = (7, 2, 3) if stem == "imagenet" else (3, 1, 1)
         self.dtype, self.num_stages = make.dtype, len(stage_sizes)
         self.conv1 = make.conv(in_channels, width, kernel, stride=stride, padding=padding)
@@ -226,7 +233,7 @@ class ResNet(Network):
         self.maxpool = make.forms.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else None
         block = FUSED.get(block, block) if fused else block
         options: Any = {"shortcut": shortcut, "stride_in_1x1": stride_in_1x1, "batch_norm": batch_norm}
-        options |= {"rng": rng, "dtype": dtype, "fast": fast}
+        options |= {"batch_norm_group": batch_norm_group, "rng": rng, "dtype": dtype, "fast": fast}
         channels = width
         for stage, size in enumerate(stage_sizes):
             stage_width, blocks = width * 2**stage, []

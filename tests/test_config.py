@@ -32,6 +32,7 @@ VALUES: dict[str, tuple[list[str], object]] = {
     "framework": (["numpy"], "numpy"),
     "model": (["resnet50"], "resnet50"),
     "batch_norm": ([], False),
+    "batch_norm_group": (["8"], 8),
     "residual_scale": (["1"], 1.0),
     "stride_in_1x1": ([], True),
     "small_images": ([], True),
@@ -183,6 +184,12 @@ MISTAKES = [
     (["--norm-weight-decay", "0", "--no-batch-norm"], "--norm-weight-decay", "leave"),
     (["--norm-weight-decay", "0", "--model", "cnn"], "--norm-weight-decay", "leave"),
     (["--norm-weight-decay", "0", *FROZEN], "--norm-weight-decay", "--freeze-backbone"),
+    (["--batch-norm-group", "0"], "--batch-norm-group", "at least 1"),
+    (["--batch-norm-group", "5"], "--batch-norm-group", "--batch-size 32"),
+    (["--batch-norm-group", "32", "--accumulate", "2"], "--batch-norm-group", "in 2 micro-batches"),
+    (["--batch-norm-group", "8", "--no-batch-norm"], "--batch-norm-group", "leave"),
+    (["--batch-norm-group", "8", "--model", "cnn"], "--batch-norm-group", "leave"),
+    (["--batch-norm-group", "8", *FROZEN], "--batch-norm-group", "--freeze-backbone"),
     (["--bias-weight-decay", "-1"], "--bias-weight-decay", "at least 0"),
     (["--optimizer", "sgd", "--momentum", "0", "--nesterov"], "--nesterov", "--momentum"),
     (["--clip-grad-norm", "0"], "--clip-grad-norm", "above 0"),
@@ -282,7 +289,8 @@ def test_flag_parses(name):
 
 def test_all_flags_together():
     # 0 goes with no early stopping; a frozen backbone without batch norm; NumPy has none of the others
-    left_out = {"val_fraction", "accumulate", "remat", "distributed", "drop_path", "norm_weight_decay"}
+    left_out = {"val_fraction", "accumulate", "remat", "distributed"}
+    left_out |= {"drop_path", "norm_weight_decay", "batch_norm_group"}
     values = {name: value for name, value in VALUES.items() if name not in left_out}
     argv = [word for name, (written, _) in values.items() for word in [flag_of(FIELDS[name]), *written]]
     expected = {name: VALUES[name][1] for name in values} | {n: FIELDS[n].default for n in left_out}
@@ -350,6 +358,9 @@ def test_the_length_of_a_run():
         (["--model", "resnet18", "--batch-size", "2"], (32, 32), True),
         (["--model", "resnet18", "--batch-size", "4", "--accumulate", "4"], (32, 32), False),
         (["--model", "resnet18", "--batch-size", "4", "--accumulate", "2"], (32, 32), True),
+        (["--model", "resnet18", "--batch-size", "4", "--batch-norm-group", "1"], (32, 32), False),
+        (["--model", "resnet18", "--batch-size", "4", "--batch-norm-group", "2"], (32, 32), True),
+        (["--model", "resnet20", "--batch-size", "4", "--batch-norm-group", "1"], (32, 32), True),
         (["--model", "resnet18", "--init-from", "w", "--freeze-backbone"], (32, 32), True),
         (["--model", "resnet18", "--small-images"], (32, 32), True),
         (["--model", "resnet18", "--no-batch-norm"], (32, 32), True),
@@ -362,7 +373,7 @@ def test_batch_norm_over_a_single_value_is_refused(argv, size, fits):
     if fits:
         config.check_batch_norm(*size)
     else:
-        with pytest.raises(UserError, match=r"^--(batch-size|accumulate): "):
+        with pytest.raises(UserError, match=r"^--(batch-size|accumulate|batch-norm-group): "):
             config.check_batch_norm(*size)
 
 
@@ -373,6 +384,7 @@ def test_model_options_are_those_that_differ():
     assert options() == {"residual_scale": 0.2}
     assert options("--residual-scale", "1") == {"residual_scale": 1.0}
     assert options("--model", "cnn") == {}
+    assert options("--batch-norm-group", "4") == {"residual_scale": 0.2, "batch_norm_group": 4}
     expected = {"batch_norm": False, "stride_in_1x1": True, "small_images": True}
     assert options("--no-batch-norm", "--stride-in-1x1", "--small-images") == expected
 

@@ -16,12 +16,13 @@ from experiment.commands import train
 from experiment.errors import UserError
 from experiment.processes import ProcessInfo, connect
 from tests.helpers.comparing import assert_all_close, assert_close
-from tests.helpers.jax_engine import FLOAT64_DEVICES, flat, make_batches, make_engine
+from tests.helpers.jax_engine import FLOAT64_DEVICES, flat, make_batches, make_engine, train_in_groups
 from tests.helpers.jax_engine import train as take_steps
 from tests.helpers.runs import Run
 
 ROOT = Path(__file__).parents[1]
 FLOAT32_FIRST_STEPS = 1e-5  # later float32 steps part by chaos
+FLOAT64_GROUPS = 1e-12  # four steps, as on several devices: tests/test_batch_norm_groups.py
 CNN = ["--model", "cnn", "--dataset", "synthetic", "--train-subset", "0.1", "--batch-size", "16"]
 CNN += ["--precision", "float64"]
 STEPS = ["--schedule-steps", "24", "--eval-every", "5", "--checkpoint-every", "6"]
@@ -117,6 +118,25 @@ def test_processes_see_the_batch_norm_of_the_whole_batch(tmp_path, devices):
         assert_all_close(f"process {index}", found, one["float64"], FLOAT64_DEVICES)
         single = np.load(tmp_path / f"float32-{index}.npz")["losses"]
         assert_close("float32", single[:3], one["float32"]["losses"][:3], FLOAT32_FIRST_STEPS)
+
+
+IN_GROUPS = """
+import sys, numpy
+from experiment.processes import connect
+place = connect()
+from tests.helpers.jax_engine import make_engine, train_in_groups
+numpy.savez(f"{sys.argv[1]}/{place.index}.npz", **train_in_groups(make_engine, place.rows))
+"""
+
+
+def test_two_processes_compute_groups_as_one(tmp_path):
+    """The last groups have images of both."""
+    processes = start(["-c", IN_GROUPS, str(tmp_path)])
+    one = train_in_groups(make_engine)
+    finish(processes)
+    for index in range(2):
+        found = dict(np.load(tmp_path / f"{index}.npz"))
+        assert_all_close(f"process {index}", found, one, FLOAT64_GROUPS)
 
 
 @pytest.mark.parametrize(

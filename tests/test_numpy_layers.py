@@ -149,6 +149,23 @@ def test_batch_norm_numerically(form, train, shape, shortcut):
     check_gradients(layer, x, train)
 
 
+@pytest.mark.parametrize("form", NORMS)
+@settings(max_examples=10)
+@given(count=st.integers(1, 3), group=st.integers(2, 3), size=st.tuples(sizes, sizes), shortcut=st.booleans())
+def test_batch_norm_over_groups_numerically(form, count, group, size, shortcut):
+    layer = fill(NORMS[form](2, group=group, dtype=np.float64))
+    assume(group * np.prod(size) >= 4)
+    x = numbers(count * group, *size, 2, seed=3)
+    if form == "fused":
+        plain = layers.BatchNorm(2, group=group, dtype=np.float64)
+        load_state_dict(plain, state_dict(layer))
+        added = numbers(*x.shape, seed=4) if shortcut else np.zeros(x.shape)
+        assume(np.abs(plain.forward(x, True) + added).min() > 1e-4)  # no kink within the step
+        if shortcut:
+            layer, x = WithShortcut(layer), np.stack([x, added])
+    check_gradients(layer, x)
+
+
 @pytest.mark.parametrize("make", [*MAX_POOLS.values(), layers.AvgPool2d])
 @settings(max_examples=15)
 @given(window=windows(), n=sizes, channels=sizes)

@@ -86,18 +86,23 @@ def test_narrow_convolutions_take_rows(stride, dtype, order):
 
 
 @pytest.mark.parametrize("block", [1, 3000, 1 << 18], ids=["rows", "blocks", "whole"])
-@pytest.mark.parametrize("name", ["norm", "fused", "shortcut", "drop-path", "option-A"])
+@pytest.mark.parametrize(
+    "name", ["norm", "fused", "shortcut", "drop-path", "option-A", "groups", "norm-groups"]
+)
 def test_layers_keep_the_memory_order(monkeypatch, name, block):
     """And compute the same in it."""
     monkeypatch.setattr(blocks, "BLOCK", block)
     options: dict[str, np.ndarray] = {}
     layer: Layer = fast.BatchNormAddRelu(4, dtype=np.float64)
     x, dy = numbers(8, 6, 5, 4), numbers(8, 6, 5, 4, seed=1)
-    if name == "norm":
-        layer = fast.BatchNorm(4, dtype=np.float64)
-    if name in ("shortcut", "drop-path"):
+    group = 2 if name.endswith("groups") else None
+    if group:
+        layer = fast.BatchNormAddRelu(4, group=group, dtype=np.float64)
+    if name.startswith("norm"):
+        layer = fast.BatchNorm(4, group=group, dtype=np.float64)
+    if name in ("shortcut", "drop-path", "groups"):
         options["shortcut"] = numbers(8, 6, 5, 4, seed=2)
-    if name == "drop-path":
+    if name in ("drop-path", "groups"):
         options["keep"] = np.array([0, 1.25] * 4)
     if name == "option-A":
         layer, dy = fast.OptionA(4, 7, stride=2), numbers(8, 3, 3, 7, seed=1)
@@ -105,7 +110,7 @@ def test_layers_keep_the_memory_order(monkeypatch, name, block):
     mine = results(layer, HCWN.ordered(x), HCWN.ordered(dy), **options)
     assert_equal_results(mine, expected, FLOAT64_LAYER)
     assert order_of(mine["y"]) is order_of(mine["dx"]) is HCWN
-    if name in ("shortcut", "drop-path"):
+    if name in ("shortcut", "drop-path", "groups"):
         assert order_of(layer.dshortcut) is HCWN  # type: ignore[attr-defined]
 
 

@@ -358,6 +358,7 @@ FLAGS = [
 FLAGS += ["--optimizer", "sgd", "--lr", "0.02", "--precision", "float64", "--weight-decay", "0.01"]
 FLAGS += ["--nesterov", "--norm-weight-decay", "0", "--bias-weight-decay", "0.001", "--clip-grad-norm", "2"]
 FLAGS += ["--model-ema-decay", "0.8", "--drop-path", "0.5", "--augment", "crop-flip", "--schedule-steps", "6"]
+FLAGS += ["--batch-norm-group", "4"]
 FLAGS += ["--label-smoothing", "0.1", "--mixup-alpha", "0.2", "--cutmix-alpha", "1", "--loss", "bce"]
 FLAGS += [
     "--class-weights",
@@ -428,7 +429,8 @@ def test_a_run_may_not_change_them_on_resume(
 ) -> None:
     folder = run(tmp_path / "run", "numpy", 2, "--no-test").folder
     capsys.readouterr()
-    for flag, value in (("--model-ema-decay", "0.9"), ("--drop-path", "0.1"), ("--clip-grad-norm", "1")):
+    changes = {"--model-ema-decay": "0.9", "--drop-path": "0.1", "--clip-grad-norm": "1"}
+    for flag, value in {**changes, "--batch-norm-group": "8"}.items():
         assert train_command.main(["--resume", "--run-dir", str(folder), flag, value]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert flag in line

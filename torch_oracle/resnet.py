@@ -71,6 +71,8 @@ class BasicBlock(ResidualBlock):
         shortcut: where the shape changes: `projection` (the paper's option B) or `option-A`.
         stride_in_1x1: changes nothing here: without a 1x1 convolution, v1 and v1.5 are one.
         batch_norm: False leaves the norms out and gives the convolutions biases.
+        batch_norm_group: the number of consecutive examples that batch norm takes its statistics over in
+            training, see `layers.GroupedBatchNorm2d`; a batch is a multiple of it. None: the whole batch.
     """
 
     expansion: ClassVar[int] = 1
@@ -84,13 +86,16 @@ class BasicBlock(ResidualBlock):
         shortcut: Shortcut = "projection",
         stride_in_1x1: bool = False,
         batch_norm: bool = True,
+        batch_norm_group: int | None = None,
     ) -> None:
         super().__init__()
         self.conv1 = conv(in_channels, width, 3, stride=stride, bias=not batch_norm)
-        self.bn1 = norm(width, batch_norm)
+        self.bn1 = norm(width, batch_norm, batch_norm_group)
         self.conv2 = conv(width, width, 3, bias=not batch_norm)
-        self.bn2 = norm(width, batch_norm)
-        self.downsample = make_shortcut(shortcut, in_channels, width, stride=stride, batch_norm=batch_norm)
+        self.bn2 = norm(width, batch_norm, batch_norm_group)
+        self.downsample = make_shortcut(
+            shortcut, in_channels, width, stride=stride, batch_norm=batch_norm, group=batch_norm_group
+        )
 
     @property
     def last_norm(self) -> nn.Module:
@@ -124,18 +129,19 @@ class Bottleneck(ResidualBlock):
         shortcut: Shortcut = "projection",
         stride_in_1x1: bool = False,
         batch_norm: bool = True,
+        batch_norm_group: int | None = None,
     ) -> None:
         super().__init__()
         out_channels = width * self.expansion
         stride1, stride2 = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = conv(in_channels, width, 1, stride=stride1, bias=not batch_norm)
-        self.bn1 = norm(width, batch_norm)
+        self.bn1 = norm(width, batch_norm, batch_norm_group)
         self.conv2 = conv(width, width, 3, stride=stride2, bias=not batch_norm)
-        self.bn2 = norm(width, batch_norm)
+        self.bn2 = norm(width, batch_norm, batch_norm_group)
         self.conv3 = conv(width, out_channels, 1, bias=not batch_norm)
-        self.bn3 = norm(out_channels, batch_norm)
+        self.bn3 = norm(out_channels, batch_norm, batch_norm_group)
         self.downsample = make_shortcut(
-            shortcut, in_channels, out_channels, stride=stride, batch_norm=batch_norm
+            shortcut, in_channels, out_channels, stride=stride, batch_norm=batch_norm, group=batch_norm_group
         )
 
     @property
@@ -165,12 +171,12 @@ class ResNet(nn.Module):
         width: that of the stem and of the first stage's blocks.
         stem: `imagenet`, a 7x7 convolution and 3x3 max pooling, both of stride 2; or `small`, a 3x3
             convolution of stride 1.
-        shortcut, stride_in_1x1, batch_norm: see the blocks.
+        shortcut, stride_in_1x1, batch_norm, batch_norm_group: see the blocks.
         residual_scale: the initial weight of the batch norm that ends each block. 1 is torchvision's; a
             small one lets blocks start close to their shortcuts (De & Smith 2020, arXiv 2002.10444).
 
     Raises:
-        ValueError: an unknown stem or shortcut; no stage, or one without blocks.
+        ValueError: an unknown stem or shortcut; no stage, or one without blocks; groups without batch norm.
     """
 
     def __init__(
@@ -185,6 +191,7 @@ class ResNet(nn.Module):
         shortcut: Shortcut = "projection",
         stride_in_1x1: bool = False,
         batch_norm: bool = True,
+        batch_norm_group: int | None = None,
         residual_scale: float = 1.0,
     ) -> None:
         super().__init__()
@@ -192,12 +199,20 @@ class ResNet(nn.Module):
             raise ValueError(f"stem must be one of {get_args(Stem)}, not {stem!r}")
         if not stage_sizes or min(stage_sizes) < 1:
             raise ValueError(f"stage_sizes must be positive numbers of blocks, not {stage_sizes!r}")
+        if batch_norm_group is not None and not batch_norm:
+            raise ValueError("batch_norm_group needs batch_norm")
 
         kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
         self.conv1 = conv(in_channels, width, kernel, stride=stride, bias=not batch_norm)
-        self.bn1 = norm(width, batch_norm)
+        self.bn1 = norm(width, batch_norm, batch_norm_group)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
-        make = partial(block, shortcut=shortcut, stride_in_1x1=stride_in_1x1, batch_norm=batch_norm)
+        make = partial(
+            block,
+            shortcut=shortcut,
+            stride_in_1x1=stride_in_1x1,
+            batch_norm=batch_norm,
+            batch_norm_group=batch_norm_group,
+        )
         features = width
         for stage, size in enumerate(stage_sizes):
             stage_width, layer = width * 2**stage, nn.Sequential()

@@ -66,6 +66,9 @@ class Config:
     framework: str = option("jax", "engine that trains", choices=FRAMEWORKS)
     model: str = option("resnet101", "network", choices=MODELS)
     batch_norm: bool = option(True, "batch norm; without it convolutions get biases", flag="no-batch-norm")
+    batch_norm_group: int | None = option(
+        None, "batch norm: images that share statistics (default: the batch, or micro-batch)", least=1
+    )
     stride_in_1x1: bool = option(False, "a bottleneck's stride on its first 1x1, as in the paper")
     residual_scale: float = option(
         0.2, "initial weight of each block's last batch norm; torchvision's is 1", least=0
@@ -218,7 +221,8 @@ class Config:
         if self.nesterov and not self.momentum:
             yield "--nesterov: needs a --momentum above 0; raise it, or leave the flag out"
         if self.freeze_backbone:
-            given = {"--drop-path": self.drop_path, "--norm-weight-decay": self.norm_weight_decay is not None}
+            given = {"--drop-path": self.drop_path, "--batch-norm-group": self.batch_norm_group}
+            given |= {"--norm-weight-decay": self.norm_weight_decay is not None}
             for flag in (flag for flag, value in given.items() if value):
                 yield f"{flag}: with --freeze-backbone the head alone is trained; leave one of the flags out"
         if self.run_dir == "":
@@ -241,9 +245,14 @@ class Config:
             yield "--test-size: the head of cnn fits one size of images; leave the flag out"
         if cnn and self.drop_path:
             yield "--drop-path: cnn has no residual blocks; leave the flag out"
-        if self.norm_weight_decay is not None and (cnn or not self.batch_norm):
-            without = "cnn" if cnn else "with --no-batch-norm the network"
-            yield f"--norm-weight-decay: {without} has no batch norm; leave the flag out"
+        for name in ("norm_weight_decay", "batch_norm_group"):
+            if getattr(self, name) is not None and (cnn or not self.batch_norm):
+                without = "cnn" if cnn else "with --no-batch-norm the network"
+                yield f"--{name.replace('_', '-')}: {without} has no batch norm; leave the flag out"
+        if self.batch_size // self.accumulate % (self.batch_norm_group or 1):
+            parts = f" in {self.accumulate} micro-batches" if self.accumulate > 1 else ""
+            fault = f"{self.batch_norm_group} does not divide --batch-size {self.batch_size}{parts}"
+            yield f"--batch-norm-group: {fault}; change one"
         if cnn and self.remat:
             yield "--remat: cnn has no residual blocks; leave the flag out"
         if cnn and not self.batch_norm:
@@ -256,10 +265,12 @@ class Config:
     def check_batch_norm(self, height: int, width: int) -> None:
         """Raise UserError if images of this size leave batch norm a single value, whose variance is 0."""
         shrinks = self.model in IMAGENET_MODELS and not self.small_images  # by 32
-        single = self.batch_size == self.accumulate and not self.freeze_backbone
+        single = 1 in (self.batch_size // self.accumulate, self.batch_norm_group) and not self.freeze_backbone
         if single and self.batch_norm and shrinks and max(height, width) <= 32:
             many = f"--accumulate: {self.batch_size} parts of 1"
             flag = "--batch-size: 1" if self.batch_size == 1 else many
+            if self.batch_norm_group is not None and self.batch_size > self.accumulate:
+                flag = "--batch-norm-group: 1"
             reason = f"as {self.model} brings {height}x{width} images down to 1x1"
             raise UserError(f"{flag} is too few for batch norm, {reason}; use 2 or more")
 
@@ -283,6 +294,8 @@ class Config:
             options["batch_norm"] = False
         elif self.model != "cnn":
             options["residual_scale"] = self.residual_scale
+        if self.batch_norm_group is not None:
+            options["batch_norm_group"] = self.batch_norm_group
         return options
 
     def engine_options(self) -> dict[str, Any]:

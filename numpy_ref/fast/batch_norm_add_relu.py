@@ -29,23 +29,30 @@ class BatchNormAddRelu(BatchNorm):
         train: bool = False,
         shortcut: Array | None = None,
         keep: Array | None = None,
+        *,
+        out: Array | None = None,
     ) -> Array:
-        """Map x [N, ..., C], a shortcut of its shape, and a factor of each example, [N], to that shape."""
+        """Map x [N, ..., C], a shortcut of its shape, and a factor of each example, [N], to that shape.
+
+        The result is written to `out`, if given, which lies in memory as x does.
+        """
+        if train and self.group is not None:
+            return self._forward_groups(x, shortcut=shortcut, keep=keep)
         order, centered, inverse_std, n = self._center(x, train)
         scale, offset = self._scale_and_offset(inverse_std, order)
-        y = empty_like(centered)
+        y = empty_like(centered) if out is None else order.view(out)
         added = None if shortcut is None else order.view(shortcut)
         zeros = np.zeros(y.shape[-1], y.dtype)  # NumPy's maximum with a number is three times slower
         factors = None if keep is None else order.factors(keep, y)
 
         for part in order.blocks(y):
-            out = np.multiply(centered[part], scale, out=y[part])
-            out += offset
+            block = np.multiply(centered[part], scale, out=y[part])
+            block += offset
             if factors is not None:
-                order.scale(out, factors, part, out)
+                order.scale(block, factors, part, block)
             if added is not None:
-                out += added[part]
-            np.maximum(out, zeros, out=out)
+                block += added[part]
+            np.maximum(block, zeros, out=block)
         self.save_for_backward(order, centered, inverse_std, y, n, factors)
         return order.restore(y)
 
@@ -55,6 +62,8 @@ class BatchNormAddRelu(BatchNorm):
         ReLU passes the gradient where y > 0; the sum passes it to both of its terms. The batch norm's is then
         multiplied by the factor of the example.
         """
+        if isinstance(self.saved[0], list):
+            return self._backward_groups(dy)
         order: NHWC
         order, centered, inverse_std, y, n, factors = self.saved
         d = order.view(promote(dy, centered))
@@ -71,6 +80,15 @@ class BatchNormAddRelu(BatchNorm):
 
         self.dshortcut = order.restore(dsum)
         return order.restore(self._input_gradient(order, dnorm, sums, centered, inverse_std, n))
+
+    def _backward_groups(self, dy: Array) -> Array:
+        """Return dL/dx, group by group, and likewise set `dshortcut`."""
+        dx = super()._backward_groups(dy)
+        norms, order = self.saved
+        self.dshortcut = order.empty(dx.shape, dx.dtype)
+        for part, norm in zip(self._groups(dy), norms, strict=True):
+            self.dshortcut[part] = norm.dshortcut
+        return dx
 
     def free_saved(self) -> None:
         """Free the values that forward and backward saved."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Self
 
 import numpy as np
 
 from numpy_ref import layers
+from numpy_ref.fast.blocks import slices
 from numpy_ref.fast.memory_order import NHWC, order_of
-from numpy_ref.layers import Array, check_channels, check_count, promote
+from numpy_ref.layers import Array, check_channels, check_count, group_count, promote
 from numpy_ref.memory import empty_like
 
 
@@ -19,27 +21,35 @@ class BatchNorm(layers.BatchNorm):
     squares; one for y. Backward takes two: one for both sums, and one for dx, which is linear in dy and
     x - mean with one coefficient per channel for each.
 
+    With a `group`, each group of a batch passes through a norm of its own, `_norm_of_group`. In the memory
+    order HCWN a group is copied first, since its examples are not neighbors there.
+
     Attributes:
-        all_reduce: adds up sums over all parts of a batch that processes share; see `parallel.py`.
+        all_reduce: adds up sums over all parts of a batch that processes share; see `parallel.py`. With a
+            `group` each part has whole groups, and the sums are those of the running statistics alone.
         keeps_running: True if this process updates the running statistics.
     """
 
     all_reduce: Callable[[Array], Array] = staticmethod(lambda sums: sums)
     keeps_running = True
 
-    def forward(self, x: Array, train: bool = False) -> Array:
-        """Map x [..., C] to its own shape."""
+    def forward(self, x: Array, train: bool = False, *, out: Array | None = None) -> Array:
+        """Map x [..., C] to its own shape; written to `out`, if given, which lies in memory as x does."""
+        if train and self.group is not None:
+            return self._forward_groups(x)
         order, centered, inverse_std, n = self._center(x, train)
         scale, offset = self._scale_and_offset(inverse_std, order)
-        y = empty_like(centered)
+        y = empty_like(centered) if out is None else order.view(out)
         for part in order.blocks(centered):
-            out = np.multiply(centered[part], scale, out=y[part])
-            out += offset
+            block = np.multiply(centered[part], scale, out=y[part])
+            block += offset
         self.save_for_backward(order, centered, inverse_std, n)
         return order.restore(y)
 
     def backward(self, dy: Array) -> Array:
         """Return dL/dx."""
+        if isinstance(self.saved[0], list):
+            return self._backward_groups(dy)
         order: NHWC
         order, centered, inverse_std, n = self.saved
         d = order.view(promote(dy, centered))
@@ -103,3 +113,54 @@ class BatchNorm(layers.BatchNorm):
                 linear += c
                 out += linear
         return dx
+
+    def _forward_groups(self, x: Array, **inputs: Array | None) -> Array:
+        """Forward in training, group by group.
+
+        Args:
+            x: [B, ..., C].
+            inputs: further arguments of `forward`, [B, ...] each.
+        """
+        check_channels(x, len(self.weight.value))
+        parts = self._groups(x)
+        norms: list[BatchNorm] = []
+        order, x = order_of(x), promote(x, self.weight.value)
+        y = order.empty(x.shape, x.dtype)
+        for part in parts:
+            norm = self._norm_of_group()
+            given = {name: array[part] for name, array in inputs.items() if array is not None}
+            out = y[part] if order is NHWC else None
+            of_group = norm.forward(order.ordered(x[part]), True, out=out, **given)
+            if out is None:
+                y[part] = of_group
+            norms.append(norm)
+        self._average(norms)
+        self.save_for_backward(norms, order)
+        return y
+
+    def _backward_groups(self, dy: Array) -> Array:
+        """Return dL/dx, group by group."""
+        norms, order = self.saved
+        dx: Array = order.empty(dy.shape, np.result_type(dy, self.weight.value))
+        for part, norm in zip(self._groups(dy), norms, strict=True):
+            dx[part] = norm.backward(dy[part])
+        return dx
+
+    def _groups(self, x: Array) -> Iterator[slice]:
+        """The examples of each group of a batch."""
+        return slices(len(x), len(x) // group_count(len(x), self.group))
+
+    def _norm_of_group(self) -> Self:
+        """Return a norm with these parameters, whose running statistics become those of its own batch."""
+        norm = type(self)(len(self.weight.value), eps=self.eps, momentum=1.0, dtype=self.weight.value.dtype)
+        norm.weight, norm.bias = self.weight, self.bias
+        return norm
+
+    def _average(self, norms: Sequence[layers.BatchNorm]) -> None:
+        """Move the running statistics toward the mean over the groups, those of other processes included."""
+        statistics = np.array([(norm.running_mean, norm.running_var) for norm in norms])  # [G, 2, C]
+        sums = statistics.sum(0, np.float64)
+        totals = self.all_reduce(np.append(sums, len(norms)))
+        if self.keeps_running:
+            mean, unbiased_var = (totals[:-1] / totals[-1]).reshape(sums.shape)
+            self._move_running(mean, unbiased_var)

@@ -35,6 +35,7 @@ from numpy_ref.layers.module import promote as promote
 from numpy_ref.layers.normalization import BatchNorm as BatchNorm
 from numpy_ref.layers.normalization import NoNorm as NoNorm
 from numpy_ref.layers.normalization import check_count as check_count
+from numpy_ref.layers.normalization import group_count as group_count
 from numpy_ref.layers.pooling import AvgPool2d as AvgPool2d
 from numpy_ref.layers.pooling import GlobalAvgPool2d as GlobalAvgPool2d
 from numpy_ref.layers.pooling import MaxPool2d as MaxPool2d

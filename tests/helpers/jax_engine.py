@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -165,3 +165,35 @@ def train_on_devices() -> dict[str, np.ndarray]:
     norms = np.array([value for name, value in sorted(metrics[0].items()) if name.startswith("grad_norm/")])
     results = {"losses": losses, "logits": logits, "parts": parts, "norms": norms, "averages": averages}
     return {**results, **flat(tree)}
+
+
+# (images in a group, images of a batch, micro-batches). On 8 devices: a group on each; a group over each two;
+# micro-batches that are one group, over all.
+GROUPS = ((2, 16, 1), (4, 16, 1), (8, 16, 2))
+GROUPED: dict[str, Any] = {"width": 2, "stage_sizes": (1, 1), "small_images": True}
+
+
+def train_in_groups(
+    make: Callable[..., Any],
+    rows: Callable[[int], slice] = slice,
+    cases: Iterable[tuple[int, int, int]] = GROUPS,
+) -> dict[str, np.ndarray]:
+    """Losses, logits and the tree after 4 steps with batch norm over groups, for each case.
+
+    Args:
+        make: `make_engine` of this module or of `numpy_engine`.
+        rows: the part of a batch of N images that this process passes to the engine.
+        cases: as `GROUPS`.
+    """
+    results: dict[str, np.ndarray] = {}
+    for group, size, micro_batches in cases:
+        accumulate = {"accumulate": micro_batches} if micro_batches > 1 else {}
+        options = {**GROUPED, "batch_norm_group": group}
+        engine = make(optimizer="sgd", model_options=options, **accumulate)
+        batches = [{k: v[rows(size)] for k, v in batch.items()} for batch in make_batches(4, size)]
+        state, metrics = train(engine, engine.init(), batches)
+        arrays = {name: np.stack([step[name] for step in metrics]) for name in ("loss", "logits")}
+        results |= {
+            f"{group}/{name}": array for name, array in {**arrays, **flat(engine.to_tree(state))}.items()
+        }
+    return results

@@ -58,6 +58,8 @@ _NORMS: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     ("batch-norm-rows", (7, 6), {}),
     ("batch-norm-128-channels", (16, 8, 8, 128), {}),
     ("batch-norm-1500-channels", (3, 1, 2, 1500), {"eps": 0.1}),
+    ("batch-norm-groups", (6, 5, 3, 6), {"group": 2}),
+    ("batch-norm-groups-options", (9, 3, 2, 40), {"group": 3, "eps": 0.1, "momentum": 0.3}),
 ]
 BATCH_NORMS = [
     Case(f"{name}-{'train' if train else 'eval'}", "batch_norm", shape, options, train, values="shifted")
@@ -142,6 +144,17 @@ NETWORKS = [  # thin; images so large that batch norm never divides by the devia
     ),
     _network("resnet-bottleneck-drop-path", (4, 40, 33, 3), "resnet50", **_DROPPED),
     _network("resnet-option-A-drop-path", (8, 32, 33, 3), "resnet_cifar", n=1, width=3, drop_path=0.5),
+    _network("resnet-groups", (4, 33, 34, 3), "resnet18", width=4, stage_sizes=(1, 1), batch_norm_group=2),
+    _network("resnet-bottleneck-groups", (6, 40, 33, 3), "resnet50", **_DROPPED, batch_norm_group=3),
+    _network(
+        "resnet-option-A-groups",
+        (8, 32, 33, 3),
+        "resnet_cifar",
+        n=1,
+        width=3,
+        drop_path=0.5,
+        batch_norm_group=4,
+    ),
     _network("resnet-drop-path-no-batch-norm", (4, 32, 33, 3), "resnet50", **_DROPPED, batch_norm=False),
     _network("cnn", (4, 33, 40, 3), "cnn", image_size=(33, 40), width=3),
     _network("resnet-basic-eval", (4, 47, 66, 3), "resnet18", train=False, width=4, stage_sizes=(1, 1, 1, 1)),
@@ -257,6 +270,7 @@ TRAJECTORIES.append(
             "width": 4,
             "stage_sizes": (1, 1),
             "small_images": True,
+            "batch_norm_group": 4,
             "optimizer": "sgd",
             "optimizer_options": {
                 "weight_decay": 1e-2,

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import torch_oracle
 from tests.helpers.comparing import nchw, nhwc
 from tests.parity.case import CLASSES, Case, Inputs, Results, group
+from torch_oracle.layers import GroupedBatchNorm2d
 
 MOMENTS = {  # by the names of the checkpoint tree
     "exp_avg": "mu",
@@ -40,6 +41,8 @@ def build(case: Case) -> nn.Module:
             return nn.Conv2d(channels, **options)
         case "linear":
             return nn.Linear(channels, **options)
+        case "batch_norm" if "group" in options:
+            return GroupedBatchNorm2d(channels, **options)
         case "batch_norm":
             return (nn.BatchNorm2d if len(case.shape) == 4 else nn.BatchNorm1d)(channels, **options)
         case "max_pool":

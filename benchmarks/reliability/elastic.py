@@ -86,7 +86,7 @@ def _exists(group: int) -> bool:
     """True if a process of a process group runs; one that has ended and was not waited for does not."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+            state, _, pgrp = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
         except OSError:
             continue
         if int(pgrp) == group and state not in "ZX":

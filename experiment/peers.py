@@ -21,19 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiment import program
-from experiment.connections import (
-    LOOPBACK,
-    Address,
-    Link,
-    Message,
-    carry,
-    dial,
-    free_port,
-    listen,
-    port_of,
-    serve,
-)
+from experiment import connections, program
+from experiment.connections import LOOPBACK, Address, Link, Message
 from experiment.errors import UserError
 
 BEAT_SECONDS = 5.0  # between messages
@@ -124,10 +113,6 @@ class Peers:
     def joined(self) -> None:
         """Note that JAX has joined all processes: from now on a silent one counts as lost."""
         self._joined = True
-        self.beat()
-
-    def beat(self) -> None:
-        """Send the news to every process that is connected."""
         self._send(self._status())
 
     def fail(self, patience: float = 0.0) -> None:
@@ -176,15 +161,15 @@ class Peers:
 
     def _open_door(self, bind: Address) -> int:
         """Listen for the other processes; return a free port, for JAX's service."""
-        service = free_port()
+        service = connections.free_port()
         try:
-            listener = listen(*bind)
+            listener = connections.listen(*bind)
         except OSError as error:
             raise UserError(
                 f"--distributed: cannot listen at port {bind[1]} ({error.strerror or error}); name another "
                 "one in JAX_COORDINATOR_ADDRESS"
             ) from None
-        serve(listener, lambda connection: self._welcome(Link(connection), service))
+        connections.serve(listener, lambda connection: self._welcome(Link(connection), service))
         return service
 
     def _welcome(self, link: Link, service: int) -> None:
@@ -198,9 +183,9 @@ class Peers:
         elif hello.get("relay"):
             with suppress(OSError):
                 connection, early = link.detach()
-                far = dial((LOOPBACK, service), PATIENCE_SECONDS)
+                far = connections.dial((LOOPBACK, service), PATIENCE_SECONDS)
                 far.sendall(early)
-                carry(connection, far)
+                connections.carry(connection, far)
         else:
             self._admit(link, hello)
 
@@ -243,7 +228,7 @@ class Peers:
     def _visit(self) -> None:
         """Connect to process 0, and watch it."""
         try:
-            link = Link(dial(self._address, self._join_seconds))
+            link = Link(connections.dial(self._address, self._join_seconds))
             link.send({"index": self.index, "count": self.count, **self._status()})
         except OSError as error:
             where = "{}:{}".format(*self._address)
@@ -255,16 +240,16 @@ class Peers:
 
     def _open_relay(self) -> int:
         """Open a port of this process whose connections are passed on to process 0; return it."""
-        listener = listen(LOOPBACK, 0)
+        listener = connections.listen(LOOPBACK, 0)
 
         def pass_on(near: socket.socket) -> None:
             with suppress(OSError):
-                far = dial(self._address, self._join_seconds)
+                far = connections.dial(self._address, self._join_seconds)
                 far.sendall(b'{"relay": true}\n')
-                carry(near, far, hold=True)
+                connections.carry(near, far, hold=True)
 
-        serve(listener, pass_on)
-        return port_of(listener)
+        connections.serve(listener, pass_on)
+        return connections.port_of(listener)
 
     # All processes
 
@@ -299,7 +284,7 @@ class Peers:
         elif "farewell" in message:
             peer.farewell = message["farewell"]
             if peer.farewell == "failed":
-                self._note(peer.index, "failed and reports why", EXCUSE_SECONDS)
+                self._note(peer.index, "failed with an error of its own", EXCUSE_SECONDS)
 
     def _note(self, index: int, fate: str, grace: float = COLLECT_SECONDS) -> None:
         """Raise the alarm about a process; this one ends after `grace` seconds."""

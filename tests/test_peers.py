@@ -131,7 +131,7 @@ if mine.index == {failed}:
     for status, error in results.values():
         assert status == 1
         assert f"process {failed} of 3" in error
-        assert "failed and reports why" in error
+        assert "failed with an error of its own" in error
         assert error.count("\n") == 1
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ others = mine.count - 1 if mine.index == 0 else 1
 while os.environ["WAITS"] == "1" and sum(peer.joined for peer in mine._others()) < others:
     time.sleep(0.01)
 print("met", flush=True)
+sys.stdin.readline()
 """
 SLEEP = "time.sleep(120)"
 
@@ -52,6 +54,7 @@ def launch(
             [sys.executable, "-c", PROCESS + then],
             cwd=ROOT,
             env=os.environ | shared | {"JAX_PROCESS_ID": str(index)},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -61,6 +64,11 @@ def launch(
     for process in processes.values():
         assert process.stdout is not None
         assert process.stdout.readline() == "met\n"
+    for process in processes.values():
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # one that has ended by now
+            process.stdin.write("\n")
+            process.stdin.flush()
     return processes
 
 

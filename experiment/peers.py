@@ -191,7 +191,8 @@ class Peers:
 
     def _admit(self, link: Link, hello: Mapping[str, Any]) -> None:
         """Watch a process that has said hello, unless it cannot take part."""
-        index, count = hello.get("index"), hello.get("count")
+        index: Any = hello.get("index")
+        count = hello.get("count")
         refusal = ""
         if count != self.count:
             refusal = f"process 0 was started as one of {self.count}, this one as one of {count}"

@@ -57,6 +57,7 @@ class Tally:
         operations: how many the undisturbed run has.
         trials: how many were made; of them
         struck: in which the operation came,
+        stopped: in which the run was killed, or failed with one line,
         equal: after which the run had the bits of the undisturbed one,
         told: after which it said in one line what to do,
         lost: the rest, a line for each.
@@ -65,6 +66,7 @@ class Tally:
     operations: int
     trials: int = 0
     struck: int = 0
+    stopped: int = 0
     equal: int = 0
     told: int = 0
     lost: list[str] = field(default_factory=list)
@@ -143,6 +145,7 @@ class Campaign:
         tally.trials += 1
         killed = MODES[mode] <= 2 and status == -9
         tally.struck += killed or (MODES[mode] > 2 and self._counted() >= number)
+        tally.stopped += status != 0
         faults = [] if killed else first.faults(0, 1, 2)
         begun = (run_dir / "config.json").exists()
         last = self._train(run_dir, "last", *(("--resume",) if begun else (*FLAGS, *STEPS)))
@@ -160,12 +163,12 @@ class Campaign:
 def table(tallies: dict[tuple[str, str], Tally]) -> str:
     """Return the results as Markdown."""
     lines = [
-        "| run | disturbed by | operations | trials | struck | same bits in the end | one line | lost |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| run | disturbed by | operations | trials | struck | stopped | same bits | one line | lost |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (phase, mode), tally in tallies.items():
-        numbers = (tally.operations, tally.trials, tally.struck, tally.equal, tally.told, len(tally.lost))
-        lines.append(f"| {phase} | {mode} | {' | '.join(map(str, numbers))} |")
+        numbers = (tally.operations, tally.trials, tally.struck, tally.stopped, tally.equal, tally.told)
+        lines.append(f"| {phase} | {mode} | {' | '.join(map(str, numbers))} | {len(tally.lost)} |")
     return "\n".join(lines)
 
 

@@ -27,24 +27,33 @@ MODES = {"kill": 1, "kill in a write": 2, "ENOSPC": 3, "EIO": 4, "EACCES": 5}
 PHASES = ("a fresh run", "a resumed run")
 
 
+def compile_shim(folder: Path) -> Path:
+    """Compile the shim into a folder; return the library."""
+    library = folder / "crash_shim.so"
+    command = [
+        "cc",
+        "-O1",
+        "-w",
+        "-U_FORTIFY_SOURCE",
+        "-fPIC",
+        "-shared",
+        "-o",
+        str(library),
+        str(SHIM),
+        "-ldl",
+    ]
+    subprocess.run(command, check=True)
+    return library
+
+
 def run_with_shim(arguments: Sequence[str]) -> int:
     """Compile the shim, and run this campaign in a process that has it; return its exit status."""
     with tempfile.TemporaryDirectory() as temporary:
-        library = Path(temporary) / "crash_shim.so"
-        command = [
-            "cc",
-            "-O1",
-            "-w",
-            "-U_FORTIFY_SOURCE",
-            "-fPIC",
-            "-shared",
-            "-o",
-            str(library),
-            str(SHIM),
-            "-ldl",
-        ]
-        subprocess.run(command, check=True)
-        environment = os.environ | {"LD_PRELOAD": str(library), PRELOADED: "1", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {
+            "LD_PRELOAD": str(compile_shim(Path(temporary))),
+            PRELOADED: "1",
+            "OMP_NUM_THREADS": "1",
+        }
         program = [sys.executable, "-m", "benchmarks.reliability", *arguments]
         return subprocess.run(program, env=environment, check=False).returncode
 

@@ -49,7 +49,7 @@ def meet() -> Peers:
     """Begin to watch the other processes, found by `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
     `JAX_PROCESS_ID`, or by the variables of Slurm, Open MPI or Kubernetes.
 
-    Returns at once: the others may start later, by 45 s or `THREEWAY_JOIN_SECONDS`.
+    Returns at once: the others may start later, by 40 s or `THREEWAY_JOIN_SECONDS`.
 
     Raises:
         UserError: the variables are incomplete or no numbers, or process 0 cannot listen at its port.

@@ -27,7 +27,7 @@ from experiment.errors import UserError
 
 BEAT_SECONDS = 5.0  # between messages
 SILENCE_SECONDS = 30.0  # after which a process counts as lost, once JAX has joined all
-COLLECT_SECONDS = 1.0  # after a loss, for more of them: the processes of a host die together
+COLLECT_SECONDS = 0.5  # after a loss, for more of them: the processes of a host die together
 ADVICE_SECONDS = 15.0  # for reading checkpoints; with the three above, a loss is reported within a minute
 JOIN_SECONDS = 40.0  # within which all must have started
 EXCUSE_SECONDS = 10.0  # for this process to end by itself after another one has

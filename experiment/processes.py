@@ -8,8 +8,10 @@ end together if one is lost: see `peers`.
 """
 
 import atexit
+import ctypes
 import multiprocessing
 import os
+import signal
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +86,7 @@ def connect(peers: Peers | None = None) -> ProcessInfo:
     peers = peers or meet()
     import jax
 
+    delay_abort()
     atexit.register(_leave_after_failure)  # handlers run in reverse order: this one before JAX's
     # On a CPU, two compiled functions at once would mix up their messages: they have no name.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -100,6 +103,19 @@ def connect(peers: Peers | None = None) -> ProcessInfo:
     process = ProcessInfo(jax.process_index(), jax.process_count())
     peers.joined()
     return process
+
+
+def delay_abort() -> None:
+    """Have an abort of this process wait for six seconds, in which `peers` reports what came before it.
+
+    When a process is lost, a thread of C++ may abort another one: gloo, XLA's collective operations on a CPU,
+    gets a message that it does not expect. The signal's handler is the C library's own `sleep`, which may be
+    called there. Its argument is the number of the signal, 6.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+        library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
 
 
 def fail(patience: float = 0.0) -> None:

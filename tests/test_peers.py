@@ -27,7 +27,7 @@ LIMIT_SECONDS = 60  # a hang becomes a failure
 PROCESS = """
 import os, sys, time
 from experiment import peers, processes
-peers.BEAT_SECONDS, peers.SILENCE_SECONDS, peers.COLLECT_SECONDS, peers.EXCUSE_SECONDS = 0.2, 1.5, 0.2, 1.0
+peers.BEAT_SECONDS, peers.SILENCE_SECONDS, peers.COLLECT_SECONDS, peers.EXCUSE_SECONDS = 0.2, 1.5, 0.3, 1.0
 mine = processes.meet()
 mine.joined()
 others = mine.count - 1 if mine.index == 0 else 1
@@ -141,6 +141,24 @@ if mine.index == {failed}:
         assert f"process {failed} of 3" in error
         assert "failed with an error of its own" in error
         assert error.count("\n") == 1
+
+
+def test_a_process_that_aborts_because_of_a_loss_names_it():
+    """As gloo does, in C++ that does not hold Python's lock."""
+    then = f"""
+import ctypes
+processes.delay_abort()
+if mine.index == 1:
+    time.sleep(0.2)
+    ctypes.CDLL(None).abort()
+{SLEEP}
+"""
+    processes = launch(then)
+    processes[2].kill()
+    results = ends(processes)
+    for index in (0, 1):
+        assert results[index][0] == 1
+        assert "process 2 of 3" in results[index][1]
 
 
 def test_processes_that_all_fail_report_it_each():

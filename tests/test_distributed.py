@@ -7,11 +7,13 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.reliability import elastic
 from experiment.commands import train
 from experiment.errors import UserError
 from experiment.processes import ProcessInfo, connect
@@ -80,6 +82,36 @@ def test_two_processes_train_as_one_the_first_writes_and_one_goes_on(tmp_path):
     train_one, train_two = ([line["loss"] for line in run.lines("train", "step")] for run in (one, two))
     assert_close("losses", train_two, train_one, FLOAT64_DEVICES)
     assert_all_close("weights", two.weights(), one.weights(), FLOAT64_DEVICES)
+
+
+def test_a_killed_process_ends_the_other_which_goes_on_alone(tmp_path):
+    """One kill; `python -m benchmarks.reliability elastic` makes thirty, of four processes."""
+    flags = [*CNN, "--steps", "24", "--eval-every", "12", "--checkpoint-every", "6", "--log-every", "2"]
+    flags += ["--no-report", "--run-dir"]
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    group = elastic.start([*flags, str(run_dir)], 2, tmp_path, "log")
+    try:
+        while elastic.last_step(run_dir) < 7:
+            assert all(process.poll() is None for process in group.processes), group.stderr(0)
+            time.sleep(0.01)
+        group.processes[1].kill()
+        assert group.wait([0], elastic.LIMIT_SECONDS) is not None
+        assert elastic.faults_at_the_end(group, 1, run_dir) == []
+        assert group.left_over() == []
+    finally:
+        group.kill()
+    (line,) = [line for line in group.stderr(0) if line.startswith("train.py: ")]
+    last = (run_dir / "log.txt").read_text().splitlines()[-1]
+    assert line.removeprefix("train.py: error: ") in last
+    assert re.search(rf"process 1 of 2 \(pid {group.processes[1].pid} on .*\) was lost at step \d+; ", line)
+    assert train.main([*flags, str(whole)]) == 0
+    assert train.main(["--resume", "--run-dir", str(run_dir)]) == 0
+    assert elastic.differences(run_dir, whole) == []
+
+
+@pytest.mark.slow
+def test_thirty_kills_lose_nothing(tmp_path):
+    assert elastic.run(times=30, seed=0, folder=tmp_path)
 
 
 def train_in_processes(place: ProcessInfo, precision: str) -> dict[str, np.ndarray]:

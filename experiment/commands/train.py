@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from experiment.options.command_line import parse
 from experiment.options.recipes import with_recipe
 from experiment.options.resolving import refuse_unused, resolve
+from experiment.processes import leave
 from experiment.program import label
 from experiment.run import session, signals
 from experiment.run.console import exit_status
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # again takes a tenth of the time to the first step.
     gc.set_threshold(100_000)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return exit_status(lambda: _train(arguments), label(), "interrupted before the run began")
+    status = exit_status(lambda: _train(arguments), label(), "interrupted before the run began")
+    leave(status)
+    return status
 
 
 def _train(argv: list[str]) -> int:

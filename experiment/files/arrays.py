@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -88,4 +88,12 @@ def call_alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _hold_to_cpu() -> None:
+    """Limit JAX of this process to the CPU, and end the process with the one that started it."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)

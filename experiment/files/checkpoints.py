@@ -77,11 +77,11 @@ class Checkpoints:
         if self._writes:
             self._pending = self._executor.submit(self._write, step, tree, run)
 
-    def wait(self) -> None:
-        """Wait until the save under way has reached the disk; raises what it raised."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until the save under way has reached the disk; raises what it raised, or TimeoutError."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            pending.result(seconds)
 
     def close(self) -> None:
         """Wait for the save under way, then end the background thread."""
@@ -155,6 +155,14 @@ class Checkpoints:
                 _verify(self.directory / str(step))
                 whole.append(step)
         return whole
+
+    def newest_verified(self) -> int | None:
+        """The step of the newest checkpoint whose sums are right, or None; reads no older ones."""
+        for step in reversed(self.steps()):
+            with suppress(CheckpointError):
+                _verify(self.directory / str(step))
+                return step
+        return None
 
     def remove_incomplete(self) -> None:
         """Delete what a killed process left half written."""

@@ -3,13 +3,17 @@
 import enum
 import errno
 import shlex
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experiment.errors import UserError, named_line
 from experiment.files.checkpoints import Checkpoints
 from experiment.program import command
+
+SAVE_SECONDS = 10.0  # for the save under way when another process was lost
 
 
 class End(enum.Enum):
@@ -74,6 +78,40 @@ def what_is_safe(checkpoints: Checkpoints, run_dir: Path, first: str = "") -> st
     if not (run_dir / "config.json").is_file():
         how = "start the run again"
     return f"verified checkpoints: {steps}; {first}{how}"
+
+
+def where_saved(run_dir: Path, checkpoints: Checkpoints) -> dict[str, Any]:
+    """Return the folder of a run and its newest checkpoint, for the other processes of the run.
+
+    Nothing where the run cannot be resumed yet.
+    """
+    with suppress(OSError):
+        if (run_dir / "config.json").is_file():
+            return {"folder": str(run_dir.absolute()), "newest": max(checkpoints.steps(), default=None)}
+    return {}
+
+
+def after_loss(run_dir: Path | None, news: Mapping[str, Any], checkpoints: Checkpoints | None = None) -> str:
+    """Return the newest whole checkpoint of a run that lost a process, and how to go on with the others.
+
+    Args:
+        run_dir: its folder, as this process knows it.
+        news: what `where_saved` returned in process 0, for a host that does not see the folder.
+        checkpoints: in process 0 those of the run, whose save under way is waited for.
+    """
+    folder = Path(news["folder"]) if "folder" in news else run_dir
+    if folder is None or not ("folder" in news or (folder / "config.json").is_file()):
+        return "nothing is saved yet; start the run again"
+    checkpoints = checkpoints or Checkpoints(folder / "checkpoints", 1, writes=False)
+    with suppress(OSError):  # the save failed, or takes too long
+        checkpoints.wait(SAVE_SECONDS)
+    newest = checkpoints.newest_verified()
+    if newest is None:
+        newest = news.get("newest")
+    saved = "no checkpoint yet" if newest is None else f"newest whole checkpoint: {newest}"
+    return (
+        f"{saved}; continue with {resume_command(folder)}, with --distributed if several processes are left"
+    )
 
 
 def resume_command(run_dir: Path) -> str:

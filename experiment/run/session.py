@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Any
 
+from experiment import processes
 from experiment.data import loading
 from experiment.data.drop_path import DropPath
 from experiment.data.loading import Data
@@ -22,12 +23,21 @@ from experiment.files.tensorboard import add_images
 from experiment.options.config import Config
 from experiment.options.recipes import with_recipe
 from experiment.options.resolving import resolve, with_local_paths
+from experiment.peers import PATIENCE_SECONDS, Peers
 from experiment.processes import SINGLE_PROCESS, connect
 from experiment.program import command
 from experiment.report import write_report
 from experiment.run import transfer
 from experiment.run.console import Console, conclude, describe
-from experiment.run.outcome import End, Outcome, describe_failure, resume_command, what_is_safe
+from experiment.run.outcome import (
+    End,
+    Outcome,
+    after_loss,
+    describe_failure,
+    resume_command,
+    what_is_safe,
+    where_saved,
+)
 from experiment.run.output import RunOutput, open_output
 from experiment.run.restoring import Start, restore
 from experiment.run.schedules import ValidationHistory, Validations, make_schedule
@@ -70,11 +80,12 @@ class Session:
             self._check(Path(config.run_dir))
         set_environment(config.framework, deterministic=config.deterministic)
         recorded = self.stored and run_folder.recorded_data(self.stored["resolved"])
+        self.peers = self._meet() if config.distributed else None
         data = loading.load(config.dataset, **config.data_options(), recorded=recorded)
         note = self.stored and run_folder.check_same_data(self.stored["resolved"], data)
         self.notes = [*data.notes, *([note] if note else [])]
         self.resolved = resolve_lengths(config, data, self.stored, given)
-        self.process = connect() if config.distributed else SINGLE_PROCESS
+        self.process = connect(self.peers) if config.distributed else SINGLE_PROCESS
         self.data = dataclasses.replace(data, place=self.process)
         self.validations = ValidationHistory(config.eval_every or data.steps_per_epoch)
         self.engine = join(make_engine(config, self.data, self.resolved, self.validations))
@@ -97,7 +108,23 @@ class Session:
         with open_output(
             folder, is_main=is_main, keep_checkpoints=config.keep_checkpoints, check=self._check
         ) as output:
+            self._inform_peers(output)
             return self._drive(output)
+
+    def _meet(self) -> Peers:
+        """Begin to watch the other processes."""
+        peers, run_dir = processes.meet(), self.config.run_dir
+        peers.advice = lambda news: after_loss(None if run_dir is None else Path(run_dir), news)
+        return peers
+
+    def _inform_peers(self, output: RunOutput) -> None:
+        """Let the watch over the other processes, if there are any, know where the run is."""
+        if self.peers is None:
+            return
+        self.peers.report = lambda line: output.console.fail(f"the run failed: {line}")
+        if output.is_main:
+            self.peers.news = lambda: where_saved(output.folder, output.checkpoints)
+            self.peers.advice = lambda news: after_loss(output.folder, news, output.checkpoints)
 
     def _check(self, folder: Path) -> None:
         """Raise UserError if the run cannot begin in `folder`, or config.json has changed."""
@@ -127,6 +154,8 @@ class Session:
                     total_steps=self.resolved["total_steps"],
                     identity=identity,
                 )
+                if self.peers is not None:
+                    self.peers.step = lambda: trainer.step
                 summary = trainer.fit()
             outcome = _conclude(trainer, summary, output)
             page = write_the_report(folder, trainer.step, console) if draws_report else None
@@ -134,6 +163,7 @@ class Session:
                 console.report(f"report: {page}")
             return outcome
         except RunFailedError as error:
+            processes.fail()
             outcome = _failed(console, error, "")
             if draws_report and not isinstance(error, FolderLostError):
                 write_the_report(folder, trainer.step, console)
@@ -141,10 +171,12 @@ class Session:
         except (UserError, BrokenBarrierError):  # the second: another of the runs that train together ended
             raise
         except Exception as error:
+            processes.fail(0.0 if isinstance(error, OSError | MemoryError) else PATIENCE_SECONDS)
             if not isinstance(error, OSError | MemoryError):
                 console.log(traceback.format_exc())
             return _failed(console, error, describe_failure(error, output.checkpoints, folder))
         except KeyboardInterrupt:  # before the first step, or the second Ctrl-C
+            processes.fail()
             reason = f"interrupted at once; {what_is_safe(output.checkpoints, folder)}"
             console.fail(reason, label="")
             return Outcome(End.INTERRUPTED, 128 + signal.SIGINT, reason)
@@ -186,7 +218,17 @@ def start(
     """
     for name in ("absl", "asyncio"):  # Orbax logs what we report in a line
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    return Session(given, argv, join).run()
+    try:
+        outcome = Session(given, argv, join).run()
+    except (UserError, OSError, MemoryError, KeyboardInterrupt):
+        processes.fail()
+        raise
+    except Exception:
+        processes.fail(PATIENCE_SECONDS)
+        raise
+    if outcome.end in (End.COMPLETED, End.STOPPED):
+        processes.done()
+    return outcome
 
 
 def _conclude(trainer: Trainer, summary: dict[str, Any] | None, output: RunOutput) -> Outcome:

@@ -1,0 +1,62 @@
+"""Campaigns of kills, races and failing file systems against real runs; each prints a table.
+
+    python -m benchmarks.reliability elastic --times 30     # a quarter of an hour on two cores
+    python -m benchmarks.reliability races --times 100
+    python -m benchmarks.reliability crashes --modes kill   # every file-system operation; needs cc and Linux
+
+Exit status 1 if something was lost. The tables of docs/reliability.md come from these commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.reliability import crashes, elastic, races
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--folder", type=Path, help="where the runs go; what failed is kept there")
+    common.add_argument("--seed", type=int, default=0, help="of the random moments (default 0)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reliability",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    campaigns = parser.add_subparsers(dest="campaign", required=True)
+    killed = campaigns.add_parser("elastic", parents=[common], help="one of four processes is killed")
+    killed.add_argument("--times", type=int, default=30, help="number of kills (default 30)")
+    raced = campaigns.add_parser("races", parents=[common], help="several commands in one folder")
+    raced.add_argument("--times", type=int, default=100, help="number of trials (default 100)")
+    crashed = campaigns.add_parser("crashes", parents=[common], help="each file-system operation fails")
+    crashed.add_argument("--modes", nargs="+", choices=list(crashes.MODES), default=list(crashes.MODES))
+    crashed.add_argument("--stride", type=int, default=1, help="take every N-th operation (default 1)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 1 if something was lost."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(arguments)
+    if options.campaign == "crashes" and crashes.PRELOADED not in os.environ:
+        return crashes.run_with_shim(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        match options.campaign:
+            case "elastic":
+                good = elastic.run(options.times, options.seed, folder)
+            case "races":
+                good = races.run(options.times, options.seed, folder)
+            case _:
+                good = crashes.run(folder, options.modes, options.stride)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

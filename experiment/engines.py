@@ -81,6 +81,13 @@ class Engine(Protocol):
     def from_tree(self, tree: dict[str, Any]) -> Any:
         """The inverse of `to_tree`."""
 
+    def arrays(self, state: Any) -> dict[str, np.ndarray]:
+        """The arrays of `to_tree` by their paths, such as "params/fc.bias", but in the engines' own layout
+        (kernels HWIO, matrices [in, out]), and on a CPU not copied."""
+
+    def from_arrays(self, arrays: Mapping[str, np.ndarray], reuse: Any = None) -> Any:
+        """The inverse of `arrays`: a state with copies. It may be `reuse`, a state that is lost then."""
+
 
 def set_environment(framework: str, *, deterministic: bool) -> None:
     """Set what JAX reads once, at its import; a value the user has set is left alone.

@@ -19,6 +19,10 @@ class DivergedError(RunFailedError):
     """The loss or gradient of a step was not finite."""
 
 
+class WrongStepError(RunFailedError):
+    """A training step was computed wrongly, or memory has changed: `--verify-every` found it."""
+
+
 class FolderLostError(RunFailedError):
     """The folder of a run is no longer the one that it locked: nothing more may be written there."""
 

@@ -314,12 +314,36 @@ class Engine:
             names = ["params", "batch_stats", "optimizer"]
             names += [] if self.ema_decay is None else ["ema"]
             native = jax.tree.map(from_torch_layout, {name: tree[name] for name in names})
-            template = self._opt_state_template(native["params"])
-            opt_state = state_from_dict(template, native["optimizer"])
-            params = jax.tree.map(jax.device_put, native["params"])  # copies already
-            batch_stats = jax.tree.map(jax.device_put, native["batch_stats"])
-            step, ema = jnp.array(tree["step"], jnp.int32), native.get("ema")
-            return self._make_state(params, batch_stats, opt_state, step, jax.tree.map(jax.device_put, ema))
+            return self._from_native({**native, "step": tree["step"]})
+
+    def arrays(self, state: TrainState) -> dict[str, np.ndarray]:
+        """Everything in the tree of `to_tree` by its path, but in this engine's layout, and on a CPU not
+        copied."""
+        parts: Tree = {"params": state.params, "batch_stats": state.batch_stats, "step": state.step}
+        parts |= {"optimizer": state_to_dict(state.opt_state), "ema": state.ema}
+        leaves = jax.tree_util.tree_leaves_with_path(parts)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x) for path, x in leaves}
+
+    def from_arrays(self, arrays: Mapping[str, np.ndarray], reuse: TrainState | None = None) -> TrainState:
+        """The inverse of `arrays`. `reuse` is of no use here: a state is made of new arrays."""
+        native: Tree = {}
+        for path, array in arrays.items():
+            *parts, name = path.split("/")
+            inner = native
+            for part in parts:
+                inner = inner.setdefault(part, {})
+            inner[name] = np.array(array)
+        with self._precision():
+            return self._from_native({"batch_stats": {}, **native})  # a network may have none
+
+    def _from_native(self, tree: Tree) -> TrainState:
+        """The state of a tree in this engine's layout, whose arrays are copies already."""
+        template = self._opt_state_template(tree["params"])
+        opt_state = state_from_dict(template, tree["optimizer"])
+        params = jax.tree.map(jax.device_put, tree["params"])
+        batch_stats = jax.tree.map(jax.device_put, tree["batch_stats"])
+        step, ema = jnp.array(tree["step"], jnp.int32), jax.tree.map(jax.device_put, tree.get("ema"))
+        return self._make_state(params, batch_stats, opt_state, step, ema)
 
     def _make_state(
         self, params: Tree, batch_stats: Tree, opt_state: Any, step: jax.Array, ema: Tree | None

@@ -168,9 +168,11 @@ class Engine:
         initial = Replica(self._setup, Communicator(), initial=True)
         return self._state(initial.arrays()) if self.processes > 1 else State(initial)
 
-    def _state(self, arrays: Tree) -> State:
-        """A state with copies of these arrays, which are in this engine's layout."""
-        if self.processes == 1:
+    def _state(self, arrays: Tree, reuse: State | None = None) -> State:
+        """A state with copies of these arrays, in this engine's layout; `reuse` itself, if it is given."""
+        if reuse is not None:
+            state = reuse
+        elif self.processes == 1:
             state = State(Replica(self._setup, Communicator()))
         else:
             memory = SharedMemory(self._memory_size(arrays))
@@ -259,6 +261,19 @@ class Engine:
         arrays = {name: tree[name] for name in names}
         state = self._state(_map(from_torch_layout, arrays))
         state.step = int(tree["step"])
+        return state
+
+    def arrays(self, state: State) -> dict[str, Array]:
+        """Everything in the tree of `to_tree` by its path, but in this engine's layout and not copied."""
+        step = np.array(state.step, np.int32)
+        arrays = dict(leaves(state.replica.arrays()))
+        return {**arrays, **dict.fromkeys(arrays.keys() & {"optimizer/count"}, step), "step": step}
+
+    def from_arrays(self, arrays: Mapping[str, Array], reuse: State | None = None) -> State:
+        """The inverse of `arrays`. With `reuse`, a state of this engine, the arrays are written into it, and
+        its processes go on."""
+        state = self._state(dict(arrays), reuse)
+        state.step, state.first_nonfinite_step = int(arrays["step"]), None
         return state
 
     def _memory_size(self, arrays: Tree) -> int:

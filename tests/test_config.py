@@ -97,6 +97,7 @@ VALUES: dict[str, tuple[list[str], object]] = {
     "checkpoint_every": (["5"], 5),
     "eval_every": (["6"], 6),
     "log_every": (["1"], 1),
+    "verify_every": (["100"], 100),
     "log_gradients": ([], True),
     "keep_checkpoints": (["1"], 1),
     "test": ([], False),
@@ -236,6 +237,10 @@ MISTAKES = [
     (["--checkpoint-every", "0"], "--checkpoint-every", "at least 1"),
     (["--eval-every", "0"], "--eval-every", "at least 1"),
     (["--log-every", "0"], "--log-every", "at least 1"),
+    (["--verify-every", "-1"], "--verify-every", "at least 0"),
+    (["--verify-every", "10", "--precision", "float64"], "--verify-every", "leave"),
+    (["--verify-every", "10", "--distributed"], "--verify-every", "--distributed"),
+    (["--verify-every", "10", "--accumulate", "2"], "--verify-every", "--accumulate"),
     (["--keep-checkpoints", "0"], "--keep-checkpoints", "at least 1"),
     (["--image-size", "31"], "--image-size", "32"),
     (["--image-size", "64x31"], "--image-size", "32"),
@@ -289,8 +294,8 @@ def test_flag_parses(name):
 
 def test_all_flags_together():
     # 0 goes with no early stopping; a frozen backbone without batch norm; NumPy has none of the others
-    left_out = {"val_fraction", "accumulate", "remat", "distributed"}
-    left_out |= {"drop_path", "norm_weight_decay", "batch_norm_group"}
+    left_out = {"val_fraction", "accumulate", "remat", "distributed", "drop_path", "norm_weight_decay"}
+    left_out |= {"batch_norm_group", "verify_every"}  # the second needs float32
     values = {name: value for name, value in VALUES.items() if name not in left_out}
     argv = [word for name, (written, _) in values.items() for word in [flag_of(FIELDS[name]), *written]]
     expected = {name: VALUES[name][1] for name in values} | {n: FIELDS[n].default for n in left_out}

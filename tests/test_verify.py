@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.damaged_files import ask, continue_run, damaged_files, make_run
+from benchmarks.reliability.damaged_files import ask, continue_run, damaged_files, make_run
 from experiment.commands import compare, convert, evaluate, predict, report, study, train, verify
 from experiment.errors import LONGEST, UserError, printable
 from experiment.files import predictions, weights

@@ -3,6 +3,9 @@
     python -m benchmarks.reliability elastic --times 30     # a quarter of an hour on two cores
     python -m benchmarks.reliability races --times 100
     python -m benchmarks.reliability crashes --modes kill   # every file-system operation; needs cc and Linux
+    python -m benchmarks.reliability damaged-files --times 500
+    python -m benchmarks.reliability arguments --times 500
+    python -m benchmarks.reliability odd-files
 
 Exit status 1 if something was lost. The tables of docs/reliability.md come from these commands.
 """
@@ -16,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.reliability import crashes, elastic, races
+from benchmarks.reliability import crashes, damaged_files, elastic, odd_inputs, races
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,6 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     crashed = campaigns.add_parser("crashes", parents=[common], help="each file-system operation fails")
     crashed.add_argument("--modes", nargs="+", choices=list(crashes.MODES), default=list(crashes.MODES))
     crashed.add_argument("--stride", type=int, default=1, help="take every N-th operation (default 1)")
+    for name, words in (("damaged-files", "files of a run"), ("arguments", "command lines")):
+        damaged = campaigns.add_parser(name, parents=[common], help=f"{words}, damaged or odd")
+        damaged.add_argument("--times", type=int, default=500, help="number of trials (default 500)")
+    campaigns.add_parser("odd-files", parents=[common], help="files of every kind, malformed or huge")
     return parser
 
 
@@ -53,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 good = elastic.run(options.times, options.seed, folder)
             case "races":
                 good = races.run(options.times, options.seed, folder)
+            case "damaged-files":
+                good = damaged_files.damaged_files(folder, options.times, options.seed).report()
+            case "arguments":
+                good = odd_inputs.odd_command_lines(folder, options.times, options.seed).report()
+            case "odd-files":
+                good = odd_inputs.odd_files(folder).report()
             case _:
                 good = crashes.run(folder, options.modes, options.stride)
     return 0 if good else 1

@@ -39,12 +39,17 @@ class CheckpointError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of a run in `directory`, of which the newest `keep` are kept.
+    """The checkpoints of a run in `directory`, of which the newest `keep` are kept, and the verified one.
 
     Without `writes` nothing is saved or removed: another process does it. Saving goes on in a background
     thread. The tree passed to `save` must hold its own NumPy arrays, and nobody may change them afterwards,
     so that the engine can donate its state to the next step. `check_folder` raises if the run's folder must
     not be written to any more. `report` gets one line if the file system cannot sync folders.
+
+    Attributes:
+        verified_step: the newest step that `run.sentinel` has verified, -1 before the first, None without it.
+            The newest checkpoint up to it is kept until there is a newer one, and so is the first after it,
+            which will be the next.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class Checkpoints:
         self.directory, self.keep = directory.absolute(), keep  # Orbax takes no relative path
         self.check_folder = check_folder
         self._writes, self._report = writes, report
+        self.verified_step: int | None = None
         self._folders_sync = True
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -116,13 +122,24 @@ class Checkpoints:
             raise failure from error
         # Damaged checkpoints that resume skipped are newer than this one; they do not count toward `keep`.
         older = [old for old in self.steps() if old < step]
+        protected = self._protected([*older, step])
         for old in older[: max(len(older) + 1 - self.keep, 0)]:
+            if old in protected:
+                continue
             # Rename it first: a kill must not leave half of a checkpoint whose name marks it as complete.
             removed = self.directory / f"{old}.incomplete"
             _remove(removed)
             os.rename(self.directory / str(old), removed)
             _remove(removed)
         self._remove_unused_best()
+
+    def _protected(self, steps: list[int]) -> set[int]:
+        """Return which checkpoints must stay because of what is verified: see the class."""
+        if self.verified_step is None:
+            return set()
+        good = [step for step in steps if step <= self.verified_step]
+        others = [step for step in steps if step > self.verified_step]
+        return {*good[-1:], *others[:1]}
 
     def _remove_if_lost(self) -> None:
         """Remove the empty folders that Orbax has made again after the run was removed."""

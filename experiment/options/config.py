@@ -168,6 +168,9 @@ class Config:
     checkpoint_every: int | None = option(None, "steps between checkpoints (default: an epoch)", least=1)
     eval_every: int | None = option(None, "steps between validations (default: an epoch)", least=1)
     log_every: int = option(10, "steps between updates of the metrics", least=1)
+    verify_every: int = option(
+        0, "steps between those that are computed again and compared; 0: none", least=0
+    )
     log_gradients: bool = option(False, "the norm of each parameter's gradient in the metrics and the report")
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", least=1)
     test: bool = option(True, "evaluate the test set after the last step", flag="no-test")
@@ -238,6 +241,7 @@ class Config:
         for name in ("accumulate", "remat", "distributed"):
             if numpy and getattr(self, name) != getattr(Config, name):
                 yield f"--{name}: needs --framework jax; use that, or leave the flag out"
+        yield from self._verification_faults()
         if self.batch_size % self.accumulate:
             fault = f"{self.accumulate} does not divide --batch-size {self.batch_size}"
             yield f"--accumulate: {fault}; change one"
@@ -261,6 +265,17 @@ class Config:
             yield f"--stride-in-1x1: {self.model} has no bottlenecks; choose resnet50, resnet101 or resnet152"
         if self.small_images and self.model not in IMAGENET_MODELS:
             yield f"--small-images: {self.model} has a 3x3 stem already; leave the flag out"
+
+    def _verification_faults(self) -> Iterator[str]:
+        """Yield a line for each option with which the engines do not compute the same step."""
+        if not self.verify_every:
+            return
+        if self.precision != "float32":
+            yield f"--verify-every: float64 decides on float32, not on {self.precision}; leave one flag out"
+        if self.distributed:
+            yield "--verify-every: not with --distributed; leave one of the flags out"
+        if self.accumulate > 1 and self.batch_norm and self.model != "cnn" and not self.freeze_backbone:
+            yield "--verify-every: NumPy has no batch norm over the parts of --accumulate; leave one flag out"
 
     def check_batch_norm(self, height: int, width: int) -> None:
         """Raise UserError if images of this size leave batch norm a single value, whose variance is 0."""

@@ -32,7 +32,7 @@ CHANGEABLE = frozenset(
     {
         *("framework", "steps", "epochs", "data_dir", "run_dir", "resume", "distributed"),
         *("checkpoint_every", "eval_every", "log_every", "keep_checkpoints", "report", "test"),
-        "log_gradients",
+        *("log_gradients", "verify_every"),
         "early_stopping_patience",  # like steps: when the run ends
         "schedule_steps",  # `session.resolve_lengths` refuses another length of the schedule
     }

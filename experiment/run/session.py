@@ -7,6 +7,7 @@ import shlex
 import signal
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Any
@@ -43,6 +44,7 @@ from experiment.run.restoring import Start, restore
 from experiment.run.schedules import ValidationHistory, Validations, make_schedule
 from experiment.run.trainer import Trainer
 from experiment.run.transfer import initial_tree
+from experiment.run.verification import check_device, open_sentinel
 
 
 class Session:
@@ -89,6 +91,7 @@ class Session:
         self.data = dataclasses.replace(data, place=self.process)
         self.validations = ValidationHistory(config.eval_every or data.steps_per_epoch)
         self.engine = join(make_engine(config, self.data, self.resolved, self.validations))
+        check_device(config, self.engine)
         if config.drop_path:
             drop_path = DropPath(config.drop_path, self.engine.num_blocks, config.seed)
             self.data = dataclasses.replace(self.data, drop_path=drop_path)
@@ -143,7 +146,10 @@ class Session:
             identity = run_folder.identity(self.config, self.resolved)
             start = self._restore_or_begin(output, identity)
             options = self._record(output, start)
-            with output.writing_metrics(start.history, options if draws_report else None):
+            arguments_of = partial(engine_arguments, data=self.data, resolved=self.resolved)
+            verifying = open_sentinel(self.config, self.data, self.engine, output, arguments_of)
+            writing = output.writing_metrics(start.history, options if draws_report else None)
+            with writing, verifying as sentinel:
                 trainer = Trainer(
                     config=self.config,
                     data=self.data,
@@ -153,6 +159,7 @@ class Session:
                     start=start,
                     total_steps=self.resolved["total_steps"],
                     identity=identity,
+                    sentinel=sentinel,
                 )
                 if self.peers is not None:
                     self.peers.step = lambda: trainer.step
@@ -309,6 +316,18 @@ def resolve_lengths(
     }
 
 
+def engine_arguments(config: Config, data: Data, resolved: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of a run's engine, without its schedule: plain values."""
+    return {
+        **config.engine_options(),
+        **{name: getattr(data, name) for name in run_folder.ENGINE_FACTS},
+        "optimizer": config.optimizer,
+        "optimizer_options": resolved["optimizer_options"],
+        "freeze_backbone": config.freeze_backbone,
+        "class_weights": resolved.get("class_weights"),
+    }
+
+
 def make_engine(
     config: Config, data: Data, resolved: dict[str, Any], validations: Validations = ()
 ) -> Engine:
@@ -325,15 +344,8 @@ def make_engine(
         validations=validations,
         warmup_steps=resolved["warmup_steps"],
     )
-    engine = load_engine(config.framework)(
-        **config.engine_options(),
-        **{name: getattr(data, name) for name in run_folder.ENGINE_FACTS},
-        optimizer=config.optimizer,
-        optimizer_options=resolved["optimizer_options"],
-        learning_rate=schedule,
-        freeze_backbone=config.freeze_backbone,
-        class_weights=resolved.get("class_weights"),
-    )
+    arguments = engine_arguments(config, data, resolved)
+    engine = load_engine(config.framework)(**arguments, learning_rate=schedule)
     if config.batch_size // config.accumulate % engine.device_count:
         parts = f" in {config.accumulate} micro-batches" if config.accumulate > 1 else ""
         raise UserError(

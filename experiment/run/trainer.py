@@ -26,6 +26,7 @@ from experiment.run.outcome import describe_unreadable, what_is_safe
 from experiment.run.output import RunOutput
 from experiment.run.restoring import Start
 from experiment.run.schedules import ValidationHistory, has_converged
+from experiment.run.sentinel import Sentinel
 from experiment.run.signals import StopSignal
 from experiment.run.timing import Timer
 from experiment.run.transfer import count_parameters
@@ -49,6 +50,7 @@ class Trainer:
         start: where the run starts.
         total_steps: the last step.
         identity: what a resumed run may not change, for its checkpoints.
+        sentinel: verifies steps; None for none.
 
     Attributes:
         step: the last step that was taken.
@@ -63,6 +65,7 @@ class Trainer:
     start: Start
     total_steps: int
     identity: dict[str, Any]
+    sentinel: Sentinel | None = None
 
     def __post_init__(self) -> None:
         config, engine, output, start = self.config, self.engine, self.output, self.start
@@ -83,13 +86,16 @@ class Trainer:
         run before its end.
 
         Raises:
-            RunFailedError: data cannot be read; DivergedError: a loss or gradient is not finite.
+            RunFailedError: data cannot be read; DivergedError: a loss or gradient is not finite;
+                WrongStepError: the sentinel found a wrong step.
             OSError: the disk is full.
         """
         with self.stop.listen():
             if self.config.init_from is not None and not self.start.history:
                 self._save()  # so that a resumed run does not need the --init-from file
             self._train()
+            if self.sentinel:
+                self.sentinel.finish(self.state, self.stop.requested)
             if self.stop.signal is None and self._converged():
                 self.console.report(
                     f"step {self.step}: no better validation loss for "
@@ -108,7 +114,10 @@ class Trainer:
         cache = "the next start finds it in the cache" if caches_compilation() else "no cache keeps it"
         compiling = f"compiling the training step of {self.config.model}: no progress is shown; {cache}"
         self.console.report(compiling if self.engine.compiles else "taking the first step")
-        batches = itertools.islice(self._batches(self.step), remaining)
+        batches: Iterator[Any] = itertools.islice(self._batches(self.step), remaining)
+        if self.sentinel:
+            batches = self.sentinel.watch(batches, self.step)
+            self.sentinel.before_next(self.step, self.state)
         pending: list[tuple[int, dict[str, Any]]] = []
         self.timer.resume()
         for state, metrics in self.engine.train(self.state, batches, self._needs_state):
@@ -130,9 +139,13 @@ class Trainer:
             self._drain(pending)
             self.timer.pause()
             self._show(pending[-1][1])
+            if self.sentinel:
+                self.sentinel.after(self.step, self.state, pending[-1][1])
             pending.clear()
             if self._validate_and_save():
                 break
+            if self.sentinel:
+                self.sentinel.before_next(self.step, self.state)
             self.timer.resume()
         self.console.stop()
 
@@ -158,8 +171,10 @@ class Trainer:
         return self._readable("train", self.data.train_draws(whole["label"], start_step))
 
     def _needs_state(self, step: int) -> bool:
-        """True if the trainer must validate, save or log after a step."""
+        """True if the trainer must validate, save, log or verify after a step."""
         intervals = (self.eval_every, self.checkpoint_every, self.steps_per_epoch, self.config.log_every)
+        if self.sentinel and self.sentinel.needs_state(step):
+            return True
         return step == self.total_steps or any(step % interval == 0 for interval in intervals)
 
     def _drain(self, pending: list[tuple[int, dict[str, Any]]]) -> None:

@@ -34,7 +34,7 @@ STEP_CHECKS = ("loss", "grad_norm")  # a run ends where one of these is not fini
 HARMLESS = frozenset(
     {
         *("data_dir", "run_dir", "resume", "distributed", "recipe"),
-        *("checkpoint_every", "log_every", "keep_checkpoints", "report", "test"),
+        *("checkpoint_every", "log_every", "keep_checkpoints", "report", "test", "verify_every"),
     }
 )
 
@@ -155,10 +155,12 @@ def carry_out(run: Run) -> None:
 
 
 def can_go_together(runs: Sequence[Run]) -> bool:
-    """True if runs of one method can train in lockstep: they are at the same step, and none may end before
-    the others."""
+    """True if runs of one method can train in lockstep: they are at the same step, none may end before the
+    others, and none takes a step again to verify it."""
     steps = {max(Checkpoints(run.folder / "checkpoints", 1).steps(), default=0) for run in runs}
-    return len(runs) > 1 and len(steps) == 1 and "early_stopping_patience" not in runs[0].options
+    options = runs[0].options
+    alone = "early_stopping_patience" in options or bool(options.get("verify_every"))
+    return len(runs) > 1 and len(steps) == 1 and not alone
 
 
 def carry_out_together(runs: Sequence[Run]) -> None:

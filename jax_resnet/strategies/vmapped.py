@@ -180,7 +180,7 @@ class EngineProxy:
         self._rendezvous, self._index, self._engine = rendezvous, index, engine
         self.learning_rate, self.init, self.from_tree = engine.learning_rate, engine.init, engine.from_tree
         self.device, self.device_count = engine.device, engine.device_count
-        self.threads = engine.threads
+        self.threads, self.from_arrays = engine.threads, engine.from_arrays
         self.num_blocks = engine.num_blocks
         self.compiles, self.holds_images, self.is_synchronized = True, False, True
 
@@ -219,6 +219,10 @@ class EngineProxy:
     def to_tree(self, state: TrainState | EngineProxy) -> Tree:
         """As `Engine.to_tree`."""
         return self._engine.to_tree(self._resolve(state))
+
+    def arrays(self, state: TrainState | EngineProxy) -> dict[str, np.ndarray]:
+        """As `Engine.arrays`."""
+        return self._engine.arrays(self._resolve(state))
 
     def _resolve(self, state: TrainState | EngineProxy) -> TrainState:
         return self._rendezvous.state(self._index) if isinstance(state, EngineProxy) else state

@@ -49,6 +49,13 @@ class Tally:
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
+    def report(self) -> bool:
+        """Print the counts and what went wrong; return True if nothing did."""
+        for name, count in self.counts.items():
+            print(f"{count:6} {name}")
+        print(f"{len(self.wrong):6} wrong", *self.wrong, sep="\n")
+        return not self.wrong
+
 
 def ask(main: Callable[[list[str]], int], argv: list[str]) -> Answer:
     """Run a command in this process. A status of None stands for a traceback."""

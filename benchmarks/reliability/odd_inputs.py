@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.damaged_files import Tally, make_run
+from benchmarks.reliability.damaged_files import Tally, make_run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS, MEMORY = 60, 6 << 30
 VALUES = [
     *("", " ", "0", "-1", "nan", "inf", "1e999", "9" * 400, "1.5", "true", "x", "x" * 300, "é" * 200),

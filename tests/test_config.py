@@ -156,6 +156,7 @@ MISTAKES = [
     (["--lr", "0"], "--lr", "above 0"),
     (["--lr", "-1"], "--lr", "above 0"),
     (["--lr", "nan"], "--lr", "above 0"),
+    (["--batch-size", "9" * 400], "--batch-size", "out of range"),
     (["--lr", "inf"], "--lr", "above 0"),
     (["--final-lr", "0"], "--final-lr", "above 0"),
     (["--gamma", "0"], "--gamma", "above 0"),

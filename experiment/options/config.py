@@ -1,7 +1,6 @@
 """The options of a run: one frozen dataclass holds defaults, help and ranges; the parser is made from it."""
 
 import dataclasses
-import math
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -376,8 +375,8 @@ LIMITS = {
 
 
 def check_limits(flag: str, value: float, **limits: float) -> None:
-    """Raise UserError, naming the flag, if a value is not finite or not within the limits (see `LIMITS`)."""
+    """Raise UserError, naming the flag, if a value is not within the limits (see `LIMITS`), or beyond 2**63."""
     rules = [(*LIMITS[name], limit) for name, limit in limits.items()]
-    if not math.isfinite(value) or not all(holds(value, limit) for _, holds, limit in rules):
+    if not abs(value) < 2**63 or not all(holds(value, limit) for _, holds, limit in rules):
         allowed = " and ".join(f"{words} {limit:g}" for words, _, limit in rules)
         raise UserError(f"{flag}: {value} is out of range; give a number {allowed}")

@@ -375,7 +375,7 @@ LIMITS = {
 
 
 def check_limits(flag: str, value: float, **limits: float) -> None:
-    """Raise UserError, naming the flag, if a value is not within its limits (see `LIMITS`) or beyond 2**63."""
+    """Raise UserError, naming the flag, if a value is not within its limits (`LIMITS`), or beyond 2**63."""
     rules = [(*LIMITS[name], limit) for name, limit in limits.items()]
     if not abs(value) < 2**63 or not all(holds(value, limit) for _, holds, limit in rules):
         allowed = " and ".join(f"{words} {limit:g}" for words, _, limit in rules)

@@ -15,6 +15,7 @@ from benchmarks.reliability.damaged_files import ask, continue_run, damaged_file
 from experiment.commands import compare, convert, evaluate, predict, report, study, train, verify
 from experiment.errors import LONGEST, UserError, printable
 from experiment.files import predictions, weights
+from experiment.program import ROOT
 from experiment.reading import checked_json, read_bytes
 
 
@@ -47,6 +48,12 @@ def test_a_sound_run_has_a_line_for_each_file(run: Path) -> None:
         *("config.json", "metrics.jsonl", "checkpoints/4", "checkpoints/8", "weights.safetensors"),
         *("weights-best.safetensors", "summary.json", "predictions.npz"),
     }
+
+
+def test_a_published_run_may_leave_out_weights_and_checkpoints() -> None:
+    answer = ask(verify.main, [str(ROOT / "docs" / "runs" / "digits-adam")])
+    assert answer.status == 0
+    assert "weights.safetensors: it is absent" in answer.output
 
 
 def test_runs_below_a_folder_and_single_things(run: Path) -> None:

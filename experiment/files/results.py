@@ -85,14 +85,13 @@ def check_identity(path: Path, record: dict[str, Any]) -> None:
         record: what config.json holds.
     """
     present = run_folder.identity(resolve({}, record["config"]), record["resolved"])
-    made_with = weights.record_of(path).get("identity")
-    for name, old in made_with.items() if isinstance(made_with, dict) else ():
-        if old != present.get(name, old):
-            old, new = (textwrap.shorten(str(value), 60) for value in (old, present[name]))
-            raise UserError(
-                f"{path}: was written by a run with {name} {old}, and config.json has {new}; restore the "
-                "files of one run"
-            )
+    made_with: Any = weights.record_of(path).get("identity")
+    if name := run_folder.differing(made_with, present):
+        old, new = (textwrap.shorten(str(values[name]), 60) for values in (made_with, present))
+        raise UserError(
+            f"{path}: was written by a run with {name} {old}, and config.json has {new}; restore the "
+            "files of one run"
+        )
 
 
 def check_startable(run_dir: Path, record: dict[str, Any]) -> None:

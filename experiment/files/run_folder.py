@@ -139,6 +139,12 @@ def identity(config: Config, resolved: dict[str, Any]) -> dict[str, Any]:
     return same
 
 
+def differing(made_with: Any, present: Mapping[str, Any]) -> str | None:
+    """Return the first name whose value differs in two identities, or None; versions may lack some names."""
+    entries = made_with.items() if isinstance(made_with, dict) else ()
+    return next((name for name, old in entries if old != present.get(name, old)), None)
+
+
 def checkpoint_steps(directory: Path) -> list[int]:
     """Return the steps of the complete checkpoints, ascending: `directory`'s folders named by a number."""
     if not directory.is_dir():

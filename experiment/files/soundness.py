@@ -193,9 +193,8 @@ def _check_network(shapes: Mapping[str, tuple[int, ...]], record: dict[str, Any]
 
 def _check_options(made_with: Any, record: dict[str, Any]) -> None:
     present = run_folder.identity(resolve({}, record["config"]), record["resolved"])
-    for name, old in made_with.items() if isinstance(made_with, dict) else ():
-        if old != present.get(name, old):
-            raise UserError(f"it was made with another {name} than config.json has")
+    if name := run_folder.differing(made_with, present):
+        raise UserError(f"it was made with another {name} than config.json has")
 
 
 def _faults(tree: Tree, prefix: str = "") -> list[str]:

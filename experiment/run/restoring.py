@@ -10,6 +10,7 @@ from experiment.errors import UserError, first_of
 from experiment.files.arrays import differences
 from experiment.files.metrics_log import NAME, parse, unchanged_start
 from experiment.files.results import WEIGHTS
+from experiment.files.run_folder import differing
 from experiment.run.output import RunOutput
 from experiment.run.schedules import ValidationHistory
 
@@ -57,11 +58,10 @@ def restore(
     step, tree, run = newest
     where = f"checkpoint {step} in {checkpoints.directory}"
     made_with = run.pop("identity", None)
-    for name, old in (made_with or {}).items():
-        if old != identity.get(name, old):
-            old, new = (textwrap.shorten(str(value), 60) for value in (old, identity[name]))
-            fault = f"{where} was made with {name} {old}, and config.json has {new}"
-            raise UserError(f"--resume: {fault}; restore the config.json of that run")
+    if name := differing(made_with, identity):
+        old, new = (textwrap.shorten(str(values[name]), 60) for values in (made_with, identity))
+        fault = f"{where} was made with {name} {old}, and config.json has {new}"
+        raise UserError(f"--resume: {fault}; restore the config.json of that run")
     if unknown := sorted(run.keys() - {field.name for field in dataclasses.fields(Start)}):
         raise UserError(
             f"--resume: {where} has an unknown entry {unknown[0]!r}, of a newer version; use that version"

@@ -1,6 +1,7 @@
 """The options of a run: one frozen dataclass holds defaults, help and ranges; the parser is made from it."""
 
 import dataclasses
+import math
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -375,8 +376,9 @@ LIMITS = {
 
 
 def check_limits(flag: str, value: float, **limits: float) -> None:
-    """Raise UserError, naming the flag, if a value is not within its limits (`LIMITS`), or beyond 2**63."""
+    """Raise UserError, naming the flag, if a value is not within its limits (`LIMITS`), infinite, or a too large integer."""
     rules = [(*LIMITS[name], limit) for name, limit in limits.items()]
-    if not abs(value) < 2**63 or not all(holds(value, limit) for _, holds, limit in rules):
+    largest = 2**63 if isinstance(value, int) else math.inf
+    if not abs(value) < largest or not all(holds(value, limit) for _, holds, limit in rules):
         allowed = " and ".join(f"{words} {limit:g}" for words, _, limit in rules)
         raise UserError(f"{flag}: {value} is out of range; give a number {allowed}")

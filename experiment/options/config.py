@@ -376,7 +376,7 @@ LIMITS = {
 
 
 def check_limits(flag: str, value: float, **limits: float) -> None:
-    """Raise UserError, naming the flag, if a value is infinite, not within its limits (`LIMITS`), or too large."""
+    """Raise UserError, naming the flag, if a value is not finite, not within its limits, or too large."""
     rules = [(*LIMITS[name], limit) for name, limit in limits.items()]
     largest = 2**63 if isinstance(value, int) else math.inf
     if not abs(value) < largest or not all(holds(value, limit) for _, holds, limit in rules):

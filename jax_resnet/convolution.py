@@ -118,6 +118,8 @@ def choose_forms(x: Shape, weight: Shape, stride: Pair, padding: Pair) -> Forms:
         64, 32x32, 64, 64    13.8, 30.4   14.3, 16.3  18.4, 40.4, 27.0
         32, 4x4, 128, 128     0.5,  0.6    0.5, 0.6    0.8,  0.7, 0.8
         32, 2x2, 256, 256    24.4,  0.6   24.5, 1.6    0.7,  0.6, 1.1
+        64, 32x32, 1, 8       1.9,  0.8                0.6,  0.7, 0.4
+        64, 32x32, 3, 64      4.3,  3.2                4.7,  4.0, 6.5
         64, 32x32, 64, 128, 1x1 stride 2
                               1.2,  0.8    1.9, 1.1    5.2,  1.4
 
@@ -132,7 +134,8 @@ def choose_forms(x: Shape, weight: Shape, stride: Pair, padding: Pair) -> Forms:
         return Forms(conv2d_lax, conv2d_lax, conv2d_lax)
     if stride != (1, 1):
         return Forms(conv2d_lax, conv2d_matmul, conv2d_matmul)
-    return Forms(conv2d_lax, conv2d_lax, conv2d_rows if i * o <= 16 * 16 else conv2d_lax)
+    forward = conv2d_matmul if i <= 3 else conv2d_lax  # patches of images with few channels are small
+    return Forms(forward, conv2d_lax, conv2d_rows if max(i, o) <= 16 else conv2d_lax)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))

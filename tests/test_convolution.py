@@ -106,6 +106,8 @@ def test_every_form_in_bfloat16_is_close_to_float32(form: convolution.Form) -> N
         ((128, 32, 32, 16), (3, 3, 16, 16), 1, (conv2d_lax, conv2d_lax, conv2d_rows)),
         ((128, 8, 8, 64), (3, 3, 64, 64), 1, (conv2d_lax, conv2d_lax, conv2d_lax)),
         ((128, 32, 32, 16), (3, 3, 16, 32), 2, (conv2d_lax, conv2d_matmul, conv2d_matmul)),
+        ((64, 32, 32, 1), (3, 3, 1, 8), 1, (conv2d_matmul, conv2d_lax, conv2d_rows)),
+        ((64, 32, 32, 3), (3, 3, 3, 64), 1, (conv2d_matmul, conv2d_lax, conv2d_lax)),
         ((4, 224, 224, 3), (7, 7, 3, 64), 2, (conv2d_lax, conv2d_lax, conv2d_lax)),
         ((32, 2, 2, 256), (3, 3, 256, 256), 1, (conv2d_matmul, conv2d_matmul, conv2d_matmul)),
         ((4, 56, 56, 64), (1, 1, 64, 256), 1, (conv2d_matmul, conv2d_matmul, conv2d_matmul)),

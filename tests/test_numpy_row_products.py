@@ -132,3 +132,13 @@ def test_a_narrow_network_by_rows(batch_norm):
     assert taken == [True] * 7
     mine.pop("dx"), expected.pop("dx")  # the fast network leaves out that of the images
     assert_equal_results(mine, expected, FLOAT64_NETWORK)
+
+
+def test_flatten_returns_a_gradient_in_the_memory_order_of_its_input() -> None:
+    x = np.random.default_rng(0).standard_normal((4, 5, 6, 3))
+    layer = layers.Flatten()
+    for order in ORDERS.values():
+        y = layer.forward(order.ordered(x), train=True)
+        dx = layer.backward(y)
+        assert order_of(dx) is order
+        np.testing.assert_array_equal(dx, x)

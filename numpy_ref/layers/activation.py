@@ -45,10 +45,13 @@ class Flatten(Layer):
 
     def forward(self, x: Array, train: bool = False) -> Array:
         """Map x [N, H, W, C] to [N, C * H * W], channels outermost."""
-        self.save_for_backward(x.shape)
+        self.save_for_backward(x)
         return np.ascontiguousarray(x.transpose(0, 3, 1, 2)).reshape(len(x), math.prod(x.shape[1:]))
 
     def backward(self, dy: Array) -> Array:
-        """The same elements in their old places."""
-        ((n, h, w, c),) = self.saved
-        return np.ascontiguousarray(dy.reshape(n, c, h, w).transpose(0, 2, 3, 1))
+        """The same elements in their old places, in the memory order of x."""
+        x: Array = self.saved[0]
+        n, h, w, c = x.shape
+        dx = np.empty_like(x)
+        dx[...] = dy.reshape(n, c, h, w).transpose(0, 2, 3, 1)
+        return dx

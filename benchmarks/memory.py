@@ -42,7 +42,7 @@ def measure_points(case: Case, names: Sequence[str], threads: int, rounds: int) 
     return {**points, "PyTorch": (medians[fastest], float(sizes[fastest]))}
 
 
-def print_table(case: Case, points: dict[str, Point]) -> None:
+def print_table(case: str, points: dict[str, Point]) -> None:
     """Print a row for each candidate, as ratios to PyTorch."""
     seconds, size = points["PyTorch"]
     print(f"\n{case}\n\n| | MB | of PyTorch | s a step | of PyTorch |\n| --- | --- | --- | --- | --- |")
@@ -50,7 +50,7 @@ def print_table(case: Case, points: dict[str, Point]) -> None:
         print(f"| {name} | {memory / 1e6:.0f} | {memory / size:.2f} | {own:.3f} | {own / seconds:.2f} |")
 
 
-def draw(results: dict[Case, dict[str, Point]], path: Path) -> None:
+def draw(results: dict[str, dict[str, Point]], path: Path) -> None:
     """Draw a panel for each case."""
     from matplotlib.figure import Figure
 
@@ -71,7 +71,7 @@ def draw(results: dict[Case, dict[str, Point]], path: Path) -> None:
             axes.axvline(1, color=GREEN, lw=0.6, ls="--")
             axes.set(xlabel="memory / PyTorch's", ylabel="time / PyTorch's")
             axes.margins(0.25)
-            axes.set_title(str(case), fontsize=9)
+            axes.set_title(case, fontsize=9)
         for axes in list(panels):
             axes.set_visible(False)
         save_document(figure, path)
@@ -91,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cases = [Case(args.model, *parse_size(args.size))] if args.model else CASES
     results = {}
     for case in cases:
-        results[case] = measure_points(case, args.engine, args.threads, args.rounds)
-        print_table(case, results[case])
+        results[str(case)] = measure_points(case, args.engine, args.threads, args.rounds)
+        print_table(str(case), results[str(case)])
     if not args.model:
         draw(results, FIGURE)
         print(f"drawn: {FIGURE}")

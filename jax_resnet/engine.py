@@ -37,7 +37,7 @@ from jax_resnet.step import (
     train_step,
 )
 from jax_resnet.strategies import Strategy
-from jax_resnet.strategies.accumulate import accumulate_gradient
+from jax_resnet.strategies.accumulate import Accumulated, accumulate_gradient
 from jax_resnet.strategies.blockwise import Blocks, Blockwise
 from jax_resnet.strategies.chunked import Chunked, best_chunk, chunks_of
 from jax_resnet.strategies.whole import Whole
@@ -142,7 +142,7 @@ class Engine:
         self.num_blocks: int = 0 if model == "cnn" else built.num_blocks
         self._initial: Parts | None = parts  # for the first `init` alone: steps donate its arrays
         self._placement = Placement()
-        self._chunk = chunk or best_chunk()
+        self._chunk, self._accumulate = chunk or best_chunk(), accumulate
         blocks = None
         if on_cpu() and self.device_count == 1 and model != "cnn":  # a single CPU device, a ResNet
             blocks = Blocks(built, self.network)
@@ -157,6 +157,8 @@ class Engine:
         if blocks is not None:  # a single CPU device
             options: Any = {"log_gradients": self.log_gradients, "ema_decay": self.ema_decay}
             return Blockwise(blocks, self.optimizer, self._placement, remat=remat, **options)
+        if on_cpu() and self._accumulate > 1:
+            return Accumulated(self._accumulate, self.network, self._step, self._placement)
         return self.whole()
 
     def whole(self) -> Whole:
@@ -318,10 +320,14 @@ class Engine:
 
     def arrays(self, state: TrainState) -> dict[str, np.ndarray]:
         """Everything in the tree of `to_tree` by its path, but in this engine's layout, and on a CPU not
-        copied."""
+        copied.
+
+        From another device each call reads the memory again: JAX keeps the first copy of an array.
+        """
         parts: Tree = {"params": state.params, "batch_stats": state.batch_stats, "step": state.step}
         parts |= {"optimizer": state_to_dict(state.opt_state), "ema": state.ema}
-        leaves = jax.tree_util.tree_leaves_with_path(parts)
+        with self._precision():
+            leaves = jax.tree_util.tree_leaves_with_path(parts if on_cpu() else jax.tree.map(jnp.copy, parts))
         return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x) for path, x in leaves}
 
     def from_arrays(self, arrays: Mapping[str, np.ndarray], reuse: TrainState | None = None) -> TrainState:

@@ -47,7 +47,7 @@ def train_step(
         batch: {"image": [N, H, W, C], "label": [N]}; for mixed images also "label2" and "lam" [N]; with
             stochastic depth also "drop_path" [N, blocks], the factors of the residual branches.
         lr: the learning rate of this step; shape ().
-        gradient_fn: how the gradient is computed: None is `compute_gradient`; the other is in
+        gradient_fn: how the gradient is computed: None is `compute_gradient`; others are in
             `strategies/accumulate.py`.
         log_gradients: add `gradient_norms` to the metrics.
         ema_decay: the decay per step of `TrainState.ema`; see `update_average`.

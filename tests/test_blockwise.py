@@ -13,6 +13,7 @@ from flax import nnx
 
 from jax_resnet.step import eval_step
 from jax_resnet.strategies import blockwise
+from jax_resnet.strategies.accumulate import Accumulated
 from jax_resnet.strategies.blockwise import Blockwise, compiler_options
 from jax_resnet.strategies.whole import Whole
 from tests.helpers.comparing import assert_all_close, assert_close, quick_jit
@@ -161,7 +162,9 @@ def test_options_that_users_set_are_left_alone(flags, expected, monkeypatch):
     assert compiler_options() == expected
 
 
-@pytest.mark.parametrize("options", [{"accumulate": 2}, {"freeze_backbone": True}])
-def test_what_needs_a_whole_step_has_it(options):
+@pytest.mark.parametrize(
+    ("options", "kind"), [({"accumulate": 2}, Accumulated), ({"freeze_backbone": True}, Whole)]
+)
+def test_what_needs_a_whole_step_has_it(options, kind):
     engine: Any = make_engine(**options)
-    assert isinstance(engine._strategy, Whole)
+    assert isinstance(engine._strategy, kind)

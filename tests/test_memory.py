@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import torch_oracle
 from experiment.commands import train as command
 from experiment.run.completed_run import open_run
+from jax_resnet.strategies.accumulate import Accumulated
 from tests.helpers.comparing import assert_all_close, assert_close, nchw, quick_jit
 from tests.helpers.jax_engine import THIN, flat, learning_rate, make_batches, make_engine, oracle, train
 from tests.helpers.runs import highest_precision
@@ -64,6 +65,25 @@ def test_the_update_of_128_images_is_that_of_4_times_32():
         state, _ = train(engine, engine.init(), make_batches(1, size=128))
         trees.append(engine.to_tree(state)["optimizer"]["trace"])
     assert_all_close("update", trees[1], trees[0], 1e-12)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"freeze_backbone": True}, {"log_gradients": True, "ema_decay": 0.9}]
+)
+def test_micro_batches_one_by_one_are_those_of_the_loop(options: dict[str, Any]) -> None:
+    """On a CPU each is a call of a compiled function; elsewhere they are a loop in one."""
+    batches = make_batches(2)
+    engines = [
+        make_engine("resnet8", accumulate=4, **options),
+        quick_engine("resnet8", accumulate=4, **options),
+    ]
+    assert isinstance(engines[0]._strategy, Accumulated)
+    (state, metrics), (other, wanted) = (train(engine, engine.init(), batches) for engine in engines)
+    for step, expected in zip(metrics, wanted, strict=True):
+        assert_all_close("metrics", step, expected, FLOAT64_NETWORK)
+    assert_all_close(
+        "tree", flat(engines[0].to_tree(state)), flat(engines[1].to_tree(other)), FLOAT64_NETWORK
+    )
 
 
 def test_batch_norm_sees_micro_batches_as_in_a_loop_of_pytorchs():

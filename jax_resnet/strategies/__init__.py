@@ -3,7 +3,7 @@
 whole.py        one step, one compiled function: the plain form, and the fallback
 chunked.py      several steps in one call of a compiled function: GPUs
 blockwise.py    one step as per-block compiled functions: a single CPU device
-accumulate.py   the gradient of a batch from micro-batches, inside whole or chunked steps
+accumulate.py   the gradient of a batch from micro-batches: a CPU's own, or inside other steps
 vmapped.py      the steps of several engines in one compiled function: the seeds of a study
 """
 

@@ -1,7 +1,7 @@
 """One training step as one compiled function.
 
 The plain strategy. It is chosen on several CPU devices, on a single one for what `Blockwise` lacks
-(`accumulate`, `freeze_backbone`, the CNN), and on a GPU with `chunk=1`.
+(`freeze_backbone`, the CNN), and on a GPU with `chunk=1`.
 """
 
 from __future__ import annotations

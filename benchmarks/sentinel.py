@@ -3,8 +3,8 @@
     python -m benchmarks.sentinel faults --seeds 5      # a thin ResNet-8, faults in one of its blocks
     python -m benchmarks.sentinel cost --rounds 3       # ResNet-20 and ResNet-101
 
-`faults` prints two tables. A lasting fault is in every step from some step on; the other engine must find it
-within N steps. Its size is the largest error of any tensor, in units of the noise that the sentinel measures.
+`faults` prints two tables. A permanent fault is in every step from some step on; the other engine must find
+it within N steps. Its size is the largest error of any tensor, in units of the noise that is measured.
 A transient fault is in one computation of one step; it is found if that step is verified. The step is drawn
 at random.
 
@@ -54,7 +54,7 @@ CASES = (("resnet20", 128, (32, 32, 3)), ("resnet101", 8, (96, 96, 3)))
 def found(run: VerifiedRun, fault: Fault, every: int, seed: int) -> bool:
     """Train until the first verified step and a random number of steps more, then with a fault: found?
 
-    A lasting fault has N steps to be found in, a transient one strikes the first step.
+    A permanent fault has N steps to be found in, a transient one strikes the first step.
     """
     rng = np.random.default_rng(seed)
     run.restart(every)
@@ -86,7 +86,7 @@ def print_faults(seeds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for framework in ENGINES:
             run = VerifiedRun(framework, Path(folder))
-            print(f"\n{framework}: lasting faults, found within N steps (size in units of the noise)\n")
+            print(f"\n{framework}: permanent faults, found within N steps (size in units of the noise)\n")
             print("| fault | relative size | " + heads() + " |")
             print("| --- " * (2 + len(INTERVALS)) + "|")
             for kind in KINDS:
@@ -98,7 +98,7 @@ def print_faults(seeds: int) -> None:
             for kind in KINDS:
                 bit = BITS[kind][1]
                 rates = [
-                    sum(found(run, Fault(kind, bit, lasting=False), every, seed) for seed in range(seeds))
+                    sum(found(run, Fault(kind, bit, permanent=False), every, seed) for seed in range(seeds))
                     for every in INTERVALS
                 ]
                 cells = " | ".join(f"{rate} of {seeds}" for rate in rates)
@@ -106,7 +106,7 @@ def print_faults(seeds: int) -> None:
 
 
 def print_row(run: VerifiedRun, kind: str, bit: int, seeds: int) -> None:
-    """Print the row of a lasting fault: how often it was found, and its median size."""
+    """Print the row of a permanent fault: how often it was found, and its median size."""
     cells = []
     for every in INTERVALS:
         count, sizes = 0, []

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -21,10 +25,11 @@ from experiment.files.checkpoints import Checkpoints
 from experiment.options.command_line import parse
 from experiment.options.resolving import resolve
 from experiment.run.second_process import SecondProcess, SecondProcessError
+from experiment.run.sentinel import Sentinel
 from experiment.run.step_tensors import checksums, largest_difference, network_order, place, step_tensors
 from experiment.run.update_rule import UpdateRule
 from experiment.run.verification import check_device
-from experiment.run.verifier import FACTOR
+from experiment.run.verifier import FACTOR, Request
 from experiment.study.running import Run as StudyRun
 from experiment.study.running import can_go_together
 from tests.helpers.checkpoint_trees import RUN, make_tree
@@ -66,7 +71,7 @@ def run(engines: VerifiedRun) -> VerifiedRun:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_lasting_fault_is_found_by_the_other_engine(run: VerifiedRun, kind: str) -> None:
+def test_a_permanent_fault_is_found_by_the_other_engine(run: VerifiedRun, kind: str) -> None:
     run.train(make_batches(2))
     fault = Fault(kind, BITS[kind], active=True)
     with injected(run, fault), pytest.raises(WrongStepError) as caught:
@@ -74,7 +79,7 @@ def test_a_lasting_fault_is_found_by_the_other_engine(run: VerifiedRun, kind: st
     line = str(caught.value)
     assert re.match(r"step 3 was computed wrongly: \S+ \(", line), line
     assert PLACES[kind] in line
-    assert "the fault is lasting" in line
+    assert "the fault is permanent" in line
     assert "no checkpoint was verified" in line
     assert "\n" not in line
     assert max(run.second.verdicts[-1].sizes.values()) > 10
@@ -83,7 +88,7 @@ def test_a_lasting_fault_is_found_by_the_other_engine(run: VerifiedRun, kind: st
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_transient_fault_is_found_in_this_process(run: VerifiedRun, kind: str) -> None:
     """Down to a bit that is far below the noise."""
-    fault = Fault(kind, 8, lasting=False, active=True)
+    fault = Fault(kind, 8, permanent=False, active=True)
     with injected(run, fault), pytest.raises(WrongStepError) as caught:
         run.train(make_batches(1))
     line = str(caught.value)
@@ -96,7 +101,7 @@ def test_a_transient_fault_is_found_in_this_process(run: VerifiedRun, kind: str)
 def test_a_fault_of_the_repetition_is_told_from_one_of_training(
     run: VerifiedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fault = Fault("activation", 20, lasting=False)
+    fault = Fault("activation", 20, permanent=False)
     arrays = run.engine.arrays
     calls = []
 
@@ -209,6 +214,98 @@ def test_every_nth_step_is_verified_and_its_state_is_asked_for(tmp_path: Path) -
     assert [step for step in range(31) if sentinel.needs_state(step)] == [0, 9, 10, 19, 20, 29, 30]
 
 
+def test_a_jump_counts_at_its_own_step_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error as large as the jump of an earlier step is not noise at a step without one."""
+    run = VerifiedRun("numpy", tmp_path, model="cnn")
+    run.train(make_batches(2))
+    verifier, name = run.second.verifier, "optimizer/mu/conv.weight"
+    (batch,) = make_batches(1, seed=5)
+    before = {path: np.array(array) for path, array in run.engine.arrays(run.state).items()}
+    rate = run.engine.learning_rate(run.step)
+    ((state, metrics),) = run.engine.train(run.state, [batch])
+    after = {path: np.array(array) for path, array in run.engine.arrays(state).items()}
+    after[name] = after[name] + np.float32(0.01) * np.abs(after[name]).max()
+    numbers = float(metrics["loss"]), float(metrics["grad_norm"])
+    request = Request(run.step + 1, rate, before, after, *numbers, batch)
+    take = verifier._take
+
+    def jump(engine: str, precision: str, step: Request) -> Any:
+        """Steps from moved weights have the same error."""
+        tensors = take(engine, precision, step)
+        return tensors if step is request else {**tensors, name: after[name]}
+
+    assert verifier.check(request).wrong == name
+    monkeypatch.setattr(verifier, "_take", jump)
+    monkeypatch.setattr(verifier, "_updates", lambda step: {})
+    assert not verifier.check(request).wrong
+    monkeypatch.setattr(verifier, "_take", take)
+    assert verifier.check(request).wrong == name
+
+
+def test_wrong_logits_are_named(run: VerifiedRun) -> None:
+    (batch,) = make_batches(1)
+    run.sentinel.before_next(0, run.state)
+    batches = run.sentinel.watch(iter([batch]), 0)
+    ((state, metrics),) = run.engine.train(run.state, batches)
+    logits = np.asarray(metrics["logits"]) + 1
+    with pytest.raises(
+        WrongStepError, match=r"^step 1 .*: logits \(forward pass, the logits\).* in some bits"
+    ):
+        run.sentinel.after(1, state, {**metrics, "logits": logits})
+
+
+def test_images_that_cannot_be_read_again_do_not_end_the_run(tmp_path: Path) -> None:
+    """On a device that holds them."""
+    run = VerifiedRun("numpy", tmp_path)
+
+    def read(step: int) -> Any:
+        raise OSError("the server is gone")
+
+    run.sentinel._read = read
+    run.train(make_batches(3))
+    assert run.sentinel.counts.here == 3
+    assert not run.second.verdicts
+    assert run.lines[0].startswith("the images of step 1 could not be read again (the server is gone): from")
+
+
+def test_an_alarm_soon_after_a_resume_names_the_checkpoint_of_before(tmp_path: Path) -> None:
+    run = VerifiedRun("numpy", tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    for step in (4, 6):
+        checkpoints.save(step, make_tree(step), {**RUN, "step": step})
+        checkpoints.wait()
+    sentinel = Sentinel(
+        run.engine,
+        1,
+        start_step=4,
+        second=None,
+        second_name="jax",
+        checkpoints=checkpoints,
+        report=run.lines.append,
+    )
+    with pytest.raises(WrongStepError) as caught:
+        sentinel._fail("step 7 was computed wrongly")
+    checkpoints.close()
+    words = (
+        r"the newest checkpoint from before this session is 4: remove the later ones \(6\) from .*--resume"
+    )
+    assert re.search(words, str(caught.value))
+
+
+def test_the_end_of_a_run_waits_for_the_last_verdict_with_a_line(tmp_path: Path) -> None:
+    run = VerifiedRun("numpy", tmp_path)
+    take, calls = run.second.take, list[None]()
+
+    def take_late() -> Any:
+        calls.append(None)
+        return take() if len(calls) > 2 else None
+
+    run.second.take = take_late  # type: ignore[method-assign]
+    run.train(make_batches(1))
+    assert run.lines[0] == "waiting for the jax engine to compare the last verified step"
+    assert run.lines[1].startswith("verified 1 steps")
+
+
 def test_a_busy_second_engine_is_passed_over_and_counted(tmp_path: Path) -> None:
     run = VerifiedRun("numpy", tmp_path)
     take = run.second.take
@@ -262,6 +359,45 @@ def test_a_second_process_answers_one_request_at_a_time() -> None:
         second.close()
 
 
+ORPHAN = """
+import time
+from functools import partial
+from experiment.run.second_process import SecondProcess
+if __name__ == "__main__":
+    second = SecondProcess(partial(partial, time.sleep))
+    second.ask(60)
+    print(second._process.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_second_process_ends_with_the_first_and_ignores_what_a_terminal_sends(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    first = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    status = Path(f"/proc/{int(first.stdout.readline())}/stat")
+
+    def runs() -> bool:
+        return status.exists() and status.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+    if number is signal.SIGINT:
+        for _ in range(20):  # while it imports, too
+            os.kill(int(status.parent.name), number)
+            time.sleep(0.05)
+        assert runs()
+    first.kill()
+    first.wait()
+    deadline = time.monotonic() + 20
+    while runs() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not runs()
+
+
 def test_the_tensors_of_a_step_are_in_the_order_of_computation(tmp_path: Path) -> None:
     run = VerifiedRun("numpy", tmp_path, ema_decay=0.9)
     names = list(step_tensors(run.engine.arrays(run.state), 0.0, 0.0))
@@ -272,8 +408,8 @@ def test_the_tensors_of_a_step_are_in_the_order_of_computation(tmp_path: Path) -
     order += ["ema/params/conv1.weight"]
     positions = [names.index(name) for name in order]
     assert positions == sorted(positions)
-    lasting = set(run.engine.arrays(run.state)) - {"step", "optimizer/count"}
-    assert set(names) == lasting | {"loss", "grad_norm"}
+    expected = set(run.engine.arrays(run.state)) - {"step", "optimizer/count"}
+    assert set(names) == expected | {"loss", "grad_norm"}
 
 
 def test_places_in_words() -> None:
@@ -447,7 +583,7 @@ def test_an_alarm_ends_the_run_and_names_the_checkpoint_to_go_on_from(
     assert (
         "error: the run failed: step 4 was computed wrongly: loss (forward pass, the loss) is off by" in line
     )
-    assert "; float64 agrees with the jax engine; the fault is lasting: " in line
+    assert "; float64 agrees with the jax engine; the fault is permanent: " in line
     later = run.folder / "checkpoints"
     how = f"the last verified checkpoint is 3: remove the later ones (4) from {later}, then continue"
     assert f"{how} on another device with python train.py --resume --run-dir '{run.folder}'" in line

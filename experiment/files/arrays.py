@@ -90,10 +90,11 @@ def call_alone(function: Callable[..., Any], *arguments: Any) -> Any:
 def _hold_to_cpu() -> None:
     """Limit JAX of this process to the CPU, and end the process with the one that started it."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    Thread(target=_end_with_parent, daemon=True).start()
+    Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Wait for the end of the process that started this one, then end this one, too."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
 from experiment.errors import named_line
+from experiment.files.arrays import end_with_parent
 from experiment.run.signals import STOP_SIGNALS
 
 # One thread, on a CPU: it must not take the cores, or the accelerator, of training.
@@ -41,6 +44,7 @@ class SecondProcess:
     def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
         self._end, theirs = _spawn.Pipe()
         self._process = _spawn.Process(target=_serve, args=(theirs, make), daemon=True)
+        resource_tracker.ensure_running()  # its start unblocks signals
         with _environment(), _signals_blocked():
             self._process.start()
         theirs.close()
@@ -90,6 +94,7 @@ def _serve(end: Connection, make: Callable[[], Callable[[Any], Any]]) -> None:
     """Answer requests until the other end is closed."""
     for number in STOP_SIGNALS:  # a terminal sends them to the whole group; the training process handles them
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     if hasattr(os, "nice"):
         os.nice(LOWEST_PRIORITY)
     answer = None

@@ -1,6 +1,6 @@
 """The sentinel: every N steps, is the step that a device computed the right one? `--verify-every N`.
 
-At such a step the sentinel looks three times:
+Such a step is checked in three ways:
 
 1. The step is taken once more in this process, from the same state and batch: bit for bit the same?
 2. The other engine takes it in a process of its own, while training goes on: the same but for rounding? Where
@@ -12,6 +12,7 @@ A difference stops the run. What the sentinel does changes no number of the run.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -21,7 +22,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from experiment.engines import Batch, Engine
-from experiment.errors import WrongStepError
+from experiment.errors import UserError, WrongStepError
 from experiment.files.checkpoints import Checkpoints
 from experiment.run.outcome import resume_command
 from experiment.run.second_process import SecondProcessError
@@ -88,6 +89,7 @@ class Sentinel:
     Args:
         engine: the run's.
         every: N.
+        start_step: the step at which this session begins. What it found is taken to be right.
         second: compares steps with the other engine's; None for none.
         second_name: of the other engine.
         checkpoints: those of the run; the last one that is verified is protected.
@@ -100,13 +102,14 @@ class Sentinel:
         engine: Engine,
         every: int,
         *,
+        start_step: int = 0,
         second: Second | None,
         second_name: str,
         checkpoints: Checkpoints,
         report: Callable[[str], None],
         read: Callable[[int], Batch] | None = None,
     ) -> None:
-        self._engine, self._every = engine, every
+        self._engine, self._every, self._start_step = engine, every, start_step
         self._second, self._second_name = second, second_name
         self._checkpoints, self._report, self._read = checkpoints, report, read
         self._batches: dict[int, Batch] = {}
@@ -115,7 +118,7 @@ class Sentinel:
         self._asked: _Asked | None = None
         self._passed: int | None = None
         self.counts = Counts()
-        checkpoints.verified_step = -1  # also of a resumed run: its oldest checkpoint stays for now
+        checkpoints.verified_step = start_step or -1
 
     def is_due(self, step: int) -> bool:
         """True if a step is to be verified; steps count from 1."""
@@ -163,8 +166,7 @@ class Sentinel:
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         arrays, sums = _copies(self._engine.arrays(state)), self._sums(state, metrics)
         rate = self._engine.learning_rate(step - 1)
-        images = batch if self._read is None or self._second is None else self._read(step)
-        request = Request(step, rate, before, arrays, loss, grad_norm, images)
+        request = Request(step, rate, before, arrays, loss, grad_norm, batch)
         again = self._take_again(before, batch, state)
         if again.sums != sums:
             self._explain_difference(request, batch, sums, again)
@@ -173,10 +175,28 @@ class Sentinel:
         if self._second is None:
             self._passed = step
         elif self._second.is_idle:
-            self._asked = _Asked(request, batch, sums)
-            self._second.ask(request)
+            self._ask(request, sums)
         else:
             self.counts.busy += 1
+
+    def _ask(self, request: Request, sums: Mapping[str, int]) -> None:
+        """Let the second engine compare a step."""
+        images = request.batch
+        try:
+            if self._read is not None:
+                images = self._read(request.step)
+        except (OSError, UserError) as error:
+            self._go_on_alone(f"the images of step {request.step} could not be read again ({error})")
+            return
+        assert self._second is not None
+        self._asked = _Asked(request, request.batch, sums)
+        self._second.ask(dataclasses.replace(request, batch=images))
+
+    def _go_on_alone(self, why: str) -> None:
+        """Report why, and verify without the second process from here on."""
+        self._report(f"{why}: from here on, steps are verified in this process alone")
+        self.close()
+        self._second = None
 
     def finish(self, state: Any, stopped: Callable[[], bool]) -> None:
         """Wait for the last verdict, or until `stopped`; report how many steps were verified, and by what.
@@ -184,6 +204,8 @@ class Sentinel:
         Raises WrongStepError if that step was computed wrongly.
         """
         self._collect(state)
+        if self._second is not None and not self._second.is_idle:
+            self._report(f"waiting for the {self._second_name} engine to compare the last verified step")
         while self._second is not None and not self._second.is_idle and not stopped():
             time.sleep(POLL_SECONDS)
             self._collect(state)
@@ -211,12 +233,7 @@ class Sentinel:
         try:
             verdict = self._second.take()
         except SecondProcessError as error:
-            self._report(
-                f"the process of the {self._second_name} engine failed ({error}): from here on, steps are "
-                "verified in this process alone"
-            )
-            self.close()
-            self._second = None
+            self._go_on_alone(f"the process of the {self._second_name} engine failed ({error})")
             return
         if verdict is None:
             return
@@ -224,7 +241,7 @@ class Sentinel:
         self.counts.by_float64 += verdict.by_float64
         if verdict.wrong:
             self._explain_verdict(verdict, state)
-        self._passed = verdict.step
+        self._passed = self._checkpoints.verified_step = verdict.step
 
     def _take_again(self, before: Arrays, batch: Batch, state: Any) -> _Taken:
         """Take a step from given arrays; the memory of `state` may be used for it."""
@@ -249,10 +266,14 @@ class Sentinel:
         elif third.sums == sums:
             kind = "transient, in the repetition: a third time, the result is that of training"
         else:
-            kind = "lasting: three times, the step has three results"
+            kind = "permanent: three times, the step has three results"
         others = step_tensors(first.after, first.loss, first.grad_norm)
         name, error, _ = name_first(second, others, dict.fromkeys(second, 0.0))
-        what = f"{_words(name)} has another result when computed again, by {error:.1e} of its largest number"
+        changed = [key for key in sums if sums[key] != again.sums[key]]
+        if name not in changed:  # one that is not compared, or bits alone such as those of 0 and -0
+            name, error = next((key for key in second if key in changed), changed[0]), 0.0
+        by = f"by {error:.1e} of its largest magnitude" if error else "in some bits"
+        what = f"{_words(name)} has another result when computed again, {by}"
         self._fail(f"step {first.step} was computed wrongly: {what}; the fault is {kind}")
 
     def _explain_verdict(self, verdict: Verdict, state: Any) -> NoReturn:
@@ -260,10 +281,10 @@ class Sentinel:
         assert self._asked is not None
         asked = self._asked
         third = self._take_again(asked.request.before, asked.batch, state)
-        kind = "lasting: computed again, the step has the same wrong result"
+        kind = "permanent: computed again, the step has the same wrong result"
         if third.sums != asked.sums:
             kind = "transient: computed now, the step has another result"
-        distance = f"off by {verdict.error:.1e} of its largest number, where {verdict.noise:.1e} is noise"
+        distance = f"off by {verdict.error:.1e} of its largest magnitude, where {verdict.noise:.1e} is noise"
         right = "the optimizer's rule in float64 gives another"
         if is_compared(verdict.wrong):
             right = f"float64 agrees with the {self._second_name} engine"
@@ -278,7 +299,10 @@ class Sentinel:
         limit = checkpoints.verified_step
         good = [saved for saved in checkpoints.verified() if limit is not None and saved <= limit]
         later = ", ".join(str(saved) for saved in checkpoints.steps() if not good or saved > good[-1])
-        how = f"the last verified checkpoint is {good[-1]}" if good else "no checkpoint was verified"
+        which = "last verified checkpoint"
+        if good and good[-1] <= self._start_step:
+            which = "newest checkpoint from before this session"
+        how = f"the {which} is {good[-1]}" if good else "no checkpoint was verified"
         if good:
             removing = f"remove the later ones ({later}) from {checkpoints.directory}, then " if later else ""
             resume = resume_command(checkpoints.directory.parent)

@@ -147,7 +147,7 @@ class Session:
             start = self._restore_or_begin(output, identity)
             options = self._record(output, start)
             arguments_of = partial(engine_arguments, data=self.data, resolved=self.resolved)
-            verifying = open_sentinel(self.config, self.data, self.engine, output, arguments_of)
+            verifying = open_sentinel(self.config, self.data, self.engine, output, start.step, arguments_of)
             writing = output.writing_metrics(start.history, options if draws_report else None)
             with writing, verifying as sentinel:
                 trainer = Trainer(

@@ -82,6 +82,8 @@ def place(name: str) -> str:
         return f"forward pass, {module}"
     if name == "loss":
         return "forward pass, the loss"
+    if name == "logits":
+        return "forward pass, the logits"
     if name == "grad_norm":
         return "backward pass"
     if path.startswith("optimizer"):

@@ -32,7 +32,7 @@ def check_device(config: Config, engine: Engine) -> None:
 
 @contextmanager
 def open_sentinel(
-    config: Config, data: Data, engine: Engine, output: RunOutput, arguments_of: ArgumentsOf
+    config: Config, data: Data, engine: Engine, output: RunOutput, start_step: int, arguments_of: ArgumentsOf
 ) -> Iterator[Sentinel | None]:
     """Context with the sentinel of a run, and the process of the other engine; None without --verify-every.
 
@@ -41,6 +41,7 @@ def open_sentinel(
         data: the splits.
         engine: the run's.
         output: its checkpoints and its console are used.
+        start_step: the step at which this session begins.
         arguments_of: for engines like the run's.
     """
     if not config.verify_every:
@@ -58,6 +59,7 @@ def open_sentinel(
     sentinel = Sentinel(
         engine,
         config.verify_every,
+        start_step=start_step,
         second=second,
         second_name=other,
         checkpoints=output.checkpoints,

@@ -138,7 +138,7 @@ class Verifier:
         name_first: names the first tensor that departs.
 
     Attributes:
-        noise: the largest noise of each tensor so far, relative to how far a step moves the tensor.
+        noise: the largest noise of each tensor so far, jumps left out, relative to how far a step moves it.
     """
 
     def __init__(self, setup: Setup, name_first: NameFirst) -> None:
@@ -178,6 +178,7 @@ class Verifier:
             of_own = largest_difference(own[name], truth)
             earlier = self.noise.get(name, 0.0) * _movement(name, truth, step)
             noise[name] = max(of_other, min(of_own, OWN_LIMIT * of_other), earlier)
+        remembered = dict(noise)  # a jump counts at its own step alone
         for trial in range(MOVED):
             suspects = [name for name, error in errors.items() if error > FACTOR * noise[name]]
             if not suspects:
@@ -185,7 +186,7 @@ class Verifier:
             moved = self._take(self._setup.other, "float32", _moved(step, trial))
             for name in suspects:
                 noise[name] = max(noise[name], largest_difference(moved[name], exact[name]))
-        return self._verdict(step, ours, exact, noise, updates)
+        return self._verdict(step, ours, exact, noise, remembered, updates)
 
     def _verdict(
         self,
@@ -193,16 +194,17 @@ class Verifier:
         ours: Arrays,
         exact: Arrays,
         noise: Mapping[str, float],
+        remembered: Mapping[str, float],
         updates: Mapping[str, _Update],
     ) -> Verdict:
-        """Name the first tensor that departs; where none does, remember the noise."""
+        """Name the first tensor that departs; where none does, remember the noise without that of jumps."""
         errors = {name: largest_difference(tensor, exact[name]) for name, tensor in ours.items()}
         limits = {name: FACTOR * value for name, value in noise.items()}
         sizes = {name: errors[name] / value if value else 0.0 for name, value in noise.items()}
         sizes |= {name: update.size for name, update in updates.items()}
         departed = any(errors[name] > limits[name] for name in errors)
         if not departed and not any(update.departs for update in updates.values()):
-            for name, value in noise.items():
+            for name, value in remembered.items():
                 movement = _movement(name, exact[name], step)
                 self.noise[name] = max(self.noise.get(name, 0.0), value / movement if movement else 0.0)
             return Verdict(step.step, by_float64=True, sizes=sizes)

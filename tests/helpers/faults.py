@@ -132,21 +132,21 @@ class Fault:
         kind: in `KINDS`. "product" multiplies a channel of the block's output by 1 + 2**(bit - 23).
             The others flip a bit of the largest number of an array when it is read or written.
         bit: which one, from 0; 23 to 30 are the exponent's.
-        lasting: it stays; if False, one computation of a step has it.
+        permanent: it stays; if False, one computation of a step has it.
         active: the next computation has it.
         output: of the block, in the last forward pass.
     """
 
     kind: str
     bit: int
-    lasting: bool = True
+    permanent: bool = True
     active: bool = False
     output: np.ndarray = dataclasses.field(default_factory=lambda: np.ones(1))
 
     def strikes(self, *kinds: str) -> bool:
         """True if this computation has the fault, of one of these kinds."""
         strikes = self.active and self.kind in kinds
-        if strikes and not self.lasting:
+        if strikes and not self.permanent:
             self.active = False
         return strikes
 

@@ -126,8 +126,12 @@ def serve(listener: socket.socket, handle: Callable[[socket.socket], None]) -> N
 
     def accept() -> None:
         while True:
-            connection, _ = listener.accept()
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                connection, _ = listener.accept()
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except OSError:  # of this connection, or no descriptor is free: see accept(2)
+                time.sleep(RETRY_SECONDS)
+                continue
             threading.Thread(target=handle, args=(connection,), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()

@@ -10,9 +10,12 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
+from experiment import connections
 from experiment.connections import LOOPBACK, Link, carry, dial, free_port, listen, port_of
 from experiment.errors import UserError
 from experiment.files.checkpoints import MANIFEST, Checkpoints
@@ -260,6 +263,25 @@ def test_a_connection_is_passed_on_and_held():
         else:
             assert client.recv(100) == b""
         client.close()
+
+
+def test_a_failed_accept_does_not_end_a_door():
+    """As where no descriptor is free for a moment."""
+    accepted, faults = threading.Event(), [OSError(24, "Too many open files")]
+
+    class Listener:
+        def accept(self):
+            if faults:
+                raise faults.pop()
+            if accepted.is_set():
+                threading.Event().wait()
+            accepted.set()
+            return mock.Mock(), None
+
+    handled = threading.Event()
+    listener: Any = Listener()
+    connections.serve(listener, lambda connection: handled.set())
+    assert handled.wait(10)
 
 
 def test_dialing_waits_for_a_listener():

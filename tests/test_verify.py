@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import pytest
 from benchmarks.reliability.damaged_files import ask, continue_run, damaged_files, make_run
 from experiment.commands import compare, convert, evaluate, predict, report, study, train, verify
 from experiment.errors import LONGEST, UserError, printable
-from experiment.files import predictions, weights
+from experiment.files import predictions, soundness, weights
 from experiment.program import ROOT
 from experiment.reading import checked_json, read_bytes
 
@@ -48,6 +50,58 @@ def test_a_sound_run_has_a_line_for_each_file(run: Path) -> None:
         *("config.json", "metrics.jsonl", "checkpoints/4", "checkpoints/8", "weights.safetensors"),
         *("weights-best.safetensors", "summary.json", "predictions.npz"),
     }
+
+
+def test_a_report_is_sound_whatever_the_folder_and_the_program_are_called(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a figure that another version has drawn is noted."""
+    assert ask(report.main, [str(run)]).status == 0
+    page = run / "report" / "index.html"
+    moved = run.rename(run.with_name("moved"))
+    monkeypatch.setattr("sys.argv", ["threeway-resnet", "verify"])
+    answer = ask(verify.main, [str(moved)])
+    assert answer.status == 0, answer
+    assert f"ok       {moved / 'report' / 'index.html'}\n" in answer.output
+    page = moved / "report" / "index.html"
+    text = page.read_text()
+    page.write_text(text.replace("base64,", "base64,A", 1))
+    answer = ask(verify.main, [str(moved)])
+    assert answer.status == 0
+    assert "its figures are damaged, or of other versions" in answer.output
+    page.write_text(text.replace("test images", "tost images", 1))
+    assert ask(verify.main, [str(moved)]).status == 1
+
+
+def test_a_checkpoint_that_comes_or_goes_is_passed_over(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run / "checkpoints" / "8", run / "checkpoints" / "12.incomplete")
+    answer = ask(verify.main, [str(run / "checkpoints")])
+    assert (answer.status, "incomplete" in answer.output) == (0, False)
+    original = soundness.verify_checkpoint
+
+    def verify_late(folder: Path, *arguments: Any) -> Any:
+        if folder.name == "4":
+            shutil.rmtree(folder)
+        return original(folder, *arguments)
+
+    monkeypatch.setattr(soundness, "verify_checkpoint", verify_late)
+    answer = ask(verify.main, [str(run)])
+    assert answer.status == 0, answer
+    assert "checkpoints/4" not in answer.output
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_something_in_place_of_the_metrics_is_damage(run: Path, kind: str) -> None:
+    path = run / "metrics.jsonl"
+    path.unlink()
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    answer = ask(verify.main, [str(run)])
+    assert answer.status == 1
+    assert re.search(r"^DAMAGED  \S+metrics.jsonl: it cannot be read \(", answer.output, re.MULTILINE)
+    assert "weights.safetensors" in answer.output
+    answer = ask(train.main, ["--resume", "--run-dir", str(run), "--steps", "12"])
+    assert answer.in_one_line, answer
+    assert "metrics.jsonl: cannot be read" in answer.errors[0]
 
 
 def test_a_published_run_may_leave_out_weights_and_checkpoints() -> None:

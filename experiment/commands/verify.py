@@ -12,13 +12,23 @@ from experiment.errors import UserError, printable
 from experiment.files.run_folder import checkpoint_steps
 from experiment.files.soundness import Finding, verify_checkpoint, verify_run, verify_weights
 from experiment.options.command_line import Parser
-from experiment.program import command, found
+from experiment.program import SCRIPT, command, found
 from experiment.report import FOLDER
 from experiment.report.figures import draw
 from experiment.report.page import render_report
 from experiment.report.reading import read_run
 
 LOG = re.compile(r"<details><summary>log\.txt.*?</details>", re.DOTALL)
+FIGURES = re.compile(r"data:image/[^\"]*")
+# The name of the folder, which may have been moved, and the program that was typed
+NAMES = re.compile(
+    r": [^<]*</title>|(?<=<p class=\"faint\">).*?(?=: )|"
+    + "|".join(
+        re.escape(form)
+        for words in ("python train.py", "python -m experiment train", f"{SCRIPT} train")
+        for form in (words, " ".join(f"<span>{word}</span>" for word in words.split()))
+    )
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,8 +92,9 @@ def _verify(path: Path) -> Iterator[Finding]:
     elif (path / "manifest.json").exists() or (path.name.isdecimal() and (path / "state").is_dir()):
         yield verify_checkpoint(path.absolute())[0]
     else:
-        below = sorted(entry.path for entry in os.scandir(path) if entry.name[0] != ".")
-        for entry in map(Path, below):
+        # A checkpoint that is being saved or removed ends in .incomplete
+        names = [name for name in os.listdir(path) if name[0] != "." and not name.endswith(".incomplete")]
+        for entry in (path / name for name in sorted(names)):
             if entry.is_dir() and not entry.is_symlink():
                 yield from _verify(entry)
             elif entry.suffix == ".safetensors":
@@ -91,16 +102,19 @@ def _verify(path: Path) -> Iterator[Finding]:
 
 
 def _verify_report(run_dir: Path) -> Iterator[Finding]:
-    """Compare a report with the page that its data give now, but for the log, which goes on."""
+    """Compare a report with the page that its data give now, but for the log, which goes on, and names."""
     page = run_dir / FOLDER / "index.html"
     if not page.is_file():
         return
     finding = Finding(page, "report")
     try:
         run = read_run(run_dir)
-        expected = render_report(run, draw(run))
-        if LOG.sub("", page.read_text(encoding="utf-8", errors="replace")) != LOG.sub("", expected):
-            if checkpoint_steps(run_dir / "checkpoints") and not run.finished:
+        pages = page.read_text(encoding="utf-8", errors="replace"), render_report(run, draw(run))
+        present, expected = (NAMES.sub("", LOG.sub("", text)) for text in pages)
+        if present != expected:
+            if FIGURES.sub("", present) == FIGURES.sub("", expected):
+                finding.notes.append("its figures are damaged, or of other versions of matplotlib and Pillow")
+            elif checkpoint_steps(run_dir / "checkpoints") and not run.finished:
                 finding.notes.append("it is of an earlier step of the run, which goes on")
             else:
                 finding.problems.append(

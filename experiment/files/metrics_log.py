@@ -15,7 +15,7 @@ from typing import Any
 
 from experiment.errors import UserError
 from experiment.files.run_folder import finite
-from experiment.reading import checked_json, open_no_link
+from experiment.reading import checked_json, open_no_link, read_bytes
 
 NAME = "metrics.jsonl"
 KINDS = {"split": str, "scope": str, "step": int}
@@ -67,7 +67,12 @@ def unchanged_start(path: Path, length: int = 0, sha256: str | None = None) -> b
     """Return the first `length` bytes of `path`. Raises UserError if their hash is not `sha256`."""
     if not length:
         return b""
-    start = path.read_bytes()[:length] if path.exists() else b""
+    try:
+        start = read_bytes(path)[:length]
+    except FileNotFoundError:
+        start = b""
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore the file") from None
     if hashlib.sha256(start).hexdigest() != sha256:
         raise UserError(
             f"{path}: its first {length} bytes were changed since the checkpoint; restore the file"

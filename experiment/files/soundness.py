@@ -13,6 +13,7 @@ from experiment.files.arrays import Tree
 from experiment.files.checkpoints import CheckpointError, Checkpoints
 from experiment.files.identify import identify
 from experiment.options.resolving import resolve
+from experiment.reading import read_bytes
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -111,6 +112,9 @@ def verify_run(run_dir: Path) -> Iterator[Finding]:
     for step in run_folder.checkpoint_steps(run_dir / "checkpoints"):
         folder = run_dir / "checkpoints" / str(step)
         finding, shapes[folder] = verify_checkpoint(folder, record, log)
+        if not folder.exists():  # the run goes on, and has removed it meanwhile
+            del shapes[folder]
+            continue
         yield _like_the_others(finding, shapes)
     named = [run_dir / name for name in results.WEIGHTS.values()]
     if results.is_complete(run_dir) and not named[0].exists():
@@ -133,7 +137,11 @@ def _verify_metrics(path: Path) -> Finding | None:
     if not path.exists():
         return None
     finding = Finding(path, "metrics")
-    texts = metrics_log.raw_lines(path)
+    try:
+        texts = read_bytes(path).splitlines()
+    except OSError as error:
+        finding.problems.append(f"it cannot be read ({error.strerror}); restore the file")
+        return finding
     bad = [number for number, text in enumerate(texts, 1) if not list(metrics_log.parse([text]))]
     if bad == [len(texts)]:
         finding.notes.append("its last line is not whole: the run goes on, or was killed")
@@ -147,9 +155,11 @@ def _verify_metrics(path: Path) -> Finding | None:
 
 def _verify_results(run_dir: Path) -> Iterator[Finding]:
     """Verify summary.json and predictions.npz, against metrics.jsonl and against each other."""
-    last = next(
-        metrics_log.select(reversed(list(metrics_log.read(run_dir / metrics_log.NAME))), "test"), None
-    )
+    try:
+        lines = list(metrics_log.read(run_dir / metrics_log.NAME, "test"))
+    except OSError:  # which is in the finding on that file
+        lines = []
+    last = lines[-1] if lines else None
     tested: dict[str, Any] | None = None
     path = run_dir / results.SUMMARY
     if path.exists():

@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.reliability import __main__ as reliability
-from benchmarks.reliability import crashes, elastic, races
+from benchmarks.reliability import crashes, elastic, races, soak
 from benchmarks.reliability.forked import Command
 
 # Five operations on a folder: open, write, fsync, close, rename.
@@ -116,6 +117,36 @@ def test_a_command_ends_with_one_line(tmp_path, status, error, fault):
     log = tmp_path / "log"
     log.write_text(error)
     assert bool(Command(["--resume"], 1, log, status).faults(0, 2)) == fault
+
+
+def samples_of(steps: int, **per_step: float) -> list[soak.Sample]:
+    """A sample every 10 steps; memory, files or threads grow by these numbers a step."""
+    base = {"megabytes": 100.0, "files": 10.0, "threads": 4.0}
+    samples = []
+    for step in range(10, steps + 1, 10):
+        held: dict[str, Any] = {name: base[name] + step * per_step.get(name, 0) for name in base}
+        samples.append(soak.Sample(step / 100, step, **held))
+    return samples
+
+
+def test_a_long_run_that_grows_is_told():
+    assert soak.growth(samples_of(1000), 1000) == []
+    assert soak.growth(samples_of(1000, megabytes=0.001), 1000) == []
+    assert soak.growth(samples_of(1000, megabytes=0.05), 1000) == ["memory from 118 to 144 MB"]
+    assert soak.growth(samples_of(1000, files=0.01), 1000) == ["files from 14.9 to 19.9"]
+    assert soak.growth(samples_of(1000, threads=0.002), 1000)
+    assert soak.growth([], 1000) == ["too few samples"]
+    assert soak.step_times(samples_of(300)) == ([110, 210], [10.0, 10.0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_is_watched_from_outside(tmp_path):
+    samples = soak.watch("numpy", 200, tmp_path / "run")
+    assert samples[-1].step <= 200
+    assert all(s.files > 3 and s.threads >= 1 and s.megabytes > 10 for s in samples)
+    assert (tmp_path / "run" / "report" / "index.html").exists()
+    soak.draw({"numpy": samples}, tmp_path / "soak.png")
+    assert (tmp_path / "soak.png").stat().st_size > 1000
 
 
 @pytest.mark.slow

@@ -6,8 +6,9 @@
     python -m benchmarks.reliability damaged-files --times 500
     python -m benchmarks.reliability arguments --times 500
     python -m benchmarks.reliability odd-files
+    python -m benchmarks.reliability soak --steps 10000     # nothing disturbs it; draws docs/soak.png
 
-Exit status 1 if something was lost. The tables of docs/reliability.md come from these commands.
+Exit status 1 if something was lost, or grew. The tables of docs/reliability.md come from these commands.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.reliability import crashes, damaged_files, elastic, odd_inputs, races
+from benchmarks.reliability import crashes, damaged_files, elastic, odd_inputs, races, soak
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         damaged = campaigns.add_parser(name, parents=[common], help=f"{words}, damaged or odd")
         damaged.add_argument("--times", type=int, default=500, help="number of trials (default 500)")
     campaigns.add_parser("odd-files", parents=[common], help="files of every kind, malformed or huge")
+    soaked = campaigns.add_parser("soak", parents=[common], help="a long run: does anything grow?")
+    soaked.add_argument("--steps", type=int, default=10_000, help="of each engine (default 10000)")
     return parser
 
 
@@ -66,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 good = odd_inputs.odd_command_lines(folder, options.times, options.seed).report()
             case "odd-files":
                 good = odd_inputs.odd_files(folder).report()
+            case "soak":
+                good = soak.run(options.steps, folder)
             case _:
                 good = crashes.run(folder, options.modes, options.stride)
     return 0 if good else 1

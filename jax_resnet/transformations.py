@@ -57,8 +57,10 @@ def check_transformation(name: str, arguments: Mapping[str, Any], params: Mappin
         params: {name: array}, or shapes and types.
     """
 
+    make = _function(name)
+
     def step(lr: jax.Array, params: Any) -> tuple[Any, Any, Any]:
-        transformation = make_transformation(name, lr, arguments)
+        transformation = make(lr, **arguments)
         state = transformation.init(params)
         return state, *transformation.update(params, state, params)
 
@@ -73,7 +75,7 @@ def check_transformation(name: str, arguments: Mapping[str, Any], params: Mappin
         raise ValueError(f"{name}: its updates have other names or shapes than the parameters")
     if _described(state) != _described(new_state):
         raise ValueError(f"{name}: a step changes the structure, the shapes or the types of its state")
-    if any(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
+    if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
         raise ValueError(f"{name}: its state holds a typed key, which no checkpoint can; use a raw key")
 
 

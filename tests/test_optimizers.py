@@ -257,7 +257,7 @@ def test_two_states_of_one_name_have_their_positions():
     assert saved["0"].keys() == MOMENTS
     assert saved["1"].keys() == {"count"}
     wrapped = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3).init(params)
-    assert state_to_dict(wrapped)["inner_state"]["0"].keys() == MOMENTS
+    assert state_to_dict(wrapped)["inner_state"].keys() == MOMENTS
     alone = optax.GradientTransformation(lambda params: jnp.ones(3), lambda g, state, params=None: (g, state))
     assert state_to_dict(alone.init(params)).keys() == {"state"}
     for state in (scheduled, wrapped, alone.init(params), optax.sgd(0.1).init(params)):

@@ -129,7 +129,7 @@ def test_steps_of_the_engine_are_those_of_the_transformation(file: Path) -> None
     tx = make_transformation(f"{file}:make", 0.01, options)
     opt_state: Any = tx.init(params)
     for name, start in params.items():
-        np.testing.assert_array_equal(state.opt_state[1].start[name], start)  # type: ignore[index]
+        np.testing.assert_array_equal(state.opt_state[1].start[name], start)
     for batch in make_batches(3):
         batch["image"] = batch["image"].astype(np.float32)
         grads = compute_gradient(engine.network, params, batch_stats, batch).grads

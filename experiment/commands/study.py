@@ -182,7 +182,7 @@ def _carry_out(
 ) -> None:
     """Carry out the trials, one of each method after another; then the final runs, likewise for each seed.
 
-    So a study stopped half way is balanced. With `together`, all seeds of a method come after another's instead.
+    So a study stopped half way is balanced. With `together`, methods follow one another, with all seeds.
     """
     points = range(max(len(method.configurations) for method in methods))
     trials = [running.candidate(folder, method, k) for k in points for method in methods]

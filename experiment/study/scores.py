@@ -31,9 +31,7 @@ def steps_to_target(steps: Sequence[int], accuracies: Sequence[float | None], ta
         >>> steps_to_target([100, 200], [0.5, None], 0.7)
         inf
     """
-    reached = (
-        step for step, a in zip(steps, accuracies, strict=True) if a is not None and a >= target
-    )
+    reached = (step for step, a in zip(steps, accuracies, strict=True) if a is not None and a >= target)
     return float(next(reached, math.inf))
 
 

@@ -62,7 +62,7 @@ def draw(ranges: Mapping[str, Range], count: int, seed: int, label: str) -> list
 
 def _scaled(name: str, u: float, low: float, high: float) -> float | int:
     """A number of [0, 1) in a range, uniform in the logarithm; whole for an option that is a whole number."""
-    value = low * (high / low) ** u
+    value = float(low * (high / low) ** u)
     hint = typing.get_type_hints(Config).get(name, float)
     kinds = typing.get_args(hint) or (hint,)
     if int in kinds and float not in kinds:

@@ -41,6 +41,7 @@ from jax_resnet.strategies.accumulate import Accumulated, accumulate_gradient
 from jax_resnet.strategies.blockwise import Blocks, Blockwise
 from jax_resnet.strategies.chunked import Chunked, best_chunk, chunks_of
 from jax_resnet.strategies.whole import Whole
+from jax_resnet.transformations import check_transformation
 
 Tree = dict[str, Any]
 
@@ -55,8 +56,8 @@ class Engine:
         image_shape: (height, width, channels) of the images.
         mean, std: per channel, for images of type uint8, which become (x / 255 - mean) / std; images of a
             floating type are used unchanged.
-        optimizer: name in `optimizers.OPTIMIZERS`.
-        optimizer_options: keyword arguments of `make_optimizer`.
+        optimizer: name in `optimizers.OPTIMIZERS`, or of a transformation; see `transformations.py`.
+        optimizer_options: keyword arguments of `make_optimizer`, or of the transformation.
         learning_rate: the rate as a function of the step, which counts from 0.
         precision: "float32", "bfloat16" (compute only) or "float64".
         seed: seed of the initial weights.
@@ -127,6 +128,8 @@ class Engine:
                 freeze_backbone=freeze_backbone,
                 loss=Loss(loss, label_smoothing, class_weights),
             )
+            if self.optimizer.is_external:
+                check_transformation(optimizer, optimizer_options, self.network.trainable(parts.params))
         self.gradient_fn: GradientFn = compute_gradient
         if accumulate > 1:
             self.gradient_fn = partial(accumulate_gradient, accumulate)
@@ -146,7 +149,7 @@ class Engine:
         blocks = None
         if on_cpu() and self.device_count == 1 and model != "cnn":  # a single CPU device, a ResNet
             blocks = Blocks(built, self.network)
-        needs_whole = freeze_backbone or accumulate > 1
+        needs_whole = freeze_backbone or accumulate > 1 or self.optimizer.is_external
         self._strategy = self._choose_strategy(None if needs_whole else blocks, remat)
         self._eval_step: Callable[..., jax.Array] = blocks.eval_step if blocks else self._whole_eval_step()
 
@@ -212,9 +215,7 @@ class Engine:
         with self._precision():
             parts = self._initial or split(self._build(rngs=nnx.Rngs(self._seed)))
             self._initial = None
-            # Every optimizer begins at zero; optax would compile a function for each shape.
-            template = self._opt_state_template(parts.params)
-            opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
+            opt_state = self._initial_opt_state(parts.params)
             params, batch_stats = parts.params, parts.batch_stats
             ema = None if self.ema_decay is None else copied({"params": params, "batch_stats": batch_stats})
             return self._make_state(params, batch_stats, opt_state, jnp.zeros((), jnp.int32), ema)
@@ -340,7 +341,7 @@ class Engine:
                 inner = inner.setdefault(part, {})
             inner[name] = np.array(array)
         with self._precision():
-            return self._from_native({"batch_stats": {}, **native})  # a network may have none
+            return self._from_native({"batch_stats": {}, "optimizer": {}, **native})  # either may have none
 
     def _from_native(self, tree: Tree) -> TrainState:
         """The state of a tree in this engine's layout, whose arrays are copies already."""
@@ -361,6 +362,15 @@ class Engine:
         """The optimizer's state as shapes and types."""
         optimizer = self.optimizer.transformation(self.learning_rate(0))
         return jax.eval_shape(optimizer.init, self.network.trainable(params))
+
+    def _initial_opt_state(self, params: Mapping[str, Any]) -> optax.OptState:
+        """The optimizer's state before the first step, of arrays of NumPy."""
+        if self.optimizer.is_external:
+            init = jax.jit(self.optimizer.transformation(self.learning_rate(0)).init)
+            return jax.tree.map(np.array, init(self.network.trainable(params)))
+        # Those of the table begin at zero; optax would compile a function for each shape.
+        template = self._opt_state_template(params)
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
 
     def _precision(self) -> Any:
         return jax.enable_x64(self._x64)

@@ -100,18 +100,18 @@ def flat_state(state: TrainState) -> dict[str, np.ndarray]:
 
 
 def leaf_names(state: TrainState) -> list[str]:
-    """Return the name of each leaf, in JAX's order: its path, without the positions in optax's tuples.
+    """Return the name of each leaf, in JAX's order: its path.
 
-    Raises:
-        ValueError: two leaves would have one name.
+    Positions in optax's tuples are left out, unless two leaves would have one name.
     """
-    names = []
-    for path, _ in jax.tree_util.tree_leaves_with_path(state):
-        named = tuple(key for key in path if not isinstance(key, jax.tree_util.SequenceKey))
-        names.append(jax.tree_util.keystr(named, simple=True, separator="/"))
-    if len(set(names)) < len(names):
-        raise ValueError("two arrays of the optimizer's state have one name")
-    return names
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+
+    def without(kinds: tuple[type, ...]) -> list[str]:
+        named = (tuple(key for key in path if not isinstance(key, kinds)) for path in paths)
+        return [jax.tree_util.keystr(path, simple=True, separator="/") for path in named]
+
+    names = without((jax.tree_util.SequenceKey,))
+    return names if len(set(names)) == len(names) else without(())
 
 
 def run_network(content: bytes, weights: Mapping[str, np.ndarray], image: np.ndarray) -> np.ndarray:

@@ -7,7 +7,8 @@ bias-corrected second moment. AdaBound and its variants are in `adabound.py`.
 optax's types reaches a checkpoint.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import keystr
 from jax.typing import DTypeLike
 
 from jax_resnet.adabound import (
@@ -332,43 +334,47 @@ def bound_metrics(
     return {**bounds, **{key: jnp.asarray(n, lower.dtype) / total for key, n in clipped.items()}}
 
 
-def _fields(opt_state: optax.OptState) -> Iterator[tuple[str, Any]]:
-    """The (name, value) pairs of every NamedTuple in nested tuples, in order."""
-    if hasattr(opt_state, "_fields"):
-        yield from zip(opt_state._fields, opt_state, strict=True)
-    else:
-        for inner in opt_state:
-            yield from _fields(inner)
-
-
 def state_to_dict(opt_state: optax.OptState) -> dict[str, Any]:
-    """The state of a chain of transformations as one flat dict, of only the fields this optimizer has.
+    """The state of an optimizer as nested dicts, of only the fields that it has.
+
+    Names are those of the fields. Positions in the tuples of a chain are left out, unless two arrays would
+    have one name.
 
     Args:
-        opt_state: the state of an optimizer of `make_optimizer`, of flat parameters {name: array}.
+        opt_state: the state of an optimizer, of flat parameters {name: array}.
 
     Returns:
         {"count": array, "mu": {name: array}, "nu": {name: array}, ...}; the arrays are not copied.
-
-    Raises:
-        ValueError: if two transformations of the chain have a field of the same name.
     """
     fields: dict[str, Any] = {}
-    for name, value in _fields(opt_state):
-        if name in fields:
-            raise ValueError(f"two transformations of the chain have a state named {name!r}")
-        fields[name] = value
+    for names, leaf in zip(_names(opt_state), jax.tree.leaves(opt_state), strict=True):
+        inner = fields
+        for name in names[:-1]:
+            inner = inner.setdefault(name, {})
+        inner[names[-1]] = leaf
     return fields
 
 
-def _entries(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _names(opt_state: optax.OptState) -> list[tuple[str, ...]]:
+    """The names of each array in the nested dicts of `state_to_dict`, in JAX's order."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(opt_state)]
+
+    def without(kinds: tuple[type, ...]) -> list[tuple[str, ...]]:
+        keys = ([key for key in path if not isinstance(key, kinds)] for path in paths)
+        return [tuple(keystr((key,), simple=True) for key in path) or ("state",) for path in keys]
+
+    short = without((jax.tree_util.SequenceKey,))
+    ordered = sorted(short)  # the start of another name stands right before it
+    clash = any(longer[: len(names)] == names for names, longer in itertools.pairwise(ordered))
+    return without(()) if clash else short
+
+
+def _entries(fields: Mapping[str, Any], start: str = "") -> dict[str, Any]:
     """{"mu": {"fc.weight": array}} as {"mu.fc.weight": array}."""
     entries: dict[str, Any] = {}
-    for field, value in fields.items():
-        if isinstance(value, Mapping):
-            entries |= {f"{field}.{name}": array for name, array in value.items()}
-        else:
-            entries[field] = value
+    for name, value in fields.items():
+        inside = isinstance(value, Mapping)
+        entries |= _entries(value, f"{start}{name}.") if inside else {start + name: value}
     return entries
 
 
@@ -386,7 +392,9 @@ def state_from_dict(template: optax.OptState, mapping: Mapping[str, Any]) -> opt
     Raises:
         ValueError: if entries are missing, unexpected or of another shape; it names them.
     """
-    expected, given = _entries(state_to_dict(template)), _entries(mapping)
+    leaves, structure = jax.tree.flatten(template)
+    expected = dict(zip(map(".".join, _names(template)), leaves, strict=True))
+    given = _entries(mapping)
     problems = [f"{name} is missing" for name in expected if name not in given]
     problems += [f"{name} is unexpected" for name in given if name not in expected]
     problems += [
@@ -396,13 +404,7 @@ def state_from_dict(template: optax.OptState, mapping: Mapping[str, Any]) -> opt
     ]
     if problems:
         raise ValueError(f"the optimizer state does not fit: {'; '.join(problems)}")
-
-    def fill(path: Any, like: Any) -> jax.Array:
-        # The path without the positions in the tuples of the chain: (mu, fc.weight)
-        names = tuple(key for key in path if not isinstance(key, jax.tree_util.SequenceKey))
-        entry = given[jax.tree_util.keystr(names, simple=True, separator=".")]
-        # A copy, by NumPy: an alias of the caller's memory must not be donated to a training step, and JAX
-        # would compile a function for each shape
-        return jax.device_put(np.array(entry, like.dtype))
-
-    return jax.tree_util.tree_map_with_path(fill, template)
+    # Copies, by NumPy: an alias of the caller's memory must not be donated to a training step, and JAX would
+    # compile a function for each shape
+    copies = [jax.device_put(np.array(given[name], like.dtype)) for name, like in expected.items()]
+    return jax.tree.unflatten(structure, copies)

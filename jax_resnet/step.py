@@ -21,6 +21,7 @@ from jax_resnet.losses import PLAIN, Loss
 from jax_resnet.optimizers import bound_metrics, clip_scale, make_optimizer, parameter_kind
 from jax_resnet.state import Arrays, TrainState
 from jax_resnet.state_dict import apply
+from jax_resnet.transformations import is_external, make_transformation
 
 Batch = Mapping[str, Any]  # {"image": [N, H, W, C], "label": [N]}
 Metrics = dict[str, Any]
@@ -130,11 +131,14 @@ def apply_gradients(
 ) -> Update:
     """Update parameters, all of them or one block's, by their gradients."""
     updates, opt_state = optimizer.transformation(lr).update(grads, opt_state, params)
+    bounds: Metrics = {}
+    if not optimizer.is_external:
+        bounds = bound_metrics(optimizer.name, opt_state, lr, **optimizer.options)
     metrics = {
         "size": jnp.array(sum(p.size for p in params.values()), jnp.result_type(lr)),
         "grad_norm": l2_norm(grads),
         "update_norm": l2_norm(updates),
-        **bound_metrics(optimizer.name, opt_state, lr, **optimizer.options),
+        **bounds,
     }
     return Update(optax.apply_updates(params, updates), opt_state, metrics)
 
@@ -182,10 +186,10 @@ class Network:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """The static description of an optimizer: the name and keyword arguments for `make_optimizer`.
+    """The static description of an optimizer: its name and keyword arguments.
 
     Attributes:
-        name, options: as `make_optimizer` takes them.
+        name, options: as `make_optimizer` takes them; of one beside the table, as `make_transformation` does.
         clip_grad_norm: the largest norm of all gradients together; None does not clip.
     """
 
@@ -195,7 +199,14 @@ class Optimizer:
 
     def transformation(self, lr: float | jax.Array) -> optax.GradientTransformation:
         """The optimizer at a learning rate; the structure of its state does not depend on the rate."""
+        if self.is_external:
+            return make_transformation(self.name, lr, self.options)
         return make_optimizer(self.name, lr, **self.options)
+
+    @property
+    def is_external(self) -> bool:
+        """True for a transformation beside the table, which may look at all parameters at once."""
+        return is_external(self.name)
 
     def vectors_with(self, name: str) -> str:
         """The name under which a vector is updated together with others, as one array.

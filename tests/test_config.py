@@ -59,6 +59,7 @@ VALUES: dict[str, tuple[list[str], object]] = {
     "mean_only": ([], True),
     "augment": (["crop-flip"], "crop-flip"),
     "optimizer": (["adabound"], "adabound"),
+    "optimizer_arguments": (["b1=0.9", "nesterov=true"], ("b1=0.9", "nesterov=true")),
     "lr": (["1e-4"], 1e-4),
     "final_lr": (["0.2"], 0.2),
     "gamma": (["0.01"], 0.01),
@@ -146,6 +147,15 @@ MISTAKES = [
     (["--framework", "numpy", "--precision", "bfloat16"], "--precision", "--framework jax"),
     (["--model", "resnet99"], "--model", "resnet101"),
     (["--optimizer", "adamax"], "--optimizer", "adabound"),
+    (["--optimizer", "adamax"], "--optimizer", "optax:NAME, FILE.py:FUNCTION"),
+    (["--optimizer", "optax:"], "--optimizer", "optax:NAME"),
+    (["--optimizer", "mine.txt:make"], "--optimizer", "FILE.py:FUNCTION"),
+    (["--optimizer", "optax:lion", "--framework", "numpy"], "--optimizer", "--framework jax"),
+    (["--optimizer", "optax:lion", "--verify-every", "2"], "--verify-every", "leave"),
+    (["--optimizer", "optax:lion", "--weight-decay", "0.1"], "--weight-decay", "--optimizer-arguments"),
+    (["--optimizer", "optax:lion", "--beta1", "0.8"], "--beta1", "--optimizer-arguments"),
+    (["--optimizer", "optax:lion", "--optimizer-arguments", "b1"], "--optimizer-arguments", "NAME=VALUE"),
+    (["--optimizer-arguments", "b1=0.9"], "--optimizer-arguments", "leave"),
     (["--schedule", "linear"], "--schedule", "cosine"),
     (["--precision", "float16"], "--precision", "bfloat16"),
     (["--train-subset", "0"], "--train-subset", "above 0 and at most 1"),
@@ -297,6 +307,7 @@ def test_all_flags_together():
     # 0 goes with no early stopping; a frozen backbone without batch norm; NumPy has none of the others
     left_out = {"val_fraction", "accumulate", "remat", "distributed", "drop_path", "norm_weight_decay"}
     left_out |= {"batch_norm_group", "verify_every"}  # the second needs float32
+    left_out |= {"optimizer_arguments"}  # of an optimizer beside the table
     values = {name: value for name, value in VALUES.items() if name not in left_out}
     argv = [word for name, (written, _) in values.items() for word in [flag_of(FIELDS[name]), *written]]
     expected = {name: VALUES[name][1] for name in values} | {n: FIELDS[n].default for n in left_out}

@@ -503,7 +503,7 @@ def test_results_of_a_study_become_a_page(tmp_path):
 
 def test_the_example_of_a_study_can_be_read(tmp_path):
     """The TOML file of docs/training.md: its methods, and the number of runs that stands there."""
-    (example,) = code_blocks("docs/training.md", "toml")
+    example, _ = code_blocks("docs/training.md", "toml")
     path = tmp_path / "example.toml"
     path.write_text(example)
     plan = read(path, {})
@@ -512,7 +512,7 @@ def test_the_example_of_a_study_can_be_read(tmp_path):
         for variant in ("batch-norm", "no-batch-norm")
         for optimizer in ("adam", "bounded")
     ]
-    trials = sum(len(method.candidates) * len(plan.tuning_seeds) for method in plan.methods)
+    trials = sum(len(method.trials) for method in plan.methods)
     runs = trials + len(plan.methods) * len(plan.seeds)
     assert f"= {runs}." in (ROOT / "docs" / "training.md").read_text()
     assert plan.methods[1].candidates[0]["report"] is True

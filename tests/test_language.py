@@ -42,9 +42,11 @@ ON_DISK = {
     "experiment/study/curves.py": ('study["contestants"]',),  # study.json
     "experiment/study/results.py": ('"contestants"',),
     "experiment/study/tables.py": ('study["contestants"]',),
+    "experiment/study/search_figures.py": ('study["contestants"]',),
     "tests/test_report.py": ('{"pictures": ',),
     **dict.fromkeys(
-        ("tests/test_docs.py", "tests/test_older_runs.py", "tests/test_study.py"), ('"contestants"',)
+        tuple(f"tests/test_{name}.py" for name in ("docs", "older_runs", "study", "study_search")),
+        ('"contestants"',),
     ),
 }
 

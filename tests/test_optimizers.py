@@ -248,7 +248,21 @@ def test_state_that_does_not_fit_is_refused_with_every_difference_named():
     assert "\n" not in message
 
 
-def test_two_states_of_one_name_are_refused():
-    scheduled = optax.adam(optax.constant_schedule(1e-3))
-    with pytest.raises(ValueError, match="'count'"):
-        state_to_dict(scheduled.init({"w": jnp.ones(1)}))
+def test_two_states_of_one_name_have_their_positions():
+    """A chain in which two count, a wrapper whose state lies inside of another, and a state of one array."""
+    params = make_params(np.float32)
+    scheduled = optax.adam(optax.constant_schedule(1e-3)).init(params)
+    saved = jax.tree.map(np.asarray, state_to_dict(scheduled))
+    assert saved.keys() == {"0", "1"}
+    assert saved["0"].keys() == MOMENTS
+    assert saved["1"].keys() == {"count"}
+    wrapped = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3).init(params)
+    assert state_to_dict(wrapped)["inner_state"].keys() == MOMENTS
+    alone = optax.GradientTransformation(lambda params: jnp.ones(3), lambda g, state, params=None: (g, state))
+    assert state_to_dict(alone.init(params)).keys() == {"state"}
+    for state in (scheduled, wrapped, alone.init(params), optax.sgd(0.1).init(params)):
+        restored = state_from_dict(state, jax.tree.map(np.asarray, state_to_dict(state)))
+        structure: Any = jax.tree.structure(restored)
+        assert structure == jax.tree.structure(state)
+        for actual, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+            np.testing.assert_array_equal(actual, expected)

@@ -24,7 +24,7 @@ from experiment.data.loading import Data
 from experiment.files import run_folder, weights
 from experiment.files.checkpoints import Checkpoints
 from experiment.options.command_line import flags, parse
-from experiment.options.config import OPTIMIZERS
+from experiment.options.config import OPTIMIZERS, is_external
 from experiment.options.resolving import resolve
 from experiment.processes import processor_seconds
 from experiment.run import session, signals
@@ -431,10 +431,10 @@ def test_files_and_folders_that_are_not_there_are_one_line(
 
 def test_tables_and_curves_of_a_study_that_has_hardly_begun(tmp_path: Path) -> None:
     plan: Plan = read(write(tmp_path), {})
-    study = json.loads(json.dumps(run_folder.finite(results.collect(plan, tmp_path, ["tiny.toml"]))))
+    study = json.loads(json.dumps(run_folder.finite(results.make(plan, [], ["tiny.toml"]))))
     text = tables.markdown(study)
     assert "| adam | - | 0 of 2 | - | - |" in text
-    (image,) = curves.draw(study, tmp_path)
+    (image,) = curves.draw(study, [], tmp_path)
     assert image.name == "curves.png"
     assert image.stat().st_size > 0
 
@@ -488,9 +488,11 @@ def test_the_studies_of_the_tree_can_be_read(path: Path) -> None:
     plan = read(path, {})
     text = path.read_text()
     assert text.startswith(f"# python -m experiment study studies/{path.name}")
-    runs = len(plan.methods) * (len(plan.seeds) + len(plan.tuning_seeds) * plan.trials)
+    runs = sum(len(method.trials) + len(plan.seeds) for method in plan.methods)
     assert f"{runs} runs" in text
-    assert all(resolve(each.candidates[0]).optimizer in OPTIMIZERS for each in plan.methods)
+    for method in plan.methods:
+        optimizer = resolve(method.candidates[0]).optimizer
+        assert optimizer in OPTIMIZERS or is_external(optimizer)
 
 
 def test_variants_are_compared_with_the_first() -> None:
@@ -542,9 +544,10 @@ def test_a_signal_stops_a_study_and_its_run_goes_on(
     assert "stopped by SIGHUP at step 3; everything is saved" in err
     assert err.endswith("\nthe same command continues\n")
     plan = read(path, {})
-    runs = running.candidate(plan, tmp_path / "out", plan.methods[0], 0)
-    assert _make(runs, 0, 1, signals.StopRequest(), together=False, split="validation") == 1
-    (expected,) = running.candidate(plan, made / "out", plan.methods[0], 0)
+    runs = running.candidate(tmp_path / "out", plan.methods[0], 0)
+    request = signals.StopRequest()
+    assert _make([runs], 0, 1, request=request, together=False, at_once=1, split="validation") == 1
+    (expected,) = running.candidate(made / "out", plan.methods[0], 0)
     metrics = [(each.folder / "metrics.jsonl").read_bytes() for each in (*runs, expected)]
     assert metrics[0] == metrics[1]
 
@@ -552,9 +555,9 @@ def test_a_signal_stops_a_study_and_its_run_goes_on(
 def test_a_signal_between_the_runs_of_a_study_is_heard(tmp_path: Path) -> None:
     plan = read(write(tmp_path), {})
     request = signals.StopRequest(signal.SIGUSR1)
-    runs = running.candidate(plan, tmp_path, plan.methods[0], 0)
+    runs = running.candidate(tmp_path, plan.methods[0], 0)
     with pytest.raises(running.StudyStoppedError, match="stopped by SIGUSR1") as caught:
-        _make(runs, 0, 1, request, together=False, split="test")
+        _make([runs], 0, 1, request=request, together=False, at_once=1, split="test")
     assert caught.value.status == 128 + signal.SIGUSR1
     assert not runs[0].folder.exists()
 

@@ -39,6 +39,7 @@ class Resolved(TypedDict, total=False):
     data_config: str | None
     data_test_split: str | None
     data_sha256: str | None
+    optimizer_sha256: Sha256
     class_weights: list[Number]
 
 

@@ -1,10 +1,11 @@
 """The options of a run: one frozen dataclass holds defaults, help and ranges; the parser is made from it."""
 
 import dataclasses
+import json
 import math
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiment.errors import UserError
@@ -19,6 +20,13 @@ MODELS = (*IMAGENET_MODELS, *CIFAR_MODELS, "cnn")
 # coordinate: the engines apply it to some parameters at a time. A new option of it gets limits beside
 # `check_hyperparameters`.
 OPTIMIZERS = ("adam", "adabound", "amsbound", "adaboundw", "sgdbound", "amsgrad", "adamw", "sgd")
+EXTERNAL = re.compile(r"optax:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^:]+\.py:[A-Za-z_]\w*")
+"""The names of optimizers beside the table: any transformation of optax, or of a file."""
+HYPERPARAMETERS = (
+    *("final_lr", "gamma", "beta1", "beta2", "eps", "momentum", "nesterov"),
+    *("weight_decay", "norm_weight_decay", "bias_weight_decay"),
+)
+"""The options of the table's optimizers beside lr; the others have arguments of their own."""
 SCHEDULES = ("cosine", "constant", "multistep", "plateau")
 PRECISIONS = ("float32", "bfloat16", "float64")
 # A new augmentation also goes into `_change` (and `moves_only`, if it only moves pixels) of
@@ -111,7 +119,12 @@ class Config:
         "none", "balanced: the rarer a class, the more it counts", choices=("none", "balanced")
     )
 
-    optimizer: str = option("adam", "optimizer", choices=OPTIMIZERS)
+    optimizer: str = option(
+        "adam", "optimizer; or, with JAX, optax:NAME or FILE.py:FUNCTION", choices=OPTIMIZERS
+    )
+    optimizer_arguments: tuple[str, ...] = option(
+        (), "arguments of optax:NAME or FILE.py:FUNCTION, such as b1=0.9 nesterov=true"
+    )
     lr: float | None = option(None, "learning rate (default 0.001; sgd 0.1)", above=0)
     final_lr: float = option(0.1, "AdaBound: the SGD learning rate its bounds close in on", above=0)
     gamma: float = option(1e-3, "AdaBound: how fast the bounds close in", above=0)
@@ -181,16 +194,17 @@ class Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             choices = field.metadata["choices"]
-            if choices and value not in choices:
+            if choices and value not in choices and not (field.name == "optimizer" and is_external(value)):
                 fault = f"{flag_of(field)}: unknown value {value!r}"
-                raise UserError(f"{fault}; choose one of {', '.join(choices)}")
+                others = (*choices, "optax:NAME, FILE.py:FUNCTION") if field.name == "optimizer" else choices
+                raise UserError(f"{fault}; choose one of {', '.join(others)}")
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not isinstance(number, bool):
                     check_limits(flag_of(field), number, **field.metadata["limits"])
         for name, size in (("--image-size", self.image_size), ("--test-size", self.test_size)):
             if size is not None:
                 parse_image_size(size, name)
-        for fault in (*self._faults(), *self._network_faults()):
+        for fault in (*self._faults(), *self._external_faults(), *self._network_faults()):
             raise UserError(fault)
 
     def _faults(self) -> Iterator[str]:
@@ -232,6 +246,26 @@ class Config:
             yield "--run-dir: is empty; name a folder"
         if self.resume and self.run_dir is None:
             yield "--resume: name the run to continue with --run-dir DIR"
+
+    def _external_faults(self) -> Iterator[str]:
+        """Yield a line for each option that does not fit an optimizer beside the table."""
+        name = self.optimizer
+        if not is_external(name):
+            if self.optimizer_arguments:
+                yield f"--optimizer-arguments: {name} has flags of its own; leave the arguments out"
+            return
+        if self.framework != "jax":
+            yield f"--optimizer: {name} needs --framework jax; use that, or choose {', '.join(OPTIMIZERS)}"
+        if self.verify_every:
+            yield f"--verify-every: the NumPy engine has no {name}; leave the flag out"
+        for option_name in HYPERPARAMETERS:
+            value = getattr(self, option_name)
+            if value != getattr(Config, option_name) and not (option_name == "weight_decay" and not value):
+                fault = f"{name} takes arguments of its own"
+                yield f"--{option_name.replace('_', '-')}: {fault}; give --optimizer-arguments NAME=VALUE"
+        for argument in self.optimizer_arguments:
+            if not argument.partition("=")[0].isidentifier() or "=" not in argument:
+                yield f"--optimizer-arguments: {argument!r} is no argument; write NAME=VALUE, such as b1=0.9"
 
     def _network_faults(self) -> Iterator[str]:
         """Yield a line for each option that the engine or the network does not have."""
@@ -321,8 +355,20 @@ class Config:
         options = {name: getattr(self, name) for name in names}
         return {"model_options": self.model_options(), "ema_decay": self.model_ema_decay, **options}
 
+    def external_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of an optimizer beside the table: values are JSON, and else text.
+
+        Examples:
+            >>> Config(optimizer_arguments=("b1=0.9", "nesterov=true")).external_arguments()
+            {'b1': 0.9, 'nesterov': True}
+        """
+        pairs = (argument.partition("=")[::2] for argument in self.optimizer_arguments)
+        return {name: _value(text) for name, text in pairs}
+
     def optimizer_options(self) -> dict[str, Any]:
         """The hyper-parameters of the optimizer, but for the learning rate."""
+        if is_external(self.optimizer):
+            return {"base_lr": self.lr}  # its own are `external_arguments`
         return {
             "base_lr": self.lr,
             "final_lr": self.final_lr,
@@ -342,6 +388,28 @@ class Config:
         if self.steps is not None:
             return self.steps
         return steps_per_epoch * (DEFAULT_EPOCHS.get(self.dataset, 1) if self.epochs is None else self.epochs)
+
+
+def is_external(optimizer: str) -> bool:
+    """True for the name of a transformation beside the table: optax:NAME, or FILE.py:FUNCTION."""
+    return EXTERNAL.fullmatch(optimizer) is not None
+
+
+def as_arguments(table: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return arguments of a function as `optimizer_arguments` has them, sorted by name.
+
+    Examples:
+        >>> as_arguments({"nesterov": True, "b1": 0.9})
+        ('b1=0.9', 'nesterov=true')
+    """
+    return tuple(f"{name}={json.dumps(table[name])}" for name in sorted(table))
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def parse_image_size(text: str, flag: str = "--image-size") -> tuple[int, int]:

@@ -12,7 +12,7 @@ import typing
 from typing import Any
 
 from experiment.errors import UserError
-from experiment.options.config import Config
+from experiment.options.config import Config, as_arguments
 from experiment.options.resolving import fits
 from experiment.program import shipped
 
@@ -59,10 +59,12 @@ def _load(name: str) -> dict[str, Any]:
 
 
 def checked(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options read from TOML, lists made tuples. Raises UserError for an unknown name or another type.
+    """Return options read from TOML, lists made tuples, and the table `optimizer_arguments` its words.
 
-    Ranges are for `Config.check`.
+    Raises UserError for an unknown name or another type. Ranges are for `Config.check`.
     """
+    if isinstance(arguments := options.get("optimizer_arguments"), dict):
+        options = {**options, "optimizer_arguments": as_arguments(arguments)}
     hints = typing.get_type_hints(Config)
     known = {field.name for field in dataclasses.fields(Config)} - NOT_IN_RECIPES
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}

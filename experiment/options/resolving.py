@@ -105,6 +105,7 @@ def resolve(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Conf
 def fits(value: Any, hint: Any) -> bool:
     """True if a value read from JSON or TOML is of the type that its field is annotated with."""
     if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(type(item) is int for item in value)
+        kind = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(type(item) is kind for item in value)
     kinds = typing.get_args(hint) or (hint,)
     return type(value) in kinds or (type(value) is int and float in kinds)

@@ -21,14 +21,14 @@ from experiment.errors import DivergedError, FolderLostError, RunFailedError, Us
 from experiment.files import run_folder
 from experiment.files.results import check_startable
 from experiment.files.tensorboard import add_images
-from experiment.options.config import Config
+from experiment.options.config import Config, is_external
 from experiment.options.recipes import with_recipe
 from experiment.options.resolving import resolve, with_local_paths
 from experiment.peers import PATIENCE_SECONDS, Peers
 from experiment.processes import SINGLE_PROCESS, connect
 from experiment.program import command
 from experiment.report import write_report
-from experiment.run import transfer
+from experiment.run import external, transfer
 from experiment.run.console import Console, conclude, describe
 from experiment.run.outcome import (
     End,
@@ -105,9 +105,9 @@ class Session:
         """
         config, is_main = self.config, self.process.is_main
         folder = Path(config.run_dir) if config.run_dir is not None else None
-        dataset = re.sub("[/:]", "-", config.dataset)  # of a configuration and a version
+        name = f"{config.model}-{config.dataset}-{config.optimizer}"
         if is_main and self.stored is None:
-            folder = run_folder.create(folder, f"{config.model}-{dataset}-{config.optimizer}")
+            folder = run_folder.create(folder, re.sub("[/:]", "-", name))
         with open_output(
             folder, is_main=is_main, keep_checkpoints=config.keep_checkpoints, check=self._check
         ) as output:
@@ -286,6 +286,7 @@ def resolve_lengths(
     total_steps = config.total_steps(data.steps_per_epoch)
     length = config.schedule_steps or total_steps
     if stored is not None:
+        external.check_unchanged(config.optimizer, stored["resolved"])
         old = stored["resolved"]["schedule_steps"]
         if old != length and "schedule_steps" in given:
             raise UserError(
@@ -312,17 +313,19 @@ def resolve_lengths(
         "optimizer_options": config.optimizer_options(),
         **({"class_weights": list(data.class_weights())} if config.class_weights == "balanced" else {}),
         **initial,
+        **external.identity(config.optimizer),
         **run_folder.data_facts(data),
     }
 
 
 def engine_arguments(config: Config, data: Data, resolved: dict[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of a run's engine, without its schedule: plain values."""
+    options = resolved["optimizer_options"]
     return {
         **config.engine_options(),
         **{name: getattr(data, name) for name in run_folder.ENGINE_FACTS},
         "optimizer": config.optimizer,
-        "optimizer_options": resolved["optimizer_options"],
+        "optimizer_options": config.external_arguments() if is_external(config.optimizer) else options,
         "freeze_backbone": config.freeze_backbone,
         "class_weights": resolved.get("class_weights"),
     }
@@ -345,7 +348,12 @@ def make_engine(
         warmup_steps=resolved["warmup_steps"],
     )
     arguments = engine_arguments(config, data, resolved)
-    engine = load_engine(config.framework)(**arguments, learning_rate=schedule)
+    try:
+        engine = load_engine(config.framework)(**arguments, learning_rate=schedule)
+    except ValueError as error:
+        if not is_external(config.optimizer):
+            raise
+        raise UserError(f"--optimizer: {error}; fix it, or choose another") from None
     if config.batch_size // config.accumulate % engine.device_count:
         parts = f" in {config.accumulate} micro-batches" if config.accumulate > 1 else ""
         raise UserError(

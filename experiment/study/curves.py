@@ -5,7 +5,7 @@ are the 95 % interval of the mean. Where it reaches beyond possible values, such
 they end there. On a log axis, mean and interval are those of the logarithm, so no band reaches below 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from experiment.report.style import (
     style,
     tint,
 )
-from experiment.study.running import lines
+from experiment.study.logs import Record
 from experiment.study.statistics import half_width
 
 Json = dict[str, Any]
@@ -33,13 +33,14 @@ GRAY = tint(FAINT, 0.45)
 BLOCK_HEIGHT = (0.45, 1.35)  # inches of its title and axis, and of each row of panels
 
 
-def draw(study: Json, folder: Path) -> list[Path]:
-    """Draw every figure for which there are numbers; the curves for each variant, even without any.
+def draw(study: Json, records: Sequence[Record], folder: Path) -> list[Path]:
+    """Draw results, rates, and the curves of the final runs for each variant, even where there are none.
 
-    Returns the PNG files, in `folder`, which is that of the study.
+    Returns the PNG files, in `folder`.
     """
     variants = dict.fromkeys(method.get("variant", "") for method in _methods(study).values())
-    return [*draw_numbers(study, folder), *(_draw_curves(study, folder, variant) for variant in variants)]
+    curves = [_draw_curves(study, records, folder, variant) for variant in variants]
+    return [*draw_numbers(study, folder), *curves]
 
 
 def _methods(study: Json) -> Json:
@@ -61,14 +62,35 @@ def draw_numbers(study: Json, folder: Path, prefix: str = "") -> list[Path]:
 
 
 def _draw_results(study: Json) -> Any:
-    """Draw the test accuracy of each seed, with the mean and its interval."""
+    """Draw the test accuracy of each seed, with the mean and its interval; each workload has its own axis."""
     from matplotlib.figure import Figure
 
-    methods = {name: method for name, method in _methods(study).items() if method["runs"]}
-    if not methods:
+    groups: dict[str, Json] = {}
+    for name, method in _methods(study).items():
+        group, label = (method["variant"], method["optimizer"]) if study.get("searches") else ("", name)
+        if method["runs"]:
+            groups.setdefault(group, {})[label] = method
+    if not groups:
         return None
-    figure = Figure(figsize=(DOCUMENT_WIDTH, 0.9 + 0.32 * len(methods)), layout="constrained")
-    axes = figure.subplots()
+    rows = [len(methods) for methods in groups.values()]
+    size = (DOCUMENT_WIDTH, 0.4 + 0.5 * len(groups) + 0.32 * sum(rows))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(groups), 1, height_ratios=rows, squeeze=False)
+    for (workload, methods), axes in zip(groups.items(), grid[:, 0], strict=True):
+        _draw_accuracies(axes, methods)
+        axes.set_title(workload)
+    grid[-1, 0].set_xlabel("test accuracy, %")
+    seeds = "a dot is a seed; line and band: the mean and its 95 % interval"
+    title = f"{study['name']}: {seeds if len(study['seeds']) > 1 else 'one seed'}"
+    if any(groups):
+        figure.suptitle(title, fontsize=10)
+    else:
+        grid[0, 0].set_title(title)
+    return figure
+
+
+def _draw_accuracies(axes: Any, methods: Json) -> None:
+    """Draw a row for each method."""
     for row, method in enumerate(methods.values()):
         values = [100 * run["accuracy"] for run in method["runs"].values()]
         mean, low, high = (method["accuracy"][key] for key in ("mean", "low", "high"))
@@ -86,10 +108,7 @@ def _draw_results(study: Json) -> Any:
         axes.plot(values, [row] * len(values), "o", color=INK, ms=3.5)
         axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.set_yticks(range(len(methods)), methods)
-    axes.set(ylim=(len(methods) - 0.5, -0.5), xlabel="test accuracy, %")
-    seeds = "a dot is a seed; line and band: the mean and its 95 % interval"
-    axes.set_title(f"{study['name']}: {seeds if len(study['seeds']) > 1 else 'one seed'}")
-    return figure
+    axes.set_ylim(len(methods) - 0.5, -0.5)
 
 
 def _draw_rates(study: Json) -> Any:
@@ -102,12 +121,12 @@ def _draw_rates(study: Json) -> Any:
         rates, accuracies = np.array(trials).reshape(-1, 2).T
         if len(set(rates)) > 1 and np.isfinite(rates).all():
             tuned[name] = rates, accuracies[None]
-    if not tuned:
+    if not tuned or study.get("searches"):  # `search_figures.py` has more options than the rate
         return None
-    figure = Figure(figsize=(DOCUMENT_WIDTH, _height(len(tuned))), layout="constrained")
+    figure = Figure(figsize=(DOCUMENT_WIDTH, height_of(len(tuned))), layout="constrained")
     diverged = any(np.isnan(accuracies).any() for _, accuracies in tuned.values())
     title = "validation accuracy in tuning, %, against the learning rate; square: chosen; gray: others"
-    panels = _panels(figure, tuned, title + ("; cross: diverged" if diverged else ""))
+    panels = panels_of(figure, tuned, title + ("; cross: diverged" if diverged else ""))
     for (name, (rates, accuracies)), axes in zip(tuned.items(), panels, strict=True):
         axes.plot(rates, accuracies[0], "o-", color=BLUE, ms=4)
         lost = rates[np.isnan(accuracies[0])]
@@ -133,28 +152,29 @@ def _accuracy(trial: Json) -> float:
     return 100 * sum(accuracy or 0 for accuracy in accuracies) / len(accuracies)
 
 
-def _draw_curves(study: Json, folder: Path, variant: str) -> Path:
+def _draw_curves(study: Json, records: Sequence[Record], folder: Path, variant: str) -> Path:
     """Draw training loss, validation accuracy and coordinates clipped by AdaBound, of every method."""
     from matplotlib.figure import Figure
 
     seeds = len(study["seeds"])
     loss, accuracy, lower, upper = (Curves() for _ in range(4))
     for name, method in _methods(study).items():
-        runs = [folder / "runs" / name / f"seed-{seed}" for seed in method["runs"]]
+        runs = [run for run in records if run["method"] == name and run["trial"] is None]
+        runs = [run for run in runs if run["outcome"] == "completed"]
         if method["variant"] != variant or not runs:
             continue
         label = method["optimizer"] + (f" ({len(runs)} of {seeds} seeds)" if len(runs) < seeds else "")
-        loss[label] = smooth(curve(runs, "train", "step", "loss"))
-        accuracy[label] = curve(runs, "val", "epoch", "accuracy")
+        loss[label] = smooth(curve([run["train"] for run in runs], "loss"))
+        accuracy[label] = curve([run["validation"] for run in runs], "accuracy")
         for curves, key in ((lower, "at_lower"), (upper, "at_upper")):
-            if next(lines(runs[0], "train", "step"), {}).get(key) is not None:
-                curves[label] = smooth(curve(runs, "train", "step", key))
+            if all(key in run["train"] for run in runs):
+                curves[label] = smooth(curve([run["train"] for run in runs], key))
     blocks = [curves for curves in (loss, accuracy, upper) if curves]
     title = f"{study['name']}{', ' + variant if variant else ''}: "
     title += f"mean of {seeds} seeds and its 95 % interval" if seeds > 1 else "one seed"
     path = folder / f"curves{'-' + variant if variant else ''}.png"
     with style():
-        heights = [_height(len(curves)) for curves in blocks]
+        heights = [height_of(len(curves)) for curves in blocks]
         figure = Figure(figsize=(DOCUMENT_WIDTH, 0.4 + sum(heights)), layout="constrained")
         figure.suptitle(title, fontsize=10)
         if blocks:
@@ -180,7 +200,7 @@ def _draw_block(figure: Any, curves: Curves, title: str, scale: float, top: floa
     every = np.concatenate([np.ravel(values) for _, values in scaled.values()])
     every = every[np.isfinite(every)]
     log = bool(np.isinf(top) and len(every) and every.min() > 0)
-    panels = _panels(figure, scaled, title, log=log)
+    panels = panels_of(figure, scaled, title, log=log)
     if log:  # the axis shows the means; a band of few seeds may leave it
         means = np.concatenate([_mean(values, log=True) for _, values in scaled.values()])
         means = means[np.isfinite(means)]
@@ -193,13 +213,13 @@ def _draw_block(figure: Any, curves: Curves, title: str, scale: float, top: floa
     return panels
 
 
-def _height(panels: int) -> float:
+def height_of(panels: int) -> float:
     """Inches of a block of panels."""
     return BLOCK_HEIGHT[0] + BLOCK_HEIGHT[1] * -(-panels // COLUMNS)
 
 
-def _panels(figure: Any, curves: Curves, title: str, *, log: bool = False) -> list[Any]:
-    """Make a panel for each curve, all with the same axes, and draw the means of the others in gray."""
+def panels_of(figure: Any, curves: Curves, title: str, *, log: bool = False, mark: str = "-") -> list[Any]:
+    """Make a panel for each curve, all with the same axes; draw the others' means in gray, by `mark`."""
     count = len(curves)
     columns = min(COLUMNS, count)
     grid = figure.subplots(-(-count // columns), columns, sharex=True, sharey=True, squeeze=False)
@@ -214,17 +234,15 @@ def _panels(figure: Any, curves: Curves, title: str, *, log: bool = False) -> li
         axes.tick_params(labelsize=7)
         for other, (steps, values) in curves.items():
             if other != label:
-                axes.plot(steps, _mean(values, log=log), color=GRAY, lw=0.8)
+                axes.plot(steps, _mean(values, log=log), mark, color=GRAY, lw=0.8, ms=3)
     return panels[:count]
 
 
-def curve(runs: Sequence[Path], split: str, scope: str, key: str) -> Curve:
-    """One number of all runs, as far as all of them have it; NaN where it is not finite."""
-    of_runs = [[(line["step"], line[key]) for line in lines(run, split, scope)] for run in runs]
-    length = min(map(len, of_runs))
-    steps = np.array([step for step, _ in of_runs[0][:length]])
-    values = [[np.nan if value is None else value for _, value in pairs[:length]] for pairs in of_runs]
-    return steps, np.array(values, float).reshape(len(runs), length)
+def curve(runs: Sequence[Mapping[str, Any]], key: str) -> Curve:
+    """One number of all runs {"step": [T], key: [T]}, as far as all have it; NaN where it is not finite."""
+    length = min(len(run["step"]) for run in runs)
+    values = [[np.nan if value is None else value for value in run[key][:length]] for run in runs]
+    return np.array(runs[0]["step"][:length]), np.array(values, float).reshape(len(runs), length)
 
 
 def smooth(curve: Curve) -> Curve:

@@ -1,58 +1,105 @@
-"""The plan of a study, read from a TOML file: methods, their candidate configurations, and seeds.
+"""The plan of a study, read from a TOML file: methods, their trials, workloads, and seeds.
 
-    seeds = [1, 2, 3, 4, 5]
-    tuning_seeds = [101]                # none of `seeds`
+What a study compares are *methods*: an optimizer with the rule that tunes it. A *workload* is a network on a
+data set. A method is tuned on each workload by *trials*, runs that are validated and never tested; the
+configuration that validation chooses is then run with fresh seeds and tested. Two forms, which can be mixed:
+
+    seeds = [1, 2, 3, 4, 5]             # of the final runs
+    studies = 3                         # independent studies ...
+    trials = 3                          # ... of so many trials each, for every method and workload
+    space_seed = 0                      # of the points in the search spaces
     compare_with = ["adam"]             # the optimizers that all others are compared with, seed by seed
 
     [base]                              # options as in recipes/, the same for all; report = true draws one
+    eval_every = 100
+
+    [[workloads]]                       # each optimizer in each, tuned in each
+    name = "digits"
     model = "resnet8"
-    dataset = "mnist"
+    dataset = "digits"
+    steps = 600
+    target = { accuracy = 0.9 }         # on validation
+    target_found = "SGD's best of 20 trials, space_seed 7"
 
     [[optimizers]]
     name = "adam"
-    candidates = [{ lr = 0.001 }, { lr = 0.003 }]   # as many for each optimizer; one: no tuning
+    space = { lr = [1e-4, 1e-1], weight_decay = [1e-5, 1e-2] }      # the same for all workloads
 
     [[optimizers]]
-    name = "large-final-lr"             # any label, if `optimizer` names the optimizer
-    optimizer = "adabound"
-    candidates = [{ final_lr = 0.5 }, { final_lr = 1.0 }]
+    name = "adam-published"             # any label, if `optimizer` names the optimizer
+    optimizer = "adam"
+    space = {}                          # one point: each trial repeats it with another seed
 
-    [[variants]]                        # optional: each optimizer in each, tuned in each
-    name = "without-batch-norm"
-    batch_norm = false
+    [[optimizers]]
+    name = "lion"
+    optimizer = "optax:lion"            # or "mine.py:make", a file beside this one
+    space = { lr = [1e-5, 1e-2], weight_decay = [1e-3, 1.0], b1 = [0.8, 0.99] }
 
-By default, all optimizers are compared with the first one. Each variant is also compared with the first
-variant.
+The points of a method are the first studies x trials of a quasi-random sequence (`space.py`), in order. So
+the point of a trial is a function of this file alone. Its seed is 1000 x study + trial, for every method.
+
+A method may have given points instead: `candidates = [{ lr = 0.001 }, { lr = 0.003 }]`, which each study
+tries, one a trial. With `tuning_seeds = [101]` in place of `studies` and `trials` there is one study for each
+seed, all of its trials have that seed, and all methods have candidates, equally many. With one, or
+without the list, nothing is tuned. `[[variants]]` are workloads that are also compared with the first one.
+
+From the trials (`scores.py`): the steps of each until validation reaches the target; of each study the least;
+the median of the studies. For the final runs: the point with the best validation accuracy at the last step,
+averaged over its trials, on each workload. By default, all optimizers are compared with the first one.
 """
 
-import re
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiment.errors import UserError
-from experiment.options.config import FRAMEWORKS
-from experiment.options.recipes import checked
+from experiment.options.config import FRAMEWORKS, is_external
 from experiment.options.resolving import resolve
 from experiment.program import found, shipped
 from experiment.reading import read_bytes
+from experiment.study.entries import Options, named, options_of, points_given, seeds_of, whole_number
+from experiment.study.space import Range, as_options, draw, split
 
-Options = dict[str, Any]
 FOLDER = shipped("studies")
-GIVEN_BY_STUDY = {"seed", "test"}
-COMMON = {"framework", "deterministic"}  # of the process that makes all runs
+KEYS = {"seeds", "tuning_seeds", "studies", "trials", "space_seed", "compare_with", "base", "optimizers"}
+KEYS |= {"variants", "workloads"}
+SEARCH = {"studies", "trials", "space_seed"}
+MOST = 999  # studies, or trials of one: the seeds of trials are 1000 x study + trial
+
+
+class Trial(NamedTuple):
+    """A tuning run: its study and its number in it, both from 1, its point, its seed, its folder's name."""
+
+    study: int
+    number: int
+    point: int
+    seed: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A variant of the options, with the validation accuracy that is to be reached, if there is one."""
+
+    name: str
+    options: Options
+    target: float | None = None
+    target_found: str = ""
 
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer in a variant: what is tuned, then run with every seed.
+    """An optimizer on a workload: what is tuned, then run with every seed.
 
     Attributes:
-        name: for its folder and in tables: "adam", or "adam-without-batch-norm".
-        optimizer, variant: the labels of the file; variant is "" where there is but one.
-        candidates: all options of train.py, for each candidate.
-        configurations: the options in which the candidates differ, for tables.
+        name: for its folder and in tables: "adam", or "adam-digits".
+        optimizer, variant: the labels of the file; variant, the workload's, is "" where there is but one.
+        candidates: all options of train.py, for each point.
+        configurations: the options in which the points differ, for tables.
+        trials: in the order in which they are run.
+        ranges: the search space; empty where points are given.
     """
 
     name: str
@@ -60,29 +107,55 @@ class Method:
     variant: str
     candidates: tuple[Options, ...]
     configurations: tuple[Options, ...]
+    trials: tuple[Trial, ...] = ()
+    ranges: dict[str, Range] = field(default_factory=dict)
+
+
+class Tuning(NamedTuple):
+    """How methods are tuned: by so many studies of so many trials.
+
+    `searches` is True for the form with `studies` and `trials`; else each study has its seed of `seeds`, and
+    without studies nothing is tuned.
+    """
+
+    searches: bool
+    studies: int
+    trials: int
+    seeds: tuple[int, ...] = ()
+    space_seed: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A study; `compare_with` are labels of optimizers."""
+    """A study.
+
+    Attributes:
+        name: that of its file.
+        seeds: of the final runs.
+        tuning: the studies and trials.
+        compare_with: labels of optimizers.
+        workloads, methods: in the order of the file.
+        across: True if each workload is also compared with the first.
+        file, given: the text of its file, and the options that override it.
+    """
 
     name: str
     seeds: tuple[int, ...]
-    tuning_seeds: tuple[int, ...]
+    tuning: Tuning
     compare_with: tuple[str, ...]
+    workloads: tuple[Workload, ...]
     methods: tuple[Method, ...]
-
-    @property
-    def trials(self) -> int:
-        """The number of candidate configurations of each method."""
-        return len(self.methods[0].candidates)
+    across: bool
+    file: str
+    given: Options
 
     def comparisons(self) -> list[tuple[str, str]]:
         """Return the pairs (method, reference): a method is compared with the optimizers of `compare_with` in
-        its variant, and with its optimizer in the first variant."""
+        its variant, and with its optimizer in the first variant if `across`."""
         names = {(method.optimizer, method.variant): method.name for method in self.methods}
         pairs = [(method, (label, method.variant)) for label in self.compare_with for method in self.methods]
-        pairs += [(method, (method.optimizer, self.methods[0].variant)) for method in self.methods]
+        if self.across:
+            pairs += [(method, (method.optimizer, self.methods[0].variant)) for method in self.methods]
         return [(method.name, names[key]) for method, key in pairs if names[key] != method.name]
 
 
@@ -104,7 +177,7 @@ def read(path: Path, given: Options) -> Plan:
     """
     path = FOLDER / f"{path}.toml" if str(path) in names() and not path.is_file() else found(path)
     try:
-        return _plan(path.stem, tomllib.loads(read_bytes(path).decode()), given)
+        return from_text(path.stem, read_bytes(path).decode(), given, path.parent)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; name a file, or one of {', '.join(names())}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -113,89 +186,158 @@ def read(path: Path, given: Options) -> Plan:
         raise UserError(f"{path}: {error}; fix the file") from None
 
 
-def _plan(name: str, table: dict[str, Any], given: Options) -> Plan:
-    unknown = table.keys() - {"seeds", "tuning_seeds", "compare_with", "base", "optimizers", "variants"}
-    if unknown:
+def from_text(name: str, text: str, given: Options, folder: Path | None = None) -> Plan:
+    """Return the study of that name whose file has this text; FILE.py of an optimizer is in `folder`.
+
+    Raises ValueError for text that is no TOML, and UserError as `read`.
+    """
+    table = tomllib.loads(text)
+    if unknown := table.keys() - KEYS:
         raise UserError(f"{min(unknown)} is no part of a study")
-    seeds, tuning_seeds = (_seeds(table, key) for key in ("seeds", "tuning_seeds"))
-    if not seeds or set(seeds) & set(tuning_seeds):
+    seeds = seeds_of(table, "seeds")
+    if not seeds or set(seeds) & set(seeds_of(table, "tuning_seeds")):
         raise UserError("seeds: must have at least one, and none of tuning_seeds")
-    base = _options(table.get("base", {}), "base")
-    variants = _named(table, "variants") or [("", {})]
-    optimizers = _named(table, "optimizers")
+    base = options_of(table.get("base", {}), "base")
+    workloads = _workloads(table)
+    optimizers = named(table, "optimizers")
     if not optimizers:
         raise UserError("optimizers: must have at least one")
-    methods = []
-    for variant, changes in variants:
-        for label, entries in optimizers:
-            entries = {"optimizer": label, **entries}
-            configurations = entries.pop("candidates", [{}])
-            if not isinstance(configurations, list) or not all(isinstance(c, dict) for c in configurations):
-                raise UserError(f"optimizers: {label}: candidates must be a list of tables")
-            common = {"report": False, **base, **_options(changes, variant), **_options(entries, label)}
-            particular = tuple(_options(configuration, label) for configuration in configurations)
-            candidates = tuple({**common, **configuration, **given} for configuration in particular)
-            for options in candidates:
-                if 0 in (resolve(options).steps, resolve(options).epochs):
-                    raise UserError(f"{label}: a run must have a step")
-            methods.append(
-                Method("-".join(filter(None, (label, variant))), label, variant, candidates, particular)
-            )
-    if len({method.name for method in methods}) < len(methods):
-        raise UserError("variants: two methods have the same name, optimizer-variant")
-    counts = {method.optimizer: len(method.candidates) for method in methods}
+    tuning = _tuning(table, optimizers)
+    methods = [
+        _method(label, entries, workload, {"report": False, **base}, tuning, given, folder)
+        for workload in workloads
+        for label, entries in optimizers
+    ]
+    _check(methods, seeds)
+    labels = [label for label, _ in optimizers]
+    compare_with = table.get("compare_with", labels[:1])
+    if not isinstance(compare_with, list) or not all(label in labels for label in compare_with):
+        raise UserError(f"compare_with: must be names of optimizers, not {compare_with!r}")
+    return Plan(
+        name=name,
+        seeds=seeds,
+        tuning=tuning,
+        compare_with=tuple(compare_with),
+        workloads=tuple(workloads),
+        methods=tuple(methods),
+        across="variants" in table,
+        file=text,
+        given={key: value for key, value in given.items() if key not in ("data_dir", "report")},
+    )
+
+
+def _tuning(table: dict[str, Any], optimizers: Sequence[tuple[str, Options]]) -> Tuning:
+    tuning_seeds = seeds_of(table, "tuning_seeds")
+    if SEARCH & table.keys() or any("space" in entries for _, entries in optimizers):
+        if tuning_seeds:
+            raise UserError("tuning_seeds: each trial of a search has its own seed; leave them out")
+        studies, trials = (whole_number(table, key, 3, 1, MOST) for key in ("studies", "trials"))
+        return Tuning(True, studies, trials, space_seed=whole_number(table, "space_seed", 0, 0, 2**63 - 1))
+    counts = {label: len(points_given(label, entries)) for label, entries in optimizers}
     if len(set(counts.values())) > 1 or not min(counts.values()):
         raise UserError(f"candidates: must be equally many for each optimizer, at least one, not {counts}")
     trials = next(iter(counts.values()))
     if trials > 1 and not tuning_seeds:
         raise UserError("tuning_seeds: needed to choose between candidates; give seeds that are not in seeds")
-    if trials > 1 and not all(resolve(method.candidates[0]).val_fraction for method in methods):
+    tuning_seeds = tuning_seeds if trials > 1 else ()
+    return Tuning(False, len(tuning_seeds), trials, tuning_seeds)
+
+
+def _method(
+    label: str,
+    entries: Options,
+    workload: Workload,
+    base: Options,
+    tuning: Tuning,
+    given: Options,
+    folder: Path | None,
+) -> Method:
+    entries = {"optimizer": label, **entries}
+    optimizer = entries["optimizer"] = _located(entries["optimizer"], folder)
+    candidates, space = entries.pop("candidates", None), entries.pop("space", None)
+    if candidates is not None and space is not None:
+        raise UserError(f"{label}: has a space and candidates; leave one of them out")
+    fixed, ranges = split({} if space is None else space, label)
+    entries |= fixed
+    points: list[Options] = [{}] if candidates is None else points_given(label, {"candidates": candidates})
+    if ranges:
+        points = draw(ranges, tuning.studies * tuning.trials, tuning.space_seed, label)
+    elif candidates is not None and len(points) != tuning.trials:
+        raise UserError(f"{label}: candidates must be as many as trials, {tuning.trials}, not {len(points)}")
+    options = []
+    for point in points:
+        own = options_of(as_options({**entries, **point}, optimizer), label)
+        options.append({**base, **workload.options, **own, **given})
+        resolved = resolve(options[-1])
+        if 0 in (resolved.steps, resolved.epochs):
+            raise UserError(f"{label}: a run must have a step")
+    name = "-".join(filter(None, (label, workload.name)))
+    trials = _trials(len(points), tuning)
+    return Method(name, label, workload.name, tuple(options), tuple(points), trials, ranges)
+
+
+def _trials(points: int, tuning: Tuning) -> tuple[Trial, ...]:
+    if not tuning.searches:
+        studies = list(enumerate(tuning.seeds, 1))
+        return tuple(
+            Trial(study, k + 1, k, seed, f"candidate-{k + 1}/seed-{seed}")
+            for k in range(points)
+            for study, seed in studies
+        )
+    return tuple(
+        Trial(
+            study,
+            number,
+            ((study - 1) * tuning.trials + number - 1) % points,  # given points are the same in each study
+            1000 * study + number,
+            f"study-{study}/trial-{number}",
+        )
+        for study in range(1, tuning.studies + 1)
+        for number in range(1, tuning.trials + 1)
+    )
+
+
+def _located(optimizer: Any, folder: Path | None) -> Any:
+    """Return an optimizer's name, of FILE.py:FUNCTION with the whole path of the file in `folder`."""
+    if folder is None or not isinstance(optimizer, str) or not is_external(optimizer):
+        return optimizer
+    file, _, function = optimizer.rpartition(":")
+    return optimizer if file == "optax" else f"{(folder / file).absolute()}:{function}"
+
+
+def _check(methods: Sequence[Method], seeds: Sequence[int]) -> None:
+    """Raise UserError for methods that do not fit together."""
+    if len({method.name for method in methods}) < len(methods):
+        raise UserError("variants: two methods have the same name, optimizer-variant")
+    trials = [trial for method in methods for trial in method.trials]
+    if both := {trial.seed for trial in trials} & set(seeds):
+        raise UserError(f"seeds: {min(both)} is the seed of a trial; give others, such as 1 to 5")
+    if trials and not all(resolve(method.candidates[0]).val_fraction for method in methods):
         raise UserError("val_fraction: must be above 0, because validation chooses between candidates")
-    labels = [label for label, _ in optimizers]
-    compare_with = table.get("compare_with", labels[:1])
-    if not isinstance(compare_with, list) or not all(label in labels for label in compare_with):
-        raise UserError(f"compare_with: must be names of optimizers, not {compare_with!r}")
-    return Plan(name, seeds, tuning_seeds if trials > 1 else (), tuple(compare_with), tuple(methods))
 
 
-def _seeds(table: dict[str, Any], key: str) -> tuple[int, ...]:
-    seeds = table.get(key, [])
-    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
-    if not whole or len(set(seeds)) < len(seeds):
-        raise UserError(f"{key}: must be a list of different whole numbers from 0 on, not {seeds!r}")
-    return tuple(seeds)
+def _workloads(table: dict[str, Any]) -> list[Workload]:
+    """Return the variants or workloads of a file; one without a name if there are none."""
+    if {"variants", "workloads"} <= table.keys():
+        raise UserError("variants: are workloads compared with the first; name all under one of the two")
+    entries = named(table, "variants") + named(table, "workloads")
+    return [_workload(name, options) for name, options in entries] or [Workload("", {})]
 
 
-def _named(table: dict[str, Any], key: str) -> list[tuple[str, Options]]:
-    """Return the tables under `key` with their names, which become names of folders."""
-    entries = table.get(key, [])
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{key}: must be tables [[{key}]]")
-    named = []
-    for entry in entries:
-        name = entry.get("name")
-        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,99}", name):
-            raise UserError(
-                f"{key}: name must be of small letters, digits, '-', '_' and '.', at most 100, not {name!r}"
-            )
-        named.append((name, {option: value for option, value in entry.items() if option != "name"}))
-    if len({name for name, _ in named}) < len(named):
-        raise UserError(f"{key}: two have the same name")
-    return named
-
-
-def _options(table: Any, where: str) -> Options:
-    if not isinstance(table, dict):
-        raise UserError(f"{where}: must be a table of options")
-    reserved = GIVEN_BY_STUDY & table.keys()
-    if reserved:
-        raise UserError(f"{where}: {min(reserved)} is given by the study")
-    if where != "base" and COMMON & table.keys():
-        raise UserError(f"{where}: {min(COMMON & table.keys())} is the same for all; name it under [base]")
-    try:
-        return checked(table)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+def _workload(name: str, options: Options) -> Workload:
+    target, how = options.pop("target", None), options.pop("target_found", "")
+    accuracy: Any = None
+    if target is not None:
+        if isinstance(target, dict) and len(target) == 1:
+            accuracy = target.get("accuracy")
+        if type(accuracy) not in (int, float) or not 0 < accuracy <= 1:
+            raise UserError(f"{name}: target must be {{ accuracy = A }}, A above 0 and at most 1")
+        if not isinstance(how, str) or not how.strip():
+            raise UserError(f"{name}: target_found must say in a sentence how the target was found")
+        return Workload(name, options_of(options, name), float(accuracy), how)
+    if how:
+        raise UserError(f"{name}: target_found without a target; add target = {{ accuracy = A }}")
+    return Workload(name, options_of(options, name))
 
 
 def framework_of(plan: Plan) -> str:

@@ -1,6 +1,7 @@
 """The runs of a study: each an ordinary run folder, made by the code of train.py; done ones are passed over.
 
-STUDY/tuning/NAME/candidate-K/seed-S    one for each candidate configuration and tuning seed
+STUDY/tuning/NAME/study-I/trial-J      a trial of a search; or
+STUDY/tuning/NAME/candidate-K/seed-S    one for each given configuration and tuning seed
 STUDY/runs/NAME/seed-S                  with the configuration that validation has chosen
 """
 
@@ -10,7 +11,7 @@ import gc
 import io
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import BrokenBarrierError, Thread
@@ -22,11 +23,12 @@ from experiment.files import metrics_log, run_folder
 from experiment.files.checkpoints import Checkpoints
 from experiment.files.results import read_summary
 from experiment.options.command_line import flags
-from experiment.options.config import Config, flag_of
+from experiment.options.config import Config, flag_of, is_external
 from experiment.options.resolving import resolve
-from experiment.run import session, signals
+from experiment.run import external, session, signals
 from experiment.run.outcome import End, Outcome
-from experiment.study.plan import Method, Options, Plan
+from experiment.study.entries import Options
+from experiment.study.plan import Method, Plan, Trial
 
 STEP_CHECKS = ("loss", "grad_norm")  # a run ends where one of these is not finite
 
@@ -49,30 +51,41 @@ class StudyStoppedError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study: its folder, its options, and its name for the user."""
+    """One run of a study: its folder, its options, and its name for the user.
+
+    `method` is the method's name, `point` its configuration; `trial` is None for a final run.
+    """
 
     folder: Path
     options: Options
     label: str
+    method: str = ""
+    point: Options = field(default_factory=dict)
+    trial: Trial | None = None
 
 
-def candidate(plan: Plan, folder: Path, method: Method, k: int) -> list[Run]:
-    """Return the tuning runs of configuration `k`, one for each tuning seed; they are not tested."""
-    where = folder / "tuning" / method.name / f"candidate-{k + 1}"
-    return [_run(where, method, k, seed, test=False) for seed in plan.tuning_seeds]
+def trial_runs(folder: Path, method: Method) -> list[Run]:
+    """Return the runs of a method's trials, in order; they are not tested."""
+    where = folder / "tuning" / method.name
+    return [_run(where / t.folder, method, t.point, t.seed, t) for t in method.trials]
+
+
+def candidate(folder: Path, method: Method, k: int) -> list[Run]:
+    """Return the runs of the trials that have point `k`."""
+    return [run for run in trial_runs(folder, method) if run.trial is not None and run.trial.point == k]
 
 
 def final_runs(plan: Plan, folder: Path, method: Method, chosen: int) -> list[Run]:
-    """Return the runs of a method, one for each seed of the study."""
+    """Return the runs of a method with point `chosen`, one for each seed of the study."""
     where = folder / "runs" / method.name
-    return [_run(where, method, chosen, seed, test=True) for seed in plan.seeds]
+    return [_run(where / f"seed-{seed}", method, chosen, seed) for seed in plan.seeds]
 
 
-def _run(where: Path, method: Method, k: int, seed: int, *, test: bool) -> Run:
-    folder = where / f"seed-{seed}"
-    label = f"{method.name}, {words(method.configurations[k])}, seed {seed}"
-    options = {**method.candidates[k], "seed": seed, "test": test, "run_dir": str(folder)}
-    return Run(folder, options, label)
+def _run(folder: Path, method: Method, point: int, seed: int, trial: Trial | None = None) -> Run:
+    configuration = method.configurations[point]
+    label = f"{method.name}, {words(configuration)}, seed {seed}"
+    options = {**method.candidates[point], "seed": seed, "test": trial is None, "run_dir": str(folder)}
+    return Run(folder, options, label, method.name, configuration, trial)
 
 
 def words(configuration: Options) -> str:
@@ -80,19 +93,9 @@ def words(configuration: Options) -> str:
     return ", ".join(f"{key} {value}" for key, value in configuration.items()) or "as given"
 
 
-def choose(plan: Plan, folder: Path, method: Method) -> int:
-    """Return the index of the configuration with the highest mean validation accuracy over the tuning seeds.
-
-    Ties are broken by loss, then by order.
-
-    A diverged run has accuracy 0.
-    """
-
-    def score(k: int) -> tuple[float, float]:
-        results = [validation(run.folder) for run in candidate(plan, folder, method, k)]
-        return math.fsum(accuracy for accuracy, _ in results), -math.fsum(loss for _, loss in results)
-
-    return max(range(plan.trials), key=score) if plan.tuning_seeds else 0
+def portable_name(optimizer: str) -> str:
+    """Return the name of an optimizer; of FILE.py:FUNCTION without the folder of the file."""
+    return Path(optimizer).name if is_external(optimizer) else optimizer
 
 
 def validation(folder: Path) -> tuple[float, float]:
@@ -131,14 +134,18 @@ def is_done(run: Run) -> bool:
     """
     if not (run.folder / "config.json").exists():
         return False
-    stored, config = resolve({}, dict(run_folder.read_record(run.folder)["config"])), resolve(run.options)
-    for field in dataclasses.fields(Config):
-        old, new = getattr(stored, field.name), getattr(config, field.name)
-        if field.name not in HARMLESS and old != new:
+    record = run_folder.read_record(run.folder)
+    stored, config = resolve({}, dict(record["config"])), resolve(run.options)
+    for option in dataclasses.fields(Config):
+        old, new = getattr(stored, option.name), getattr(config, option.name)
+        if option.name == "optimizer":
+            old, new = portable_name(old), portable_name(new)
+        if option.name not in HARMLESS and old != new:
             raise UserError(
-                f"{run.folder}: is of another study: {flag_of(field)}: the run has {old}, not {new}; restore "
-                "the study's file, or give another --run-dir"
+                f"{run.folder}: is of another study: {flag_of(option)}: the run has {old}, not {new}; "
+                "restore the study's file, or give another --run-dir"
             )
+    external.check_unchanged(config.optimizer, record["resolved"])
     return read_summary(run.folder) is not None or has_diverged(run.folder)
 
 

@@ -153,16 +153,16 @@ engine = Engine(model="resnet8", model_options={}, num_classes=10, image_shape=(
 batch = {"image": np.zeros((64, 32, 32, 3), np.float32), "label": np.arange(64) % 10}
 steps = engine.train(engine.init(), itertools.repeat(batch))
 pages = []
-for _ in range(5):
+for _ in range(10):
     float(next(steps)[1]["grad_norm"])
     pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(pages[-1] - pages[-2])
+print(min(np.diff(pages)))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
 def test_a_step_with_large_maps_gets_no_new_memory():
-    """Page faults of the fifth step; with malloc set up by the user, XLA's arrays are new ones."""
+    """The fewest page faults of a step: threads may need more memory at once; with malloc set up by the user, XLA's arrays are new ones."""
     without = {
         name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))
     }

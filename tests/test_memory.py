@@ -162,7 +162,7 @@ print(min(np.diff(pages)))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
 def test_a_step_with_large_maps_gets_no_new_memory():
-    """The fewest page faults of a step: threads may need more memory at once; with malloc set up by the user, XLA's arrays are new ones."""
+    """The fewest page faults of ten steps. With malloc set up by the user, XLA's arrays are new ones."""
     without = {
         name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))
     }

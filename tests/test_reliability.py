@@ -132,8 +132,8 @@ def samples_of(steps: int, **per_step: float) -> list[soak.Sample]:
 def test_a_long_run_that_grows_is_told():
     assert soak.growth(samples_of(1000), 1000) == []
     assert soak.growth(samples_of(1000, megabytes=0.001), 1000) == []
-    assert soak.growth(samples_of(1000, megabytes=0.05), 1000) == ["memory from 118 to 144 MB"]
-    assert soak.growth(samples_of(1000, files=0.01), 1000) == ["files from 14.9 to 19.9"]
+    assert soak.growth(samples_of(1000, megabytes=0.05), 1000) == ["megabytes from 118 to 144"]
+    assert soak.growth(samples_of(1000, files=0.01), 1000) == ["files from 12 to 18"]
     assert soak.growth(samples_of(1000, threads=0.002), 1000)
     assert soak.growth([], 1000) == ["too few samples"]
     assert soak.step_times(samples_of(300)) == ([110, 210], [10.0, 10.0])
@@ -142,7 +142,7 @@ def test_a_long_run_that_grows_is_told():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_run_is_watched_from_outside(tmp_path):
     samples = soak.watch("numpy", 200, tmp_path / "run")
-    assert samples[-1].step <= 200
+    assert samples[-1].step < 200
     assert all(s.files > 3 and s.threads >= 1 and s.megabytes > 10 for s in samples)
     assert (tmp_path / "run" / "report" / "index.html").exists()
     soak.draw({"numpy": samples}, tmp_path / "soak.png")

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from time import sleep
@@ -20,7 +19,6 @@ import pytest
 
 from experiment.__main__ import main
 from experiment.commands.study import _make
-from experiment.data.loading import Data
 from experiment.files import run_folder, weights
 from experiment.files.checkpoints import Checkpoints
 from experiment.options.command_line import flags, parse
@@ -33,6 +31,9 @@ from experiment.study import curves, results, running, tables
 from experiment.study.plan import Plan, read
 from experiment.study.statistics import paired, summarize
 from tests.helpers.stopping import hook_data, send
+from tests.helpers.studies import one_process, run_study
+
+__all__ = ["one_process"]  # the fixture, for every test here
 
 FOLDER = Path(__file__).parents[1] / "studies"
 STUDY = """
@@ -65,14 +66,6 @@ def write(folder: Path, text: str = STUDY) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_process() -> Iterator[None]:
-    """Of NumPy's engine: the networks are too small to start others for."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("numpy_ref.engine.thread_count", lambda: 1)
-        yield
-
-
 @pytest.fixture(scope="module")
 def evaluated() -> list[str]:
     """The splits that the runs of `made` evaluated, in order."""
@@ -83,15 +76,7 @@ def evaluated() -> list[str]:
 def made(tmp_path_factory: pytest.TempPathFactory, evaluated: list[str]) -> Path:
     """The folder of a finished study of STUDY, beside its file."""
     folder = tmp_path_factory.mktemp("study")
-    batches = Data.eval_batches
-
-    def counted(self: Data, split: Any, batch_size: int) -> Any:
-        evaluated.append(split)
-        return batches(self, split, batch_size)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Data, "eval_batches", counted)
-        assert main(["study", str(write(folder)), "--run-dir", str(folder / "out")]) == 0
+    evaluated += run_study(write(folder), folder / "out")
     return folder
 
 

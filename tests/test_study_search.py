@@ -7,7 +7,6 @@ import json
 import math
 import signal
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pytest
 from scipy.stats import ttest_rel
 
 from experiment.__main__ import main
-from experiment.data.loading import Data
 from experiment.errors import UserError
 from experiment.files import run_folder
 from experiment.options.resolving import resolve
@@ -26,6 +24,9 @@ from experiment.study.jobs import carry_out_side_by_side, share
 from experiment.study.plan import Plan, from_text, read
 from experiment.study.space import draw
 from experiment.study.statistics import holm, p_value
+from tests.helpers.studies import one_process, run_study
+
+__all__ = ["one_process"]  # the fixture, for every test here
 
 FOLDER = Path(__file__).parents[1] / "studies"
 STUDY = """
@@ -76,14 +77,6 @@ def to_toml(table: dict[str, Any]) -> str:
     return "\n".join(f"{name} = {value(entry)}" for name, entry in table.items())
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_process() -> Iterator[None]:
-    """Of NumPy's engine: the networks are too small to start others for."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("numpy_ref.engine.thread_count", lambda: 1)
-        yield
-
-
 @pytest.fixture(scope="module")
 def evaluated() -> list[str]:
     """The splits that the runs of `made` evaluated, in order."""
@@ -94,15 +87,7 @@ def evaluated() -> list[str]:
 def made(tmp_path_factory: pytest.TempPathFactory, evaluated: list[str]) -> Path:
     """The folder of a finished study of STUDY, beside its file."""
     folder = tmp_path_factory.mktemp("search")
-    batches = Data.eval_batches
-
-    def counted(self: Data, split: Any, batch_size: int) -> Any:
-        evaluated.append(split)
-        return batches(self, split, batch_size)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Data, "eval_batches", counted)
-        assert main(["study", str(write(folder)), "--run-dir", str(folder / "out")]) == 0
+    evaluated += run_study(write(folder), folder / "out")
     return folder
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -34,6 +35,7 @@ import torch_oracle
 from experiment.data.loading import Data
 from experiment.files.checkpoints import Checkpoints
 from experiment.files.run_folder import write_file
+from experiment.files.schema import History
 from experiment.metrics import Metrics
 from experiment.options.command_line import parse
 from experiment.options.config import Config
@@ -46,6 +48,7 @@ REFERENCE, NUDGED = "torch", "torch-nudged"
 CANDIDATES = ("jax", "numpy", REFERENCE, NUDGED)
 MEASURES = ("loss", "accuracy", "val_loss", "val_accuracy")
 EVAL_BATCH = 500
+NO_HISTORY: History = {"length": 0, "sha256": hashlib.sha256().hexdigest()}  # there is no metrics.jsonl
 Line = dict[str, Any]
 
 
@@ -111,7 +114,7 @@ def compare(
             begin = (epoch - 1) * data.steps_per_epoch
             tree = checkpoints.load(begin)[0] if begin else first_tree(name, config, data)
             tree, line = train_epoch(candidates[name], tree, data)
-            checkpoints.save(line["step"], tree, {})
+            checkpoints.save(line["step"], tree, {"history": NO_HISTORY})
             checkpoints.close()
             lines.append({**key, **line})
             write_file(results, "".join(json.dumps(line) + "\n" for line in lines).encode())

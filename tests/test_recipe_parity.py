@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,19 @@ def test_each_of_fifty_steps_of_the_recipe(data_dir, monkeypatch, framework):
         trace = found["optimizer"]["trace"], expected["optimizer"]["trace"]
         assert_all_close(f"momentum after step {step}", *trace, FLOAT64_RECIPE)
     assert step == STEPS - 1
+
+
+def test_an_epoch_begins_with_the_checkpoint_of_the_one_before(tmp_path: Path) -> None:
+    """Two epochs at once end as one epoch and then, in a second call, the other."""
+    flags = ["--dataset", "digits", "--train-subset", "0.1", "--model", "resnet8", "--batch-size", "32"]
+    config = recipe_parity.recipe("", 0, *flags)
+    for name in ("at-once", "in-turn"):
+        (tmp_path / name).mkdir()
+    at_once = recipe_parity.compare([config], 2, tmp_path / "at-once", ["numpy"])
+    for epochs in (1, 2):
+        in_turn = recipe_parity.compare([config], epochs, tmp_path / "in-turn", ["numpy"])
+    assert [line["step"] for line in at_once] == [4, 8]
+    assert [{**line, "seconds": 0} for line in in_turn] == [{**line, "seconds": 0} for line in at_once]
 
 
 @pytest.mark.slow

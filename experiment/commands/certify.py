@@ -54,8 +54,8 @@ class Images:
 
     Attributes:
         sets: {"random": ..., "real": ...}; real ones only where the data set is at hand.
-        batches: returns `STEPS` batches of a size and an image shape; random images if the run's data set is
-            not at hand, or is evaluated in another shape.
+        batches: returns 1 + `STEPS` batches of a size and an image shape; random images if the run's data
+            set is not at hand, or is evaluated in another shape.
         note: why there are no real images, or "".
     """
 
@@ -82,7 +82,7 @@ def take_images(run: CompletedRun, data: Data | str) -> Images:
     sets = {"random": rng.integers(0, 256, (COUNT, *run.image_shape), np.uint8)}
 
     def random_batches(size: int, shape: tuple[int, int, int]) -> Iterator[Batch]:
-        for _ in range(STEPS):
+        for _ in range(1 + STEPS):
             image = rng.integers(0, 256, (size, *shape), np.uint8)
             label = rng.integers(run.resolved["num_classes"], size=size, dtype=np.int32)
             yield {"image": image, "label": label}
@@ -97,8 +97,8 @@ def take_images(run: CompletedRun, data: Data | str) -> Images:
         if shape != run.image_shape:
             yield from random_batches(size, shape)
             return
-        first = next(iter(data.eval_batches("train", STEPS * size)))
-        for start in range(0, STEPS * size, size):
+        first = next(iter(data.eval_batches("train", (1 + STEPS) * size)))
+        for start in range(0, (1 + STEPS) * size, size):
             rows = np.arange(start, start + size) % len(first["label"])  # again from the first, if few
             yield {name: array[rows] for name, array in first.items()}
 
@@ -139,6 +139,16 @@ def logits(
         compared = f"logits of {len(image)} {name} images"
         checks.append(Check(file, compared, tensor.error, tensor.allowed, report.agrees, note))
     return checks
+
+
+def after_first_step(engine: Engine, tree: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+    """Return the state after an engine's first step, as a checkpoint has it.
+
+    From here two right programs stay together. At the first step itself they need not: Adam divides each
+    gradient by its own magnitude then, so that one that is nothing but rounding becomes a whole step.
+    """
+    after = _steps(engine, tree)(batch)
+    return {name: value for name, value in after.items() if name in tree}
 
 
 def training_step(

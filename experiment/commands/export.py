@@ -264,8 +264,9 @@ class _Export:
             lambda image: np.asarray(export.run_network(loaded, arrays, image)),
             precision=run.config.precision,
         )
-        batches = list(self.images.batches(config.batch_size, self._step_shape))
-        candidate = export.StepRunner(step.read_bytes(), load_file(start))
+        first, *batches = self.images.batches(config.batch_size, self._step_shape)
+        tree = certify.after_first_step(engine, tree, first)
+        candidate = export.StepRunner(step.read_bytes(), export.flat_state(engine.from_tree(tree)))
         kind = "random" if self.images.note or self._step_shape != run.image_shape else "real"
         words = f"state after each of {len(batches)} training steps on {kind} images"
         checks.append(certify.training_step(step.name, engine, tree, candidate, batches, words))

@@ -100,11 +100,12 @@ def results_of(folder: Path) -> Any:
 
 def test_points_are_a_function_of_the_file_and_fill_the_space() -> None:
     ranges = {"lr": (1e-5, 1e-1), "weight_decay": (1e-6, 1e-2)}
-    points = draw(ranges, 64, seed=0, label="adam")
-    assert points == draw(ranges, 64, seed=0, label="adam")
-    assert points[:9] == draw(ranges, 9, seed=0, label="adam")
-    assert points != draw(ranges, 64, seed=1, label="adam")
-    assert points != draw(ranges, 64, seed=0, label="sgd")
+    points = draw(ranges, 64, seed=0)
+    assert points == draw(ranges, 64, seed=0)
+    assert points[:9] == draw(ranges, 9, seed=0)
+    assert points != draw(ranges, 64, seed=1)
+    alone = draw({"lr": ranges["lr"]}, 64, seed=0)
+    assert [point["lr"] for point in alone] == [point["lr"] for point in points]
     for name, (low, high) in ranges.items():
         places = np.log([point[name] / low for point in points]) / math.log(high / low)
         assert (places >= 0).all()
@@ -114,7 +115,7 @@ def test_points_are_a_function_of_the_file_and_fill_the_space() -> None:
 
 
 def test_a_whole_number_is_drawn_as_one() -> None:
-    points = draw({"warmup_steps": (10, 500), "lr": (1e-3, 1e-1)}, 20, seed=0, label="adam")
+    points = draw({"warmup_steps": (10, 500), "lr": (1e-3, 1e-1)}, 20, seed=0)
     assert all(type(point["warmup_steps"]) is int and 10 <= point["warmup_steps"] <= 500 for point in points)
     assert len({point["warmup_steps"] for point in points}) > 10
 
@@ -150,6 +151,8 @@ def test_points_are_the_same_on_all_workloads() -> None:
     assert by_name["adam-easy"].configurations == by_name["adam-other"].configurations
     assert by_name["adam-other"].candidates[0]["batch_size"] == 8
     assert plan.comparisons() == [("sgd-published-easy", "adam-easy"), ("sgd-published-other", "adam-other")]
+    plan = from_text("search", 'compare_with = [["adam", "sgd-published"]]\n' + text, {})
+    assert plan.comparisons() == [("adam-easy", "sgd-published-easy"), ("adam-other", "sgd-published-other")]
 
 
 def test_given_points_are_tried_by_each_study() -> None:

@@ -8,7 +8,8 @@ configuration that validation chooses is then run with fresh seeds and tested. T
     studies = 3                         # independent studies ...
     trials = 3                          # ... of so many trials each, for every method and workload
     space_seed = 0                      # of the points in the search spaces
-    compare_with = ["adam"]             # the optimizers that all others are compared with, seed by seed
+    compare_with = ["adam"]             # the optimizers that all others are compared with, seed by seed; or
+                                        # pairs alone: [["adabound", "adam"], ["adabound", "sgdbound"]]
 
     [base]                              # options as in recipes/, the same for all; report = true draws one
     eval_every = 100
@@ -133,7 +134,7 @@ class Plan:
         name: that of its file.
         seeds: of the final runs.
         tuning: the studies and trials.
-        compare_with: labels of optimizers.
+        compare_with: pairs of labels of optimizers: one, and what it is compared with.
         workloads, methods: in the order of the file.
         across: True if each workload is also compared with the first.
         file, given: the text of its file, and the options that override it.
@@ -142,7 +143,7 @@ class Plan:
     name: str
     seeds: tuple[int, ...]
     tuning: Tuning
-    compare_with: tuple[str, ...]
+    compare_with: tuple[tuple[str, str], ...]
     workloads: tuple[Workload, ...]
     methods: tuple[Method, ...]
     across: bool
@@ -150,13 +151,20 @@ class Plan:
     given: Options
 
     def comparisons(self) -> list[tuple[str, str]]:
-        """Return the pairs (method, reference): a method is compared with the optimizers of `compare_with` in
-        its variant, and with its optimizer in the first variant if `across`."""
+        """Return the pairs (method, reference): those of `compare_with` in each workload or variant, and each
+        method with its optimizer in the first variant if `across`."""
         names = {(method.optimizer, method.variant): method.name for method in self.methods}
-        pairs = [(method, (label, method.variant)) for label in self.compare_with for method in self.methods]
+        pairs = [
+            (method.name, names[reference, method.variant])
+            for reference in dict.fromkeys(reference for _, reference in self.compare_with)
+            for method in self.methods
+            if (method.optimizer, reference) in self.compare_with
+        ]
         if self.across:
-            pairs += [(method, (method.optimizer, self.methods[0].variant)) for method in self.methods]
-        return [(method.name, names[key]) for method, key in pairs if names[key] != method.name]
+            pairs += [
+                (method.name, names[method.optimizer, self.methods[0].variant]) for method in self.methods
+            ]
+        return [(name, reference) for name, reference in pairs if name != reference]
 
 
 def names() -> list[str]:
@@ -210,20 +218,30 @@ def from_text(name: str, text: str, given: Options, folder: Path | None = None) 
     ]
     _check(methods, seeds)
     labels = [label for label, _ in optimizers]
-    compare_with = table.get("compare_with", labels[:1])
-    if not isinstance(compare_with, list) or not all(label in labels for label in compare_with):
-        raise UserError(f"compare_with: must be names of optimizers, not {compare_with!r}")
     return Plan(
         name=name,
         seeds=seeds,
         tuning=tuning,
-        compare_with=tuple(compare_with),
+        compare_with=_pairs(table.get("compare_with", labels[:1]), labels),
         workloads=tuple(workloads),
         methods=tuple(methods),
         across="variants" in table,
         file=text,
         given={key: value for key, value in given.items() if key not in ("data_dir", "report")},
     )
+
+
+def _pairs(compare_with: Any, labels: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Return (label, reference) of each comparison: all others with each name, or the pairs as given."""
+    entries = compare_with if isinstance(compare_with, list) else [compare_with]
+    if all(isinstance(entry, str) and entry in labels for entry in entries):
+        return tuple((label, reference) for reference in entries for label in labels if label != reference)
+    for entry in entries:
+        if not (isinstance(entry, list) and len(entry) == 2 and all(label in labels for label in entry)):
+            raise UserError(
+                f"compare_with: must be names of optimizers, or pairs of names, not {compare_with!r}"
+            )
+    return tuple((label, reference) for label, reference in entries)
 
 
 def _tuning(table: dict[str, Any], optimizers: Sequence[tuple[str, Options]]) -> Tuning:
@@ -261,7 +279,7 @@ def _method(
     entries |= fixed
     points: list[Options] = [{}] if candidates is None else points_given(label, {"candidates": candidates})
     if ranges:
-        points = draw(ranges, tuning.studies * tuning.trials, tuning.space_seed, label)
+        points = draw(ranges, tuning.studies * tuning.trials, tuning.space_seed)
     elif candidates is not None and len(points) != tuning.trials:
         raise UserError(f"{label}: candidates must be as many as trials, {tuning.trials}, not {len(points)}")
     options = []

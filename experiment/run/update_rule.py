@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiment.engines import load_module
-from experiment.run.step_tensors import Array, Arrays, first_moment
+from experiment.run.step_tensors import Array, Arrays, first_moment, in_blocks
 
 EPS = float(np.finfo(np.float32).eps)
 TINY = float(np.finfo(np.float32).tiny)  # smaller numbers may be rounded to 0
+MOMENTS = ("trace", "mu", "nu", "nu_max")
 DECOUPLED = ("adamw", "adaboundw")  # weight decay is no part of their gradient
 NO_DECAY: dict[str, Any] = {"weight_decay": 0.0, "norm_weight_decay": None, "bias_weight_decay": None}
 
@@ -69,23 +70,47 @@ class UpdateRule:
     def _trained(
         self, field: str, name: str, before: Arrays, after: Arrays, lr: float, step: int
     ) -> Iterator[Expected]:
-        """The rule at g, and its noise: how far it moves with g by the rounding of the first moment."""
-        old, new = (arrays[f"optimizer/{field}/{name}"].astype(np.float64) for arrays in (before, after))
+        """The rule at g, and its noise, in blocks: the rule is the same for each number."""
+        moment = f"optimizer/{field}/{name}"
+        paths = {"params": f"params/{name}"}
+        paths |= {
+            part: f"optimizer/{part}/{name}" for part in MOMENTS if f"optimizer/{part}/{name}" in before
+        }
+        shape = before[paths["params"]].shape
+        values, noises = ({part: np.empty(shape) for part in paths} for _ in range(2))
+        parts = in_blocks(
+            after[moment], *(before[path] for path in paths.values()), *values.values(), *noises.values()
+        )
+        for new, *blocks in parts:
+            olds, block_values, block_noises = (
+                dict(zip(paths, blocks[i * len(paths) :], strict=False)) for i in range(3)
+            )
+            for part, value, noise in self._rule(field, name, olds, new.astype(np.float64), lr, step):
+                block_values[part][:], block_noises[part][:] = value, noise
+        for part in paths.keys() - {field}:
+            yield Expected(paths[part], values[part], noises[part])
+
+    def _rule(
+        self, field: str, name: str, olds: Arrays, new: Array, lr: float, step: int
+    ) -> Iterator[tuple[str, Array, Array]]:
+        """(part, value, noise) of a block of a parameter; the noise is how far the rule moves with g by the
+        rounding of the first moment."""
+        olds = {part: array.astype(np.float64) for part, array in olds.items()}
+        old = olds[field]
         decay = self.options["momentum" if field == "trace" else "b1"]
         share = 1.0 if field == "trace" else 1 - decay
         gradient = (new - decay * old) / share
         rounding = (EPS * (np.abs(new) + decay * np.abs(old)) + TINY) / share
-        exact = self._take(name, before, lr, step, gradient)
-        higher = self._take(name, before, lr, step, gradient + rounding)
-        lower = self._take(name, before, lr, step, gradient - rounding)
-        for part in exact.keys() - {field}:
-            value = exact[part]
+        exact = self._take(name, olds, lr, step, gradient)
+        higher = self._take(name, olds, lr, step, gradient + rounding)
+        lower = self._take(name, olds, lr, step, gradient - rounding)
+        for part, value in exact.items():
             noise = np.maximum(np.abs(higher[part] - value), np.abs(lower[part] - value))
             noise += EPS * np.abs(value) + TINY
             if part == "params":
-                start = before[f"params/{name}"].astype(np.float64)
+                start = olds["params"]
                 noise += EPS * np.abs(start) + self._rounding(step) * np.abs(value - start)
-            yield Expected(f"params/{name}" if part == "params" else f"optimizer/{part}/{name}", value, noise)
+            yield part, value, noise
 
     def _rounding(self, step: int) -> float:
         """The relative rounding of an update in float32, of which that of 1 - b^t is the largest part.
@@ -96,16 +121,16 @@ class UpdateRule:
         powers = [float(self.options[name]) ** step for name in ("b1", "b2")]
         return EPS * (2 + sum((1 + step * power) / (1 - power) for power in powers))
 
-    def _take(self, name: str, before: Arrays, lr: float, step: int, gradient: Array) -> dict[str, Array]:
-        """One parameter and its moments after a step in float64, by NumPy's optimizers."""
+    def _take(self, name: str, olds: Arrays, lr: float, step: int, gradient: Array) -> dict[str, Array]:
+        """A part of one parameter and its moments after a step in float64, by NumPy's optimizers."""
         layers, optimizers = load_module("numpy", "layers"), load_module("numpy", "optimizers")
-        parameter = layers.Parameter(before[f"params/{name}"].astype(np.float64))
+        parameter = layers.Parameter(olds["params"].copy())
         # Decay that is coupled is part of the gradient already
         options = {**self.options, **({} if self.optimizer in DECOUPLED else NO_DECAY)}
         optimizer = optimizers.make_optimizer(self.optimizer, {name: parameter}, lr, **options)
         optimizer.count = step - 1
         for field, arrays in optimizer.moments.items():
-            arrays[0][...] = before[f"optimizer/{field}/{name}"]
+            arrays[0][...] = olds[field]
         parameter.add_grad(gradient)
         optimizer.step()
         return {

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from experiment.engines import Batch, load_engine
-from experiment.run.step_tensors import Array, Arrays, largest, largest_difference, step_tensors
+from experiment.run.step_tensors import Array, Arrays, in_blocks, largest, largest_difference, step_tensors
 from experiment.run.update_rule import EPS, UpdateRule
 
 FACTOR = 8.0  # a tensor departs where its error is more than this many times the noise
@@ -250,16 +250,19 @@ class _Update:
 
 
 def _compare_update(actual: Array, value: Array, noise: Array) -> _Update:
-    errors = np.abs(actual.astype(np.float64) - value)
-    if not np.isfinite(value).all() or not errors.size:  # the rule has no number here: 0 / 0 with eps = 0
-        return _Update(None, 0.0, False, np.inf)
-    errors[~np.isfinite(errors)] = np.inf
-    with np.errstate(divide="ignore", invalid="ignore"):
-        sizes = np.where(errors == 0, 0.0, errors / noise)
-    worst = int(sizes.argmax())
-    size = float(sizes.flat[worst])
+    size, limit = 0.0, np.inf
+    for actual_part, value_part, noise_part in in_blocks(actual, value, noise):
+        if not np.isfinite(value_part).all():  # the rule has no number here: 0 / 0 with eps = 0
+            return _Update(None, 0.0, False, np.inf)
+        errors = np.abs(actual_part - value_part)  # float64, as the value
+        errors[~np.isfinite(errors)] = np.inf
+        with np.errstate(divide="ignore", invalid="ignore"):
+            sizes = np.where(errors == 0, 0.0, errors / noise_part)
+        worst = int(sizes.argmax())
+        if sizes[worst] >= size:
+            size, limit = float(sizes[worst]), FACTOR * float(noise_part[worst])
     departs = size > FACTOR
-    return _Update(value if departs else None, size, departs, FACTOR * float(noise.flat[worst]))
+    return _Update(value if departs else None, size, departs, limit)
 
 
 def _movement(name: str, tensor: Array, step: Request) -> float:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +339,25 @@ def answer_of(second: SecondProcess) -> Any:
     while (answer := second.take()) is None and time.monotonic() < deadline:
         time.sleep(0.01)
     return answer
+
+
+def test_arrays_reach_the_second_process_as_they_are() -> None:
+    """Also a scalar, one without numbers, one that is not in C's order, and integers."""
+    before: dict[str, np.ndarray] = {
+        "step": np.array(3, np.int32),
+        "none": np.zeros((0, 2)),
+        "transposed": np.arange(6.0, dtype=np.float32).reshape(2, 3).T,
+    }
+    second = SecondProcess(partial(attrgetter, "before"))
+    try:
+        second.ask(Request(1, 0.1, before, {}, 0.5, 1.0, {"image": np.ones((2, 2), np.uint8)}))
+        answer = answer_of(second)
+    finally:
+        second.close()
+    assert answer.keys() == before.keys()
+    for name, array in before.items():
+        assert (answer[name].dtype, answer[name].shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(answer[name], array)
 
 
 def test_a_second_process_answers_one_request_at_a_time() -> None:

@@ -3,8 +3,8 @@
     python -m benchmarks.products --rounds 9
 
 For ResNet-20 at 128 @ 32x32x3: every product that `numpy_ref/fast/row_products.py` makes, forward and
-backward, on arrays of their shapes, with nothing between them; beside PyTorch's whole step, interleaved. No
-NumPy engine whose convolutions are these products can be faster.
+backward, on arrays of their shapes, with nothing between them; beside PyTorch's whole step, interleaved. An
+engine that makes these products takes at least as long.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def layers() -> Iterator[Layer]:
 
 
 def flops() -> int:
-    """Of all products: two for each weight, pixel and direction; the gradient of the images is left out."""
+    """Return the floating-point operations of all products; the first layer makes no dx."""
     return sum(2 * 9 * i * o * s * s * CASE.batch * (3 if i > 3 else 2) for i, o, _, s in layers())
 
 
@@ -61,8 +61,8 @@ def products_step() -> Step:
                 calls.append((transposed, douts[first : first + 3].reshape(3 * o, pixels), dimage))
 
     def step() -> None:
-        for left, right, out in calls:
-            np.matmul(left, right, out=out)
+        for left, right, product in calls:
+            np.matmul(left, right, out=product)
 
     return step
 

@@ -387,6 +387,8 @@ def test_the_ends_of_a_range_and_a_dirty_tree_are_told(made: Path) -> None:
         ('["adam", "clipped"]', '["adan"]', "compare_with: must be names of optimizers, or pairs"),
         ('["adam", "clipped"]', '[["adam", "adan"]]', "compare_with: must be names of optimizers, or pairs"),
         ('["adam", "clipped"]', '[["adam"]]', "compare_with: must be names of optimizers, or pairs"),
+        ('["adam", "clipped"]', '[["adam", "adam"]]', "compare_with: must be names of optimizers, or pairs"),
+        ('["adam", "clipped"]', '"adam"', "compare_with: must be names of optimizers, or pairs"),
         ("[[optimizers]]", "[[optimisers]]", "optimisers is no part of a study"),
         ("[base]", "[base", "cannot be read"),
     ],

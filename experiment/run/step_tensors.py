@@ -107,11 +107,17 @@ def _checksum(array: Array) -> int:
     return (total + int.from_bytes(data[whole:].tobytes(), "little")) % 2**64
 
 
+def blocks(size: int) -> Iterator[slice]:
+    """Yield slices of `BLOCK` numbers, the last one of what is left."""
+    for start in range(0, size, BLOCK):
+        yield slice(start, start + BLOCK)
+
+
 def in_blocks(*arrays: Array) -> Iterator[tuple[Array, ...]]:
-    """Yield the same part of each of these arrays of one shape, `BLOCK` numbers at a time, flat."""
+    """Yield the same block of each of these arrays of one shape, flat."""
     flat = [np.asarray(array).reshape(-1) for array in arrays]
-    for start in range(0, flat[0].size, BLOCK):
-        yield tuple(array[start : start + BLOCK] for array in flat)
+    for block in blocks(flat[0].size):
+        yield tuple(array[block] for array in flat)
 
 
 def largest(array: Array) -> float:

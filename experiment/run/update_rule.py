@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiment.engines import load_module
-from experiment.run.step_tensors import Array, Arrays, first_moment, in_blocks
+from experiment.run.step_tensors import Array, Arrays, blocks, first_moment
 
 EPS = float(np.finfo(np.float32).eps)
 TINY = float(np.finfo(np.float32).tiny)  # smaller numbers may be rounded to 0
@@ -71,31 +71,23 @@ class UpdateRule:
         self, field: str, name: str, before: Arrays, after: Arrays, lr: float, step: int
     ) -> Iterator[Expected]:
         """The rule at g, and its noise, in blocks: the rule is the same for each number."""
-        moment = f"optimizer/{field}/{name}"
-        paths = {"params": f"params/{name}"}
-        paths |= {
-            part: f"optimizer/{part}/{name}" for part in MOMENTS if f"optimizer/{part}/{name}" in before
-        }
-        shape = before[paths["params"]].shape
-        values, noises = ({part: np.empty(shape) for part in paths} for _ in range(2))
-        parts = in_blocks(
-            after[moment], *(before[path] for path in paths.values()), *values.values(), *noises.values()
-        )
-        for new, *blocks in parts:
-            olds, block_values, block_noises = (
-                dict(zip(paths, blocks[i * len(paths) :], strict=False)) for i in range(3)
-            )
-            for part, value, noise in self._rule(field, name, olds, new.astype(np.float64), lr, step):
-                block_values[part][:], block_noises[part][:] = value, noise
-        for part in paths.keys() - {field}:
-            yield Expected(paths[part], values[part], noises[part])
+        paths = {"params": f"params/{name}", **{part: f"optimizer/{part}/{name}" for part in MOMENTS}}
+        olds = {part: before[path].reshape(-1) for part, path in paths.items() if path in before}
+        new = after[paths[field]].reshape(-1)
+        values, noises = ({part: np.empty(new.shape) for part in olds} for _ in range(2))
+        for block in blocks(new.size):
+            old = {part: array[block].astype(np.float64) for part, array in olds.items()}
+            for part, value, noise in self._rule(field, name, old, new[block].astype(np.float64), lr, step):
+                values[part][block], noises[part][block] = value, noise
+        shape = after[paths[field]].shape
+        for part in olds.keys() - {field}:
+            yield Expected(paths[part], values[part].reshape(shape), noises[part].reshape(shape))
 
     def _rule(
         self, field: str, name: str, olds: Arrays, new: Array, lr: float, step: int
     ) -> Iterator[tuple[str, Array, Array]]:
         """(part, value, noise) of a block of a parameter; the noise is how far the rule moves with g by the
         rounding of the first moment."""
-        olds = {part: array.astype(np.float64) for part, array in olds.items()}
         old = olds[field]
         decay = self.options["momentum" if field == "trace" else "b1"]
         share = 1.0 if field == "trace" else 1 - decay

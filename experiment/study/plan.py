@@ -233,15 +233,13 @@ def from_text(name: str, text: str, given: Options, folder: Path | None = None) 
 
 def _pairs(compare_with: Any, labels: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Return (label, reference) of each comparison: all others with each name, or the pairs as given."""
-    entries = compare_with if isinstance(compare_with, list) else [compare_with]
-    if all(isinstance(entry, str) and entry in labels for entry in entries):
-        return tuple((label, reference) for reference in entries for label in labels if label != reference)
-    for entry in entries:
-        if not (isinstance(entry, list) and len(entry) == 2 and all(label in labels for label in entry)):
-            raise UserError(
-                f"compare_with: must be names of optimizers, or pairs of names, not {compare_with!r}"
-            )
-    return tuple((label, reference) for label, reference in entries)
+    if isinstance(compare_with, list):
+        if all(entry in labels for entry in compare_with):
+            return tuple((one, other) for other in compare_with for one in labels if one != other)
+        possible = [[one, other] for one in labels for other in labels if one != other]
+        if all(entry in possible for entry in compare_with):
+            return tuple((one, other) for one, other in compare_with)
+    raise UserError(f"compare_with: must be names of optimizers, or pairs of names, not {compare_with!r}")
 
 
 def _tuning(table: dict[str, Any], optimizers: Sequence[tuple[str, Options]]) -> Tuning:

@@ -97,7 +97,7 @@ def _differences(study: Json) -> Table:
     text += "comparisons."
     if tested:
         text = "The interval is that of one difference, not corrected. p is that of Student's paired test "
-        text += f"of the accuracy, corrected for all {len(pairs)} comparisons (Holm). The column "
+        text += f"of the accuracy, corrected for the number of comparisons, {len(pairs)} (Holm). The column "
         text += f"after p has better or worse where p is at most {1 - CONFIDENCE:.2g}; else nothing is shown."
     columns = ["", "compared with", "seeds", "accuracy, points", "interval", "", "F1, points", "loss"]
     rows = [_comparison(pair, len(study["seeds"])) for pair in pairs]
